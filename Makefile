@@ -1,0 +1,31 @@
+# Everything starts here: `make demo` trains on real Atari Pong, `make test` runs all tests. Both set up a virtual
+# environment in .venv first; nothing but Python 3.11+ (with venv) and make is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint setup clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11" >&2; exit 1)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || (echo "error: Python's venv is missing: apt install python3-venv" >&2; exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.*"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dmc,crafter,vizdoom,dev]"
+	@touch $@
+
+demo: setup
+	$(RUN) dreamer.py --configs demo tiny_dreamerv3 --logdir runs/demo
+
+test: setup
+	$(RUN) -m pytest -q
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,44 @@
+"""Environments behind one interface: `make_env("atari_pong", config, seed)` gives an `Env` (see envs/base.py)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from envs.base import Env, EnvError, unknown
+
+__all__ = ["Env", "EnvError", "make_env"]
+
+SUITES = {
+    "atari": "Atari",
+    "crafter": "Crafter",
+    "dmc": "DMC",
+    "dummy": "Dummy",
+    "gym": "Gym",
+    "minatar": "MinAtar",
+    "vizdoom": "ViZDoom",
+}
+EXTRAS = ("crafter", "dmc", "vizdoom")  # suites whose library is not in the base install
+
+
+def make_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
+    """Builds the environment of `task` = SUITE_NAME, for example `atari_pong` or `gym_CartPole-v1`.
+
+    `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in frames (0: none) and,
+    under the suite's own name, the keyword options of its class. Only the suite that is asked for is imported.
+    Raises EnvError, in one line, for an unknown suite or name, a bad option value and a missing package.
+    """
+    suite, _, name = task.partition("_")
+    if suite not in SUITES:
+        raise unknown("suite", suite, SUITES)
+    repeat = env["action_repeat"]
+    if repeat < 1:
+        raise EnvError(f"action_repeat must be at least 1, not {repeat}")
+    try:
+        module = importlib.import_module(f"envs.{suite}")
+    except ModuleNotFoundError as error:
+        wanted = f".[{suite}]" if suite in EXTRAS else "."
+        raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{wanted}'") from error
+    built = getattr(module, SUITES[suite])(name, tuple(env["size"]), repeat, **env.get(suite, {}))
+    return Env(built, repeat, env["time_limit"], seed)
