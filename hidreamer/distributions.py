@@ -1,0 +1,190 @@
+"""The distributions of DreamerV3, without the argument checks of ``torch.distributions``: each reads the host.
+
+Every class wraps the tensors that a network emitted and offers what its callers use of
+``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 255  # of the two-hot distribution
+LIMIT = 20.0  # its largest bin, in symlog space
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(|x| + 1) (Hafner et al. 2023, eq. 9)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of ``symlog``."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward: the sample. Backward: its gradient goes to the probabilities unchanged (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx, sample: Tensor, probs: Tensor) -> Tensor:
+        return sample.view_as(sample)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
+    """``sample`` (a constant) with the gradient of ``probs``; the shapes are equal."""
+    return StraightThrough.apply(sample, probs)
+
+
+def mix(logit: Tensor, unimix: float) -> Tensor:
+    """Probabilities (..., K) of logits: ``1 - unimix`` softmax + ``unimix`` uniform, so none is ever zero."""
+    probs = torch.softmax(logit.float(), -1)
+    return torch.add(unimix / logit.shape[-1], probs, alpha=1.0 - unimix) if unimix else probs
+
+
+def draw(probs: Tensor, sample: bool = True) -> Tensor:
+    """One-hot (..., K) straight-through draw from ``probs``, or their mode.
+
+    An exponential race: argmax p / Exp(1) has distribution p, with no host read and no cumulative sum.
+    """
+    with torch.no_grad():
+        score = probs / torch.empty_like(probs).exponential_() if sample else probs
+        index = score.argmax(-1, keepdim=True)
+        onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    return straight_through(onehot, probs)
+
+
+def kl(post: Tensor, prior: Tensor) -> Tensor:
+    """KL(post || prior) in nats of two probability tensors (..., S, K), summed over S and K -> (...)."""
+    return (post * (post.log() - prior.log())).sum((-2, -1))
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of (..., S, K), summed over S -> (...)."""
+    return -torch.special.xlogy(probs, probs).sum((-2, -1))
+
+
+class OneHots:
+    """Independent categoricals, concatenated: ``logit`` (..., sum(sizes)). MultiDiscrete actions have several."""
+
+    def __init__(self, logit: Tensor, sizes: tuple[int, ...], unimix: float):
+        self.probs = [mix(part, unimix) for part in logit.split(sizes, -1)]
+        self.sizes = sizes
+
+    def sample(self) -> Tensor:
+        return torch.cat([draw(p) for p in self.probs], -1)
+
+    def mode(self) -> Tensor:
+        return torch.cat([draw(p, sample=False) for p in self.probs], -1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        parts = x.split(self.sizes, -1)
+        return sum((x * p.log()).sum(-1) for x, p in zip(parts, self.probs, strict=True))
+
+    def entropy(self) -> Tensor:
+        return -sum(torch.special.xlogy(p, p).sum(-1) for p in self.probs)
+
+
+class ClippedNormal:
+    """A normal with mean tanh(m) whose draws are clipped to [-1, 1]: the continuous policy.
+
+    Upstream clips the draw and then scores it with the density of the unclipped normal, which is the wrong
+    likelihood for every draw at a bound. Here a draw at a bound has the probability of the tail beyond it
+    (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is the unclipped normal's.
+
+    mean, std: (..., A); ``log_prob`` and ``entropy`` sum over A.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, low: float, high: float):
+        self.loc = torch.tanh(mean.float())
+        self.std = (high - low) * torch.sigmoid(std.float() + 2.0) + low
+
+    def sample(self) -> Tensor:
+        return torch.clamp(torch.addcmul(self.loc, self.std, torch.randn_like(self.std)), -1.0, 1.0)
+
+    def mode(self) -> Tensor:
+        return self.loc
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        z = (x - self.loc) / self.std
+        inside = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2.0 * math.pi)
+        above, below = torch.special.log_ndtr(-z), torch.special.log_ndtr(z)
+        return torch.where(x >= 1.0, above, torch.where(x <= -1.0, below, inside)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).sum(-1)
+
+
+class TwoHot:
+    """A categorical over 255 bins in symlog space, trained with two-hot targets (Hafner et al. 2023, eq. 10).
+
+    logit: (..., 255). ``mode`` and ``mean`` are the same: symexp of the expected bin, (...).
+    """
+
+    def __init__(self, logit: Tensor):
+        self.logit = logit.float()
+
+    def mode(self) -> Tensor:
+        # Bins come in pairs of opposite sign: taken pair by pair, a uniform output decodes to exactly 0.
+        probs = torch.softmax(self.logit, -1)
+        half = BINS // 2
+        bins = torch.linspace(0.0, LIMIT, half + 1, device=probs.device)[1:]  # (127,)
+        pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
+        return symexp((pairs * bins).sum(-1))  # no matrix product: autocast would round it
+
+    mean = mode
+
+    def log_prob(self, *targets: Tensor) -> Tensor:
+        """Summed log-likelihood of one or more targets (...), so that they share one log-softmax."""
+        logp = torch.log_softmax(self.logit, -1)
+        total = 0.0
+        for target in targets:
+            place = (symlog(target).clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2.0 * LIMIT))
+            below = place.floor().clamp(max=BINS - 2)
+            index = below.nan_to_num().long().unsqueeze(-1)  # (..., 1); a NaN stays one, but not as an index
+            pair = logp.gather(-1, torch.cat([index, index + 1], -1))  # (..., 2)
+            total = total + torch.lerp(pair[..., 0], pair[..., 1], place - below)
+        return total
+
+
+class Bernoulli:
+    """logit (...): continue flags and binary grids; ``log_prob`` sums over the last ``event`` axes."""
+
+    def __init__(self, logit: Tensor, event: int = 0):
+        self.logit, self.event = logit.float(), event
+
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logit)
+
+    def mode(self) -> Tensor:
+        return (self.logit > 0).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        logp = -F.binary_cross_entropy_with_logits(self.logit, x.float(), reduction="none")
+        return logp.flatten(-self.event).sum(-1) if self.event else logp
+
+
+class MSE:
+    """A unit-variance regression up to constants: ``log_prob`` is minus the squared error summed over ``event`` axes.
+
+    With ``squash`` it works in symlog space: vectors of unknown scale (Hafner et al. 2023, eq. 8).
+    """
+
+    def __init__(self, out: Tensor, event: int, squash: bool = False):
+        self.out, self.event, self.squash = out.float(), event, squash
+
+    def mode(self) -> Tensor:
+        return symexp(self.out) if self.squash else self.out
+
+    mean = mode
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        x = symlog(x) if self.squash else x
+        return -(self.out - x).square().flatten(-self.event).sum(-1)

@@ -1,0 +1,23 @@
+"""``make_dynamics``: the only place that knows the names of the latent states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hidreamer.dynamics.base import Balance, Dynamics
+from hidreamer.dynamics.hrssm import HRSSM
+from hidreamer.dynamics.rssm import RSSM
+
+TYPES = {"rssm": RSSM, "hrssm": HRSSM}
+
+
+def make_dynamics(config: Mapping, embed_dim: int, act_dim: int) -> Dynamics:
+    """The latent state that ``config["type"]`` names, built from the ``dynamics`` block of a config.
+
+    Raises ValueError, one line, for a name that does not exist or sizes that do not fit together.
+    """
+    if config["type"] not in TYPES:
+        raise ValueError(f"dynamics.type is {config['type']!r}; it can be {', '.join(TYPES)}")
+    balance = Balance(config["dyn"], config["rep"], config["free"], config["unimix"])
+    sizes = {"deter": config["deter"], "hidden": config["hidden"]}
+    return TYPES[config["type"]](embed_dim, act_dim, balance, **sizes, **config[config["type"]])

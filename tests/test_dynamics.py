@@ -1,0 +1,219 @@
+"""The laws of a latent state (DESIGN: one interface), for every one of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tools
+from hidreamer.dynamics import TYPES, make_dynamics
+from hidreamer.dynamics.base import start_steps
+
+B, T, E, A = 3, 9, 7, 4
+SMALL = {"deter": 16, "hidden": 12}
+SIZES = {"rssm": {"stoch": 3, "classes": 4}, "hrssm": {"stoch": [2, 3], "classes": [4, 3]}}
+
+
+def build(kind, dtype=torch.float64):
+    """A small dynamics whose zero-initialised layers are random, so that every output depends on every input."""
+    config = tools.load_config([], {"dynamics.type": kind}).dynamics.tree() | SMALL
+    config[kind] = config[kind] | SIZES[kind]
+    dynamics = make_dynamics(config, E, A)
+    for p in dynamics.parameters():
+        if not p.abs().sum():
+            torch.nn.init.normal_(p, std=0.5)
+    return dynamics.to(dtype)
+
+
+def inputs(dtype=torch.float64, firsts=((0, 0), (1, 0), (2, 0), (1, 4), (2, 7))):
+    embed = torch.randn(B, T, E, dtype=dtype)
+    action = F.one_hot(torch.randint(0, A, (B, T)), A).to(dtype)
+    is_first = torch.zeros(B, T, dtype=torch.bool)
+    for b, t in firsts:
+        is_first[b, t] = True
+    return embed, action, is_first
+
+
+def flat(post):
+    return [*post.feat, *(x for level in post.levels for x in level)]
+
+
+def close(xs, ys):
+    return all(torch.allclose(x, y, rtol=0, atol=1e-10) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.fixture(params=sorted(TYPES))
+def dynamics(request):
+    return build(request.param)
+
+
+def observe(dynamics, embed, action, is_first, carry=None):
+    carry = dynamics.initial(len(embed)) if carry is None else carry
+    return dynamics.observe(carry, embed, action, is_first, sample=False)
+
+
+def test_shapes(dynamics):
+    carry, post = dynamics.observe(dynamics.initial(B), *inputs())
+    assert post.feat.deter.shape == (B, T, dynamics.deter_dim)
+    assert post.feat.stoch.shape == (B, T, dynamics.stoch_dim)
+    assert post.feat.cat().shape == (B, T, dynamics.feat_dim)
+    assert all(level.post.shape == level.prior.shape and level.post.shape[:2] == (B, T) for level in post.levels)
+    losses, metrics = dynamics.loss(post)
+    assert all(loss.shape == (B, T) for loss in losses.values())
+    assert all(metric.shape == () and not metric.requires_grad for metric in metrics.values())
+    feat, action = dynamics.imagine(dynamics.starts(carry, post, T), lambda feat: torch.zeros(B * T, A).double(), 5)
+    assert feat.deter.shape == (B * T, 6, dynamics.deter_dim) and action.shape == (B * T, 6, A)
+
+
+def test_law_chunk(dynamics):
+    embed, action, is_first = inputs()
+    carry_all, post = observe(dynamics, embed, action, is_first)
+    for cut in (1, 4, 5):
+        carry, first = observe(dynamics, embed[:, :cut], action[:, :cut], is_first[:, :cut])
+        carry, second = observe(dynamics, embed[:, cut:], action[:, cut:], is_first[:, cut:], carry)
+        assert close(flat(post), [torch.cat(pair, 1) for pair in zip(flat(first), flat(second), strict=True)])
+        # The carries lead to the same dreams.
+        given = torch.randn(B, 4, A).double()
+        assert close(dynamics.imagine(carry_all, given, 4, False)[0], dynamics.imagine(carry, given, 4, False)[0])
+
+
+def test_law_acting_is_observing_step_by_step(dynamics):
+    embed, action, is_first = inputs()
+    _, post = observe(dynamics, embed, action, is_first)
+    carry, steps = dynamics.initial(B), []
+    for t in range(T):
+        carry, step = observe(dynamics, embed[:, t : t + 1], action[:, t : t + 1], is_first[:, t : t + 1], carry)
+        steps.append(flat(step))
+    assert close(flat(post), [torch.cat(xs, 1) for xs in zip(*steps, strict=True)])
+
+
+def test_law_reset(dynamics):
+    embed, action, is_first = inputs()
+    _, post = observe(dynamics, embed, action, is_first)
+    other = embed.clone(), action.clone(), is_first.clone()
+    other[0][1, :4], other[1][1, :5] = 9.0, 9.0  # all before step 4 of sequence 1, and the action into it
+    noise = type(dynamics.initial(B))(
+        *(torch.randn_like(x) if x.is_floating_point() else x for x in dynamics.initial(B))
+    )
+    _, changed = observe(dynamics, *other, noise)
+    assert close([x[1, 4:] for x in flat(post)], [x[1, 4:] for x in flat(changed)])
+    assert not torch.allclose(post.feat.deter[1, 1:4], changed.feat.deter[1, 1:4])
+
+
+def test_memory_reaches_across_steps(dynamics):
+    """The reset law would also hold for a state without memory; this one has some."""
+    embed, action, is_first = inputs()
+    _, post = observe(dynamics, embed, action, is_first)
+    embed = embed.clone()
+    embed[0, 2] += 3.0
+    _, changed = observe(dynamics, embed, action, is_first)
+    assert (post.feat.deter[0, 3:] - changed.feat.deter[0, 3:]).abs().amax(-1).min() > 1e-6
+    assert close([x[0, :2] for x in flat(post)], [x[0, :2] for x in flat(changed)])
+
+
+def test_law_starts(dynamics):
+    embed, action, is_first = inputs()
+    carry, post = observe(dynamics, embed, action, is_first)
+    given = torch.randn(B * T, 4, A).double()  # other actions than the replayed ones, which must not be peeked at
+    feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), given, 4, sample=False)
+    for t in range(T):
+        carry_t, _ = observe(dynamics, embed[:, : t + 1], action[:, : t + 1], is_first[:, : t + 1])
+        feat_t, _ = dynamics.imagine(carry_t, given.unflatten(0, (B, T))[:, t], 4, sample=False)
+        assert close(feat_t, [x.unflatten(0, (B, T))[:, t] for x in feat])
+
+
+@pytest.mark.parametrize(("n", "steps"), [(0, range(9)), (9, range(9)), (3, (2, 5, 8)), (4, (2, 4, 6, 8)), (1, (8,))])
+def test_fewer_starts(dynamics, n, steps):
+    carry, post = observe(dynamics, *inputs())
+    given = torch.randn(B, len(steps), 2, A).double()
+    some, _ = dynamics.imagine(dynamics.starts(carry, post, n), given.flatten(0, 1), 2, sample=False)
+    assert list(range(T))[start_steps(T, n)] == list(steps)
+    assert torch.allclose(some.deter[:, 0].unflatten(0, (B, -1)), post.feat.deter[:, list(steps)])
+
+
+def test_law_purity(dynamics):
+    args = inputs()
+    carry = dynamics.initial(B)
+    kept = [x.clone() for x in (*args, *carry)]
+    new, post = dynamics.observe(carry, *args)
+    starts = dynamics.starts(new, post, T)
+    kept_too = [x.clone() for x in (*flat(post), *new, *starts)]
+    dynamics.loss(post)
+    dynamics.imagine(starts, lambda feat: torch.ones(B * T, A).double(), 3)
+    assert all(torch.equal(x, y) for x, y in zip(kept, (*args, *carry), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(kept_too, (*flat(post), *new, *starts), strict=True))
+
+
+def gradient(loss, xs):
+    grads = torch.autograd.grad(loss, xs, allow_unused=True, retain_graph=True)
+    return [0.0 if g is None else g.abs().max().item() for g in grads]
+
+
+def test_law_gradient_of_the_kl(dynamics):
+    embed, action, is_first = inputs()
+    embed.requires_grad_()
+    dynamics.balance = dynamics.balance._replace(free=0.0)
+    _, post = dynamics.observe(dynamics.initial(B), embed, action, is_first)
+    losses, _ = dynamics.loss(post)
+    posts, priors = zip(*post.levels, strict=True)
+    for t in range(T):
+        # At its own step, dyn trains the prior alone and rep the posterior alone.
+        (encoder,) = torch.autograd.grad(losses["dyn"][:, t].sum(), embed, retain_graph=True)
+        assert encoder[:, t:].abs().max() == 0.0
+    assert min(gradient(losses["dyn"].sum(), priors)) > 0.0
+    assert gradient(losses["dyn"].sum(), posts) == [0.0] * len(posts)
+    assert min(gradient(losses["rep"].sum(), posts)) > 0.0
+    assert gradient(losses["rep"].sum(), priors) == [0.0] * len(priors)
+    assert gradient(losses["rep"].sum(), [embed])[0] > 0.0
+
+
+def test_rep_gives_the_prior_layers_nothing(dynamics):
+    dynamics.balance = dynamics.balance._replace(free=0.0)
+    _, post = dynamics.observe(dynamics.initial(B), *inputs())
+    losses, _ = dynamics.loss(post)
+    prior = [p for name, p in dynamics.named_parameters() if name.startswith("prior")]
+    assert prior
+    assert gradient(losses["rep"].sum(), prior) == [0.0] * len(prior)
+    assert min(gradient(losses["dyn"].sum(), prior)) > 0.0
+
+
+def test_every_parameter_is_trained(dynamics):
+    dynamics.balance = dynamics.balance._replace(free=0.0)
+    _, post = dynamics.observe(dynamics.initial(B), *inputs())
+    loss = sum(x.sum() for x in dynamics.loss(post)[0].values()) + (post.feat.cat() ** 2).sum()
+    names, params = zip(*dynamics.named_parameters(), strict=True)
+    assert [name for name, g in zip(names, gradient(loss, params), strict=True) if g == 0.0] == []
+
+
+def test_starts_are_detached(dynamics):
+    carry, post = dynamics.observe(dynamics.initial(B), *inputs())
+    assert not any(x.requires_grad for x in dynamics.starts(carry, post, T))
+
+
+def test_law_teacher_forcing(dynamics):
+    """One imagined step with the real action carries the memory that training has at the next step."""
+    embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
+    carry, post = observe(dynamics, embed, action, is_first)
+    following = torch.cat([action[:, 1:], action[:, :1]], 1).reshape(B * T, 1, A)  # the last one leads nowhere
+    feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), following, 1, sample=False)
+    assert close([feat.deter.unflatten(0, (B, T))[:, :-1, 1]], [post.feat.deter[:, 1:]])
+
+
+def test_law_finite_under_bfloat16(dynamics):
+    dynamics = dynamics.float()
+    embed, action, is_first = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        carry, post = dynamics.observe(dynamics.initial(B), 100 * embed, action, is_first)
+        losses, _ = dynamics.loss(post)
+        feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), action[:, :1].repeat(T, 5, 1), 5)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in losses.values())
+    assert all(x.isfinite().all() for x in feat)
+
+
+def test_free_bits_are_shared(dynamics):
+    """A posterior equal to its prior costs exactly free x (dyn + rep), whatever the number of levels."""
+    _, post = dynamics.observe(dynamics.initial(B), *inputs())
+    same = post._replace(levels=tuple(level._replace(post=level.prior) for level in post.levels))
+    losses, metrics = dynamics.loss(same)
+    total = losses["dyn"] + losses["rep"]
+    assert torch.allclose(total, torch.full_like(total, 0.6))
+    assert all(metrics[f"kl_{i}"].abs() < 1e-6 for i in range(len(post.levels)))

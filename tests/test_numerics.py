@@ -1,0 +1,203 @@
+"""Golden numbers: each expected value is worked out by hand or by a slow, obvious computation beside it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hidreamer import distributions as dists
+from hidreamer.optim import Optimizer
+from hidreamer.returns import ReturnNorm, lambda_return
+
+
+def test_symlog():
+    x = torch.tensor([-(math.e**2 - 1), -1e-4, 0.0, math.e - 1, 1000.0], dtype=torch.float64)
+    assert torch.allclose(dists.symlog(x)[[0, 3]], torch.tensor([-2.0, 1.0], dtype=torch.float64))
+    assert torch.allclose(dists.symexp(dists.symlog(x)), x, atol=1e-12)
+
+
+class TestTwoHot:
+    def test_uniform_output_is_exactly_zero(self):
+        assert dists.TwoHot(torch.zeros(3, dists.BINS)).mode().tolist() == [0.0, 0.0, 0.0]
+        assert dists.TwoHot(torch.full((1, dists.BINS), 7.3)).mode().item() == 0.0
+
+    def test_mode_of_one_bin_is_that_bin(self):
+        for k in (0, 126, 127, 128, 200, 254):
+            logit = torch.full((dists.BINS,), -1e9)
+            logit[k] = 0.0
+            place = -20.0 + k * 40.0 / 254.0
+            expected = math.copysign(math.expm1(abs(place)), place)
+            assert dists.TwoHot(logit).mode().item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+    def test_log_prob_splits_a_target_between_its_neighbours(self):
+        logit = torch.randn(dists.BINS)
+        logp = torch.log_softmax(logit, -1)
+        width = 40.0 / 254.0
+        target = math.expm1(30.25 * width)  # a quarter of the way from bin 127 + 30 to the next
+        expected = 0.75 * logp[157] + 0.25 * logp[158]
+        assert dists.TwoHot(logit).log_prob(torch.tensor(target)).item() == pytest.approx(expected.item(), abs=1e-4)
+
+    def test_targets_beyond_the_bins_go_to_the_last(self):
+        logit = torch.randn(dists.BINS)
+        logp = torch.log_softmax(logit, -1)
+        dist = dists.TwoHot(logit)
+        assert dist.log_prob(torch.tensor(1e12)).item() == pytest.approx(logp[-1].item())
+        assert dist.log_prob(torch.tensor(-1e12)).item() == pytest.approx(logp[0].item())
+
+    def test_two_targets_are_the_sum(self):
+        dist, a, b = dists.TwoHot(torch.randn(4, dists.BINS)), torch.randn(4), 10 * torch.randn(4)
+        assert torch.allclose(dist.log_prob(a, b), dist.log_prob(a) + dist.log_prob(b))
+
+    def test_gradient_is_softmax_minus_target(self):
+        logit = torch.randn(dists.BINS, requires_grad=True)
+        dists.TwoHot(logit).log_prob(torch.tensor(0.0)).backward()
+        expected = -torch.softmax(logit.detach(), -1)
+        expected[127] += 1.0
+        assert torch.allclose(logit.grad, expected, atol=1e-6)
+
+
+class TestCategorical:
+    def test_kl_with_unimix_by_hand(self):
+        # Two classes, 1% uniform: softmax (.8, .2) becomes (.797, .203), (.5, .5) stays.
+        post = dists.mix(torch.tensor([[math.log(4.0), 0.0]], dtype=torch.float64), 0.01)
+        prior = dists.mix(torch.zeros(1, 2, dtype=torch.float64), 0.01)
+        expected = 0.797 * math.log(0.797 / 0.5) + 0.203 * math.log(0.203 / 0.5)
+        assert dists.kl(post, prior).item() == pytest.approx(expected, abs=1e-6)
+
+    def test_saturated_logits_stay_finite(self):
+        # Without unimix in the KL this pair costs about 2,000 nats; with it, log(1 / (0.01 / 32)) at the most.
+        logit = torch.zeros(2, 1, 32)
+        logit[0, 0, 3], logit[1, 0, 5] = 1e3, 2e3
+        post, prior = dists.mix(logit, 0.01)
+        bound = -math.log(0.01 / 32)
+        assert 0.9 * bound < dists.kl(post, prior).item() < bound
+
+    def test_entropy_sums_over_variables(self):
+        assert dists.entropy(torch.full((5, 4), 0.25)).item() == pytest.approx(5 * math.log(4))
+
+    def test_draws_follow_the_probabilities(self):
+        probs = torch.tensor([0.5, 0.3, 0.2]).expand(20_000, 3)
+        assert torch.allclose(dists.draw(probs).mean(0), probs[0], atol=0.02)
+        assert torch.equal(dists.draw(probs, sample=False)[0], torch.tensor([1.0, 0.0, 0.0]))
+
+    def test_draw_is_straight_through(self):
+        probs = torch.tensor([0.2, 0.8], requires_grad=True)
+        (dists.draw(probs) * torch.tensor([3.0, 5.0])).sum().backward()
+        assert probs.grad.tolist() == [3.0, 5.0]
+
+    def test_multidiscrete_log_prob_and_entropy(self):
+        dist = dists.OneHots(torch.zeros(1, 5), (2, 3), 0.01)
+        x = dist.sample()
+        assert x[:, :2].sum() == 1 and x[:, 2:].sum() == 1
+        assert dist.log_prob(x).item() == pytest.approx(-math.log(2) - math.log(3))
+        assert dist.entropy().item() == pytest.approx(math.log(2) + math.log(3))
+
+
+class TestClippedNormal:
+    def dist(self, mean=0.3, std=0.2):
+        return dists.ClippedNormal(torch.full((1, 1), mean), torch.full((1, 1), std), 0.1, 1.0)
+
+    def test_density_and_both_tails_make_one(self):
+        dist = self.dist(std=2.0)
+        inside = torch.linspace(-1, 1, 20_001)[1:-1].unsqueeze(-1)
+        mass = dist.log_prob(inside).exp().sum() * 1e-4
+        tails = dist.log_prob(torch.tensor([[1.0], [-1.0]])).exp().sum()
+        assert tails > 0.1  # so that leaving them out would show
+        assert (mass + tails).item() == pytest.approx(1.0, abs=1e-3)
+
+    def test_score_has_mean_zero(self):
+        # E[d log p / d mean] = 0 is what makes REINFORCE unbiased; the unclipped density fails it for clipped draws.
+        mean = torch.full((1, 1), 1.2, requires_grad=True)
+        dist = dists.ClippedNormal(mean.expand(200_000, 1), torch.full((200_000, 1), 2.0), 0.1, 1.0)
+        x = dist.sample().detach()
+        (right,) = torch.autograd.grad(dist.log_prob(x).mean(), mean, retain_graph=True)
+        unclipped = -0.5 * ((x - dist.loc) / dist.std).square().sum(-1)
+        (wrong,) = torch.autograd.grad(unclipped.mean(), mean)
+        assert abs(right.item()) < 0.01 < 0.05 < abs(wrong.item())
+
+    def test_samples_and_mode(self):
+        dist = self.dist(mean=5.0)
+        assert dist.sample().abs().max() <= 1.0
+        assert dist.mode().item() == pytest.approx(math.tanh(5.0))
+
+
+def test_bernoulli_and_mse():
+    logit = torch.tensor([0.0, 2.0])
+    expected = [math.log(0.5), math.log(1 / (1 + math.exp(-2)))]
+    assert dists.Bernoulli(logit).log_prob(torch.ones(2)).tolist() == pytest.approx(expected)
+    grid = dists.Bernoulli(torch.zeros(4, 2, 2, 3), event=3).log_prob(torch.zeros(4, 2, 2, 3))
+    assert grid.tolist() == pytest.approx([12 * math.log(0.5)] * 4)
+    assert dists.MSE(torch.tensor([[1.0, 2.0]]), 1).log_prob(torch.tensor([[0.0, 4.0]])).item() == -5.0
+    squashed = dists.MSE(torch.tensor([[1.0]]), 1, squash=True)
+    assert squashed.log_prob(torch.tensor([[0.0]])).item() == -1.0
+    assert squashed.mode().item() == pytest.approx(math.e - 1)
+
+
+class TestReturns:
+    def test_by_hand_with_termination_and_truncation(self):
+        # Three steps, gamma .5, lambda .5. Row 0 goes on; row 1 terminates on arriving in state 2;
+        # row 2 is cut by the horizon, which must bootstrap from the last value.
+        rew = torch.tensor([[0.0, 1.0, 2.0, 4.0]] * 3)
+        value = torch.tensor([[9.0, 10.0, 20.0, 40.0]] * 3)
+        disc = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.0, 0.5], [0.5, 0.5, 0.5, 1.0]])
+        r2 = 4 + 0.5 * 40
+        r1 = 2 + 0.5 * (0.5 * 20 + 0.5 * r2)
+        r0 = 1 + 0.5 * (0.5 * 10 + 0.5 * r1)
+        ended = [1 + 0.5 * (0.5 * 10 + 0.5 * 2), 2.0, r2]
+        cut2 = 4 + 40
+        cut1 = 2 + 0.5 * (0.5 * 20 + 0.5 * cut2)
+        expected = [[r0, r1, r2], ended, [1 + 0.5 * (0.5 * 10 + 0.5 * cut1), cut1, cut2]]
+        assert torch.allclose(lambda_return(rew, value, disc, 0.5), torch.tensor(expected))
+
+    def test_extremes_of_lambda(self):
+        rew, value = torch.randn(5, 8), torch.randn(5, 8)
+        disc = torch.rand(5, 8)
+        assert torch.allclose(lambda_return(rew, value, disc, 0.0), rew[:, 1:] + disc[:, 1:] * value[:, 1:])
+        total = value[:, -1]
+        for t in reversed(range(7)):
+            total = rew[:, t + 1] + disc[:, t + 1] * total
+        assert torch.allclose(lambda_return(rew, value, disc, 1.0)[:, 0], total, atol=1e-5)
+
+    def test_normaliser_is_the_quantile(self):
+        norm, x = ReturnNorm(rate=1.0), torch.randn(37, 11) * 30
+        norm.update(x)
+        assert np.allclose(norm.range, np.quantile(x.numpy(), [0.05, 0.95]), atol=1e-4)
+        assert norm.scale().item() == pytest.approx((norm.range[1] - norm.range[0]).item())
+
+    def test_normaliser_never_magnifies(self):
+        norm = ReturnNorm(rate=1.0)
+        norm.update(torch.full((10,), 0.001))
+        assert norm.scale().item() == 1.0
+
+
+class TestOptimizer:
+    def make(self, clip):
+        a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        return a, b, Optimizer({"a": a, "b": b}, lr=0.1, eps=1e-8, clip=clip)
+
+    def test_norms_and_clipping(self):
+        a, b, opt = self.make(clip=1.0)
+        before = a.weight.detach().clone()
+        metrics = opt.step(a(torch.tensor([3.0, 0.0])).sum() + b(torch.tensor([0.0, 4.0])).sum())
+        got = [metrics[k].item() for k in ("grad_norm", "grad_norm_a", "grad_norm_b", "clipped")]
+        assert got == pytest.approx([5.0, 3.0, 4.0, 1.0])
+        # Adam's first step has length lr whatever the gradient's; its moments hold the clipped gradient.
+        assert torch.allclose(a.weight, before - torch.tensor([[0.1, 0.0]]), atol=1e-6)
+        assert torch.allclose(opt.state_dict()["a.weight"]["exp_avg"], 0.1 * torch.tensor([[0.6, 0.0]]))
+
+    def test_touches_nothing_else(self):
+        a, b, _ = self.make(clip=0.0)
+        opt = Optimizer({"a": a}, lr=0.1, eps=1e-8, clip=0.0)
+        before = b.weight.detach().clone()
+        opt.step((a(torch.ones(2)) + b(torch.ones(2))).sum())
+        assert torch.equal(b.weight, before) and b.weight.grad is None and a.weight.grad is None
+
+    def test_state_round_trip_keeps_the_new_rate(self):
+        a, b, opt = self.make(clip=0.0)
+        opt.step(a(torch.ones(2)).sum() + b(torch.ones(2)).sum())
+        other = Optimizer({"a": a, "b": b}, lr=0.7, eps=1e-8, clip=0.0)
+        other.load_state_dict(opt.state_dict())
+        assert other.adam.param_groups[0]["lr"] == 0.7
+        assert torch.equal(other.state_dict()["b.weight"]["exp_avg_sq"], opt.state_dict()["b.weight"]["exp_avg_sq"])

@@ -1,0 +1,305 @@
+"""Config and command line, seeding, schedules, checkpoints: nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+CONFIGS = Path(__file__).parent / "configs.yaml"
+
+
+# ---------------------------------------------------------------- config
+
+
+class ConfigError(Exception):
+    """One line that says what is wrong with the arguments and what would be right."""
+
+
+class Config(Mapping):
+    """A frozen tree of settings: ``config.actor.lr``, ``**config.encoder``. Remembers which leaves were read."""
+
+    def __init__(self, tree: dict, reads: set[str] | None = None, path: str = ""):
+        object.__setattr__(self, "_tree", tree)
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "reads", set() if reads is None else reads)
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._tree[key]
+        if isinstance(value, dict):
+            return Config(value, self.reads, f"{self._path}{key}.")
+        self.reads.add(self._path + key)
+        return value
+
+    def __getattr__(self, key: str) -> Any:
+        if key not in self._tree:
+            raise AttributeError(f"no config key {self._path}{key}")
+        return self[key]
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        raise AttributeError("a config is frozen")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def tree(self) -> dict:
+        """A plain copy, without counting as a read."""
+        return json.loads(json.dumps(self._tree))
+
+    def flat(self) -> dict[str, Any]:
+        """{"group.key": value}, without counting as a read."""
+        return flatten(self._tree)
+
+
+def flatten(tree: Mapping, path: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{path}{key}.") if isinstance(value, Mapping) else {path + str(key): value}
+    return out
+
+
+def nearest(name: str, names: Any) -> str:
+    """', did you mean x or y?', or the whole list where nothing is near."""
+    close = difflib.get_close_matches(name, list(names), 3, 0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
+
+
+def sentences() -> dict[str, str]:
+    """{"preset" or "defaults.group.key": its comment} of configs.yaml."""
+    found, path = {}, []
+    for line in CONFIGS.read_text().splitlines():
+        if match := re.match(r"( *)(\w+):.*?(?:\s# (.*))?$", line):
+            del path[len(match[1]) // 2 :]
+            path.append(match[2])
+            found[".".join(path)] = match[3] or ""
+    return found
+
+
+def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
+    """``value`` (a string, or what YAML made of it) as the type of ``default`` and within what ``sentence`` allows."""
+    if isinstance(default, list):
+        parts = value if isinstance(value, list) else re.split(r"[,\s]+", str(value).strip("[] "))
+        return [coerce(key, part, default[0], sentence) for part in parts]
+    kind = type(default)
+    try:
+        if kind is bool:
+            out = {"true": True, "false": False}[str(value).lower()]
+        elif kind is int:
+            out = int(float(value))
+            if isinstance(value, bool) or out != float(value):
+                raise ValueError
+        elif kind is float:
+            out = float(value)
+            if isinstance(value, bool) or not math.isfinite(out):
+                raise ValueError
+        else:
+            out = str(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        raise ConfigError(f"{key} is {value!r}; it must be {name}") from None
+    if (match := re.search(r"One of: ([\w ]+)\.", sentence)) and out not in match[1].split():
+        raise ConfigError(f"{key} is {out!r}; it can be {', '.join(match[1].split())}")
+    for word, wrong in (("least", lambda a, b: a < b), ("most", lambda a, b: a > b)):
+        if (match := re.search(rf"At {word} ([\d.]+)\.", sentence)) and wrong(out, float(match[1])):
+            raise ConfigError(f"{key} is {out}; it must be at {word} {match[1]}")
+    return out
+
+
+def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
+    """Presets stacked left to right over ``defaults``, then {"group.key": value} on top.
+
+    Raises ConfigError for names that do not exist (with the nearest ones) and values of the wrong type.
+    """
+    try:
+        blocks = YAML(typ="safe").load(CONFIGS.read_text())
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"cannot read {CONFIGS.name}: {str(error).splitlines()[0]}") from None
+    says = sentences()
+    flat = flatten(blocks["defaults"])
+    layers = []
+    for name in presets:
+        if name not in blocks:
+            raise ConfigError(f"there is no preset {name!r}; {nearest(name, blocks)}")
+        layers.append((f" (in preset {name})", flatten(blocks[name] if name != "defaults" else {})))
+    for where, layer in [*layers, ("", overrides)]:
+        for key, value in layer.items():
+            if key not in flat:
+                raise ConfigError(f"there is no config key {key!r}{where}; {nearest(key, flat)}")
+            flat[key] = coerce(key, value, flat[key], says[f"defaults.{key}"])
+    return Config(unflatten(flat))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict:
+    tree: dict = {}
+    for key, value in flat.items():
+        *groups, leaf = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+def dump_yaml(tree: Mapping) -> str:
+    out = io.StringIO()
+    YAML().dump(dict(tree), out)
+    return out.getvalue()
+
+
+def parse(argv: list[str]) -> tuple[list[str], dict[str, Any], str]:
+    """-> presets, overrides, the path after --resume. Raises ConfigError."""
+    presets, overrides, resume, i = [], {}, "", 0
+    while i < len(argv):
+        word = argv[i]
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"unexpected argument {word!r}; options are --configs NAME ..., --resume PATH, --key value"
+            )
+        key, has_value, value = word[2:].partition("=")
+        values = [value] if has_value else []
+        i += 1
+        while not has_value and i < len(argv) and not argv[i].startswith("--"):
+            values.append(argv[i])
+            i += 1
+        if not values:
+            raise ConfigError(f"--{key} needs a value")
+        if key == "configs":
+            presets += values
+        elif key == "resume":
+            resume = values[0]
+        else:
+            overrides[key] = values if len(values) > 1 else values[0]
+    return presets, overrides, resume
+
+
+def help_text(usage: str) -> str:
+    """``usage``, the presets, and every key with its sentence and default."""
+    says = sentences()
+    defaults = load_config([], {}).flat()
+    lines = [usage.strip(), "", "Presets, stacked left to right over the defaults:"]
+    lines += [f"  {name:<22} {text}" for name, text in says.items() if "." not in name and name != "defaults"]
+    lines += [
+        "",
+        "  --resume PATH          Start from the weights, optimisers and episodes of another run's checkpoint.",
+    ]
+    lines += ["", "Keys, their sentences and defaults:"]
+    for key, value in defaults.items():
+        shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        shown = shown.lower() if isinstance(value, bool) else shown
+        lines.append(f"  --{key:<24} {says[f'defaults.{key}']} [{shown}]")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- seeding and schedules
+
+
+def seed_all(seed: int) -> dict[str, np.random.Generator]:
+    """Seed torch and return independent generators: "replay", "explore"."""
+    torch_seed, *others = np.random.SeedSequence(seed).spawn(3)
+    torch.manual_seed(int(torch_seed.generate_state(1, np.uint64)[0] >> 1))
+    return dict(zip(("replay", "explore"), map(np.random.default_rng, others), strict=True))
+
+
+class Every:
+    """Due whenever ``step`` has passed another multiple of ``every`` since it was last ``done``."""
+
+    def __init__(self, every: int):
+        self.every, self.count = every, 0
+
+    def due(self, step: int) -> bool:
+        return step // self.every > self.count
+
+    def done(self, step: int) -> None:
+        self.count = step // self.every
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def plain(value: Any) -> Any:
+    """``value`` with arrays as tensors and containers plain, so that it loads with ``weights_only=True``."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value).copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(x) for key, x in value.items()}
+    return [plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def arrays(value: Any) -> Any:
+    """The inverse of ``plain`` for consumers that want arrays."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: arrays(x) for key, x in value.items()}
+    return [arrays(x) for x in value] if isinstance(value, list) else value
+
+
+def replace_file(path: Path, write: Any, keep: Path | None = None) -> None:
+    """``write(temporary path)``, then put it in place of ``path`` in one step; what was there becomes ``keep``.
+
+    A crash at any moment leaves ``path`` whole, old or new. Raises OSError, with the temporary file removed.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            link = keep.with_name(keep.name + ".tmp")
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            os.replace(link, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: Mapping) -> None:
+    """Write ``state`` atomically; the checkpoint before it stays as ``previous.pt`` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, functools.partial(write_tensors, state=plain(state)), path.with_name("previous.pt"))
+
+
+def write_tensors(path: Path, state: Any) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's complaint about the archive hides what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors and plain values only: a checkpoint never executes code. Raises CheckpointError, one line."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():  # torch itself does not check the sums of what it maps
+                raise ValueError(f"{bad} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # whatever a damaged or foreign file makes zipfile, pickle and torch raise
+        raise CheckpointError(
+            f"cannot load {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+
+
+class CheckpointError(Exception):
+    """One line that says which checkpoint cannot be read and why."""
