@@ -1,0 +1,178 @@
+"""Does the agent learn? Whole runs through dreamer.py, beside their bars, random play, and a broken twin.
+
+    python benchmarks/learning.py minatar --seeds 0 1 2 [--configs PRESET ...] [--out results/FILE.json]
+    python benchmarks/learning.py cartpole --seeds 0 1 2 --twin     # rewards shuffled in replay: must fail
+
+Runs go to runs/learning/ and continue where they stopped. Exit status 1 if a bar is missed (for a twin: if one is met).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import dreamer  # noqa: E402
+import tools  # noqa: E402
+from envs import make_env  # noqa: E402
+from hidreamer.replay import Replay  # noqa: E402
+
+# name: presets, steps, random play's return, and bars (what is averaged, its least value).
+TASKS = {
+    "minatar": {
+        "configs": ["minatar"],
+        "steps": 50_000,
+        "bars": {"return_at_20000": 2.0, "return_at_50000": 5.0, "ball_after_3": 0.85},
+    },
+    "cartpole": {"configs": ["gym"], "steps": 20_000, "bars": {"last_10_episodes": 400.0}},
+}
+
+
+class Shuffled(Replay):
+    """The broken twin: every batch has its rewards in a random order, so nothing says what they were for."""
+
+    def sample(self, rng=None):
+        batch = super().sample(rng)
+        order = (self.rng if rng is None else rng).permutation(batch["reward"].size)
+        batch["reward"] = batch["reward"].ravel()[order].reshape(batch["reward"].shape)
+        return batch
+
+
+def train(task: str, configs: list[str], seed: int, steps: int, folder: Path, twin: bool) -> None:
+    """One run, in this process; finished runs are kept."""
+    dreamer.Replay = Shuffled if twin else Replay
+    words = ["--configs", *TASKS[task]["configs"], *configs, "--seed", str(seed), "--steps", str(steps)]
+    words += ["--logdir", str(folder), "--eval_episodes", "0", "--video", "false"]
+    status = dreamer.main(words)
+    if status:
+        sys.exit(status)
+
+
+def episodes(folder: Path) -> np.ndarray:
+    """(episodes, 2): the step at which each training episode ended, and its return."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return np.array([(line["step"], line["train_return"]) for line in lines if "train_return" in line])
+
+
+def measure(task: str, folder: Path, steps: int) -> dict[str, float]:
+    """Every figure that has a bar and can be had from a run of this length."""
+    ended = episodes(folder)
+    mean = lambda low, high: float(ended[(ended[:, 0] > low) & (ended[:, 0] <= high), 1].mean())
+    if task == "cartpole":
+        return {"last_10_episodes": float(ended[-10:, 1].mean())}
+    found = {f"return_at_{at}": mean(at - 2000, at) for at in (20_000, 50_000) if at <= steps}
+    return found | ball(folder)
+
+
+@torch.no_grad()
+def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> dict[str, float]:
+    """Breakout's open loop on new episodes of the trained policy: is the ball's cell right after 3 imagined steps?
+
+    ``copy`` is what the ball's last seen cell would score.
+    """
+    state = tools.load_checkpoint(folder / "checkpoints" / "latest.pt")
+    config = tools.Config(state["config"])
+    env = make_env(config.task, config.env.tree(), 987_654_321)
+    agent = dreamer.models.Agent(env.obs_space, env.act_space, env.act_dim, config)
+    agent.load_state_dict(state["agent"]["params"])
+    torch.manual_seed(0)
+    rows, obs, acting = [], env.reset(), agent.initial(1)
+    zero = np.zeros(env.act_dim, np.float32)
+    length = context + horizon
+    while len(rows) < count * length:
+        rows.append({**obs, "prev_action": zero if obs["is_first"] else acting.action[0].numpy()})
+        acting = agent.act(acting, {key: torch.as_tensor(obs[key])[None] for key in ("grid", "is_first")})
+        obs = env.reset() if obs["is_last"] else env.step(acting.action[0].numpy())
+    keys = ("grid", "prev_action", "reward", "is_first", "is_terminal")
+    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])).unflatten(0, (count, length)) for key in keys}
+    truth, model = agent.world_model.open_loop(batch, context)
+    cell = lambda grid, t: grid[:, t, ..., 1].flatten(1).argmax(-1)  # plane 1 is the ball
+    whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be foreseen
+    right = lambda guess: float((guess == cell(truth["grid"], -1))[whole].float().mean())
+    return {
+        "ball_after_3": right(cell(model["grid"], -1)),
+        "ball_after_3_copy": right(cell(truth["grid"], context - 1)),
+    }
+
+
+def random_return(task: str, count: int = 300) -> float:
+    config = tools.load_config(TASKS[task]["configs"], {})
+    env, rng, returns = make_env(config.task, config.env.tree(), 1), np.random.default_rng(1), []
+    while len(returns) < count:
+        obs, score = env.reset(), 0.0
+        while not obs["is_last"]:
+            obs = env.step(dreamer.random_action(env.act_space, 1, rng)[0])
+            score += float(obs["reward"])
+        returns.append(score)
+    return float(np.mean(returns))
+
+
+def provenance() -> dict[str, str]:
+    """Commit, command and hardware: without them a number is a rumour."""
+    git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
+def curve(folder: Path, steps: int, width: int) -> list[list[float]]:
+    """[step, mean return of the episodes that ended in the ``width`` steps before] ..."""
+    ended = episodes(folder)
+    bins = [(at, ended[(ended[:, 0] > at - width) & (ended[:, 0] <= at), 1]) for at in range(width, steps + 1, width)]
+    return [[at, round(float(scores.mean()), 3)] for at, scores in bins if len(scores)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="a shorter run; bars beyond it are left out")
+    parser.add_argument("--configs", nargs="*", default=[], help="presets on top of the task's own")
+    parser.add_argument("--twin", action="store_true", help="train the broken twin instead")
+    parser.add_argument("--out", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    steps = args.steps or TASKS[args.task]["steps"]
+    bars, runs, fine = TASKS[args.task]["bars"], {}, True
+    for seed in args.seeds:
+        name = "-".join([args.task, *args.configs, str(seed), *(["twin"] if args.twin else [])])
+        folder = ROOT / "runs" / "learning" / name
+        train(args.task, args.configs, seed, steps, folder, args.twin)
+        found = measure(args.task, folder, steps)
+        met = {bar: found[bar] >= least for bar, least in bars.items() if bar in found}
+        # A twin fails if it misses every bar about returns: what the world looks like it may still learn.
+        fine &= not any(ok for bar, ok in met.items() if "ball" not in bar) if args.twin else all(met.values())
+        runs[seed] = {"figures": found, "met": met, "curve": curve(folder, steps, 1000)}
+        print(f"seed {seed}:", ", ".join(f"{bar} {value:.2f}" for bar, value in found.items()), flush=True)
+    report = provenance() | {
+        "task": args.task,
+        "configs": args.configs,
+        "steps": steps,
+        "twin": args.twin,
+        "bars": bars,
+    }
+    report |= {"random_return": random_return(args.task), "runs": runs}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1))
+    print("as it should be" if fine else "NOT as it should be", f"(random play: {report['random_return']:.2f})")
+    return int(not fine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""What touches observations and actions: encoder, decoder, heads, actor.
+
+An observation is a dict of images (uint8 (H,W,C)), grids (bool (H,W,C)) and vectors (float32 (N,)), told apart by
+their spaces. Inside the networks images are floats in [-0.5, 0.5] (see ``prepare``). Keys go in alphabetical order.
+The layers' shapes are those of dreamerv3-torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from hidreamer import distributions as dists
+from hidreamer.nets import EPS, MLP, Block, init_trunc, init_uniform, linear
+
+
+def kinds(obs_space: Mapping[str, spaces.Space], pattern: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Observation keys that match ``pattern``, sorted, by kind: {"image" | "grid" | "vector": {key: shape}}.
+
+    Raises ValueError where nothing matches, or images or grids differ in height or width.
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = {"image": {}, "grid": {}, "vector": {}}
+    for key in sorted(obs_space):
+        if re.fullmatch(pattern, key):
+            space = obs_space[key]
+            kind = {(np.uint8, 3): "image", (np.bool_, 3): "grid"}.get((space.dtype.type, len(space.shape)), "vector")
+            found[kind][key] = space.shape
+    if not any(found.values()):
+        raise ValueError(f"no observation matches keys {pattern!r}; the task has {', '.join(sorted(obs_space))}")
+    for kind in ("image", "grid"):
+        if len({shape[:2] for shape in found[kind].values()}) > 1:
+            raise ValueError(f"{kind}s of one task must have one height and width, not {found[kind]}")
+    return found
+
+
+def prepare(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Raw observation tensors to floats: images to [-0.5, 0.5], grids to {0, 1}, vectors as they are."""
+    return {k: x.float() / 255.0 - 0.5 if x.dtype == torch.uint8 else x.float() for k, x in obs.items()}
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel, (B, C, H, W). In channels-last memory both permutes are free."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> nn.Module:
+    """Initialise a convolution as ``nets.linear`` does, fans counted over its kernel."""
+    space = math.prod(layer.kernel_size)
+    fans = space * layer.in_channels, space * layer.out_channels
+    if scale is None:
+        init_trunc(layer.weight, *fans)
+    else:
+        init_uniform(layer.weight, *fans, scale)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def stages(size: tuple[int, int], minres: int) -> int:
+    """How many halvings lead from an image's side to ``minres``. Raises ValueError if none do."""
+    n = round(math.log2(size[0] / minres))
+    if size[0] != size[1] or n < 1 or minres * 2**n != size[0]:
+        raise ValueError(
+            f"images must be square with side {minres} x 2^n, not {size[0]}x{size[1]}: set env.size or minres"
+        )
+    return n
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions down to ``minres``: (N, H, W, C) -> (N, dim), flattened channels first."""
+
+    def __init__(self, shape: tuple[int, int, int], depth: int, minres: int):
+        super().__init__()
+        layers, inp = [], shape[-1]
+        for i in range(stages(shape[:2], minres)):
+            out = depth * 2**i
+            layers += [conv(nn.Conv2d(inp, out, 4, 2, padding=1, bias=False)), ChannelNorm(out), nn.SiLU()]
+            inp = out
+        self.layers = nn.Sequential(*layers)
+        self.dim = inp * minres**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.permute(0, 3, 1, 2)).flatten(1)
+
+
+class ConvDecoder(nn.Module):
+    """The way back up: (N, feat) -> (N, H, W, C)."""
+
+    def __init__(self, feat_dim: int, shape: tuple[int, int, int], depth: int, minres: int):
+        super().__init__()
+        n = stages(shape[:2], minres)
+        inp = depth * 2 ** (n - 1)
+        self.inp = linear(feat_dim, inp * minres**2, scale=1.0)
+        self.grid = (minres, minres, inp)
+        layers = []
+        for i in reversed(range(1, n)):
+            out = depth * 2 ** (i - 1)
+            layers += [conv(nn.ConvTranspose2d(inp, out, 4, 2, padding=1, bias=False)), ChannelNorm(out), nn.SiLU()]
+            inp = out
+        layers.append(conv(nn.ConvTranspose2d(inp, shape[-1], 4, 2, padding=1), scale=1.0))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x).unflatten(-1, self.grid).permute(0, 3, 1, 2)  # (N, C, minres, minres)
+        return self.layers(x).permute(0, 2, 3, 1)
+
+
+class GridEncoder(nn.Module):
+    """For small boards of binary planes: one 3x3 convolution, one block. (N, H, W, C) -> (N, units)."""
+
+    def __init__(self, shape: tuple[int, int, int], depth: int, units: int):
+        super().__init__()
+        self.conv = conv(nn.Conv2d(shape[-1], depth, 3, padding=1))
+        self.block = Block(depth * shape[0] * shape[1], units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(F.silu(self.conv(x.permute(0, 3, 1, 2))).flatten(1))
+
+
+def joined(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of several images or grids laid on each other by channel."""
+    first, *_ = shapes.values()
+    return (*first[:2], sum(shape[-1] for shape in shapes.values()))
+
+
+class Encoder(nn.Module):
+    """Prepared observations (B, T, ...) -> embed (B, T, dim): images, then grids, then vectors (through symlog)."""
+
+    def __init__(
+        self, obs_space: Mapping[str, spaces.Space], *, keys: str, depth: int, minres: int, layers: int, units: int
+    ):
+        super().__init__()
+        self.kinds = kinds(obs_space, keys)
+        self.dim = 0
+        if image := self.kinds["image"]:
+            self.image = ConvEncoder(joined(image), depth, minres)
+            self.dim += self.image.dim
+        if grid := self.kinds["grid"]:
+            self.grid = GridEncoder(joined(grid), depth, units)
+            self.dim += units
+        if vector := self.kinds["vector"]:
+            self.vector = MLP(sum(math.prod(shape) for shape in vector.values()), layers, units, sized=True)
+            self.dim += units
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for kind, shapes in self.kinds.items():
+            if not shapes:
+                continue
+            x = [obs[key] for key in shapes]  # (B, T, ...) each
+            if kind == "vector":
+                parts.append(self.vector(dists.symlog(torch.cat([v.flatten(2) for v in x], -1))))
+            else:
+                x = torch.cat(x, -1) if len(x) > 1 else x[0]  # (B, T, H, W, C)
+                parts.append(getattr(self, kind)(x.flatten(0, 1)).unflatten(0, x.shape[:2]))  # (B, T, .)
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+class Decoder(nn.Module):
+    """Features (B, T, F) -> {key: distribution of the prepared observation (B, T, ...)}."""
+
+    def __init__(
+        self,
+        feat_dim: int,
+        obs_space: Mapping[str, spaces.Space],
+        *,
+        keys: str,
+        depth: int,
+        minres: int,
+        layers: int,
+        units: int,
+    ):
+        super().__init__()
+        self.kinds = kinds(obs_space, keys)
+        if image := self.kinds["image"]:
+            self.image = ConvDecoder(feat_dim, joined(image), depth, minres)
+        self.sizes = {k: math.prod(shape) for kind in ("grid", "vector") for k, shape in self.kinds[kind].items()}
+        if self.sizes:
+            self.vector = MLP(feat_dim, layers, units, sum(self.sizes.values()))
+
+    def forward(self, x: Tensor) -> dict[str, dists.MSE | dists.Bernoulli]:
+        out = {}
+        if shapes := self.kinds["image"]:
+            images = self.image(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, T, H, W, C)
+            parts = images.split([shape[-1] for shape in shapes.values()], -1)
+            out |= {key: dists.MSE(part, event=3) for key, part in zip(shapes, parts, strict=True)}
+        if self.sizes:
+            flat = self.vector(x).split(list(self.sizes.values()), -1)  # (B, T, size) each
+            for key, part in zip(self.sizes, flat, strict=True):
+                if shape := self.kinds["grid"].get(key):
+                    out[key] = dists.Bernoulli(part.unflatten(-1, shape), event=3)
+                else:
+                    shape = self.kinds["vector"][key]
+                    out[key] = dists.MSE(part.unflatten(-1, shape), event=len(shape), squash=True)
+        return out
+
+
+class TwoHotHead(MLP):
+    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero, so it first says exactly 0."""
+
+    def __init__(self, feat_dim: int, *, layers: int, units: int):
+        super().__init__(feat_dim, layers, units, dists.BINS, outscale=0.0)
+
+    def forward(self, x: Tensor) -> dists.TwoHot:
+        return dists.TwoHot(super().forward(x))
+
+
+class ContHead(MLP):
+    """Whether the episode goes on, (..., F) -> Bernoulli (...)."""
+
+    def __init__(self, feat_dim: int, *, layers: int, units: int):
+        super().__init__(feat_dim, layers, units, 1)
+
+    def forward(self, x: Tensor) -> dists.Bernoulli:
+        return dists.Bernoulli(super().forward(x).squeeze(-1))
+
+
+class Actor(MLP):
+    """The policy, (..., F) -> OneHots or ClippedNormal over actions (..., A), as the action space asks."""
+
+    def __init__(
+        self,
+        feat_dim: int,
+        space: spaces.Space,
+        *,
+        layers: int,
+        units: int,
+        unimix: float,
+        min_std: float,
+        max_std: float,
+    ):
+        if isinstance(space, spaces.Box):
+            sizes = None
+        else:
+            sizes = (int(space.n),) if isinstance(space, spaces.Discrete) else tuple(map(int, space.nvec))
+        super().__init__(feat_dim, layers, units, sum(sizes) if sizes else 2 * space.shape[0])
+        self.sizes, self.unimix, self.std = sizes, unimix, (min_std, max_std)
+
+    def forward(self, x: Tensor) -> dists.OneHots | dists.ClippedNormal:
+        x = super().forward(x)
+        return (
+            dists.ClippedNormal(*x.chunk(2, -1), *self.std)
+            if self.sizes is None
+            else dists.OneHots(x, self.sizes, self.unimix)
+        )

@@ -1,0 +1,301 @@
+"""The one update: what it changes, what it costs, and upstream's known faults, each with a test that would catch it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import models
+import networks
+import tools
+from benchmarks import measure
+from hidreamer.dynamics import TYPES
+
+VECTOR = {"vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
+EVERYTHING = VECTOR | {
+    "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+    "wide": spaces.Box(0, 255, (16, 16, 1), np.uint8),
+    "grid": spaces.Box(0, 1, (6, 6, 4), np.bool_),
+}
+ACTIONS = {
+    "discrete": spaces.Discrete(3),
+    "multi": spaces.MultiDiscrete([2, 3]),
+    "continuous": spaces.Box(-1, 1, (2,), np.float32),
+}
+
+
+def make(obs=VECTOR, act="discrete", batch=2, length=8, **overrides):
+    config = tools.load_config(["debug"], {"replay.batch": batch, "replay.length": length, **overrides})
+    space = ACTIONS[act]
+    dim = {"discrete": 3, "multi": 5, "continuous": 2}[act]
+    agent = models.Agent(obs, space, dim, config)
+    agent.make_optimizers()
+    rows = measure.random_rows(obs, space, batch, length)
+    return agent, {key: torch.from_numpy(x) for key, x in rows.items()}
+
+
+def changed(before, after):
+    return {key for key, x in after.items() if not torch.equal(x, before[key])}
+
+
+@pytest.mark.parametrize("act", ACTIONS)
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_update_changes_every_parameter_and_nothing_of_the_batch(kind, act):
+    agent, batch = make(EVERYTHING, act, **{"dynamics.type": kind})
+    kept = {key: x.clone() for key, x in batch.items()}
+    before = copy.deepcopy(agent.state_dict())
+    for _ in range(3):  # layers behind zero-initialised ones move from the second update on
+        metrics = agent.update(batch)
+    assert metrics.shape == (len(agent.metric_names),) and metrics.isfinite().all()
+    still = set(before) - changed(before, agent.state_dict())
+    assert not still, still
+    assert not changed(kept, batch)
+
+
+def test_each_optimiser_changes_its_own_part():
+    agent, batch = make()
+    steps = {name: opt.step for name, opt in agent.optimizers.items()}
+    for only in steps:
+        for name, opt in agent.optimizers.items():
+            opt.step = steps[name] if name == only else lambda loss: {"grad_norm": loss.detach()}
+        before = copy.deepcopy(agent.state_dict())
+        agent.update(batch)
+        agent.update(batch)
+        part = {"model": "world_model.", "actor": "behavior.actor.", "critic": "behavior.critic."}[only]
+        moved = {
+            key
+            for key in changed(before, agent.state_dict())
+            if not key.startswith(("behavior.slow.", "behavior.norm."))
+        }
+        assert moved and all(key.startswith(part) for key in moved)
+
+
+@pytest.mark.parametrize("act", ["discrete", "continuous"])
+def test_no_host_read_and_few_kernels(act):
+    """Upstream: 1,041 host reads and 13,981 kernels an update, whatever the widths."""
+    agent, batch = make({"image": EVERYTHING["image"]}, act, length=64, **{"imag.horizon": 15})
+    agent.update(batch)
+    counts = measure.operators(lambda: agent.update(batch))
+    assert counts["host_reads"] == 0
+    assert 1000 < counts["kernels"] <= 8000
+    state, obs = agent.initial(1), {key: batch[key][:1, 0] for key in ("image", "is_first")}
+    assert measure.operators(lambda: agent.act(state, obs))["host_reads"] == 0
+
+
+def test_the_counter_sees_host_reads():
+    assert measure.operators(lambda: torch.ones(3).sum().item())["host_reads"] == 1
+
+
+def dream(agent, batch):
+    obs = networks.prepare(batch)
+    _, carry, post, _, _ = agent.world_model.loss(obs)
+    start = agent.world_model.dynamics.starts(carry, post, 0)
+    return agent.behavior.dream(agent.world_model, start, obs["is_terminal"].flatten())
+
+
+def actor_gradient(agent, dreamt, rew):
+    loss, _, _ = agent.behavior.losses(dreamt, rew)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.behavior.actor.parameters()))])
+
+
+@pytest.mark.parametrize("act", ["discrete", "continuous"])
+def test_return_normalisation_is_used(act):
+    """Upstream computes the normalised advantage and lets REINFORCE use the raw one."""
+    agent, batch = make(act=act, **{"actor.entropy": 0})
+    dreamt = dream(agent, batch)
+    agent.behavior.norm.rate = 1.0
+    rew = 10 * torch.randn(dreamt.disc.shape)
+    one, hundred = actor_gradient(agent, dreamt, rew), actor_gradient(agent, dreamt, 100 * rew)
+    assert one.norm() > 0
+    assert torch.allclose(one, hundred, rtol=0.05, atol=0.05 * one.abs().max().item())
+
+
+def test_small_returns_are_not_magnified():
+    agent, batch = make(**{"actor.entropy": 0})
+    dreamt = dream(agent, batch)
+    rew = torch.randn(dreamt.disc.shape)
+    small, smaller = (actor_gradient(agent, dreamt, scale * rew) for scale in (1e-3, 1e-4))
+    assert torch.allclose(small, 10 * smaller, rtol=1e-3, atol=1e-8)
+
+
+def test_reinforce_records_no_graph_in_the_dream():
+    agent, batch = make()
+    dreamt = dream(agent, batch)
+    assert not any(x.requires_grad for x in (*dreamt.feat, dreamt.action, dreamt.disc))
+    agent, batch = make(act="continuous", **{"actor.gradient": "dynamics"})
+    assert dream(agent, batch).feat.stoch.requires_grad
+
+
+@pytest.mark.parametrize("act", ["discrete", "continuous"])
+def test_backpropagation_through_the_dynamics(act):
+    """The policy finds the action that the model rewards; the model itself is not moved by it."""
+    agent, batch = make(act=act, **{"actor.gradient": "dynamics"})
+    before = copy.deepcopy(agent.state_dict())
+    obs = networks.prepare(batch)
+    _, carry, post, _, _ = agent.world_model.loss(obs)
+    start = agent.world_model.dynamics.starts(carry, post, 0)
+    agent._improve(
+        "", agent.behavior, start, obs["is_terminal"].flatten(), lambda dreamt, rew: rew + dreamt.action.sum(-1)
+    )
+    moved = changed(before, agent.state_dict())
+    assert any(key.startswith("behavior.actor") for key in moved)
+    assert not any(key.startswith("world_model") for key in moved)
+
+
+def test_nothing_counts_after_a_terminal_start():
+    """Upstream weighs a terminal start like any other and learns from continuations that cannot happen."""
+    agent, batch = make(**{"actor.entropy": 1.0})
+    dreamt = dream(agent, batch | {"is_terminal": torch.ones_like(batch["is_terminal"])})
+    actor_loss, critic_loss, _ = agent.behavior.losses(dreamt, torch.randn(dreamt.disc.shape))
+    assert actor_loss == 0.0 and critic_loss == 0.0
+
+
+def test_truncation_is_not_termination():
+    """Only is_terminal teaches the continue head that an episode ends."""
+    agent, batch = make()
+    targets = []
+    agent.world_model.cont.forward = lambda x: type("Cont", (), {"log_prob": lambda self, y: targets.append(y) or y})()
+    batch["is_terminal"][0, 3] = True
+    agent.world_model.loss(networks.prepare(batch))
+    assert torch.equal(targets[0], 1.0 - batch["is_terminal"].float())
+    assert "is_last" not in batch
+
+
+def test_slow_critic_regularises_with_a_gradient():
+    """In the lineage this term had none: both sides were detached."""
+    agent, batch = make()
+    dreamt = dream(agent, batch)
+    rew = torch.zeros(dreamt.disc.shape)
+    grads = []
+    for value in (0.0, 50.0):
+        torch.nn.init.zeros_(agent.behavior.slow.out.weight)
+        agent.behavior.slow.out.bias.data.zero_()[127 + int(value)] = 20.0
+        _, loss, _ = agent.behavior.losses(dreamt, rew)
+        grads.append(torch.autograd.grad(loss, agent.behavior.critic.out.bias)[0])
+    assert (grads[0] - grads[1]).abs().max() > 1e-3
+
+
+def test_slow_critic_follows():
+    agent, batch = make(**{"critic.slow_rate": 0.25})
+    slow = agent.behavior.slow.out.bias.clone()
+    agent.update(batch)
+    fast = agent.behavior.critic.out.bias
+    assert torch.allclose(agent.behavior.slow.out.bias, torch.lerp(slow, fast, 0.25))
+
+
+def test_saved_state_goes_on_exactly():
+    agent, batch = make(EVERYTHING, **{"expl.behavior": "plan2explore"})
+    agent.update(batch)
+    other, _ = make(EVERYTHING, **{"expl.behavior": "plan2explore"})
+    other.load_state(copy.deepcopy(agent.save_state()))
+    torch.manual_seed(1)
+    a = agent.update(batch)
+    torch.manual_seed(1)
+    assert torch.equal(a, other.update(batch))
+    assert not changed(agent.state_dict(), other.state_dict())
+
+
+def test_other_sizes_are_refused_with_both_shapes():
+    agent, _ = make()
+    other, _ = make(**{"actor.net.units": 17})
+    with pytest.raises(ValueError, match=r"behavior\.actor.*\(17, 32\).*\(16, 32\)"):
+        other.load_state(agent.save_state())
+
+
+@pytest.mark.parametrize(
+    ("target", "action_cond"), [("embed", "true"), ("stoch", "false"), ("deter", "true"), ("feat", "false")]
+)
+def test_plan2explore(target, action_cond):
+    overrides = {
+        "expl.target": target,
+        "expl.action_cond": action_cond,
+        "expl.models": 3,
+        "expl.units": 32,
+        "model.lr": 1e-3,
+    }
+    agent, batch = make(**overrides, **{"expl.behavior": "plan2explore"})
+    losses = [dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False)) for _ in range(40)]
+    assert losses[-1]["expl_model_loss"] < losses[1]["expl_model_loss"]
+    assert {"expl_actor_loss", "expl_critic_grad_norm", "actor_loss"} < losses[-1].keys()
+    obs = {key: batch[key][:, 0] for key in ("vector", "is_first")}
+    assert agent.act(agent.initial(2), obs, "explore").action.shape == (2, 3)
+
+
+def test_disagreement_is_paid_where_the_ensemble_disagrees():
+    agent, batch = make(**{"expl.behavior": "plan2explore", "expl.log": "false"})
+    dreamt = dream(agent, batch)
+    spread = agent.explorer.reward(dreamt, torch.zeros(dreamt.disc.shape))
+    assert (spread > 0).all()
+    for net in agent.explorer.ensemble[1:]:
+        net.load_state_dict(agent.explorer.ensemble[0].state_dict())
+    agreed = agent.explorer.reward(dreamt, torch.full(dreamt.disc.shape, 3.0))
+    assert agreed.abs().max() < 1e-6  # extr_scale is 0
+
+
+@pytest.mark.parametrize("act", ACTIONS)
+def test_acting(act):
+    agent, batch = make(act=act)
+    obs = {key: batch[key][:, 0] for key in ("vector", "is_first")}
+    state = agent.initial(2)
+    kept = copy.deepcopy(state)
+    greedy = [torch.manual_seed(3) and agent.act(state, obs, "greedy").action for _ in range(2)]
+    assert torch.equal(*greedy)
+    assert all(torch.equal(x, y) for x, y in zip((*state.carry, state.action), (*kept.carry, kept.action), strict=True))
+    samples = torch.stack([agent.act(state, obs).action for _ in range(20)])
+    assert samples.std(0).max() > 0
+    assert (samples.abs() <= 1).all()
+    if act == "multi":
+        assert (samples[..., :2].sum(-1) == 1).all() and (samples[..., 2:].sum(-1) == 1).all()
+
+
+def test_acting_under_bfloat16_and_update_stay_finite():
+    agent, batch = make(EVERYTHING, precision="bfloat16")
+    for _ in range(2):
+        assert agent.update(batch).isfinite().all()
+    assert all(x.dtype == torch.float32 for x in agent.state_dict().values())
+
+
+def test_fewer_starts_dream_less():
+    agent, batch = make(**{"imag.starts": 2})
+    sizes = []
+    original = agent.behavior.dream
+    agent.behavior.dream = lambda *args: sizes.append(original(*args)) or sizes[-1]
+    agent.update(batch)
+    assert sizes[0].disc.shape == (4, 4)
+
+
+def test_open_loop_shows_truth_then_dreams():
+    agent, batch = make(EVERYTHING)
+    truth, model = agent.world_model.open_loop(batch, context=5)
+    assert truth.keys() == model.keys() == {"image", "wide", "grid", "vector"}
+    assert torch.allclose(truth["image"], batch["image"] / 255.0, atol=1e-6)
+    assert all(truth[key].shape == model[key].shape for key in truth)
+    assert model["image"].min() >= 0.0 and model["image"].max() <= 1.0
+    # The dream does not look at what it is compared with.
+    torch.manual_seed(3)
+    _, a = agent.world_model.open_loop(batch, context=5)
+    later = {key: x.clone() for key, x in batch.items()}
+    later["image"][:, 5:] = 0
+    torch.manual_seed(3)
+    _, b = agent.world_model.open_loop(later, context=5)
+    assert torch.equal(a["image"], b["image"])
+
+
+@pytest.mark.gpu
+def test_captured_update_equals_eager():
+    """Without samples in the way (one class, one action) the recorded graph computes what the eager update computes."""
+    one = {"dynamics.rssm.classes": 2, "dynamics.unimix": 0, "imag.horizon": 2}
+    runs = []
+    for compiled in ("off", "on"):
+        torch.manual_seed(0)
+        agent, batch = make(EVERYTHING, **one)
+        agent = agent.cuda()
+        agent.make_optimizers()
+        step = agent.make_update(compiled)
+        batch = {key: x.cuda() for key, x in batch.items()}
+        runs.append(torch.stack([step(batch).clone() for _ in range(6)]))
+    assert runs[0].isfinite().all() and runs[1].isfinite().all()
+    assert torch.allclose(runs[0][0], runs[1][0], rtol=1e-2, atol=1e-3)
+    assert not torch.equal(runs[1][-1], runs[1][-2])  # replayed, not returned from memory
