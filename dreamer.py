@@ -13,6 +13,7 @@ import importlib.util
 import shlex
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,7 @@ class Run:
     def farewell(self, argv: list[str]) -> str:
         """Where everything is, and which command goes on."""
         videos = sorted((self.logdir / "videos").glob(f"{self.step:09d}-*.mp4"))
-        kept = [word for word in argv if not word.startswith("--steps")]
-        if "--steps" in argv:
-            kept = argv[: argv.index("--steps")] + argv[argv.index("--steps") + 2 :]
+        kept = [word for i, word in enumerate(argv) if not word.startswith("--steps") and argv[i - 1] != "--steps"]
         again = shlex.join(["python", "dreamer.py", *kept, "--steps", str(2 * self.config.steps)])
         lines = [f"done: {self.step} steps, {self.updates} updates"]
         lines += [f"video:      {path}" for path in videos]
@@ -520,4 +519,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     sys.exit(main(sys.argv[1:]))

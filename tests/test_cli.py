@@ -1,0 +1,218 @@
+"""dreamer.py as people call it: every kind of task, every wrong argument, what ends up in the folder."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+import dreamer
+import tools
+from conftest import ROOT
+from hidreamer.dynamics import TYPES
+
+QUICK = ["--steps", "60", "--log_every", "30", "--eval_every", "60", "--checkpoint_every", "60", "--eval_episodes", "1"]
+
+
+def run(logdir, *args):
+    return dreamer.main(["--configs", "debug", *map(str, args), "--logdir", str(logdir)])
+
+
+def records(logdir):
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+TASKS = {
+    "atari_pong": ["--env.action_repeat", 4, "--steps", 240, "--env.time_limit", 80],
+    "dmc_cartpole_balance": ["--env.dmc.image", "false", "--env.dmc.proprio", "true", "--env.time_limit", 40],
+    "crafter_reward": ["--env.time_limit", 30],
+    "vizdoom_basic": ["--env.action_repeat", 4, "--steps", 240, "--env.time_limit", 80],
+    "minatar_freeway": ["--env.time_limit", 30],
+    "gym_Pendulum-v1": ["--env.time_limit", 30, "--actor.gradient", "dynamics"],
+    "dummy_multi": [],
+    "dummy_continuous": ["--expl.behavior", "plan2explore", "--expl.units", 8],
+    "dummy_grid": ["--expl.behavior", "random", "--expl.until", 40],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_suite_trains_evaluates_and_saves(task, tmp_path, capsys):
+    module = {"crafter": "crafter", "vizdoom": "vizdoom", "dmc": "dm_control"}.get(task.split("_")[0], "numpy")
+    pytest.importorskip(module)
+    assert run(tmp_path, "--task", task, *QUICK, "--env.action_repeat", 1, *TASKS[task]) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint:" in out and "continue:   python dreamer.py" in out
+    found = records(tmp_path)
+    keys = {key for record in found for key in record}
+    assert {"step", "model_loss", "kl_0", "actor_loss", "eval_return", "train_return", "train_length"} <= keys
+    assert all(np.isfinite(value) for record in found for value in record.values())
+    assert [record["step"] for record in found] == sorted(record["step"] for record in found)
+    assert list((tmp_path / "videos").glob("*-agent.mp4"))
+    assert tools.load_checkpoint(tmp_path / "checkpoints" / "latest.pt")["step"] >= 60
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_every_dynamics_trains_on_vectors_and_images(kind, tmp_path):
+    for task in ("dummy_vector", "dummy_image"):
+        assert run(tmp_path / task, "--task", task, *QUICK, "--env.size", 16, 16, "--dynamics.type", kind) == 0
+
+
+def test_the_folder_holds_what_the_contract_says(tmp_path):
+    assert run(tmp_path, "--task", "dummy_image", *QUICK, "--env.size", 16, 16) == 0
+    config = YAML(typ="safe").load((tmp_path / "config.yaml").read_text())
+    assert config["task"] == "dummy_image" and config["env"]["size"] == [16, 16]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert isinstance(torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True), dict)
+    assert list((tmp_path / "videos").glob("*-open_loop.mp4"))
+    episodes = list((tmp_path / "train_eps").glob("*.npz"))
+    assert episodes
+    with np.load(episodes[0]) as episode:
+        assert {"image", "action", "reward", "discount", "is_first", "is_terminal"} == set(episode)
+        assert int(episodes[0].stem.split("-")[-1]) == len(episode["reward"])
+
+
+def test_tensorboard_has_the_same_names(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(tmp_path, "--task", "dummy_image", *QUICK, "--env.size", 16, 16) == 0
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    ours = {key for record in records(tmp_path) for key in record} - {"step"}
+    assert set(board.Tags()["scalars"]) == ours
+    assert set(board.Tags()["images"]) == {"agent", "open_loop"}
+    (loss,) = [record for record in records(tmp_path) if record["step"] >= 60 and "model_loss" in record][-1:]
+    assert board.Scalars("model_loss")[-1].value == pytest.approx(loss["model_loss"], rel=1e-5)
+
+
+def test_videos_are_videos(tmp_path):
+    import imageio.v3 as iio
+
+    assert run(tmp_path, "--task", "dummy_image", *QUICK, "--env.size", 16, 16) == 0
+    (path,) = (tmp_path / "videos").glob("*-open_loop.mp4")
+    frames = iio.imread(path, plugin="pyav")
+    assert len(frames) == 8 and frames.shape[1:] == (3 * 16 * 8, 2 * 16 * 8, 3)  # 2 sequences of 8 steps, enlarged 8x
+    truth, model = frames[0][: 16 * 8].astype(int), frames[0][16 * 8 : 2 * 16 * 8].astype(int)
+    assert truth.std() > 5 and abs(truth - model).mean() > 1  # hardly trained: they differ
+
+
+def test_a_crashed_environment_is_counted_and_survived(tmp_path):
+    args = ["--task", "dummy_crash", *QUICK, "--steps", 200, "--eval_episodes", 0, "--env.count", 2]
+    with pytest.warns(RuntimeWarning, match="crashed and is replaced"):
+        assert run(tmp_path, *args) == 0
+    assert max(record.get("env_restarts", 0) for record in records(tmp_path)) > 0
+
+
+WRONG = {
+    "unknown key": (["--acotr.lr", "1"], "actor.lr"),
+    "unknown preset": (["--configs", "atarii100k"], "atari100k"),
+    "unknown suite": (["--task", "atri_pong"], "atari"),
+    "unknown game": (["--task", "atari_pongg"], "pong"),
+    "unknown scenario": (["--task", "vizdoom_basik"], "basic"),
+    "unknown id": (["--task", "gym_CartPol-v1"], "CartPole"),
+    "wrong type": (["--steps", "soon"], "whole number"),
+    "wrong choice": (["--dynamics.type", "rsm"], "rssm"),
+    "no value": (["--steps"], "needs a value"),
+    "stray word": (["train"], "unexpected"),
+    "sizes": (["--env.size", "60", "60"], "minres"),
+    "no device": (["--device", "cuda"], "CUDA"),
+    "no checkpoint": (["--resume", "/nowhere/latest.pt"], "/nowhere/latest.pt"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_one_line_and_status_2(name, tmp_path, capsys, monkeypatch):
+    if name == "no device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    if name == "unknown scenario":
+        pytest.importorskip("vizdoom")
+    args, hint = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    assert dreamer.main([*args, "--logdir", str(tmp_path / "run")] if name != "stray word" else args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and hint in err
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "crafter", None)
+    monkeypatch.delitem(sys.modules, "envs.crafter", raising=False)
+    assert run(tmp_path / "run", "--task", "crafter_reward") == 2
+    assert "pip install -e '.[crafter]'" in capsys.readouterr().err
+
+
+def test_missing_wandb_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dreamer.importlib.util, "find_spec", lambda name: None)
+    assert run(tmp_path / "run", "--task", "dummy_vector", "--logger", "wandb") == 2
+    assert "pip install -e '.[wandb]'" in capsys.readouterr().err
+
+
+def test_help_shows_every_key_with_its_sentence(capsys):
+    assert dreamer.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    says = tools.sentences()
+    for key in tools.load_config([], {}).flat():
+        assert f"--{key} " in out and says[f"defaults.{key}"] in out
+    assert all(name in out for name in ("atari100k", "tiny_dreamerv3", "--resume PATH"))
+
+
+def test_no_arguments_show_the_help_and_fail(capsys):
+    assert dreamer.main([]) == 2
+    assert "Presets" in capsys.readouterr().out
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, str(ROOT / "dreamer.py"), "--configs", "debug", "--task", "dummy_vector", *QUICK]
+    result = subprocess.run([*command, "--logdir", str(tmp_path)], capture_output=True, text=True, cwd="/", timeout=120)
+    assert result.returncode == 0 and result.stderr == ""
+
+
+def test_every_config_key_is_read(tmp_path, monkeypatch):
+    """Runs that between them use everything; a key that none of them reads is dead."""
+    made = []
+    original = tools.load_config
+    monkeypatch.setattr(tools, "load_config", lambda *args: made.append(original(*args)) or made[-1])
+    runs = [["--task", "dummy_image", "--env.size", 16, 16, "--dynamics.type", kind] for kind in TYPES]
+    runs.append(["--task", "dummy_continuous", "--expl.behavior", "plan2explore", "--expl.units", 8])
+    for i, args in enumerate(runs):
+        assert run(tmp_path / str(i), *args, *QUICK) == 0
+    keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
+    # The suites take their own blocks; each of these is an argument of the suite's class, which Python checks.
+    suites = {key for key in keys if key.startswith(("env.atari.", "env.dmc.", "env.minatar."))}
+    assert sorted(keys - read - suites - {"env.size", "env.action_repeat", "env.time_limit"}) == []
+
+
+def test_starting_from_another_run(tmp_path, capsys):
+    first = ["--task", "dummy_vector", *QUICK]
+    assert run(tmp_path / "a", *first) == 0
+    assert run(tmp_path / "b", *first, "--actor.lr", "1e-3", "--resume", tmp_path / "a") == 0
+    assert "started from" in capsys.readouterr().out
+    a, b = (tools.load_checkpoint(tmp_path / d / "checkpoints" / "latest.pt") for d in "ab")
+    assert b["step"] < 2 * a["step"]  # its count starts at 0
+    files = [len(list((tmp_path / d / "train_eps").glob("*.npz"))) for d in "ab"]
+    assert files[1] > files[0]  # a's episodes and its own
+    # The same command again goes on with b, and does not begin from a once more.
+    again = [*first, "--actor.lr", "1e-3", "--resume", tmp_path / "a"]
+    again[again.index("--steps") + 1] = "90"
+    assert run(tmp_path / "b", *again) == 0
+    assert "continuing" in capsys.readouterr().out
+
+
+def test_resuming_a_run_by_its_folder(tmp_path, capsys):
+    args = ["--task", "dummy_vector", *QUICK]
+    assert run(tmp_path / "a", *args) == 0
+    args[args.index("--steps") + 1] = "90"
+    assert dreamer.main(["--configs", "debug", *args, "--resume", str(tmp_path / "a")]) == 0
+    assert tools.load_checkpoint(tmp_path / "a" / "checkpoints" / "latest.pt")["step"] >= 90
+    assert "continuing" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path, capsys):
+    assert run(tmp_path / "a", "--task", "dummy_vector", *QUICK) == 0
+    assert (
+        run(tmp_path / "b", "--task", "dummy_vector", *QUICK, "--critic.net.units", 17, "--resume", tmp_path / "a") == 2
+    )
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "behavior.critic" in err and "(17," in err and "(16," in err
