@@ -99,7 +99,7 @@ def test_videos_are_videos(tmp_path):
 
 
 def test_a_crashed_environment_is_counted_and_survived(tmp_path):
-    args = ["--task", "dummy_crash", *QUICK, "--steps", 200, "--eval_episodes", 0, "--env.count", 2]
+    args = ["--task", "dummy_crash", *QUICK, "--steps", 400, "--eval_episodes", 0, "--env.count", 2]
     with pytest.warns(RuntimeWarning, match="crashed and is replaced"):
         assert run(tmp_path, *args) == 0
     assert max(record.get("env_restarts", 0) for record in records(tmp_path)) > 0
