@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 
 import models
 import tools
 from envs import EnvError, make_env
 from envs.vector import Envs
+from hidreamer import cost
 from hidreamer.logger import Logger, Rates, Screen, picture
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
@@ -48,21 +48,19 @@ class Stop(Exception):
 # ---------------------------------------------------------------- command line
 
 
-def prepare(argv: list[str]) -> tuple[Config, Path, Path | None]:
+def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     """-> config, folder of the run, checkpoint of another run to start from. Raises ConfigError."""
-    presets, overrides, resume = tools.parse(argv)
-    config = tools.load_config(presets, overrides)
+    config = tools.load_config(args.presets, args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
-    source = Path(resume) if resume else None
+    source = Path(args.resume) if args.resume else None
     if source is not None and source.is_dir():
         found = [p for p in (source / "checkpoints" / "latest.pt", source / "latest.pt") if p.exists()]
         source = found[0] if found else source / "checkpoints" / "latest.pt"
     if source is not None and not source.exists():
         raise ConfigError(f"--resume: there is no checkpoint {source}")
     home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
-    logdir = config.logdir or (home and "logdir" not in overrides and str(home))
-    logdir = Path(logdir or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()
+    logdir = Path(config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()
     own = home is not None and logdir.resolve() == home.resolve()
     return config, logdir, None if own else source
 
@@ -72,6 +70,30 @@ def pick_device(config: Config) -> torch.device:
         raise ConfigError("device is 'cuda' but torch finds no CUDA device; use --device cpu")
     name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def capacity(args: tools.Args) -> str:
+    """The agent of --configs beside those with its last preset replaced by each of --capacity."""
+    columns = {}
+    for name in [args.presets[-1] if args.presets else "defaults", *args.capacity]:
+        config = tools.load_config([*args.presets[:-1], name], args.overrides)
+        env = make_env(config.task, config.env.tree(), 0)
+        agent = make_agent(env, config, torch.device("cpu"))
+        agent.make_optimizers()
+        rows = cost.random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
+        batch = {key: torch.from_numpy(x) for key, x in rows.items()}
+        update = functools.partial(agent.update, batch)
+        update()  # the first one allocates the optimisers' states
+        columns[name] = cost.sizes(agent) | {"FLOPs per update": cost.flops(update)} | cost.operators(update)
+    return cost.table(columns)
+
+
+def make_agent(env: Any, config: Config, device: torch.device) -> models.Agent:
+    """For the spaces of ``env``. Raises ConfigError for sizes that do not fit together."""
+    try:
+        return models.Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 # ---------------------------------------------------------------- the run
@@ -95,10 +117,7 @@ class Run:
         self.explore_rng = rngs["explore"]
         n = config.env.count
         self.envs = self._make_envs(n, 0, self.generation)
-        try:
-            self.agent = models.Agent(self.envs.obs_space, self.envs.act_space, self.envs.act_dim, config).to(device)
-        except ValueError as error:  # sizes that do not fit together
-            raise ConfigError(str(error)) from None
+        self.agent = make_agent(self.envs, config, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile)
@@ -197,7 +216,7 @@ class Run:
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
         if not self._filled() or (exploring and expl.behavior == "random"):
             self.act = None
-            return random_action(self.envs.act_space, self.envs.count, self.explore_rng)
+            return cost.random_action(self.envs.act_space, self.envs.count, self.explore_rng)
         obs = {key: self.obs[key] for key in (*self.envs.obs_space, "is_first")}
         if self.act is None:
             # What came before was not followed: begin as a replayed chunk begins.
@@ -451,9 +470,10 @@ class Run:
         else:
             weights = state["agent"]
         try:
-            self.agent.load_state(weights)
+            told = self.agent.load_state(weights)
         except ValueError as error:
             raise ConfigError(f"--resume {source}: {error}") from None
+        self.screen.line("\n".join(f"  {how:<7} {what}" for what, how in told.items()))
         paths = sorted((home / "train_eps").glob("*.npz"))
         keys = {*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal", "prev_action"}
         for problem in self.episodes.load(self.replay, paths, keys):
@@ -469,14 +489,6 @@ def write_npz(path: Path, rows: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **rows)
 
 
-def random_action(space: spaces.Space, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, A) uniform actions: one-hot, concatenated one-hots, or in [-1, 1]."""
-    if isinstance(space, spaces.Box):
-        return rng.uniform(-1.0, 1.0, (count, *space.shape)).astype(np.float32)
-    sizes = [int(space.n)] if isinstance(space, spaces.Discrete) else list(map(int, space.nvec))
-    return np.concatenate([np.eye(size, dtype=np.float32)[rng.integers(0, size, count)] for size in sizes], -1)
-
-
 # ---------------------------------------------------------------- main
 
 
@@ -487,7 +499,11 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     run = None
     try:
-        config, logdir, source = prepare(argv)
+        args = tools.parse(argv)
+        if args.capacity:
+            print(capacity(args))
+            return 0
+        config, logdir, source = prepare(args)
         run = Run(config, logdir, source, pick_device(config))
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, run.heed)

@@ -190,6 +190,11 @@ class Explorer(nn.Module):
         return self.config.intr_scale * spread + self.config.extr_scale * extrinsic
 
 
+def part(name: str) -> str:
+    """The layer that a parameter belongs to, for telling."""
+    return name.rpartition(".")[0] or name
+
+
 class ActState(NamedTuple):
     """What acting carries from step to step."""
 
@@ -241,17 +246,32 @@ class Agent(nn.Module):
         """Parameters, buffers and optimiser states, by name."""
         return {"params": self.state_dict(), "optim": {name: opt.state_dict() for name, opt in self.optimizers.items()}}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse. Raises ValueError, naming the first tensor that is missing or of another shape."""
-        own = self.state_dict()
+    def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
+        """The inverse, also for a state whose latent structure can be translated (``Dynamics.adopt``).
+
+        -> {part: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
+        another shape; only an explorer that is not there may start afresh.
+        """
+        prefix, own = "world_model.dynamics.", self.state_dict()
+        params = {name: x for name, x in state["params"].items() if not name.startswith(prefix)}
+        dynamics = {name.removeprefix(prefix): x for name, x in state["params"].items() if name.startswith(prefix)}
+        params |= {prefix + name: x for name, x in self.world_model.dynamics.adopt(dynamics).items()}
+        told = {}
         for name, x in own.items():
-            theirs = state["params"].get(name)
+            theirs = params.get(name)
+            if theirs is None and name.startswith("explorer."):
+                told[part(name)] = "fresh"
+                continue
             if theirs is None or theirs.shape != x.shape:
                 shape = "nothing" if theirs is None else tuple(theirs.shape)
                 raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
-        self.load_state_dict({name: state["params"][name] for name in own})
+            told[part(name)] = "mapped" if name in state["params"] else "split"
+        self.load_state_dict({name: params.get(name, x) for name, x in own.items()})
         for name, opt in self.optimizers.items():
-            opt.load_state_dict(state["optim"].get(name, {}))
+            moments = state["optim"].get(name, {})
+            opt.load_state_dict(moments)
+            told |= {f"{name} optimiser, {part(key)}": "fresh" for key in opt.params if key not in moments}
+        return told
 
     def initial(self, n: int) -> ActState:
         device = next(self.parameters()).device

@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +93,8 @@ def sentences() -> dict[str, str]:
 
 def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
     """``value`` (a string, or what YAML made of it) as the type of ``default`` and within what ``sentence`` allows."""
+    if value is True and not isinstance(default, bool):
+        raise ConfigError(f"--{key} needs a value")
     if isinstance(default, list):
         parts = value if isinstance(value, list) else re.split(r"[,\s]+", str(value).strip("[] "))
         return [coerce(key, part, default[0], sentence) for part in parts]
@@ -162,30 +164,37 @@ def dump_yaml(tree: Mapping) -> str:
     return out.getvalue()
 
 
-def parse(argv: list[str]) -> tuple[list[str], dict[str, Any], str]:
-    """-> presets, overrides, the path after --resume. Raises ConfigError."""
-    presets, overrides, resume, i = [], {}, "", 0
+class Args(NamedTuple):
+    """A command line: --configs NAME ..., --resume PATH, --capacity NAME ..., --key value or --flag."""
+
+    presets: list[str]
+    overrides: dict[str, Any]
+    resume: str
+    capacity: list[str]
+
+
+def parse(argv: list[str]) -> Args:
+    """Raises ConfigError. A key without a value is True, which only flags accept."""
+    lists: dict[str, list[str]] = {"configs": [], "capacity": []}
+    overrides, i = {}, 0
     while i < len(argv):
         word = argv[i]
         if not word.startswith("--"):
-            raise ConfigError(
-                f"unexpected argument {word!r}; options are --configs NAME ..., --resume PATH, --key value"
-            )
+            raise ConfigError(f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key value")
         key, has_value, value = word[2:].partition("=")
-        values = [value] if has_value else []
+        key, values = key.replace("-", "_"), [value] if has_value else []
         i += 1
         while not has_value and i < len(argv) and not argv[i].startswith("--"):
             values.append(argv[i])
             i += 1
-        if not values:
-            raise ConfigError(f"--{key} needs a value")
-        if key == "configs":
-            presets += values
-        elif key == "resume":
-            resume = values[0]
+        if key in lists:
+            lists[key] += values
         else:
-            overrides[key] = values if len(values) > 1 else values[0]
-    return presets, overrides, resume
+            overrides[key] = values if len(values) > 1 else values[0] if values else True
+    resume = overrides.pop("resume", "")
+    if not isinstance(resume, str):
+        raise ConfigError("--resume needs one path")
+    return Args(lists["configs"], overrides, resume, lists["capacity"])
 
 
 def help_text(usage: str) -> str:
@@ -198,6 +207,7 @@ def help_text(usage: str) -> str:
         "",
         "  --resume PATH          Start from the weights, optimisers and episodes of another run's checkpoint.",
     ]
+    lines += ["  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)

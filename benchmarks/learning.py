@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from measure import ROOT, provenance
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import dreamer  # noqa: E402
-import tools  # noqa: E402
-from envs import make_env  # noqa: E402
-from hidreamer.replay import Replay  # noqa: E402
+import dreamer
+import tools
+from envs import make_env
+from hidreamer import cost
+from hidreamer.replay import Replay
 
 # name: presets, steps, random play's return, and bars (what is averaged, its least value).
 TASKS = {
@@ -110,25 +107,10 @@ def random_return(task: str, count: int = 300) -> float:
     while len(returns) < count:
         obs, score = env.reset(), 0.0
         while not obs["is_last"]:
-            obs = env.step(dreamer.random_action(env.act_space, 1, rng)[0])
+            obs = env.step(cost.random_action(env.act_space, 1, rng)[0])
             score += float(obs["reward"])
         returns.append(score)
     return float(np.mean(returns))
-
-
-def provenance() -> dict[str, str]:
-    """Commit, command and hardware: without them a number is a rumour."""
-    git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    model = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-    }
 
 
 def curve(folder: Path, steps: int, width: int) -> list[list[float]]:

@@ -1,59 +1,19 @@
-"""What an update costs: dispatched operators, FLOPs, CPU and wall seconds, memory."""
+"""Seconds and memory of functions measured in turn in one process."""
 
 from __future__ import annotations
 
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from gymnasium import spaces
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-# Operators that launch no kernel: they make another view of a tensor, or memory.
-VIEWS = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
-    "empty_strided", "expand", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "select", "slice",
-    "split", "split_with_sizes", "squeeze", "squeeze_", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
-}  # fmt: skip
-HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}  # the device must wait for the host
-
-
-class Operators(TorchDispatchMode):
-    """Counts what is dispatched below autograd: kernels, views (and allocations), host reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        self.names[name] = self.names.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-    def counts(self) -> dict[str, int]:
-        views = sum(n for name, n in self.names.items() if name in VIEWS)
-        reads = sum(n for name, n in self.names.items() if name in HOST_READS)
-        return {"kernels": sum(self.names.values()) - views - reads, "views": views, "host_reads": reads}
-
-
-def operators(fn: Callable[[], object]) -> dict[str, int]:
-    with Operators() as mode:
-        fn()
-    return mode.counts()
-
-
-def flops(fn: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        fn()
-    return counter.get_total_flops()
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def cpu_seconds() -> float:
@@ -86,28 +46,17 @@ def peak_mb(cuda: bool) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
 
 
-def random_rows(
-    obs_space: Mapping[str, spaces.Space], act_space: spaces.Space, batch: int, length: int
-) -> dict[str, np.ndarray]:
-    """A batch of the right shapes and types, (B, T, ...), from a fixed seed."""
-    rng = np.random.default_rng(0)
-    rows = {}
-    for key, space in obs_space.items():
-        shape = (batch, length, *space.shape)
-        kind = space.dtype
-        rows[key] = (
-            rng.standard_normal(shape, np.float32)
-            if kind == np.float32
-            else rng.integers(0, 256 if kind == np.uint8 else 2, shape, np.uint8).astype(kind)
-        )
-    if isinstance(act_space, spaces.Box):
-        rows["prev_action"] = rng.uniform(-1, 1, (batch, length, *act_space.shape)).astype(np.float32)
-    else:
-        sizes = [act_space.n] if isinstance(act_space, spaces.Discrete) else act_space.nvec
-        parts = [np.eye(n, dtype=np.float32)[rng.integers(0, n, (batch, length))] for n in sizes]
-        rows["prev_action"] = np.concatenate(parts, -1)
-    rows["reward"] = rng.standard_normal((batch, length), np.float32)
-    rows["is_first"] = np.zeros((batch, length), bool)
-    rows["is_first"][:, 0] = True
-    rows["is_terminal"] = np.zeros((batch, length), bool)
-    return rows
+def provenance() -> dict[str, str]:
+    """Commit, command and hardware: without them a number is a rumour."""
+    git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": f"{model}, {torch.get_num_threads()} threads{gpu}",
+        "torch": torch.__version__,
+    }

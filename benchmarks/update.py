@@ -12,76 +12,65 @@ import sys
 import time
 
 import measure
+import numpy as np
 import torch
 
 import dreamer
 import models
 import tools
 from envs import EnvError, make_env
-
-
-def sizes(agent: models.Agent) -> dict:
-    """Latent sizes and trainable parameters. Bits: what the state of one step can hold at most."""
-    wm, dyn = agent.world_model, agent.world_model.dynamics
-    count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)
-    parts = {"world_model": wm, "actor": agent.behavior.actor, "critic": agent.behavior.critic}
-    parts |= {"encoder": wm.encoder, "decoder": wm.decoder, "dynamics": dyn}
-    out = {"stoch": dyn.stoch_dim, "deter": dyn.deter_dim, "feature": dyn.feat_dim, "bits": dyn.bits}
-    return out | {"params": {name: count(module) for name, module in parts.items()}}
+from hidreamer import cost
 
 
 def frames_per_second(env, seconds: float = 2.0) -> float:
     """Environment frames a second of one process, random actions, resets included."""
-    rng = __import__("numpy").random.default_rng(0)
-    obs, frames = env.reset(), 0
+    rng, obs, frames = np.random.default_rng(0), env.reset(), 0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         if obs["is_last"]:
             obs = env.reset()
-        obs = env.step(dreamer.random_action(env.act_space, 1, rng)[0])
+        obs = env.step(cost.random_action(env.act_space, 1, rng)[0])
         frames += env.repeat
     return frames / seconds
 
 
+def timings(agent: models.Agent, env, repeats: int) -> dict:
+    """Counts of one eager update; medians of the update that training uses and of a policy step for one environment."""
+    device = next(agent.parameters()).device
+    block = agent.config.replay
+    agent.make_optimizers()
+    rows = cost.random_rows(env.obs_space, env.act_space, block.batch, block.length)
+    batch = {key: torch.from_numpy(x).to(device) for key, x in rows.items()}
+    eager = lambda: agent.update(batch)
+    eager(), eager()  # the first one allocates the optimisers' states
+    out = cost.operators(eager) | {"flops": cost.flops(eager)}
+    step = agent.make_update(agent.config.compile)
+    for _ in range(5 if step != agent.update else 1):
+        step(batch)
+    obs = {key: x[:1, 0] for key, x in batch.items() if key in env.obs_space or key == "is_first"}
+    state = agent.initial(1)
+    fns = {"update": lambda: step(batch), "policy": lambda: agent.act(state, obs)}
+    times = measure.interleaved(fns, repeats, device.type == "cuda")
+    out |= {f"{name}_s": measure.median([t[i] for t in times["update"]]) for i, name in enumerate(("cpu", "wall"))}
+    out |= {"policy_ms": 1000 * measure.median([t[1] for t in times["policy"]]), "repeats": repeats}
+    return out | {"peak_mb": measure.peak_mb(device.type == "cuda")}
+
+
 def main(argv: list[str]) -> int:
-    dry = "--dry" in argv
     try:
-        presets, overrides, _ = tools.parse([word for word in argv if word != "--dry"])
-        repeats = int(overrides.pop("repeats", 5))
-        config = tools.load_config(presets, overrides)
+        args = tools.parse([word for word in argv if word != "--dry"])
+        repeats = int(args.overrides.pop("repeats", 5))
+        config = tools.load_config(args.presets, args.overrides)
         device = dreamer.pick_device(config)
         env = make_env(config.task, config.env.tree(), 0)
         agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
     except (tools.ConfigError, EnvError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = {"configs": presets, "task": config.task, "device": str(device), "torch": torch.__version__} | sizes(agent)
-    if not dry:
-        cuda = device.type == "cuda"
-        agent.make_optimizers()
-        block = config.replay
-        rows = measure.random_rows(env.obs_space, env.act_space, block.batch, block.length)
-        batch = {key: torch.from_numpy(x).to(device) for key, x in rows.items()}
-        eager = lambda: agent.update(batch)
-        eager(), eager()  # the first one allocates the optimisers' states
-        out |= measure.operators(eager) | {"flops": measure.flops(eager)}
-        step = agent.make_update(config.compile)
-        for _ in range(5 if step is not agent.update else 1):
-            step(batch)
-        obs = {key: x[:1, 0] for key, x in batch.items() if key in env.obs_space or key == "is_first"}
-        state = agent.initial(1)
-        fns = {"update": lambda: step(batch), "policy": lambda: agent.act(state, obs)}
-        times = measure.interleaved(fns, repeats, cuda)
-        out |= {
-            "cpu_s": measure.median([t[0] for t in times["update"]]),
-            "wall_s": measure.median([t[1] for t in times["update"]]),
-        }
-        out |= {"policy_ms": 1000 * measure.median([t[1] for t in times["policy"]]), "peak_mb": measure.peak_mb(cuda)}
-        out |= {
-            "env_frames_per_s": round(frames_per_second(env)),
-            "threads": torch.get_num_threads(),
-            "repeats": repeats,
-        }
+    out = measure.provenance() | {"configs": args.presets, "task": config.task, "device": device.type}
+    out |= cost.sizes(agent)
+    if "--dry" not in argv:
+        out |= timings(agent, env, repeats) | {"env_frames_per_s": round(frames_per_second(env))}
     print(json.dumps(out))
     return 0
 

@@ -10,7 +10,7 @@ from gymnasium import spaces
 import models
 import networks
 import tools
-from benchmarks import measure
+from hidreamer import cost
 from hidreamer.dynamics import TYPES
 
 VECTOR = {"vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
@@ -32,7 +32,7 @@ def make(obs=VECTOR, act="discrete", batch=2, length=8, **overrides):
     dim = {"discrete": 3, "multi": 5, "continuous": 2}[act]
     agent = models.Agent(obs, space, dim, config)
     agent.make_optimizers()
-    rows = measure.random_rows(obs, space, batch, length)
+    rows = cost.random_rows(obs, space, batch, length)
     return agent, {key: torch.from_numpy(x) for key, x in rows.items()}
 
 
@@ -43,7 +43,7 @@ def changed(before, after):
 @pytest.mark.parametrize("act", ACTIONS)
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_update_changes_every_parameter_and_nothing_of_the_batch(kind, act):
-    agent, batch = make(EVERYTHING, act, **{"dynamics.type": kind})
+    agent, batch = make(EVERYTHING, act, **{"dynamics.type": kind, "dynamics.free": 0})
     kept = {key: x.clone() for key, x in batch.items()}
     before = copy.deepcopy(agent.state_dict())
     for _ in range(3):  # layers behind zero-initialised ones move from the second update on
@@ -77,15 +77,15 @@ def test_no_host_read_and_few_kernels(act):
     """Upstream: 1,041 host reads and 13,981 kernels an update, whatever the widths."""
     agent, batch = make({"image": EVERYTHING["image"]}, act, length=64, **{"imag.horizon": 15})
     agent.update(batch)
-    counts = measure.operators(lambda: agent.update(batch))
+    counts = cost.operators(lambda: agent.update(batch))
     assert counts["host_reads"] == 0
     assert 1000 < counts["kernels"] <= 8000
     state, obs = agent.initial(1), {key: batch[key][:1, 0] for key in ("image", "is_first")}
-    assert measure.operators(lambda: agent.act(state, obs))["host_reads"] == 0
+    assert cost.operators(lambda: agent.act(state, obs))["host_reads"] == 0
 
 
 def test_the_counter_sees_host_reads():
-    assert measure.operators(lambda: torch.ones(3).sum().item())["host_reads"] == 1
+    assert cost.operators(lambda: torch.ones(3).sum().item())["host_reads"] == 1
 
 
 def dream(agent, batch):

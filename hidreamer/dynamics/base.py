@@ -127,6 +127,18 @@ class Dynamics(nn.Module):
         """
         raise NotImplementedError
 
+    def feat(self, carry: Any) -> Feat:
+        """The state that a carry is at, (B,.)."""
+        return Feat(carry.deter, carry.stoch)
+
+    def partial(self, feat: Feat) -> dict[str, Feat]:
+        """What coarse levels alone say, {name: feat with the finer levels replaced}, coarsest first."""
+        return {}
+
+    def adopt(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of another kind of state, translated so that they compute the same here. Raises ValueError."""
+        return params
+
     def compile_steps(self) -> None:
         """Compile what runs once per step: small pieces compile in seconds, an unrolled loop in minutes."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hidreamer import distributions as dists
-from hidreamer.dynamics.base import Balance, Recurrent
+from hidreamer.dynamics.base import Balance, Feat, Recurrent
 from hidreamer.nets import linear
 
 
@@ -73,23 +73,33 @@ class HRSSM(Recurrent):
         u, top = self.img_out(deter), stoch[..., : math.prod(self.shapes[0])].detach()
         return self._top(u), self._bottom(u, top)
 
+    def partial(self, feat: Feat) -> dict[str, Feat]:
+        """The bottom level drawn anew from its prior given the top."""
+        u, top = self.img_out(feat.deter), feat.stoch[..., : math.prod(self.shapes[0])]
+        return {"top": feat._replace(stoch=torch.cat([top, self._draw(self._bottom(u, top), True)], -1))}
 
-def from_flat(flat: dict[str, Tensor], own: dict[str, Tensor], sizes: list[int], hidden: int) -> dict[str, Tensor]:
-    """The heads of a flat state, ``prior_out`` and ``post_out``, split over two levels so that nothing changes.
+    def adopt(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Split the heads of a flat state over two levels, so that nothing changes until training changes it.
 
-    The flat state's first variables become the top. No level then looks at z_top, and delta turns the bottom's prior
-    logits into the flat posterior's: W_post v - W_prior u. Raises ValueError where the sizes differ.
-    """
-    top, bottom = sizes
-    weights = {name: (flat[f"{name}_out.weight"], flat[f"{name}_out.bias"]) for name in ("prior", "post")}
-    (prior, prior_bias), (post, post_bias) = weights.values()
-    if prior.shape != (top + bottom, hidden):
-        raise ValueError(f"the flat heads are {tuple(prior.shape)}, both levels together {(top + bottom, hidden)}")
-    out = {name: torch.zeros_like(x) for name, x in own.items()}
-    out["prior_top.weight"], out["prior_top.bias"] = prior[:top], prior_bias[:top]
-    out["post_top.weight"], out["post_top.bias"] = post[:top], post_bias[:top]
-    out["prior_bottom.weight"][:, :hidden] = prior[top:]
-    out["prior_bottom.bias"] = prior_bias[top:]
-    out["delta.weight"][:, : 2 * hidden] = torch.cat([-prior[top:], post[top:]], 1)
-    out["delta.bias"] = post_bias[top:] - prior_bias[top:]
-    return out
+        The flat state's first variables become the top. No prior looks at z_top yet, and delta turns the bottom's
+        prior logits into the flat posterior's: W_post v - W_prior u.
+        """
+        if "prior_out.weight" not in params:
+            return params
+        rest = {name: x for name, x in params.items() if not name.startswith(("prior_out.", "post_out."))}
+        prior, prior_bias = params["prior_out.weight"], params["prior_out.bias"]
+        post, post_bias = params["post_out.weight"], params["post_out.bias"]
+        top, hidden = self.prior_top.weight.shape
+        if prior.shape != (self.stoch_dim, hidden) or len({k for _, k in self.shapes}) > 1:
+            raise ValueError(
+                f"dynamics.prior_out of the flat state is {tuple(prior.shape)}; it cannot be split over {self.shapes} "
+                f"(variables, classes), which together are {(self.stoch_dim, hidden)}"
+            )
+        heads = {name: torch.zeros_like(x) for name, x in self.state_dict().items() if name not in rest}
+        heads["prior_top.weight"], heads["prior_top.bias"] = prior[:top], prior_bias[:top]
+        heads["post_top.weight"], heads["post_top.bias"] = post[:top], post_bias[:top]
+        heads["prior_bottom.weight"][:, :hidden] = prior[top:]
+        heads["prior_bottom.bias"] = prior_bias[top:]
+        heads["delta.weight"][:, : 2 * hidden] = torch.cat([-prior[top:], post[top:]], 1)
+        heads["delta.bias"] = post_bias[top:] - prior_bias[top:]
+        return rest | heads

@@ -1,0 +1,102 @@
+"""What an agent is made of and what its update costs, counted: parameters, bits, operators, FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from gymnasium import spaces
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+# Operators that launch no kernel: they make another view of a tensor, or memory.
+VIEWS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
+    "empty_strided", "expand", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "squeeze_", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+}  # fmt: skip
+HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}  # the host must wait for the device
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        self.names[name] = self.names.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(fn: Callable[[], object]) -> dict[str, int]:
+    """Dispatched by one call of ``fn``: "kernels", "views" (and allocations), "host_reads"."""
+    with Operators() as mode:
+        fn()
+    views = sum(n for name, n in mode.names.items() if name in VIEWS)
+    reads = sum(n for name, n in mode.names.items() if name in HOST_READS)
+    return {"kernels": sum(mode.names.values()) - views - reads, "views": views, "host_reads": reads}
+
+
+def flops(fn: Callable[[], object]) -> int:
+    """Of the matrix products and convolutions in one call of ``fn``, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def sizes(agent) -> dict:
+    """Latent sizes and trainable parameters by part. Bits: what the state of one step can hold at most."""
+    wm, dyn = agent.world_model, agent.world_model.dynamics
+    parts = {"world_model": wm, "actor": agent.behavior.actor, "critic": agent.behavior.critic}
+    parts |= {"encoder": wm.encoder, "decoder": wm.decoder, "dynamics": dyn}
+    params = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
+    out = {"variables": [n for n, _ in dyn.shapes], "classes": [k for _, k in dyn.shapes], "bits": dyn.bits}
+    return out | {"stoch": dyn.stoch_dim, "deter": dyn.deter_dim, "feature": dyn.feat_dim, "params": params}
+
+
+def random_rows(
+    obs_space: Mapping[str, spaces.Space], act_space: spaces.Space, batch: int, length: int
+) -> dict[str, np.ndarray]:
+    """A batch of the right shapes and types, (B, T, ...), from a fixed seed."""
+    rng, rows = np.random.default_rng(0), {}
+    for key, space in obs_space.items():
+        shape, kind = (batch, length, *space.shape), space.dtype
+        if kind == np.float32:
+            rows[key] = rng.standard_normal(shape, kind)
+        else:
+            rows[key] = rng.integers(0, 256 if kind == np.uint8 else 2, shape, np.uint8).astype(kind)
+    rows["prev_action"] = random_action(act_space, batch * length, rng).reshape(batch, length, -1)
+    rows["reward"] = rng.standard_normal((batch, length), np.float32)
+    rows["is_first"] = np.zeros((batch, length), bool)
+    rows["is_first"][:, 0] = True
+    rows["is_terminal"] = np.zeros((batch, length), bool)
+    return rows
+
+
+def random_action(space: spaces.Space, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, A) uniform actions: one-hot, concatenated one-hots, or in [-1, 1]."""
+    if isinstance(space, spaces.Box):
+        return rng.uniform(-1.0, 1.0, (count, *space.shape)).astype(np.float32)
+    widths = [int(space.n)] if isinstance(space, spaces.Discrete) else list(map(int, space.nvec))
+    return np.concatenate([np.eye(n, dtype=np.float32)[rng.integers(0, n, count)] for n in widths], -1)
+
+
+def table(columns: Mapping[str, dict]) -> str:
+    """Agents side by side, from ``sizes`` and counts; with the ratio to the first column where a number differs."""
+    rows: dict[str, list] = {}
+    for column in columns.values():
+        params = {f"parameters {name}": n for name, n in column["params"].items()}
+        for key, value in ({k: v for k, v in column.items() if k != "params"} | params).items():
+            rows.setdefault(key, []).append(value)
+    lines = [["", *columns]]
+    for key, values in rows.items():
+        shown = [f"{v:,.0f}" if isinstance(v, int | float) else " + ".join(map(str, v)) for v in values]
+        for i, value in enumerate(values[1:], 1):
+            if isinstance(value, int | float) and value != values[0] and values[0]:
+                shown[i] += f" ({value / values[0]:.3f})"
+        lines.append([key, *shown])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
