@@ -30,7 +30,7 @@ from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
 
 # What a run may change when it is continued; everything else makes it another run.
-FREE = {"steps", "device", "compile", "logger", "logdir", "video", "eval_episodes", "eval_greedy"}
+FREE = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels", "eval_episodes", "eval_greedy"}
 FREE |= {"log_every", "eval_every", "checkpoint_every"}
 
 
@@ -309,56 +309,68 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                returns, lengths, frames = self._play()
+                returns, lengths, videos = self._play()
                 scores = {"eval_return": float(np.mean(returns)), "eval_return_std": float(np.std(returns))}
                 scores |= {"eval_length": float(np.mean(lengths)), "eval_episodes": len(returns)}
                 self.logger.scalars(self.step, scores)
                 self.screen.line(f"[{self.step}] eval return {scores['eval_return']:.2f} over {len(returns)} episodes")
                 if config.video:
-                    if frames:
-                        self.logger.video(self.step, "agent", np.stack(frames))
-                    prediction = self._predict(np.random.default_rng(entropy))
-                    if prediction is not None:
-                        self.logger.video(self.step, "open_loop", prediction, fps=5)
+                    videos["open_loop"] = self._predict(np.random.default_rng(entropy))
+                for name, frames in videos.items():
+                    if len(frames):
+                        self.logger.video(self.step, name, np.asarray(frames), fps=5 if name == "open_loop" else 15)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
 
-    def _play(self) -> tuple[list[float], list[int], list[np.ndarray]]:
-        """-> returns, lengths, frames of the first episode (1,000 at most)."""
-        episodes = self.config.eval_episodes
-        count = min(self.config.env.count, episodes)
+    def _play(self) -> tuple[list[float], list[int], dict[str, list[np.ndarray]]]:
+        """-> returns, lengths, videos of the first episode (1,000 frames at most)."""
+        config, episodes = self.config, self.config.eval_episodes
+        count = min(config.env.count, episodes)
         quota = np.array([episodes // count + (i < episodes % count) for i in range(count)])
         envs = self._make_envs(count, 1, self.step)
         try:
-            returns, lengths, frames, action = [], [], [], None
+            returns, lengths, action = [], [], None
+            videos: dict[str, list[np.ndarray]] = {"agent": [], "levels": []}
             state, score, length = self.agent.initial(count), np.zeros(count), np.zeros(count, int)
             while quota.any():
                 self._heed()
                 obs = envs.step(action)
                 score, length = score * ~obs["is_first"] + obs["reward"], (length + 1) * ~obs["is_first"]
-                if self.config.video and len(frames) < 1000 and not returns:
-                    frames.append(envs.render(0))
+                inputs = self._tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
+                state = self.agent.act(state, inputs, "greedy" if config.eval_greedy else "train")
+                action = state.action.cpu().numpy()
+                if config.video and len(videos["agent"]) < 1000 and not returns:
+                    videos["agent"].append(envs.render(0))
+                    if config.decode_levels:
+                        videos["levels"] += self._levels(inputs, state)
                 # Each environment plays its share: taking whoever finishes first would favour short episodes.
                 for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
                     returns.append(float(score[i])), lengths.append(int(length[i]))
                     quota[i] -= 1
-                inputs = self._tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
-                state = self.agent.act(state, inputs, "greedy" if self.config.eval_greedy else "train")
-                action = state.action.cpu().numpy()
-            return returns, lengths, frames
+            return returns, lengths, videos
         finally:
             envs.close()
 
-    def _predict(self, rng: np.random.Generator, context: int = 5) -> np.ndarray | None:
+    def _levels(self, inputs: dict[str, torch.Tensor], state: models.ActState) -> list[np.ndarray]:
+        """[(H,W,3)]: what the first environment shows, above what the state and its coarse levels alone say of it."""
+        wm = self.agent.world_model
+        obs = models.networks.prepare({key: x[:1].unsqueeze(1) for key, x in inputs.items()})
+        feat = wm.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
+        return list(self._picture([wm.shown(obs), *wm.show(feat, levels=True)]))
+
+    def _predict(self, rng: np.random.Generator, context: int = 5) -> np.ndarray:
         """(T,H,W,3) truth, model and error above each other for six sequences, open loop after ``context`` steps."""
-        batch = self.replay.sample(rng)
-        del batch["is_last"]
+        batch = {key: x[:6] for key, x in self.replay.sample(rng).items() if key != "is_last"}
         if batch["reward"].shape[1] <= context:
-            return None
-        truth, model = self.agent.world_model.open_loop(self._tensors({k: x[:6] for k, x in batch.items()}), context)
-        boards = [picture(truth[key], model[key]) for key in truth if truth[key].ndim == 5]
-        return np.concatenate(boards, 2) if boards else None
+            return np.zeros(0)
+        wm, levels = self.agent.world_model, self.config.decode_levels
+        return self._picture(wm.open_loop(self._tensors(batch), context, levels), error=True)
+
+    def _picture(self, rows: list[dict[str, torch.Tensor]], error: bool = False) -> np.ndarray:
+        """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there is none."""
+        boards = [picture([row[key] for row in rows], error) for key in rows[0] if rows[0][key].ndim == 5]
+        return np.concatenate(boards, 2) if boards else np.zeros(0)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -383,9 +395,10 @@ class Run:
 
     def _check_same(self, old: dict) -> None:
         old, new = tools.flatten(old), self.config.flat()
-        changed = [key for key in {**old, **new} if key not in FREE and old.get(key) != new.get(key)]
+        # A key that the old config lacks is younger than the run.
+        changed = [key for key in old if key not in FREE and old[key] != new.get(key)]
         if changed:
-            told = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed[:3])
+            told = ", ".join(f"{key} {old[key]} -> {new.get(key)}" for key in changed[:3])
             raise ConfigError(
                 f"{self.logdir} holds a run with another config ({told}{', ...' if len(changed) > 3 else ''}): "
                 f"choose another --logdir, with --resume {self.logdir} to start from its weights"

@@ -56,19 +56,25 @@ class WorldModel(nn.Module):
         return losses, carry, post, embed, metrics
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Follow ``context`` steps, then dream on with the real actions. -> truth and model, {key: (B,T,...)} each.
+    def show(self, feat: Feat, levels: bool = False) -> list[dict[str, Tensor]]:
+        """What features (B,T,.) look like, {key: (B,T,...)}, images in [0, 1]; with ``levels`` coarse levels' too."""
+        feats = [feat, *(self.dynamics.partial(feat).values() if levels else [])]
+        return [self.shown({key: dist.mean() for key, dist in self.decoder(f.cat()).items()}) for f in feats]
 
-        Images come back in [0, 1].
-        """
+    def shown(self, obs: Batch) -> dict[str, Tensor]:
+        """Prepared observations, of those that are decoded, with images in [0, 1]."""
+        images, others = self.decoder.kinds["image"], self.decoder.sizes
+        return {key: (obs[key] + 0.5).clamp(0.0, 1.0) for key in images} | {key: obs[key] for key in others}
+
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, context: int, levels: bool = False) -> list[dict[str, Tensor]]:
+        """Follow ``context`` steps, then dream on with the real actions. -> truth and model, as ``show`` has them."""
         obs = networks.prepare(batch)
         carry, post, _ = self.observe({k: x[:, :context] for k, x in obs.items()})
         start = self.dynamics.starts(carry, post, 1)
         dream, _ = self.dynamics.imagine(start, obs["prev_action"][:, context:], obs["reward"].shape[1] - context)
         feat = Feat(*(torch.cat([seen, new[:, 1:]], 1) for seen, new in zip(post.feat, dream, strict=True)))
-        shown = lambda key, x: (x + 0.5).clamp(0.0, 1.0) if key in self.decoder.kinds["image"] else x
-        model = {key: dist.mean() for key, dist in self.decoder(feat.cat()).items()}
-        return {key: shown(key, obs[key]) for key in model}, {key: shown(key, x) for key, x in model.items()}
+        return [self.shown(obs), *self.show(feat, levels)]
 
 
 class Dream(NamedTuple):

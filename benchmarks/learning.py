@@ -91,6 +91,7 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
         obs = env.reset() if obs["is_last"] else env.step(acting.action[0].numpy())
     keys = ("grid", "prev_action", "reward", "is_first", "is_terminal")
     batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])).unflatten(0, (count, length)) for key in keys}
+    batch["is_first"][:, 0] = True  # as a replayed chunk begins
     truth, model = agent.world_model.open_loop(batch, context)
     cell = lambda grid, t: grid[:, t, ..., 1].flatten(1).argmax(-1)  # plane 1 is the ball
     whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be foreseen

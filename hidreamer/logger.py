@@ -118,16 +118,21 @@ class Screen:
             self.line(f"[{step}/{self.total}] {rates} {shown} return {score}")
 
 
-def picture(truth: torch.Tensor, model: torch.Tensor) -> np.ndarray:
-    """Images or grids (B,T,H,W,C) in [0, 1] -> frames (T, 3H, B W, 3) uint8: truth over model over error."""
-    rows = torch.cat([truth, model, (model - truth + 1.0) / 2.0], 2).cpu()  # (B, T, 3H, W, C)
-    channels = rows.shape[-1]
+def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
+    """Images or grids (B,T,H,W,C) in [0, 1], truth first -> frames (T, H rows, B W, 3) uint8, one above the other.
+
+    With ``error`` the difference of the second and the first comes third.
+    """
+    if error:
+        rows = [*rows[:2], (rows[1] - rows[0] + 1.0) / 2.0, *rows[2:]]
+    x = torch.cat(rows, 2).cpu()  # (B, T, H rows, W, C)
+    channels = x.shape[-1]
     if channels == 1:
-        rows = rows.expand(*rows.shape[:-1], 3)
+        x = x.expand(*x.shape[:-1], 3)
     elif channels != 3:  # planes of a board, each in a colour of its own
         hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels) + torch.tensor([0.0, 2.1, 4.2])
-        rows = rows @ (0.5 + 0.5 * torch.cos(hue))
-    scale = max(1, 128 // truth.shape[3])
-    frames = rows.permute(1, 2, 0, 3, 4).flatten(2, 3).clamp(0.0, 1.0)  # (T, 3H, B W, 3)
+        x = x @ (0.5 + 0.5 * torch.cos(hue))
+    scale = max(1, 128 // x.shape[3])
+    frames = x.permute(1, 2, 0, 3, 4).flatten(2, 3).clamp(0.0, 1.0)  # (T, H rows, B W, 3)
     frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     return (255.0 * frames).round().byte().numpy()

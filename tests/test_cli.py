@@ -98,6 +98,29 @@ def test_videos_are_videos(tmp_path):
     assert truth.std() > 5 and abs(truth - model).mean() > 1  # hardly trained: they differ
 
 
+def test_levels_are_shown_when_asked_for(tmp_path):
+    import imageio.v3 as iio
+
+    task = ["--task", "dummy_image", *QUICK, "--env.size", 16, 16, "--decode-levels"]
+    assert run(tmp_path / "flat", *task) == 0
+    assert run(tmp_path / "two", *task, "--dynamics.type", "hrssm", "--dynamics.hrssm.stoch", 2, 3) == 0
+    for kind, rows in (("flat", (3, 2)), ("two", (4, 3))):  # truth, model, error, top; truth, model, top
+        for name, count in zip(("open_loop", "levels"), rows, strict=True):
+            (path,) = (tmp_path / kind / "videos").glob(f"*-{name}.mp4")
+            assert iio.imread(path, plugin="pyav").shape[1] == count * 16 * 8
+
+
+def test_capacity_prints_presets_side_by_side(capsys):
+    assert (
+        dreamer.main(["--configs", "debug", "tiny_hdreamer", "--capacity", "tiny_dreamerv3", "--task", "dummy_image"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    words = ("bits", "feature", "FLOPs per update", "kernels", "parameters world_model", "tiny_hdreamer", "4 + 8")
+    assert all(word in out for word in words)
+    assert dreamer.main(["--configs", "tiny_hdreamer", "--capacity", "tiny_dreamer"]) == 2
+
+
 def test_a_crashed_environment_is_counted_and_survived(tmp_path):
     args = ["--task", "dummy_crash", *QUICK, "--steps", 400, "--eval_episodes", 0, "--env.count", 2]
     with pytest.warns(RuntimeWarning, match="crashed and is replaced"):
