@@ -47,8 +47,8 @@ class WorldModel(nn.Module):
         """-> losses (B,T) by name, carry, Post, embed, metrics."""
         carry, post, embed = self.observe(obs)
         losses, metrics = self.dynamics.loss(post)
+        losses |= {k: -dist.log_prob(obs[k]) for k, dist in self.decoder(self.dynamics.decoded(post).cat()).items()}
         x = post.feat.cat()  # (B, T, F)
-        losses |= {key: -dist.log_prob(obs[key]) for key, dist in self.decoder(x).items()}
         losses["reward"] = -self.reward(x).log_prob(obs["reward"])
         losses["cont"] = -self.cont(x).log_prob(1.0 - obs["is_terminal"])
         for name, loss in losses.items():
@@ -313,6 +313,7 @@ class Agent(nn.Module):
         loss = sum(losses.values()).mean()
         metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
         metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
+        self.world_model.dynamics.learn(post)
 
         starts = self.config.imag.starts
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()

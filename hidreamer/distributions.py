@@ -1,7 +1,7 @@
 """The distributions of DreamerV3, without the argument checks of ``torch.distributions``: each reads the host.
 
 Every class wraps the tensors that a network emitted and offers what its callers use of
-``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32, whatever autocast says.
+``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32 or wider, whatever autocast says.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from torch import Tensor
 
 BINS = 255  # of the two-hot distribution
 LIMIT = 20.0  # its largest bin, in symlog space
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 at least."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
 
 def mix(logit: Tensor, unimix: float) -> Tensor:
     """Probabilities (..., K) of logits: ``1 - unimix`` softmax + ``unimix`` uniform, so none is ever zero."""
-    probs = torch.softmax(logit.float(), -1)
+    probs = torch.softmax(wide(logit), -1)
     return torch.add(unimix / logit.shape[-1], probs, alpha=1.0 - unimix) if unimix else probs
 
 
@@ -103,8 +108,8 @@ class ClippedNormal:
     """
 
     def __init__(self, mean: Tensor, std: Tensor, low: float, high: float):
-        self.loc = torch.tanh(mean.float())
-        self.std = (high - low) * torch.sigmoid(std.float() + 2.0) + low
+        self.loc = torch.tanh(wide(mean))
+        self.std = (high - low) * torch.sigmoid(wide(std) + 2.0) + low
 
     def sample(self) -> Tensor:
         return torch.clamp(torch.addcmul(self.loc, self.std, torch.randn_like(self.std)), -1.0, 1.0)
@@ -129,13 +134,13 @@ class TwoHot:
     """
 
     def __init__(self, logit: Tensor):
-        self.logit = logit.float()
+        self.logit = wide(logit)
 
     def mode(self) -> Tensor:
         # Bins come in pairs of opposite sign: taken pair by pair, a uniform output decodes to exactly 0.
         probs = torch.softmax(self.logit, -1)
         half = BINS // 2
-        bins = torch.linspace(0.0, LIMIT, half + 1, device=probs.device)[1:]  # (127,)
+        bins = torch.linspace(0.0, LIMIT, half + 1, device=probs.device, dtype=probs.dtype)[1:]  # (127,)
         pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
         return symexp((pairs * bins).sum(-1))  # no matrix product: autocast would round it
 
@@ -158,7 +163,7 @@ class Bernoulli:
     """logit (...): continue flags and binary grids; ``log_prob`` sums over the last ``event`` axes."""
 
     def __init__(self, logit: Tensor, event: int = 0):
-        self.logit, self.event = logit.float(), event
+        self.logit, self.event = wide(logit), event
 
     def mean(self) -> Tensor:
         return torch.sigmoid(self.logit)
@@ -167,7 +172,7 @@ class Bernoulli:
         return (self.logit > 0).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        logp = -F.binary_cross_entropy_with_logits(self.logit, x.float(), reduction="none")
+        logp = -F.binary_cross_entropy_with_logits(self.logit, x.to(self.logit.dtype), reduction="none")
         return logp.flatten(-self.event).sum(-1) if self.event else logp
 
 
@@ -178,7 +183,7 @@ class MSE:
     """
 
     def __init__(self, out: Tensor, event: int, squash: bool = False):
-        self.out, self.event, self.squash = out.float(), event, squash
+        self.out, self.event, self.squash = wide(out), event, squash
 
     def mode(self) -> Tensor:
         return symexp(self.out) if self.squash else self.out

@@ -41,12 +41,12 @@ def rule(kind: str, levels: int) -> Tensor:
 
 
 def allowed(rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0) -> Tensor:
-    """(Q, K) bool from the times and levels of rows (Q,) and columns (K,): visible, and under ``window`` steps ago.
+    """(.., Q, K) bool: which columns a row may see, and which of them lie under ``window`` steps (0: any) back.
 
-    ``rules`` is what ``rule`` returned; window 0 means any distance.
+    ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column`` times and levels (K,).
     """
     (row_time, row_level), (column_time, column_level) = row, column
-    ago = row_time.unsqueeze(1) - column_time  # (Q, K)
+    ago = row_time.unsqueeze(-1) - column_time  # (.., Q, K)
     past, same = rules[:, row_level][:, :, column_level]  # (Q, K) each
     seen = torch.where(ago == 0, same, past & (ago > 0))
     return seen & (ago < window) if window else seen
@@ -54,6 +54,6 @@ def allowed(rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Ten
 
 def visible(kind: str, steps: int, levels: int) -> Tensor:
     """(P, P) bool, P = steps * (levels + 1): True where the row may attend to the column."""
-    time, level = torch.arange(steps * (levels + 1)).div(levels + 1, rounding_mode="floor"), None
+    time = torch.arange(steps).repeat_interleave(levels + 1)
     level = torch.arange(levels + 1).repeat(steps)
     return allowed(rule(kind, levels), (time, level), (time, level))

@@ -15,14 +15,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hidreamer.distributions import wide
 from hidreamer.nets import EPS, linear
 
 
 class KV(NamedTuple):
-    """Keys (rotated) and values of every layer."""
+    """Rotated keys and values of one layer."""
 
     keys: Tensor
     values: Tensor
+
+
+class Branch:
+    """The K/V that one layer's branches add of their own, (B,n,h,O,d): at most ``room`` positions.
+
+    Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of them every time.
+    """
+
+    def __init__(self, room: int):
+        self.room, self.length = room, 0
+        self.kv: KV | None = None
+
+    def add(self, keys: Tensor, values: Tensor) -> KV:
+        """Add (B,n,h,Q,d). -> all so far."""
+        start, self.length = self.length, self.length + keys.shape[-2]
+        if self.kv is None and (torch.is_grad_enabled() or self.length == self.room):
+            self.kv = KV(keys, values)
+        elif torch.is_grad_enabled():
+            self.kv = KV(torch.cat([self.kv.keys, keys], -2), torch.cat([self.kv.values, values], -2))
+        else:
+            if self.kv is None:
+                shape = (*keys.shape[:-2], self.room, keys.shape[-1])
+                self.kv = KV(keys.new_empty(shape), values.new_empty(shape))
+            for kept, new in zip(self.kv, (keys, values), strict=True):
+                kept[..., start : self.length, :] = new
+        return KV(*(x[..., : self.length, :] for x in self.kv))
 
 
 def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -30,7 +57,7 @@ def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
     Angles are computed in at least float32, whatever the network runs in: bfloat16 cannot tell step 256 from 257.
     """
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rate = 10_000.0 ** (-torch.arange(dim // 2, device=times.device, dtype=dtype) / (dim // 2))
     angle = times.unsqueeze(-1).to(dtype) * rate  # (..., dim / 2)
     return torch.stack([angle.cos(), angle.sin()], -2)
@@ -74,12 +101,12 @@ def attend(q: Tensor, own: KV, seen_own: Tensor, prefix: KV | None, seen_prefix:
     size = q.shape[-1] ** -0.5
     scores = (q @ own.keys.transpose(-1, -2)).masked_fill(~seen_own.unsqueeze(-3), -1e9)  # (B, n, h, Q, O)
     if prefix is None:
-        return torch.softmax(size * scores.float(), -1).to(q.dtype) @ own.values
+        return torch.softmax(wide(size * scores), -1).to(q.dtype) @ own.values
     b, n, h, rows, _ = q.shape
     shared = q.transpose(1, 2).flatten(2, 3) @ prefix.keys.transpose(-1, -2)  # (B, h, n Q, P)
     shared = shared.unflatten(2, (n, rows)).transpose(1, 2)  # (B, n, h, Q, P)
     scores = torch.cat([shared.masked_fill(~seen_prefix.unsqueeze(-3), -1e9), scores], -1)
-    weight = torch.softmax(size * scores.float(), -1).to(q.dtype)
+    weight = torch.softmax(wide(size * scores), -1).to(q.dtype)
     shared, rest = weight.split([shared.shape[-1], own.keys.shape[-2]], -1)
     shared = shared.transpose(1, 2).reshape(b, h, n * rows, -1) @ prefix.values  # (B, h, n Q, d)
     return shared.unflatten(2, (n, rows)).transpose(1, 2) + rest @ own.values
@@ -92,19 +119,27 @@ class Transformer(nn.Module):
         super().__init__()
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} must be heads ({heads}) times an even number, for rotary positions")
-        self.head_dim = width // heads
+        self.heads, self.head_dim = heads, width // heads
         self.layers = nn.ModuleList(Layer(width, heads, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=EPS)
 
-    def forward(self, x, turn, seen_own, own: list[KV] | None = None, prefix: list[KV] | None = None, seen_prefix=None):
-        """x (B,n,Q,W), its rotations ``turn`` (..,Q,2,d/2). -> outputs (B,n,Q,W), every layer's ``own`` with Q added.
+    def forward(
+        self,
+        x: Tensor,
+        turn: Tensor,
+        own: list[Branch],
+        seen_own: Tensor,
+        prefix: list[KV] | None = None,
+        seen_prefix: Tensor | None = None,
+    ) -> Tensor:
+        """x (B,n,Q,W), its rotations ``turn`` (..,Q,2,d/2) -> outputs (B,n,Q,W). ``own`` grows by Q.
 
-        ``own`` are the branches' earlier positions; seen_own (..,Q,O) is about them and the new ones, in this order.
+        seen_own (..,Q,O) is about the branches' positions, the new ones last, seen_prefix (B,n,Q,P) about the prefix.
         """
-        grown = []
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, turn)
-            kv = KV(k, v) if own is None else KV(*(torch.cat(pair, -2) for pair in zip(own[i], (k, v), strict=True)))
-            x = layer.finish(x, attend(q, kv, seen_own, prefix[i] if prefix else None, seen_prefix))
-            grown.append(kv)
-        return self.norm(x), grown
+            x = layer.finish(x, attend(q, own[i].add(k, v), seen_own, prefix[i] if prefix else None, seen_prefix))
+        return self.norm(x)
+
+    def branches(self, room: int) -> list[Branch]:
+        return [Branch(room) for _ in self.layers]

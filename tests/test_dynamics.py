@@ -11,6 +11,7 @@ from hidreamer.dynamics.base import start_steps
 B, T, E, A = 3, 9, 7, 4
 SMALL = {"deter": 16, "hidden": 12}
 SIZES = {"rssm": {"stoch": 3, "classes": 4}, "hrssm": {"stoch": [2, 3], "classes": [4, 3]}}
+SIZES["hrvq"] = {"levels": 3, "groups": 2, "codes": 5, "code_dim": 4, "layers": 2, "heads": 2, "window": 4}
 
 
 def build(kind, dtype=torch.float64):
@@ -157,8 +158,8 @@ def test_law_gradient_of_the_kl(dynamics):
     posts, priors = zip(*post.levels, strict=True)
     for t in range(T):
         # At its own step, dyn trains the prior alone and rep the posterior alone.
-        (encoder,) = torch.autograd.grad(losses["dyn"][:, t].sum(), embed, retain_graph=True)
-        assert encoder[:, t:].abs().max() == 0.0
+        (encoder,) = torch.autograd.grad(losses["dyn"][:, t].sum(), embed, retain_graph=True, allow_unused=True)
+        assert encoder is None or encoder[:, t:].abs().max() == 0.0
     assert min(gradient(losses["dyn"].sum(), priors)) > 0.0
     assert gradient(losses["dyn"].sum(), posts) == [0.0] * len(posts)
     assert min(gradient(losses["rep"].sum(), posts)) > 0.0

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from hidreamer.dynamics.base import Balance, Dynamics
 from hidreamer.dynamics.hrssm import HRSSM
+from hidreamer.dynamics.hrvq import HRVQ
 from hidreamer.dynamics.rssm import RSSM
 
-TYPES = {"rssm": RSSM, "hrssm": HRSSM}
+TYPES = {"rssm": RSSM, "hrssm": HRSSM, "hrvq": HRVQ}
 
 
 def make_dynamics(config: Mapping, embed_dim: int, act_dim: int) -> Dynamics:

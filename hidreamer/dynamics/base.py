@@ -66,8 +66,10 @@ def start_steps(length: int, n: int) -> slice:
     return slice(first, length, stride)
 
 
-def kl_losses(levels: tuple[Level, ...], balance: Balance) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Balanced KL with free nats per level.
+def kl_losses(
+    levels: tuple[Level, ...], balance: Balance, weights: list[float] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Balanced KL with free nats per level; ``weights`` scale how much each level's prior is trained.
 
     -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each; and metrics: per level the unclipped
     nats and both entropies, ().
@@ -78,7 +80,7 @@ def kl_losses(levels: tuple[Level, ...], balance: Balance) -> tuple[dict[str, Te
         post, prior = (dists.mix(logit, balance.unimix) for logit in level)  # (B, T, S, K)
         dyn = dists.kl(post.detach(), prior)  # (B, T)
         rep = dists.kl(post, prior.detach())  # (B, T)
-        losses["dyn"] = losses["dyn"] + balance.dyn * dyn.clamp(min=free)
+        losses["dyn"] = losses["dyn"] + balance.dyn * (weights[i] if weights else 1.0) * dyn.clamp(min=free)
         losses["rep"] = losses["rep"] + balance.rep * rep.clamp(min=free)
         metrics[f"kl_{i}"] = dyn.detach().mean()
         metrics[f"post_ent_{i}"] = dists.entropy(post.detach()).mean()
@@ -134,6 +136,13 @@ class Dynamics(nn.Module):
     def partial(self, feat: Feat) -> dict[str, Feat]:
         """What coarse levels alone say, {name: feat with the finer levels replaced}, coarsest first."""
         return {}
+
+    def decoded(self, post: Post) -> Feat:
+        """The features (B,T,.) that the decoder is trained on."""
+        return post.feat
+
+    def learn(self, post: Post) -> None:
+        """What is learnt otherwise than by gradient: called once per training update, after the optimiser's step."""
 
     def adopt(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of another kind of state, translated so that they compute the same here. Raises ValueError."""
