@@ -1,0 +1,342 @@
+"""Tokens and transformer: one computation for training, acting and dreaming, and losses that reach what they should."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_agent import EVERYTHING, make
+
+import models
+import tools
+from hidreamer import distributions as dists
+from hidreamer.dynamics import hrvq, make_dynamics
+from hidreamer.dynamics.base import Balance
+
+E, A = 7, 4
+SIZES = {
+    "levels": 3,
+    "groups": 2,
+    "codes": 5,
+    "code_dim": 4,
+    "layers": 2,
+    "heads": 2,
+    "window": 5,
+    "mask": "hierarchical",
+}
+
+
+def build(dtype=torch.float64, embed=E, **overrides):
+    config = tools.load_config([], {"dynamics.type": "hrvq"}).dynamics.tree() | {"deter": 16, "hidden": 24}
+    config["hrvq"] = config["hrvq"] | SIZES | overrides
+    return make_dynamics(config, embed, A).to(dtype)
+
+
+def inputs(batch=3, length=14, dtype=torch.float64, firsts=((0, 0), (1, 0), (2, 0), (1, 4), (2, 9))):
+    is_first = torch.zeros(batch, length, dtype=torch.bool)
+    for b, t in firsts:
+        is_first[b, t] = True
+    action = F.one_hot(torch.randint(0, A, (batch, length)), A).to(dtype)
+    return torch.randn(batch, length, E, dtype=dtype), action, is_first
+
+
+VARIANTS = [{}, {"mask": "barrier"}, {"mask": "causal"}, {"levels": 1}, {"levels": 2, "chain": False}]
+POSTERIORS = [{"posterior": "nearest"}, {"posterior": "fsq", "codes": 12}, {"posterior": "frozen"}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS + POSTERIORS, ids=str)
+def test_cached_stepping_equals_the_parallel_pass(variant):
+    """Across resets and far beyond the window, to 1e-10."""
+    dynamics = build(**variant)
+    embed, action, is_first = inputs()
+    _, whole = dynamics.observe(dynamics.initial(3), embed, action, is_first, sample=False)
+    carry = dynamics.initial(3)
+    for t in range(embed.shape[1]):
+        now = slice(t, t + 1)
+        carry, step = dynamics.observe(carry, embed[:, now], action[:, now], is_first[:, now], sample=False)
+        assert carry.segment.shape[1] <= 5
+        for a, b in zip(
+            (*step.feat, *(level.prior for level in step.levels)),
+            (*whole.feat, *(level.prior for level in whole.levels)),
+            strict=True,
+        ):
+            assert torch.allclose(a[:, 0], b[:, t], rtol=0, atol=1e-10)
+
+
+def test_the_window_ends_where_it_should():
+    """What lies further back than layers x (window - 1) steps cannot be felt; what lies one window back can."""
+    dynamics = build(window=3)
+    embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
+    _, before = dynamics.observe(dynamics.initial(3), embed, action, is_first, sample=False)
+    embed[:, 2] += 3 * torch.randn(E, dtype=torch.float64)
+    _, after = dynamics.observe(dynamics.initial(3), embed, action, is_first, sample=False)
+    moved = (before.feat.deter - after.feat.deter).abs().amax((0, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+
+
+class Told:
+    """A quantiser's ``encode`` that gives out codes it was told."""
+
+    def __init__(self, dynamics, code):
+        groups, dim = dynamics.code_shape
+        self.code = code.unflatten(-1, (dynamics.levels, groups, dim))
+
+    def __call__(self, z, sample=True):
+        index = torch.zeros(self.code.shape[:-1], dtype=torch.long)
+        logit = tuple(torch.zeros(*index.shape[:2], 2, 5, dtype=z.dtype) for _ in range(self.code.shape[2]))
+        return hrvq.Codes(self.code, index, logit, self.code)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, monkeypatch):
+    """Dream from every step at once; then encode each start's past and its dream as one sequence. Float32, 1e-5."""
+    dynamics = build(torch.float32, **variant)
+    embed, action, is_first = inputs(dtype=torch.float32)
+    length, horizon = embed.shape[1], 8
+    carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
+    given = F.one_hot(torch.randint(0, A, (3 * length, horizon)), A).float()  # not the replayed actions
+    feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
+    stoch, deter = (x.unflatten(0, (3, length)) for x in (feat.stoch, feat.deter))  # (B, T, H+1, .)
+    for t in range(length):
+        codes = torch.cat([post.feat.stoch[:, : t + 1], stoch[:, t, 1:]], 1)
+        actions = torch.cat([action[:, : t + 1], given.unflatten(0, (3, length))[:, t]], 1)
+        firsts = torch.cat([is_first[:, : t + 1], torch.zeros(3, horizon, dtype=torch.bool)], 1)
+        monkeypatch.setattr(dynamics.quantizer, "encode", Told(dynamics, codes))
+        blank = torch.zeros(3, t + 1 + horizon, E)
+        _, again = dynamics.observe(dynamics.initial(3), blank, actions, firsts)
+        assert torch.allclose(again.feat.deter[:, t:], deter[:, t], rtol=0, atol=1e-5)
+
+
+def test_teacher_forced_imagination_reproduces_training_features(monkeypatch):
+    """Force the replayed codes on the imagination path: it must give the replayed features, every part of them.
+
+    The lineage's imagination fed a wrong third of its features for its whole life.
+    """
+    dynamics = build()
+    embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
+    _, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
+    horizon = embed.shape[1] - 1
+    monkeypatch.setattr(dynamics.quantizer, "encode", Told(dynamics, post.feat.stoch[:, :1]))
+    start = dynamics.observe(dynamics.initial(3), embed[:, :1], action[:, :1], is_first[:, :1])[0]
+    monkeypatch.undo()
+    queue = list(
+        F.one_hot(post.aux.codes.index[:, 1:], 5).double().flatten(1, 2).unbind(1)
+    )  # step by step, level by level
+    asked = []
+    monkeypatch.setattr(hrvq.dists, "draw", lambda probs, sample=True: asked.append(probs) or queue[len(asked) - 1])
+    feat, _ = dynamics.imagine(start, action[:, 1:], horizon)
+    assert torch.allclose(feat.deter, post.feat.deter, atol=1e-10)
+    assert torch.allclose(feat.stoch, post.feat.stoch, atol=1e-10)
+    # What imagination would have drawn from is what training predicted.
+    for level in range(3):
+        trained = dists.mix(post.levels[level].prior[:, 1:], dynamics.balance.unimix)
+        assert torch.allclose(torch.stack(asked[level::3], 1), trained, atol=1e-10)
+
+
+def test_nothing_crosses_a_reset():
+    """Exactly zero, by the Jacobian: steps before is_first, and the action into it, move nothing after it."""
+    dynamics = build(posterior="nearest")
+    embed, action, is_first = inputs(batch=1, length=8, firsts=((0, 0), (0, 5)))
+    read = dynamics.quantizer.encode(dynamics._numbers(embed)).code.detach().flatten(2)
+
+    def run(codes, action):
+        told, dynamics.quantizer.encode = dynamics.quantizer.encode, Told(dynamics, codes)
+        detach, torch.Tensor.detach = torch.Tensor.detach, lambda x: x  # the codes are read detached: look behind that
+        try:
+            return dynamics.observe(dynamics.initial(1), embed, action, is_first)[1].feat.deter[0]
+        finally:
+            dynamics.quantizer.encode, torch.Tensor.detach = told, detach
+
+    codes, actions = torch.autograd.functional.jacobian(run, (read, action))  # (T, D, 1, T, .)
+    for jacobian in (codes[:, :, 0].abs().amax((1, 3)), actions[:, :, 0].abs().amax((1, 3))):
+        assert jacobian[5:, :5].max() == 0.0
+        assert jacobian[6:, 5:7].max() > 1e-6 and jacobian[1:5, :5].max() > 1e-6
+    assert actions[5:, :, 0, 5].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("posterior", ["sampled", "nearest", "fsq"])
+def test_the_image_loss_reaches_the_encoder(posterior):
+    """In the nearest relative the decoder read raw codebook rows: the image loss gave the encoder exactly nothing."""
+    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": posterior})
+    losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
+    for name in ("image", "reward", "cont"):
+        torch.nn.init.normal_(agent.world_model.reward.out.weight)
+        losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
+        grads = torch.autograd.grad(losses[name].sum(), list(agent.world_model.encoder.parameters()))
+        assert max(g.abs().max().item() for g in grads) > 1e-8, name
+
+
+def test_each_levels_commitment_reaches_the_encoder():
+    for level in range(3):
+        weights = [0.0, 0.0, 0.0]
+        weights[level] = 1.0
+        dynamics = build(posterior="nearest", commitment=weights)
+        embed, action, is_first = inputs()
+        embed.requires_grad_()
+        _, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
+        (grad,) = torch.autograd.grad(dynamics.loss(post)[0]["commit"].sum(), embed)
+        assert grad.abs().max() > 1e-3
+
+
+def test_exactly_one_codebook_update_per_training_update(monkeypatch):
+    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
+    quantizer, calls, learn = agent.world_model.dynamics.quantizer, [], None
+    learn = quantizer.learn
+    monkeypatch.setattr(quantizer, "learn", lambda codes: calls.append(quantizer.count.clone()) or learn(codes))
+    state, obs = agent.initial(2), {key: batch[key][:, 0] for key in (*EVERYTHING, "is_first")}
+    for n in range(1, 4):
+        agent.act(state, obs)
+        agent.world_model.open_loop(batch, 3)
+        before = quantizer.count.clone()
+        agent.update(batch)
+        assert len(calls) == n and torch.equal(calls[-1], before) and not torch.equal(quantizer.count, before)
+
+
+def test_metrics_name_every_level():
+    dynamics = build()
+    _, post = dynamics.observe(dynamics.initial(3), *inputs())
+    _, metrics = dynamics.loss(post)
+    for name in ("kl", "accuracy", "accuracy_copy", "accuracy_changed", "perplexity", "dead", "post_ent", "prior_ent"):
+        assert all(f"{name}_{i}" in metrics for i in range(3)), name
+
+
+def test_accuracy_is_beside_copy_and_on_changes_only():
+    """By hand: a prior that always repeats the last token is right exactly where nothing changed."""
+    dynamics = build(levels=1, groups=1)
+    index = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 0]]).reshape(1, 8, 1, 1)
+    prior = torch.zeros(1, 8, 1, 5)
+    prior[0, 1:].scatter_(-1, index[0, :-1], 9.0)
+    is_first = torch.tensor([[True] + [False] * 4 + [True] + [False] * 2])  # step 5 repeats by chance
+    metrics = dynamics._accuracy((hrvq.Level(prior, prior),), index, is_first)
+    assert metrics["accuracy_0"].item() == pytest.approx(3 / 6)  # steps 1, 3, 6 of 1, 2, 3, 4, 6, 7
+    assert metrics["accuracy_copy_0"].item() == pytest.approx(3 / 6)
+    assert metrics["accuracy_changed_0"].item() == 0.0
+
+
+def test_partial_decodes_are_sums_of_coarse_codes():
+    dynamics = build()
+    _, post = dynamics.observe(dynamics.initial(3), *inputs())
+    partial = dynamics.partial(post.feat)
+    assert list(partial) == ["L0", "L0+L1"]
+    size = dynamics.stoch_dim // 3
+    for kept, feat in enumerate(partial.values(), 1):
+        assert torch.equal(feat.stoch[..., : kept * size], post.feat.stoch[..., : kept * size])
+        assert feat.stoch[..., kept * size :].abs().max() == 0
+
+
+def test_level_dropout_hides_fine_codes_from_the_decoder_alone():
+    dynamics = build(level_dropout=0.5)
+    _, post = dynamics.observe(dynamics.initial(50), *inputs(batch=50, firsts=()))
+    levels = dynamics.decoded(post).stoch.unflatten(-1, (3, -1)).abs().amax(-1) > 0  # (B, T, L)
+    share = levels.float().mean((0, 1))
+    assert share[0] == 1.0 and 0.7 < share[1] < 0.8 and 0.45 < share[2] < 0.55  # 1 level kept in 25%, 2 in 25%
+    assert (levels[..., 1] >= levels[..., 2]).all()
+    assert build(level_dropout=0.0).decoded(post) is post.feat
+
+
+def test_coarse_dreams_ignore_fine_levels_behind_the_barrier(monkeypatch):
+    """With ``barrier`` the memory and L0 of a dream are the same whatever the finer levels were."""
+    dynamics = build(mask="barrier")
+    carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
+    given, dreams = torch.randn(3, 5, A).double(), []
+    for shift in (0, 1):
+        torch.manual_seed(7)
+        original = dynamics.quantizer.decode
+        monkeypatch.setattr(
+            dynamics.quantizer, "decode", lambda level, x, s=shift, f=original: f(level, x.roll(s * (level > 0), -1))
+        )
+        dreams.append(dynamics.imagine(carry, given, 5, sample=False)[0])
+        monkeypatch.undo()
+    size = dynamics.stoch_dim // 3
+    assert torch.equal(dreams[0].deter, dreams[1].deter)
+    assert torch.equal(dreams[0].stoch[..., :size], dreams[1].stoch[..., :size])
+    assert not torch.allclose(dreams[0].stoch[:, 1:, size:], dreams[1].stoch[:, 1:, size:])
+
+
+def test_temperature_cools_what_is_drawn():
+    draws = []
+    for temperature in (1.0, 0.01):
+        torch.manual_seed(3)
+        dynamics = build(temperature=[1.0, temperature, temperature])
+        carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
+        given = torch.zeros(3, 20, A).double()
+        draws.append([dynamics.imagine(carry, given, 20)[0].stoch for _ in range(2)])
+    warm, cool = ((a != b).float().mean().item() for a, b in draws)
+    assert cool < warm
+
+
+def test_spatial_groups_are_the_positions_of_the_map():
+    obs = {"image": models.spaces.Box(0, 255, (16, 16, 3), "uint8")}
+    overrides = {"dynamics.type": "hrvq", "dynamics.hrvq.spatial": "true", "dynamics.hrvq.groups": 16}
+    agent, batch = make(obs, **overrides)
+    dynamics = agent.world_model.dynamics
+    assert dynamics.quantizer.book.shape[1] == 1
+    embed = torch.randn(1, 1, agent.world_model.encoder.dim)
+    maps = embed.unflatten(-1, (-1, 4, 4)).clone()
+    before = dynamics._numbers(embed)
+    maps[..., 2, 1] += 5.0  # position 9
+    moved = dynamics.inp(maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)) - dynamics.inp(
+        embed.unflatten(-1, (-1, 16)).transpose(-1, -2)
+    )
+    assert moved.abs().amax(-1).flatten().nonzero().flatten().tolist() == [9] and before.shape == (1, 1, 16, 4)
+    assert agent.update(batch).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hint"),
+    [
+        ({"heads": 3}, "width 16"),
+        ({"heads": 16}, "even"),
+        ({"commitment": [0.1, 0.1]}, "commitment has 2 values for 3 levels"),
+        ({"spatial": True, "groups": 2}, "spatial"),
+        ({"posterior": "fsq", "codes": 22}, "22 codes"),
+        ({"mask": "none"}, "hierarchical"),
+    ],
+)
+def test_bad_combinations_are_one_line(sizes, hint):
+    with pytest.raises(ValueError, match=hint) as error:
+        build(**sizes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"levels": 1, "groups": 1}, {"levels": 5, "groups": 3, "codes": 3, "code_dim": 2}, {"layers": 1, "heads": 1}],
+)
+def test_any_sizes(sizes):
+    dynamics = build(commitment=[0.1], **sizes)
+    carry, post = dynamics.observe(dynamics.initial(3), *inputs())
+    feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
+    assert feat.stoch.shape == (42, 4, dynamics.stoch_dim) and dynamics.loss(post)[0]["dyn"].isfinite().all()
+
+
+def test_memory_of_imagination_does_not_grow_with_starts_times_context():
+    """The sequences' K/V are shared: no tensor holds a copy of them for every start."""
+    dynamics = build(torch.float32, window=64)
+    carry, post = dynamics.observe(
+        dynamics.initial(2), *inputs(batch=2, length=64, dtype=torch.float32, firsts=((0, 0), (1, 0)))
+    )
+    start = dynamics.starts(carry, post, 0)
+    assert start.keys.shape[0] == 2 and start.deter.shape[0] == 128
+    assert start.keys.numel() == carry.keys.numel()
+
+
+def test_matched_capacity_and_size():
+    space = {"image": models.spaces.Box(0, 255, (64, 64, 3), "uint8")}
+    count = {}
+    for preset in ("tiny_dreamerv3", "tiny_hidreamer", "hidreamer"):
+        agent = models.Agent(space, models.spaces.Discrete(6), 6, tools.load_config([preset], {}))
+        dyn = agent.world_model.dynamics
+        count[preset] = sum(p.numel() for p in agent.world_model.parameters())
+        if preset == "tiny_hidreamer":
+            assert (dyn.bits, dyn.stoch_dim, dyn.deter_dim, dyn.feat_dim) == (60, 384, 256, 640)
+        if preset == "hidreamer":
+            assert 10.5e6 < sum(p.numel() for p in dyn.transformer.parameters()) < 11.5e6
+    assert 0.95 < count["tiny_hidreamer"] / count["tiny_dreamerv3"] < 1.05
+
+
+def test_free_nats_and_weights():
+    dynamics = build()
+    dynamics.balance, dynamics.level_weights = Balance(0.5, 0.1, 0.0, 0.01), [1.0, 0.5, 0.25]
+    _, post = dynamics.observe(dynamics.initial(3), *inputs())
+    losses, metrics = dynamics.loss(post)
+    expected = 0.5 * (metrics["kl_0"] + 0.5 * metrics["kl_1"] + 0.25 * metrics["kl_2"])
+    assert torch.allclose(losses["dyn"].mean(), expected)
