@@ -1,7 +1,7 @@
 """Does the agent learn? Whole runs through dreamer.py, beside their bars, random play, and a broken twin.
 
-    python benchmarks/learning.py minatar --seeds 0 1 2 [--configs PRESET ...] [--out results/FILE.json]
-    python benchmarks/learning.py cartpole --seeds 0 1 2 --twin     # rewards shuffled in replay: must fail
+    python benchmarks/learning.py minatar --dynamics rssm --seeds 0 1 2 [--out results/FILE.json] [-- --key value ...]
+    python benchmarks/learning.py cartpole --twin     # rewards and ends shuffled in replay: must fail
 
 Runs go to runs/learning/ and continue where they stopped. Exit status 1 if a bar is missed (for a twin: if one is met).
 """
@@ -35,20 +35,23 @@ TASKS = {
 
 
 class Shuffled(Replay):
-    """The broken twin: every batch has its rewards in a random order, so nothing says what they were for."""
+    """The broken twin: rewards and ends of every batch come in a random order, so nothing says what they were for.
+
+    Rewards alone would not do: CartPole pays 1 for every step, and what there is to learn is in the ends.
+    """
 
     def sample(self, rng=None):
         batch = super().sample(rng)
         order = (self.rng if rng is None else rng).permutation(batch["reward"].size)
-        batch["reward"] = batch["reward"].ravel()[order].reshape(batch["reward"].shape)
+        for key in ("reward", "is_terminal"):
+            batch[key] = batch[key].ravel()[order].reshape(batch[key].shape)
         return batch
 
 
-def train(task: str, configs: list[str], seed: int, steps: int, folder: Path, twin: bool) -> None:
+def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
     """One run, in this process; finished runs are kept."""
     dreamer.Replay = Shuffled if twin else Replay
-    words = ["--configs", *TASKS[task]["configs"], *configs, "--seed", str(seed), "--steps", str(steps)]
-    words += ["--logdir", str(folder), "--eval_episodes", "0", "--video", "false"]
+    words = ["--configs", *TASKS[task]["configs"], "--logdir", str(folder), "--eval_episodes", "0", *words]
     status = dreamer.main(words)
     if status:
         sys.exit(status)
@@ -126,16 +129,20 @@ def main() -> int:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="a shorter run; bars beyond it are left out")
-    parser.add_argument("--configs", nargs="*", default=[], help="presets on top of the task's own")
+    parser.add_argument("--dynamics", default="rssm", help="the latent state")
+    parser.add_argument("more", nargs="*", help="after --, arguments of dreamer.py")
     parser.add_argument("--twin", action="store_true", help="train the broken twin instead")
     parser.add_argument("--out", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     steps = args.steps or TASKS[args.task]["steps"]
     bars, runs, fine = TASKS[args.task]["bars"], {}, True
     for seed in args.seeds:
-        name = "-".join([args.task, *args.configs, str(seed), *(["twin"] if args.twin else [])])
-        folder = ROOT / "runs" / "learning" / name
-        train(args.task, args.configs, seed, steps, folder, args.twin)
+        name = "-".join(
+            [args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in args.more)]
+        )
+        folder = ROOT / "runs" / "learning" / name / str(seed)
+        words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *args.more]
+        train(args.task, words, folder, args.twin)
         found = measure(args.task, folder, steps)
         met = {bar: found[bar] >= least for bar, least in bars.items() if bar in found}
         # A twin fails if it misses every bar about returns: what the world looks like it may still learn.
@@ -144,7 +151,8 @@ def main() -> int:
         print(f"seed {seed}:", ", ".join(f"{bar} {value:.2f}" for bar, value in found.items()), flush=True)
     report = provenance() | {
         "task": args.task,
-        "configs": args.configs,
+        "dynamics": args.dynamics,
+        "more": args.more,
         "steps": steps,
         "twin": args.twin,
         "bars": bars,

@@ -85,15 +85,17 @@ class Told:
         return hrvq.Codes(self.code, index, logit, self.code)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["in place", "with a graph"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, monkeypatch):
+def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, graph, monkeypatch):
     """Dream from every step at once; then encode each start's past and its dream as one sequence. Float32, 1e-5."""
     dynamics = build(torch.float32, **variant)
     embed, action, is_first = inputs(dtype=torch.float32)
     length, horizon = embed.shape[1], 8
     carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
     given = F.one_hot(torch.randint(0, A, (3 * length, horizon)), A).float()  # not the replayed actions
-    feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
+    with torch.set_grad_enabled(graph):
+        feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
     stoch, deter = (x.unflatten(0, (3, length)) for x in (feat.stoch, feat.deter))  # (B, T, H+1, .)
     for t in range(length):
         codes = torch.cat([post.feat.stoch[:, : t + 1], stoch[:, t, 1:]], 1)
