@@ -57,11 +57,15 @@ def mix(logit: Tensor, unimix: float) -> Tensor:
 def draw(probs: Tensor, sample: bool = True) -> Tensor:
     """One-hot (..., K) straight-through draw from ``probs``, or their mode.
 
-    An exponential race: argmax p / Exp(1) has distribution p, with no host read and no cumulative sum.
+    By the inverse of the cumulative distribution: one uniform number a variable. A race of K exponentials does the same
+    and costs ten times as much on a CPU, and ``multinomial`` as well.
     """
     with torch.no_grad():
-        score = probs / torch.empty_like(probs).exponential_() if sample else probs
-        index = score.argmax(-1, keepdim=True)
+        if sample:
+            below = probs.cumsum(-1) < torch.rand_like(probs[..., :1])
+            index = below.sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)  # rounding may leave the sum below 1
+        else:
+            index = probs.argmax(-1, keepdim=True)
         onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
     return straight_through(onehot, probs)
 

@@ -27,7 +27,7 @@ class KV(NamedTuple):
 
 
 class Branch:
-    """The K/V that one layer's branches add of their own, (B,n,h,O,d): at most ``room`` positions.
+    """The K/V that one layer's branches add of their own, (B,h,n,O,d): at most ``room`` positions.
 
     Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of them every time.
     """
@@ -37,7 +37,7 @@ class Branch:
         self.kv: KV | None = None
 
     def add(self, keys: Tensor, values: Tensor) -> KV:
-        """Add (B,n,h,Q,d). -> all so far."""
+        """Add (B,h,n,Q,d). -> all so far."""
         start, self.length = self.length, self.length + keys.shape[-2]
         if self.kv is None and (torch.is_grad_enabled() or self.length == self.room):
             self.kv = KV(keys, values)
@@ -80,36 +80,38 @@ class Layer(nn.Module):
         self.up, self.down = linear(width, hidden), linear(hidden, width)
 
     def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B,n,Q,W) -> queries and keys, rotated, and values: (B,n,h,Q,d) each."""
+        """x (B,n,Q,W) -> queries and keys, rotated, and values: (B,h,n,Q,d) each."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # (B, n, Q, 3h, d)
         qk, v = qkv.split([2 * self.heads, self.heads], -2)
         q, k = rotate(qk, turn).chunk(2, -2)  # (B, n, Q, h, d)
-        return q.transpose(-2, -3), k.transpose(-2, -3), v.transpose(-2, -3)
+        return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Both residual branches, from what attention gathered (B,n,h,Q,d)."""
-        x = x + self.out(attended.transpose(-2, -3).flatten(-2))
+        """Both residual branches, from what attention gathered (B,h,n,Q,d)."""
+        x = x + self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
         return x + self.down(F.silu(self.up(self.norm2(x))))
 
 
+HIDDEN = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
+
+
 def attend(q: Tensor, own: KV, seen_own: Tensor, prefix: KV | None, seen_prefix: Tensor | None) -> Tensor:
-    """(B,n,h,Q,d): softmax attention over a shared prefix (B,h,P,d) and a branch's own positions (B,n,h,O,d).
+    """(B,h,n,Q,d): softmax attention over a shared prefix (B,h,P,d) and a branch's own positions (B,h,n,O,d).
 
     seen_prefix (B,n,Q,P) and seen_own (.., Q, O) are True where a row may look; every row sees at least itself.
     The prefix is multiplied with all branches' queries at once and never copied for them.
     """
-    size = q.shape[-1] ** -0.5
-    scores = (q @ own.keys.transpose(-1, -2)).masked_fill(~seen_own.unsqueeze(-3), -1e9)  # (B, n, h, Q, O)
+    q = q * q.shape[-1] ** -0.5
+    seen_own = seen_own.unsqueeze(1) if seen_own.ndim == 4 else seen_own
+    scores = torch.where(seen_own, q @ own.keys.transpose(-1, -2), HIDDEN)  # (B, h, n, Q, O)
     if prefix is None:
-        return torch.softmax(wide(size * scores), -1).to(q.dtype) @ own.values
-    b, n, h, rows, _ = q.shape
-    shared = q.transpose(1, 2).flatten(2, 3) @ prefix.keys.transpose(-1, -2)  # (B, h, n Q, P)
-    shared = shared.unflatten(2, (n, rows)).transpose(1, 2)  # (B, n, h, Q, P)
-    scores = torch.cat([shared.masked_fill(~seen_prefix.unsqueeze(-3), -1e9), scores], -1)
-    weight = torch.softmax(wide(size * scores), -1).to(q.dtype)
-    shared, rest = weight.split([shared.shape[-1], own.keys.shape[-2]], -1)
-    shared = shared.transpose(1, 2).reshape(b, h, n * rows, -1) @ prefix.values  # (B, h, n Q, d)
-    return shared.unflatten(2, (n, rows)).transpose(1, 2) + rest @ own.values
+        return torch.softmax(wide(scores), -1).to(q.dtype) @ own.values
+    shape = q.shape[2:4]  # (n, Q)
+    shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)  # (B, h, n, Q, P)
+    scores = torch.cat([torch.where(seen_prefix.unsqueeze(1), shared, HIDDEN), scores], -1)
+    weight = torch.softmax(wide(scores), -1).to(q.dtype)
+    shared, rest = weight.split([prefix.keys.shape[-2], own.keys.shape[-2]], -1)
+    return (shared.flatten(2, 3) @ prefix.values).unflatten(2, shape) + rest @ own.values
 
 
 class Transformer(nn.Module):

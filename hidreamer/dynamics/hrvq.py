@@ -79,7 +79,8 @@ class HRVQ(Dynamics):
         )  # fmt: skip
         self.deter_dim, self.stoch_dim = deter, levels * groups * code_dim
         self.shapes = ((groups, codes),) * levels
-        self.commitment = per_level(commitment, levels, "dynamics.hrvq.commitment")
+        weights = per_level(commitment, levels, "dynamics.hrvq.commitment")
+        self.register_buffer("commitment", torch.tensor(weights), persistent=False)
         self.level_weights = per_level(level_weights, levels, "dynamics.hrvq.level_weights")
         self.temperature = per_level(temperature, levels, "dynamics.hrvq.temperature")
         if spatial and embed_dim % groups:
@@ -171,11 +172,11 @@ class HRVQ(Dynamics):
     def _cache(self, carry: Carry, own: list, segment: Tensor, feat: Feat) -> Carry:
         """All steps of the carry and of the pass behind it, times moved so that the last one is 0."""
         length, steps = segment.shape[1], torch.cat([carry.segment, segment], 1)
-        new = [torch.stack([x.squeeze(1) for x in kv], 1) for kv in zip(*(branch.kv for branch in own), strict=True)]
+        new = [torch.stack([x.squeeze(2) for x in kv], 1) for kv in zip(*(branch.kv for branch in own), strict=True)]
         keys, values = (
             torch.cat([old, x.detach()], -2) for old, x in zip((carry.keys, carry.values), new, strict=True)
         )
-        back = rotary(steps.new_tensor(-length), self.transformer.head_dim, keys.dtype)
+        back = rotary(torch.full_like(steps[0, 0], -length), self.transformer.head_dim, keys.dtype)
         where = steps.new_full((len(steps),), steps.shape[1] - 1)
         last = (x[:, -1] for x in feat)
         return Carry(*last, rotate(keys, back), values, steps - segment[:, -1:], where)
@@ -188,7 +189,7 @@ class HRVQ(Dynamics):
         codes, is_first, _ = post.aux
         if self.quantizer.kind == "nearest":
             away = (codes.residual - codes.code.detach()).square().sum((-2, -1))  # (B, T, L), summed over G and d
-            losses["commit"] = (away * away.new_tensor(self.commitment)).sum(-1)
+            losses["commit"] = (away * self.commitment).sum(-1)
             metrics |= {f"commit_{i}": away[..., i].detach().mean() for i in range(self.levels)}
         return losses, metrics | self.quantizer.usage(codes.index) | self._accuracy(post.levels, codes.index, is_first)
 
