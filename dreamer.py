@@ -132,6 +132,7 @@ class Run:
         self.act: models.ActState | None = None
         self.score = {key: np.zeros(n) for key in ("return", "length", *self.envs.log_keys)}
         self.sums, self.summed = torch.zeros(0, device=device), 0
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # metrics of the first update that went wrong
         self.last_return: float | None = None
         self.evaluated = -1  # the step of the last evaluation
         self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
@@ -241,6 +242,7 @@ class Run:
         metrics = self.update(self._tensors(batch))
         self.sums = self.sums + metrics if self.summed else metrics.clone()
         self.summed += 1
+        self.broken = torch.where(self.broken.any(), self.broken, ~metrics.isfinite())
         self.updates += 1
         self.credit -= 1.0
 
@@ -273,11 +275,14 @@ class Run:
         """Means of the training metrics since the last record. Raises Failure where one is not finite."""
         values = (self.sums / max(self.summed, 1)).tolist() if self.summed else []
         metrics = dict(zip(self.agent.metric_names, values, strict=False))
-        for name, value in metrics.items():
-            if not np.isfinite(value):
-                last = self.logdir / "checkpoints" / "latest.pt"
-                good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-                raise Failure(f"{name} became {value} by step {self.step} (update {self.updates}); {good}")
+        if not np.isfinite(values).all():
+            # One NaN makes all metrics NaN an update later: tell the one that it began with.
+            broken = self.broken.expand(len(values)).tolist()
+            culprits = [name for name, bad in zip(metrics, broken, strict=True) if bad]
+            name = (culprits or [name for name, value in metrics.items() if not np.isfinite(value)])[0]
+            last = self.logdir / "checkpoints" / "latest.pt"
+            good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+            raise Failure(f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); {good}")
         return metrics
 
     def log(self) -> None:
