@@ -1,0 +1,141 @@
+"""Updates of several presets in turn in one process, as ratios to the first; beside dreamerv3-torch if it is at hand.
+
+    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer [--upstream FOLDER] [--repeats 7] [--out F]
+
+FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's sizes. Images of 64x64,
+6 actions, random data. The replay's part: seconds to draw a batch from 100,000 steps, and the memory they take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import measure
+import numpy as np
+import torch
+from gymnasium import spaces
+from ruamel.yaml import YAML
+
+import models
+import tools
+from hidreamer import cost
+from hidreamer.replay import Replay
+
+OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+ACTIONS = 6
+
+
+def ours(preset: str):
+    """-> one update of a preset as a function of nothing, and its config."""
+    config = tools.load_config([preset], {})
+    agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config)
+    agent.make_optimizers()
+    rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
+    batch = {key: torch.from_numpy(x) for key, x in rows.items()}
+    return lambda: agent.update(batch), config
+
+
+@contextlib.contextmanager
+def importing(folder: Path):
+    """Their modules have the names of ours: hide ours while theirs are imported."""
+    hidden = {name: sys.modules.pop(name) for name in ("tools", "networks", "models") if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in ("tools", "networks", "models"):
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+def upstream(folder: Path, config: tools.Config):
+    """The same for dreamerv3-torch: its atari100k preset at the sizes of ``config``."""
+    with importing(folder):
+        import models as theirs
+    dyn, units, depth = config.dynamics, config.encoder.units, config.encoder.depth
+    presets = YAML(typ="safe").load((folder / "configs.yaml").read_text())
+    options = presets["defaults"]
+    sizes = {"dyn_hidden": dyn.hidden, "dyn_deter": dyn.deter, "units": units, "num_actions": ACTIONS}
+    sizes |= {"dyn_stoch": dyn.rssm.stoch, "dyn_discrete": dyn.rssm.classes, "device": "cpu", "compile": False}
+    nested = {"encoder": {"cnn_depth": depth}, "decoder": {"cnn_depth": depth}}
+    for change in (presets["atari100k"], sizes, nested):
+        for key, value in change.items():
+            options[key] = options[key] | value if isinstance(value, dict) else value
+    options = types.SimpleNamespace(**options)
+    world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options)
+    behavior = theirs.ImagBehavior(options, world)
+    world.requires_grad_(False), behavior.requires_grad_(False)  # their update turns gradients on where it needs them
+    rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
+    batch = {"action": rows.pop("prev_action"), **rows}
+
+    def update():
+        post, _, _ = world._train(batch)
+        behavior._train(post, lambda feat, state, action: world.heads["reward"](world.dynamics.get_feat(state)).mode())
+
+    return update
+
+
+def replay_figures(config: tools.Config, steps: int = 100_000, repeats: int = 50) -> dict[str, float]:
+    """Seconds to draw one batch from a full ring of random Atari steps, and the ring's resident memory."""
+    block, rng = config.replay, np.random.default_rng(0)
+    before = resident_mb()
+    ring = Replay(capacity=steps, batch=block.batch, length=block.length, streams=1, rng=rng)
+    rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), 1, 1000)
+    for i in range(steps):
+        ring.add({key: x[:, i % 1000] for key, x in rows.items()})
+    times = measure.interleaved({"sample": ring.sample}, repeats, False)["sample"]
+    return {
+        "replay_sample_cpu_s": measure.median([cpu for cpu, _ in times]),
+        "replay_steps": len(ring),
+        "replay_mb": round(ring.nbytes / 2**20),
+        "replay_resident_mb": round(resident_mb() - before),
+    }
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="+")
+    parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    fns, configs = {}, {}
+    for preset in args.presets:
+        fns[preset], configs[preset] = ours(preset)
+    first = args.presets[0]
+    if args.upstream:
+        fns["dreamerv3-torch"] = upstream(args.upstream, configs[first])
+    report = measure.provenance() | replay_figures(configs[first])
+    for fn in fns.values():
+        fn(), fn()  # the first one allocates the optimisers' states
+    times = measure.interleaved(fns, args.repeats, False)
+    report["updates"] = {
+        name: cost.operators(fn)
+        | {"flops": cost.flops(fn)}
+        | {f"{unit}_s": measure.median([t[i] for t in times[name]]) for i, unit in enumerate(("cpu", "wall"))}
+        # Of one round each: what slows the machine slows both.
+        | {"cpu_ratio": measure.median([a[0] / b[0] for a, b in zip(times[name], times[first], strict=True)])}
+        for name, fn in fns.items()
+    }
+    report["replay_share"] = round(report["replay_sample_cpu_s"] / report["updates"][first]["cpu_s"], 4)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
