@@ -1,0 +1,111 @@
+"""Pictures of what was measured.
+
+    python benchmarks/draw.py learning results/learning/*.json --out results/learning/curves.png
+    python benchmarks/draw.py run RUN_FOLDER kl_0 kl_1 model_clipped --out results/hrssm/pong.png
+    python benchmarks/draw.py masks --out docs/masks.png
+
+The second also writes the drawn numbers beside the picture, as JSON; the third draws the masks that hrvq trains with.
+Needs matplotlib: pip install -e ".[compare]"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import measure  # noqa: F401, puts the project on the path
+
+from hidreamer.mask import KINDS, visible
+
+COLOURS = {"rssm": "#444444", "hrssm": "#0072b2", "hrvq": "#d55e00"}
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "0"}
+
+
+def learning(paths: list[Path], out: Path) -> None:
+    """One panel a task: every seed's line, the bars as ticks, random play, and the broken twins dotted."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    tasks = sorted({report["task"] for report in reports})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], tasks, strict=True):
+        mine = [report for report in reports if report["task"] == task]
+        for report in mine:
+            name, twin = report["dynamics"], report["twin"]
+            for i, run in enumerate(report["runs"].values()):
+                label = None if i else f"{name}, rewards shuffled" if twin else f"{name}, {len(report['runs'])} seeds"
+                style = {"ls": ":" if twin else "-", "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
+                ax.plot(*zip(*run["curve"], strict=True), label=label, **style)
+        for name, least in mine[0]["bars"].items():
+            where = [int(word) for word in name.split("_") if word.isdigit()]
+            if name.startswith("return_at"):
+                ax.plot(where[0], least, "k_", ms=14, label="bar" if where[0] == 20_000 else None)
+            elif name.startswith("last"):
+                ax.axhline(least, color="k", lw=0.8, label="bar, last 10 episodes")
+        ax.axhline(mine[0]["random_return"], color="0.6", lw=0.8, ls="--", label="random play")
+        ax.set(title=task, xlabel="environment frames", ylabel="training return")
+        ax.legend(frameon=False, fontsize=7)
+    save(figure, out)
+
+
+def monitor(folder: Path, keys: list[str], out: Path) -> None:
+    """One panel a metric of one run's log."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
+    missing = [key for key, points in found.items() if not points]
+    if missing:
+        sys.exit(f"error: {folder / 'metrics.jsonl'} has no {', '.join(missing)}")
+    figure, axes = plt.subplots(1, len(keys), figsize=(3 * len(keys), 2.4), squeeze=False, layout="constrained")
+    for ax, (key, points) in zip(axes[0], found.items(), strict=True):
+        ax.plot(*zip(*points, strict=True), color=COLOURS["hrssm"], lw=1.2)
+        ax.set(title=key, xlabel="environment frames")
+    save(figure, out)
+    out.with_suffix(".json").write_text(json.dumps({"folder": str(folder), "metrics": found}) + "\n")
+
+
+def masks(out: Path, steps: int = 2, levels: int = 3) -> None:
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(12, 4.2), layout="constrained")
+    names = [f"{name}$_{t}$" for t in range(steps) for name in (*(f"L{i}" for i in range(levels)), "A")]
+    for ax, kind in zip(axes, KINDS, strict=True):
+        ax.imshow(visible(kind, steps, levels), cmap="Blues", vmin=0, vmax=1.4)
+        ax.set(title=kind, xlabel="is seen", xticks=range(len(names)), yticks=range(len(names)))
+        ax.set_xticklabels(names), ax.set_yticklabels(names)
+        for lines in (ax.axhline, ax.axvline):
+            for x in range(1, len(names)):
+                step = x % (levels + 1) == 0
+                lines(x - 0.5, color="black" if step else "white", lw=0.8 if step else 1.5)
+        ax.tick_params(length=0)
+    axes[0].set_ylabel("sees")
+    save(figure, out)
+
+
+def save(figure: plt.Figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    print(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    many = kinds.add_parser("learning", help="learning curves from learning.py's files")
+    many.add_argument("paths", nargs="+", type=Path)
+    one = kinds.add_parser("run", help="metrics of one run")
+    one.add_argument("folder", type=Path)
+    one.add_argument("keys", nargs="+")
+    picture = kinds.add_parser("masks", help="who attends to whom")
+    for kind in (many, one, picture):
+        kind.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.kind == "learning":
+        learning(args.paths, args.out)
+    elif args.kind == "run":
+        monitor(args.folder, args.keys, args.out)
+    else:
+        masks(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
