@@ -7,6 +7,7 @@ The same command again continues the run.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -24,8 +25,8 @@ import models
 import tools
 from envs import EnvError, make_env
 from envs.vector import Envs
-from hidreamer import cost
-from hidreamer.logger import Logger, Rates, Screen, picture
+from hidreamer import cost, evaluation
+from hidreamer.logger import Logger, Rates, Screen
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
 
@@ -223,7 +224,7 @@ class Run:
             # What came before was not followed: begin as a replayed chunk begins.
             self.act = self.agent.initial(self.envs.count)
             obs["is_first"] = np.ones_like(obs["is_first"])
-        self.act = self.agent.act(self.act, self._tensors(obs), "explore" if exploring else "train")
+        self.act = self.agent.act(self.act, self.agent.tensors(obs), "explore" if exploring else "train")
         return self.act.action.cpu().numpy()
 
     def _count(self, obs: dict[str, np.ndarray]) -> None:
@@ -239,16 +240,12 @@ class Run:
     def _improve(self) -> None:
         batch = self.replay.sample()
         del batch["is_last"]
-        metrics = self.update(self._tensors(batch))
+        metrics = self.update(self.agent.tensors(batch))
         self.sums = self.sums + metrics if self.summed else metrics.clone()
         self.summed += 1
         self.broken = torch.where(self.broken.any(), self.broken, ~metrics.isfinite())
         self.updates += 1
         self.credit -= 1.0
-
-    def _tensors(self, rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
-        return {key: move(x) for key, x in rows.items()}
 
     def finish(self) -> None:
         """The last evaluation and checkpoint, unless this run had them already."""
@@ -314,68 +311,24 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                returns, lengths, videos = self._play()
+                mode, shows = "greedy" if config.eval_greedy else "train", (config.video, config.decode_levels)
+                count = min(config.env.count, config.eval_episodes)
+                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+                    played = evaluation.play(self.agent, envs, config.eval_episodes, mode, *shows, self._heed)
+                returns, lengths, videos = played
                 scores = {"eval_return": float(np.mean(returns)), "eval_return_std": float(np.std(returns))}
                 scores |= {"eval_length": float(np.mean(lengths)), "eval_episodes": len(returns)}
                 self.logger.scalars(self.step, scores)
                 self.screen.line(f"[{self.step}] eval return {scores['eval_return']:.2f} over {len(returns)} episodes")
                 if config.video:
-                    videos["open_loop"] = self._predict(np.random.default_rng(entropy))
+                    batch = self.replay.sample(np.random.default_rng(entropy))
+                    videos["open_loop"] = evaluation.open_loop(self.agent, batch, config.decode_levels)
                 for name, frames in videos.items():
                     if len(frames):
                         self.logger.video(self.step, name, np.asarray(frames), fps=5 if name == "open_loop" else 15)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
-
-    def _play(self) -> tuple[list[float], list[int], dict[str, list[np.ndarray]]]:
-        """-> returns, lengths, videos of the first episode (1,000 frames at most)."""
-        config, episodes = self.config, self.config.eval_episodes
-        count = min(config.env.count, episodes)
-        quota = np.array([episodes // count + (i < episodes % count) for i in range(count)])
-        envs = self._make_envs(count, 1, self.step)
-        try:
-            returns, lengths, action = [], [], None
-            videos: dict[str, list[np.ndarray]] = {"agent": [], "levels": []}
-            state, score, length = self.agent.initial(count), np.zeros(count), np.zeros(count, int)
-            while quota.any():
-                self._heed()
-                obs = envs.step(action)
-                score, length = score * ~obs["is_first"] + obs["reward"], (length + 1) * ~obs["is_first"]
-                inputs = self._tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
-                state = self.agent.act(state, inputs, "greedy" if config.eval_greedy else "train")
-                action = state.action.cpu().numpy()
-                if config.video and len(videos["agent"]) < 1000 and not returns:
-                    videos["agent"].append(envs.render(0))
-                    if config.decode_levels:
-                        videos["levels"] += self._levels(inputs, state)
-                # Each environment plays its share: taking whoever finishes first would favour short episodes.
-                for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
-                    returns.append(float(score[i])), lengths.append(int(length[i]))
-                    quota[i] -= 1
-            return returns, lengths, videos
-        finally:
-            envs.close()
-
-    def _levels(self, inputs: dict[str, torch.Tensor], state: models.ActState) -> list[np.ndarray]:
-        """[(H,W,3)]: what the first environment shows, above what the state and its coarse levels alone say of it."""
-        wm = self.agent.world_model
-        obs = models.networks.prepare({key: x[:1].unsqueeze(1) for key, x in inputs.items()})
-        feat = wm.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
-        return list(self._picture([wm.shown(obs), *wm.show(feat, levels=True)]))
-
-    def _predict(self, rng: np.random.Generator, context: int = 5) -> np.ndarray:
-        """(T,H,W,3) truth, model and error above each other for six sequences, open loop after ``context`` steps."""
-        batch = {key: x[:6] for key, x in self.replay.sample(rng).items() if key != "is_last"}
-        if batch["reward"].shape[1] <= context:
-            return np.zeros(0)
-        wm, levels = self.agent.world_model, self.config.decode_levels
-        return self._picture(wm.open_loop(self._tensors(batch), context, levels), error=True)
-
-    def _picture(self, rows: list[dict[str, torch.Tensor]], error: bool = False) -> np.ndarray:
-        """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there is none."""
-        boards = [picture([row[key] for row in rows], error) for key in rows[0] if rows[0][key].ndim == 5]
-        return np.concatenate(boards, 2) if boards else np.zeros(0)
 
     # ------------------------------------------------------------ checkpoints
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -299,6 +300,23 @@ class Agent(nn.Module):
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
             policy = behavior.actor(post.feat.cat()[:, 0])
             return ActState(carry, (policy.mode() if mode == "greedy" else policy.sample()).float())
+
+    def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
+        """Arrays on the agent's device."""
+        device = next(self.parameters()).device
+        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        return {key: move(x) for key, x in rows.items()}
+
+    @torch.no_grad()
+    def levels(self, obs: Batch, state: ActState) -> list[Batch]:
+        """What the first environment shows, what its state says of it, and its coarse levels alone: {key: (1,1,...)}.
+
+        obs: what ``act`` was given to reach ``state``.
+        """
+        model = self.world_model
+        seen = networks.prepare({key: x[:1].unsqueeze(1) for key, x in obs.items()})
+        feat = model.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
+        return [model.shown(seen), *model.show(feat, levels=True)]
 
     def autocast(self):
         on = self.config.precision == "bfloat16"

@@ -11,7 +11,6 @@ from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -116,23 +115,3 @@ class Screen:
         self.bar.update(self.task, completed=step, rates=rates, losses=shown, score=score)
         if self.bar.disable:
             self.line(f"[{step}/{self.total}] {rates} {shown} return {score}")
-
-
-def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
-    """Images or grids (B,T,H,W,C) in [0, 1], truth first -> frames (T, H rows, B W, 3) uint8, one above the other.
-
-    With ``error`` the difference of the second and the first comes third.
-    """
-    if error:
-        rows = [*rows[:2], (rows[1] - rows[0] + 1.0) / 2.0, *rows[2:]]
-    x = torch.cat(rows, 2).cpu()  # (B, T, H rows, W, C)
-    channels = x.shape[-1]
-    if channels == 1:
-        x = x.expand(*x.shape[:-1], 3)
-    elif channels != 3:  # planes of a board, each in a colour of its own
-        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels) + torch.tensor([0.0, 2.1, 4.2])
-        x = x @ (0.5 + 0.5 * torch.cos(hue))
-    scale = max(1, 128 // x.shape[3])
-    frames = x.permute(1, 2, 0, 3, 4).flatten(2, 3).clamp(0.0, 1.0)  # (T, H rows, B W, 3)
-    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return (255.0 * frames).round().byte().numpy()
