@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
+import resource
 import shlex
 import signal
 import sys
@@ -283,7 +284,9 @@ class Run:
     def log(self) -> None:
         frames, updates = self.rates(self.step, self.updates)
         counts = {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self._restarts()}
-        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates}
+        cuda, kib = self.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else kib / 2**10
+        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": peak}
         self.logger.scalars(self.step, self.metrics() | counts | rates)
         self.logger.flush()
         self._show()
