@@ -14,7 +14,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || (echo "error: Python's venv is missing: apt install python3-venv" >&2; exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.*"
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dmc,crafter,vizdoom,dev]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dmc,crafter,vizdoom,compare,ray,slurm,dev]"
 	@touch $@
 
 demo: setup
