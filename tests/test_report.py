@@ -171,6 +171,8 @@ def returns(rng, top):
 def known(tmp_path_factory):
     """Five seeds on two tasks: tiny_hidreamer is better by half, tiny_hdreamer is not; one of its runs fell short."""
     folder, rng = tmp_path_factory.mktemp("known"), np.random.default_rng(0)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(stats, "REPS", 200)  # rliable's bootstrap is slow
     for task, model, seed in itertools.product(("dummy_vector", "atari_pong"), MODELS, range(5)):
         curve = returns(rng, 15.0 if model == "tiny_hidreamer" else 10.0) - (21.0 if task == "atari_pong" else 0.0)
         short = (task, model, seed) == ("dummy_vector", "tiny_hdreamer", 4)
@@ -179,6 +181,7 @@ def known(tmp_path_factory):
             path = folder / task / model / str(seed) / "metrics.jsonl"
             path.write_text("".join(path.read_text().splitlines(keepends=True)[:40]))
     status, summary = report(folder)
+    monkeypatch.undo()
     assert status == 0
     return folder / "report", summary
 
@@ -211,8 +214,9 @@ def test_the_summary_has_every_run(known):
     assert all({"value", "low", "high", "method"} <= x.keys() for x in known[1]["aggregates"]["tiny_hdreamer"].values())
 
 
-def test_three_seeds_of_one_task_claim_nothing(tmp_path):
+def test_three_seeds_of_one_task_claim_nothing(tmp_path, monkeypatch):
     """Even far apart: complete separation of 3 and 3 happens by chance in one of ten comparisons."""
+    monkeypatch.setattr(stats, "REPS", 200)
     for model, seed in itertools.product(MODELS[:2], range(3)):
         top = 10.0 if model == MODELS[0] else 100.0
         write_run(tmp_path / model / str(seed), returns(np.random.default_rng(seed), top), model, seed)
