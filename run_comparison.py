@@ -2,6 +2,7 @@
 
     python run_comparison.py --steps 50000 --seeds 3        train, then report
     python run_comparison.py --from FOLDER [FOLDER ...]     report on runs that exist
+    python run_comparison.py --paired-offline FOLDER        compare world models on the same recorded episodes
 
 The same command again continues: finished runs are kept, interrupted ones resume, failed ones get another try.
 """
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from envs import EnvError
 from tools import Config, ConfigError
 
 try:
-    from hidreamer.report import backends, fairness, page, runs, summary
+    from hidreamer.report import backends, fairness, heldout, offline, page, runs, summary
     from hidreamer.report.matrix import Job, Matrix
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -45,12 +46,14 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "task": (["minatar_breakout"], "Tasks that every model is trained on, each with its suite's preset."),
     "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1."),
     "seed_list": ([], "The seeds by name, instead."),
-    "logdir": ("runs/comparison", "Folder of runs and report."),
+    "logdir": ("runs/comparison", "Folder of runs and report; those of --paired-offline go to offline/ in it."),
     "jobs": (0, "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
     "backend": ("local", "Who runs them. One of: local ray slurm."),
     "resources": ([], "KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition (slurm), ..."),
     "allow_differences": (False, "Compare although configs differ outside the latent state; the report says so."),
+    "paired_offline": ([], "Folders of recorded episodes (a run's): trains world models only, on the same batches."),
+    "updates": (2000, "Updates of each world model, for --paired-offline. At least 1."),
     "from": ([], "Folders with runs to report on, of any machine; trains nothing."),
 }
 
@@ -121,11 +124,21 @@ class Content(NamedTuple):
     capacity: dict[str, dict[str, Any]]  # by model
     task: str  # that the capacity was counted on
     differences: fairness.Differences  # of configs, outside the latent state
-    failed: list[dict[str, str]]  # name, reason and log of runs that failed twice
+    failed: list[dict[str, str]]  # name, reason and log of jobs that failed twice
+    offline: dict[str, Any] | None = None  # the paired comparison of world models
 
 
-def train(options: SimpleNamespace, presets: list[str], values: Mapping[str, Any], folder: Path) -> tuple[int, Content]:
-    """Bring all runs to their ends. -> the signal that stopped it, or 0; what there is to report."""
+class Plan(NamedTuple):
+    """What is to be run, once it is known to be fair and possible."""
+
+    stacks: dict[tuple[str, str], list[str]]  # presets, by task and model
+    configs: dict[tuple[str, str], Config]
+    values: dict[str, Any]  # config values for all
+    differences: fairness.Differences
+    capacity: dict[str, dict[str, Any]]  # by model, on the first task
+
+
+def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, Any]) -> Plan:
     for key in ("models", "task"):
         if len(set(names := getattr(options, key))) < len(names):
             raise ConfigError(f"--{key} names one twice: {' '.join(names)}")
@@ -137,30 +150,57 @@ def train(options: SimpleNamespace, presets: list[str], values: Mapping[str, Any
             configs[task, model] = tools.load_config(stacks[task, model], {**values, "task": task})
         differing |= fairness.unfair({model: configs[task, model].flat() for model in options.models})
     refuse(differing, options)
-    task = options.task[0]
-    counted = {model: fairness.capacity(configs[task, model]) for model in options.models}  # before hours of training
-    jobs = [
-        make_job(folder / task / model / str(seed), model, stacks[task, model], configs[task, model], values, seed)
-        for seed in seeds(options)
-        for task in options.task
-        for model in options.models
-    ]
-    signum = Matrix(jobs, make_backend(options, configs[task, options.models[0]].device, folder), Console()).run()
-    found = [runs.read(job.folder) for job in jobs if (job.folder / "metrics.jsonl").exists()]
-    failed = [
-        {"name": job.name, "reason": job.reason, "log": job.last_lines()} for job in jobs if job.state == "failed"
-    ]
-    return signum, Content(options.models, found, counted, task, differing, failed)
+    counted = {model: fairness.capacity(configs[options.task[0], model]) for model in options.models}
+    return Plan(stacks, configs, values, differing, counted)
 
 
-def make_job(folder: Path, model: str, stack: list[str], config: Config, values: Mapping[str, Any], seed: int) -> Job:
-    words = [str(ROOT / "dreamer.py"), "--configs", *stack, "--task", config.task, "--seed", str(seed)]
-    for key, value in values.items():
+def command(plan: Plan, task: str, model: str, seed: int, folder: Path) -> list[str]:
+    """What dreamer.py and a paired-offline job have in common."""
+    words = ["--configs", *plan.stacks[task, model], "--task", task, "--seed", str(seed), "--logdir", str(folder)]
+    for key, value in plan.values.items():
         words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    command = [sys.executable, *words, "--logdir", str(folder)]
-    name = f"{config.task}/{model}/{seed}"
-    done = functools.partial(runs.finished, folder, config.steps)
-    return Job(name, command, folder, config.steps, done, {"model": model})
+    return words
+
+
+def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
+    """Bring all runs to their ends. -> the signal that stopped it, or 0; what there is to report."""
+    jobs = []
+    for seed, task, model in itertools.product(seeds(options), options.task, options.models):
+        home, steps = folder / task / model / str(seed), plan.configs[task, model].steps
+        words = [sys.executable, str(ROOT / "dreamer.py"), *command(plan, task, model, seed, home)]
+        done = functools.partial(runs.finished, home, steps)
+        jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, {"model": model}))
+    signum, failed = run(jobs, options, plan, folder)
+    found = [runs.read(job.folder) for job in jobs if (job.folder / "metrics.jsonl").exists()]
+    return signum, Content(options.models, found, plan.capacity, options.task[0], plan.differences, failed)
+
+
+def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
+    """The same for world models on recorded episodes; compared are the seeds that all models finished."""
+    if len(options.task) > 1:
+        raise ConfigError("--paired-offline compares on one --task, that of the episodes")
+    jobs, (task,), updates = {}, options.task, options.updates
+    sources = [str(Path(source).expanduser().resolve()) for source in options.paired_offline]
+    offline.check(offline.find(sources), plan.configs[task, options.models[0]])
+    for seed, model in itertools.product(seeds(options), options.models):
+        home = folder / task / model / str(seed)
+        words = [sys.executable, "-m", "hidreamer.report.offline", *command(plan, task, model, seed, home)]
+        words += ["--episodes", *sources, "--updates", str(updates)]
+        done = functools.partial(offline.finished, home, updates)
+        jobs[model, seed] = Job(f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates")
+    signum, failed = run(list(jobs.values()), options, plan, folder)
+    whole = [seed for seed in seeds(options) if all(jobs[model, seed].finished() for model in options.models)]
+    results = {model: [offline.read(jobs[model, seed].folder) for seed in whole] for model in options.models}
+    about = {"sceptic": heldout.SCEPTIC, "note": heldout.NOTE, "task": task, "sources": sources}
+    found = summary.paired(results, about) if whole else None
+    return signum, Content(options.models, [], plan.capacity, task, plan.differences, failed, found)
+
+
+def run(jobs: list[Job], options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, list[dict[str, str]]]:
+    """-> the signal that stopped it, or 0; what failed."""
+    backend = make_backend(options, plan.configs[options.task[0], options.models[0]].device, folder)
+    signum = Matrix(jobs, backend, Console()).run()
+    return signum, [{"name": x.name, "reason": x.reason, "log": x.last_lines()} for x in jobs if x.state == "failed"]
 
 
 def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
@@ -215,7 +255,7 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")}
     made = provenance() | {"command": shlex.join(["python", "run_comparison.py", *argv]), "versions": versions}
     warnings = fairness.warnings({model: column for model, column in known.items() if "error" not in column})
-    report |= {"made": made, "capacity": known, "counted_on": what.task, "warnings": warnings, "offline": None}
+    report |= {"made": made, "capacity": known, "counted_on": what.task, "warnings": warnings, "offline": what.offline}
     page.write(summary.plain(report | {"differences": what.differences, "failed": what.failed}), folder)
 
 
@@ -230,9 +270,15 @@ def main(argv: list[str]) -> int:
     try:
         options, presets, values = parse(argv)
         folder = Path(options.logdir).expanduser().resolve()
-        signum, what = (0, collect(options)) if getattr(options, "from") else train(options, presets, values, folder)
+        if getattr(options, "from"):
+            signum, what = 0, collect(options)
+        elif options.paired_offline:
+            folder /= "offline"
+            signum, what = train_offline(options, make_plan(options, presets, values), folder)
+        else:
+            signum, what = train(options, make_plan(options, presets, values), folder)
         if signum:
-            print("stopped; the same command continues, and --from", folder, "reports on what there is")
+            print(f"stopped; the same command continues, and --from {folder} reports on what there is")
             return 128 + signum
         write(what, folder, argv)
         print(f"report: {folder / 'report.html'}")

@@ -54,7 +54,8 @@ class Job:
         names = {f"perf/{self.unit}_per_s": "rate", "train_return": "return"}
         for record in records(self.folder / "metrics.jsonl", last=65536):
             self.seen["step"] = record["step"]
-            self.seen |= {short: record[name] for name, short in names.items() if name in record}
+            training = record.get("perf/updates_per_s", 1.0) > 0.0  # acting at random says nothing about the rest
+            self.seen |= {short: record[name] for name, short in names.items() if name in record and training}
 
     def left(self) -> float | None:
         """Seconds, at the rate that was last logged."""

@@ -142,7 +142,9 @@ def provenance(report: Report) -> Section:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     text = [f"Report made from commit {made['commit']} on {made['hardware']}, with {versions}."]
     pre = [made["command"]]
-    return Section("How this was made", text, lists={"Definitions": methods}, tables=[table] if rows else [], pre=pre)
+    if not rows:
+        return Section("How this was made", text, pre=pre)
+    return Section("How this was made", text, lists={"Definitions": methods}, tables=[table], pre=pre)
 
 
 def failures(report: Report) -> Section | None:

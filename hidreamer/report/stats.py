@@ -25,6 +25,7 @@ SHUFFLES = 20_000
 POWER = 0.8
 BOOTSTRAP = f"rliable, {LEVEL:.0%} percentile bootstrap over seeds, stratified by task, {REPS} replications"
 TEST = f"Welch's t over seeds, stratified by task, {LEVEL:.0%} jointly for all models"
+PAIRED = f"{LEVEL:.0%}, t over seeds and over episodes, both being samples (Howe 1974)"
 
 Scores = list[np.ndarray]
 Estimate = dict[str, Any]  # value, low, high, method; low and high are None where there is no interval

@@ -216,6 +216,30 @@ def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) ->
     return out
 
 
+# ---------------------------------------------------------------- world models on the same episodes
+
+
+def paired(results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds for all."""
+    base, (first, *_) = next(iter(results)), next(iter(results.values()))
+    names = [name.removeprefix("model/") for name in first if name.startswith("model/")]
+    found = {}
+    for name in names:
+        columns = {model: np.stack([x[f"model/{name}"] for x in runs]) for model, runs in results.items()}
+        known = np.isfinite(np.stack(list(columns.values()))).all((0, 1))
+        if known.any():
+            found[name] = {
+                "better": "higher" if name.endswith("likelihood") else "lower",
+                "episodes": int(known.sum()),
+                "values": {model: float(x[:, known].mean()) for model, x in columns.items()},
+                "differences": stats.paired(columns, base),
+                "sceptic": float(first[f"sceptic/{name}"][known].mean()),
+            }
+    facts = {"models": list(results), "seeds": len(results[base]), "updates": int(first["updates"])}
+    facts |= {"train_episodes": int(first["training"]), "held_out": len(first[f"model/{names[0]}"])}
+    return facts | {"metrics": found, "method": stats.PAIRED, **about}
+
+
 def costs(rows: list[dict], models: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """{model: medians over its runs}."""
     out = {}

@@ -16,7 +16,7 @@ def number(x: float | None, sign: bool = False) -> str:
     if x is None or not math.isfinite(x):
         return "–"
     digits = 0 if x == 0 else max(0, 2 - math.floor(math.log10(abs(x))))
-    text = f"{round(x, min(digits, 4)):{'+' if sign else ''},.{min(digits, 3)}f}"
+    text = f"{x:{'+' if sign else ''},.{min(digits, 5)}f}"
     return text.replace("-", "−")
 
 
