@@ -28,7 +28,7 @@ from envs import EnvError
 from tools import Config, ConfigError
 
 try:
-    from hidreamer.report import backends, fairness, heldout, offline, page, runs, summary
+    from hidreamer.report import backends, fairness, heldout, offline, page, probes, runs, summary
     from hidreamer.report.matrix import Job, Matrix
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -191,7 +191,8 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     signum, failed = run(list(jobs.values()), options, plan, folder)
     whole = [seed for seed in seeds(options) if all(jobs[model, seed].finished() for model in options.models)]
     results = {model: [offline.read(jobs[model, seed].folder) for seed in whole] for model in options.models}
-    about = {"sceptic": heldout.SCEPTIC, "note": heldout.NOTE, "task": task, "sources": sources}
+    note = " ".join([heldout.NOTE, *([probes.NOTE] if probes.possible(plan.configs[task, options.models[0]]) else [])])
+    about = {"sceptic": heldout.SCEPTIC, "note": note, "task": task, "sources": sources}
     found = summary.paired(results, about) if whole else None
     return signum, Content(options.models, [], plan.capacity, task, plan.differences, failed, found)
 

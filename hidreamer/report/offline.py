@@ -9,6 +9,7 @@ continues; ``results.npz`` says that it is done.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ import tools
 from envs import EnvError, make_env
 from hidreamer.logger import Rates
 from hidreamer.replay import DAMAGED, Replay, Rows, load_episode
-from hidreamer.report import heldout
+from hidreamer.report import heldout, probes
 from hidreamer.report.runs import config_hash
 from tools import CheckpointError, Config, ConfigError
 
@@ -104,10 +105,11 @@ class Trainer:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.agent.make_optimizers()
+        self.untrained = copy.deepcopy(self.agent.world_model)
         self.load = functools.partial(load, keys=self.keys, task=config.task)
-        self.episodes = [rows for path in self.train_files if (rows := self.load(path)) is not None]
+        self.episodes = {path: rows for path in self.train_files if (rows := self.load(path)) is not None}
         sizes = {"batch": config.replay.batch, "length": config.replay.length}
-        rows = {key: np.concatenate([x[key] for x in self.episodes]) for key in sorted(self.keys)}
+        rows = {key: np.concatenate([x[key] for x in self.episodes.values()]) for key in sorted(self.keys)}
         self.replay = Replay(capacity=len(rows["reward"]), streams=1, rng=rng, **sizes)
         for t in range(len(rows["reward"])):
             self.replay.add({key: x[t : t + 1] for key, x in rows.items()})
@@ -174,16 +176,35 @@ class Trainer:
     def judge(self) -> dict[str, np.ndarray]:
         """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}."""
         model, found = self.agent.world_model, []
-        for i, path in enumerate(self.held_files):
-            if (rows := self.load(path)) is None:
-                continue
+        held = {path: rows for path in self.held_files if (rows := self.load(path)) is not None}
+        for i, rows in enumerate(held.values()):
             batch = self._tensors(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
             truth = model.shown(models.networks.prepare(batch))
             judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
             by = {"model": judge(heldout.ask(model, batch)), "sceptic": judge(self.sceptic.say(truth))}
             found.append({f"{who}/{name}": x for who, scores in by.items() for name, x in scores.items()})
-        return {name: np.array([scores[name] for scores in found]) for name in found[0]}
+        scores = {name: np.array([scores[name] for scores in found]) for name in found[0]}
+        return scores | (self._probe(held) if probes.possible(self.config) else {})
+
+    def _probe(self, held: Mapping[Path, Rows]) -> dict[str, np.ndarray]:
+        """The same for what features know of an Atari console's memory."""
+
+        def chunks(path: Path, rows: Rows) -> Rows | None:
+            ram = probes.cached(path, rows, self.config, self.logdir.parent.parent / "ram")
+            return None if ram is None else heldout.chunks(rows | {"ram": ram}, self.config.replay.length)
+
+        @torch.no_grad()
+        def see(model: models.WorldModel, batch: Rows) -> np.ndarray:
+            torch.manual_seed(0)
+            obs = models.networks.prepare(self._tensors({k: x for k, x in batch.items() if k != "ram"}))
+            return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
+
+        sees = {"model": functools.partial(see, self.agent.world_model), "pixels": probes.pixels}
+        sees["untrained"] = functools.partial(see, self.untrained)
+        train = [x for path, rows in self.episodes.items() if (x := chunks(path, rows)) is not None]
+        test = [chunks(path, rows) for path, rows in held.items()]
+        return probes.compare(sees, train[: probes.EPISODES], test, self.config.task) if train else {}
 
 
 def main(argv: list[str]) -> int:
