@@ -46,7 +46,10 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "task": (["minatar_breakout"], "Tasks that every model is trained on, each with its suite's preset."),
     "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1."),
     "seed_list": ([], "The seeds by name, instead."),
-    "logdir": ("runs/comparison", "Folder of runs and report; those of --paired-offline go to offline/ in it."),
+    "logdir": (
+        "runs/comparison",
+        "Folder of runs and report (in its offline/ with --paired-offline, in --from with that).",
+    ),
     "jobs": (0, "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
     "backend": ("local", "Who runs them. One of: local ray slurm."),
@@ -74,6 +77,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
             if isinstance(default, list):
                 given, like = given if isinstance(given, list) else [given], default or [""]
             options[key] = True if given is True and default is False else tools.coerce(key, given, like, sentence)
+    if options["from"] and options["paired_offline"]:
+        raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
     known = tools.load_config([], {}).flat()
     for key in values:
         if key == "seed":
@@ -218,7 +223,7 @@ def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
 def refuse(differing: fairness.Differences, options: SimpleNamespace) -> None:
     if differing and not options.allow_differences:
         raise ConfigError(
-            f"the configs differ outside dynamics: {fairness.told(differing)}; "
+            f"the configs differ in more than the latent state: {fairness.told(differing)}; "
             "make them the same, or add --allow-differences and the report records it"
         )
 
@@ -244,7 +249,7 @@ def collect(options: SimpleNamespace) -> Content:
         if run.task == task and run.model not in counted:
             try:
                 counted[run.model] = fairness.capacity(Config(tools.unflatten(run.config)))
-            except ConfigError as error:  # a game or a structure that this machine does not have
+            except (ConfigError, AttributeError) as error:  # a game, a structure, a key that this machine does not have
                 counted[run.model] = {"error": str(error)}
     return Content(order, found, counted, task, differing, [])
 
@@ -271,22 +276,29 @@ def main(argv: list[str]) -> int:
     try:
         options, presets, values = parse(argv)
         folder = Path(options.logdir).expanduser().resolve()
-        if getattr(options, "from"):
+        if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
+            folder = Path(sources[0]).resolve() if options.logdir == OPTIONS["logdir"][0] else folder
         elif options.paired_offline:
             folder /= "offline"
             signum, what = train_offline(options, make_plan(options, presets, values), folder)
         else:
             signum, what = train(options, make_plan(options, presets, values), folder)
         if signum:
-            print(f"stopped; the same command continues, and --from {folder} reports on what there is")
+            more = "" if options.paired_offline else f", and --from {folder} reports on what there is"
+            print(f"stopped; the same command continues{more}")
             return 128 + signum
+        for failed in what.failed:
+            print(f"\n{failed['name']}: {failed['reason']}\n{failed['log']}\n", file=sys.stderr)
         write(what, folder, argv)
         print(f"report: {folder / 'report.html'}")
         return 1 if what.failed else 0
     except (ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that is not ours, a cluster that does not answer
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -73,7 +73,8 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert [failed["name"] for failed in report["failed"]] == ["dummy_vector/tiny_hdreamer/1"]
     assert report["failed"][0]["reason"] == "exit status 7"
     assert report["failed"][0]["log"].endswith("the planted fault")
-    told = capsys.readouterr().out
+    told, err = capsys.readouterr()
+    assert "dummy_vector/tiny_hdreamer/1: exit status 7" in err and "the planted fault" in err
     assert "dummy_vector/tiny_hdreamer/0: waiting (killed by SIGKILL)" in told
     assert "dummy_vector/tiny_hdreamer/1: failed (exit status 7)" in told
     for name in ("report.md", "report.html"):
@@ -148,6 +149,7 @@ BAD = {
     "resources without a value": (["--backend", "slurm", "--resources", "num_cpus"], "KEY=VALUE"),
     "no runs": (["--from", "/nonexistent"], "there is no run"),
     "another size": (["--dynamics.hrvq.levels", "0"], "at least 1"),
+    "both": (["--from", "x", "--paired-offline", "y"], "leave one of them out"),
     "resume": (["--resume", "x"], "dreamer.py"),
 }
 

@@ -186,6 +186,6 @@ def offline(ax: Axes, found: Mapping[str, Any]) -> None:
         if metric["better"] == "lower" and level:
             for model, difference in metric["differences"].items():
                 relative = [None if x is None else 100.0 * x / level for x in difference]
-                rows.append((name, colour[model], *relative))
+                rows.append((name if model == found["models"][1] else "", colour[model], *relative))
     forest(ax, rows, 0.0, f"% of the error of {base}; left is better")
-    ax.set_title("paired differences on held-out episodes")
+    ax.set_title("paired differences")

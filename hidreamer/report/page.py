@@ -95,7 +95,7 @@ def fairness_section(report: Report) -> Section:
     base = next(iter(known.values()), {})
     value = lambda column, key: column.get(key, column.get("parts", {}).get(key))
 
-    def cell(column: Mapping[str, Any], label: str, key: str) -> str:
+    def cell(column: Mapping[str, Any], key: str) -> str:
         x, first = value(column, key), value(base, key)
         if x is None:
             return "–"
@@ -107,7 +107,8 @@ def fairness_section(report: Report) -> Section:
         ratio = f" ({x / first:.3f})" if column is not base and first and x != first else ""
         return shown.get(key, lambda: f"{x:,.0f}")() + ratio
 
-    cells = [[label, *(cell(column, label, key) for column in known.values())] for label, key in rows.items()]
+    rows = {label: key for label, key in rows.items() if any(value(x, key) is not None for x in known.values())}
+    cells = [[label, *(cell(column, key) for column in known.values())] for label, key in rows.items()]
     note = f"Counted on {report['counted_on']}; updates/s and memory are medians over the runs. In brackets: the ratio "
     note += "to the first model."
     section = Section("Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else [])
@@ -115,7 +116,7 @@ def fairness_section(report: Report) -> Section:
     if report["differences"]:
         told = [[key, fairness.told({key: by})] for key, by in report["differences"].items()]
         section.tables.append(
-            Table(["config key", "differs outside the latent state (allowed on the command line)"], told)
+            Table(["config key", "differs besides the latent state (allowed on the command line)"], told)
         )
     elif report["runs"] or report["offline"]:
         section.text.append("The configs are the same in everything but the latent state.")
@@ -316,7 +317,8 @@ def offline(report: Report) -> Section:
         f"each; differences are paired on {found['held_out']} held-out "
         f"episodes. No luck in exploration enters. Intervals: {found['method']}."
     ]
-    drawing = figures.picture(lambda ax: figures.offline(ax, found), 1.2 + 0.28 * 7 * len(others))
+    drawn = len(others) * sum(metric["better"] == "lower" for metric in found["metrics"].values())
+    drawing = figures.picture(lambda ax: figures.offline(ax, found), 0.9 + 0.2 * drawn)
     lists = {"What the paired differences show": words.offline(found)}
     return Section(
         "World models on the same episodes",
