@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
-import resource
 import shlex
 import signal
 import sys
@@ -26,7 +25,7 @@ import tools
 from envs import EnvError, make_env
 from envs.vector import Envs
 from hidreamer import cost
-from hidreamer.logger import Logger, Rates, Screen, picture
+from hidreamer.logger import Logger, Rates, Screen, peak_mb, picture
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
 
@@ -284,9 +283,7 @@ class Run:
     def log(self) -> None:
         frames, updates = self.rates(self.step, self.updates)
         counts = {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self._restarts()}
-        cuda, kib = self.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else kib / 2**10
-        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": peak}
+        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": peak_mb(self.device)}
         self.logger.scalars(self.step, self.metrics() | counts | rates)
         self.logger.flush()
         self._show()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +92,18 @@ class Rates:
         (then, f, u), self.last = self.last, (time.monotonic(), frames, updates)
         took = max(self.last[0] - then, 1e-9)
         return (frames - f) / took, (updates - u) / took
+
+
+def peak_mb(device: torch.device) -> float:
+    """The most memory that this process ever held: of the GPU if that is its device, otherwise resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:  # Linux's getrusage would count what the parent held when it started this process
+        return int(found[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Screen:
