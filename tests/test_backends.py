@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -30,9 +31,15 @@ def make(tmp_path):
         "ray": lambda: backends.Ray(2, "cpu", 1, {"num_cpus": 0.5}),
         "slurm": lambda: backends.Slurm(2, "cpu", {"timeout_min": 5}, tmp_path / "slurm"),
     }
-    yield lambda name: (needs(name), made[name]())[1]
-    if backends.sys.modules.get("ray"):
-        backends.sys.modules["ray"].shutdown()
+    return lambda name: (needs(name), made[name]())[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_cluster():
+    """Ray is started once for all tests."""
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 def job(folder, script, steps=1):
@@ -82,11 +89,7 @@ def test_a_matrix_on_a_cluster(name, tmp_path, capsys):
     needs(name)
     args = ["--configs", "debug", "--task", "dummy_vector", "--steps", "80", "--models", "tiny_dreamerv3"]
     args += ["--seeds", "2", "--jobs", "2", "--logdir", str(tmp_path)]
-    try:
-        assert run_comparison.main([*args, "--backend", name]) == 0
-    finally:
-        if name == "ray":
-            __import__("ray").shutdown()
+    assert run_comparison.main([*args, "--backend", name]) == 0
     report = json.loads((tmp_path / "summary.json").read_text())
     assert [(r["seed"], r["status"], r["steps"]) for r in report["runs"]] == [(i, "complete", 80) for i in (0, 1)]
 

@@ -53,6 +53,7 @@ def test_one_run_by_hand():
     assert np.isnan(stats.final_return(np.zeros((0, 2)), 1000))
     curve = stats.curve(episodes, 1000)
     assert curve.tolist() == [1.0] * 9 + [2.0] * 9 + [4.0, 8.0]  # parts of 50 frames; empty ones repeat the last
+    assert stats.steps_to(curve, 1.0, 1000) == 50.0 and stats.steps_to(curve, 1.0, 1000, 50.0) == 100.0
     assert stats.steps_to(curve, 3.0, 1000) == 950.0 and stats.steps_to(curve, 9.0, 1000) == np.inf
 
 

@@ -171,7 +171,8 @@ class Ray:
     def __init__(self, jobs: int, device: str, per_gpu: int, resources: Mapping[str, Any]):
         self.ray = extra("ray", lambda: __import__("ray"))
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-        self.ray.init(runtime_env=environment, log_to_driver=False, logging_level="error", include_dashboard=False)
+        quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
+        self.ray.init(runtime_env=environment, ignore_reinit_error=True, **quiet)
         self.slots = jobs or sys.maxsize
         gpus = self.ray.cluster_resources().get("GPU", 0) and device != "cpu"
         self.options = {"num_cpus": 1, "num_gpus": 1.0 / per_gpu if gpus else 0} | dict(resources)

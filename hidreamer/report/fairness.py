@@ -89,7 +89,7 @@ def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 for key, label in names.items()
                 if base.get(key) and column.get(key)
             }
-            far = [f"{label} {ratio:+.0%}" for label, ratio in ratios.items() if abs(ratio) > MATCHED]
+            far = [f"{label} {ratio:+.0%}".replace("-", "−") for label, ratio in ratios.items() if abs(ratio) > MATCHED]
             if far:
                 lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
     return lines

@@ -136,7 +136,8 @@ def provenance(report: Report) -> Section:
         f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe.",
         f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out 0, and so does a test "
         f"that shuffles the runs of each task between the two models ({stats.SHUFFLES:,} shuffles), at the same level.",
-        "Threshold: half way from random play to the mean final return of all runs of the task.",
+        "Threshold: half way from random play to the mean final return of all runs of the task; parts of a run that "
+        "began at random do not count.",
         "Wall time: from the logged rates, of the work that was kept.",
     ]
     table = Table(["commit of the runs", "hardware"], [list(pair) for pair in commits])

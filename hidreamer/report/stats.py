@@ -67,9 +67,13 @@ def part_ends(steps: int) -> np.ndarray:
     return steps * np.arange(1, BINS + 1) / BINS
 
 
-def steps_to(curve: np.ndarray, threshold: float, steps: int) -> float:
-    """The end of the first part of the run whose mean return reaches ``threshold``; inf if none does (censored)."""
-    reached = np.flatnonzero(curve >= threshold)
+def steps_to(curve: np.ndarray, threshold: float, steps: int, after: float = 0.0) -> float:
+    """The end of the first part of the run whose mean return reaches ``threshold``; inf if none does (censored).
+
+    Parts that begin before frame ``after``, when the run still acted at random, do not count.
+    """
+    learning = part_ends(steps) - steps / BINS >= after
+    reached = np.flatnonzero((curve >= threshold) & learning)
     return float(part_ends(steps)[reached[0]]) if len(reached) else math.inf
 
 

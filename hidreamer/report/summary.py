@@ -79,6 +79,7 @@ def record(run: Run, steps: int) -> dict[str, Any]:
         "hardware": run.start.get("hardware", "unknown"),
         "folder": str(run.folder),
         "final_return": final,
+        "random_until": random_until(run),
         "area": float(curve.mean()),
         "curve": curve.tolist(),
         "eval_returns": run.get("eval_return").tolist(),
@@ -86,8 +87,13 @@ def record(run: Run, steps: int) -> dict[str, Any]:
         "updates_per_s": median_late(rates),
         "wall_s": float(wall) if len(moving) else None,
         "peak_mb": float(peak[:, 1].max()) if len(peak) else None,
-        "levels": {name: np.interp(stats.part_ends(steps), *x.T).tolist() for name, x in levels(run).items()},
+        "levels": {name: at(stats.part_ends(steps), x) for name, x in levels(run).items()},
     }
+
+
+def at(moments: np.ndarray, series: np.ndarray) -> list[float]:
+    """A logged scalar (n, 2) at other steps; NaN before it was first logged."""
+    return np.interp(moments, *series.T, left=np.nan).tolist()
 
 
 def median_late(series: np.ndarray) -> float | None:
@@ -101,7 +107,8 @@ def rate(row: dict, scale: Mapping[str, Any]) -> None:
     row["normalised"] = float(normal(row["final_return"]))
     row["normalised_curve"] = normal(row["curve"]).tolist()
     threshold = scale["threshold"]
-    row["steps_to"] = None if threshold is None else stats.steps_to(np.array(row["curve"]), threshold, scale["steps"])
+    found = lambda: stats.steps_to(np.array(row["curve"]), threshold, scale["steps"], row["random_until"])
+    row["steps_to"] = None if threshold is None else found()
 
 
 def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[str, Any]:
@@ -119,10 +126,15 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     return facts | {"zero": zero, "unit": unit, "normalisation": how, "threshold": threshold}
 
 
+def random_until(run: Run) -> int:
+    """The frame until which the run acted at random."""
+    return run.config["replay.prefill"] * run.config["env.action_repeat"]
+
+
 def random_returns(run: Run) -> np.ndarray:
     """Returns of the episodes that ended while the run still acted at random; of its first one if none did."""
     episodes = run.get("train_return")
-    early = episodes[episodes[:, 0] <= run.config["replay.prefill"] * run.config["env.action_repeat"]]
+    early = episodes[episodes[:, 0] <= random_until(run)]
     return (early if len(early) else episodes[:1])[:, 1]
 
 
