@@ -57,6 +57,11 @@ def test_one_run_by_hand():
     assert stats.steps_to(curve, 3.0, 1000) == 950.0 and stats.steps_to(curve, 9.0, 1000) == np.inf
 
 
+def test_a_median_of_censored_times_is_never_half_way_to_nowhere():
+    assert stats.median_steps(np.array([100.0, np.inf]), 1000)["value"] > 1000
+    assert stats.median_steps(np.array([100.0, 200.0, np.inf]), 1000)["value"] == 200.0
+
+
 def test_aggregates_are_rliables():
     x = np.random.default_rng(0).normal(size=(4, 3))
     assert stats.iqm(x[..., None]) == pytest.approx(metrics.aggregate_iqm(x))

@@ -134,9 +134,12 @@ def profile(scores: np.ndarray, taus: np.ndarray) -> dict[str, list[float] | Non
 
 
 def median_steps(times: np.ndarray, steps: int) -> Estimate:
-    """Median frames to the threshold over runs (n,); anything beyond ``steps`` stands for "not within the run"."""
+    """Median frames to the threshold over runs (n,); anything beyond ``steps`` stands for "not within the run".
+
+    Of an even number of runs the later middle one: half way to a run that never got there is no time at all.
+    """
     censored = np.minimum(times, steps * (1.0 + 1.0 / BINS))
-    return estimate(censored[:, None], np.median)
+    return estimate(censored[:, None], lambda x: np.quantile(x, 0.5, method="higher"))
 
 
 # ---------------------------------------------------------------- differences
