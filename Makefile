@@ -4,20 +4,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint setup clean
 
-setup: $(VENV)/ready
+setup: $(VENV)/ready-all
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "error: Python 3.11 or newer is needed: make PYTHON=python3.11" >&2; exit 1)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || (echo "error: Python's venv is missing: apt install python3-venv" >&2; exit 1)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.*"
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dmc,crafter,vizdoom,dev]"
+	$(PIP) "torch==2.13.*"
+	$(PIP) -e .
 	@touch $@
 
-demo: setup
+$(VENV)/ready-all: $(VENV)/ready
+	$(PIP) -e ".[dmc,crafter,vizdoom,compare,ray,slurm,dev]"
+	@touch $@
+
+demo: $(VENV)/ready
 	$(RUN) dreamer.py --configs demo tiny_dreamerv3 --logdir runs/demo
 
 test: setup

@@ -285,7 +285,7 @@ class Run:
     def log(self) -> None:
         frames, updates = self.rates(self.step, self.updates)
         counts = {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self._restarts()}
-        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates}
+        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": cost.peak_mb(self.device)}
         self.logger.scalars(self.step, self.metrics() | counts | rates)
         self.logger.flush()
         self._show()

@@ -40,12 +40,6 @@ def median(values: list[float]) -> float:
     return round(statistics.median(values), 4)
 
 
-def peak_mb(cuda: bool) -> float:
-    if cuda:
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
-
-
 def provenance() -> dict[str, str]:
     """Commit, command and hardware: without them a number is a rumour."""
     git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()

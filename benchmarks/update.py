@@ -53,7 +53,7 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
     times = measure.interleaved(fns, repeats, device.type == "cuda")
     out |= {f"{name}_s": measure.median([t[i] for t in times["update"]]) for i, name in enumerate(("cpu", "wall"))}
     out |= {"policy_ms": 1000 * measure.median([t[1] for t in times["policy"]]), "repeats": repeats}
-    return out | {"peak_mb": measure.peak_mb(device.type == "cuda")}
+    return out | {"peak_mb": round(cost.peak_mb(device), 1)}
 
 
 def main(argv: list[str]) -> int:

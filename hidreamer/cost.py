@@ -1,10 +1,15 @@
-"""What an agent is made of and what its update costs, counted: parameters, bits, operators, FLOPs."""
+"""What an agent is made of and what its update costs, counted: parameters, bits, operators, FLOPs, memory."""
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,3 +105,15 @@ def table(columns: Mapping[str, dict]) -> str:
         lines.append([key, *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def peak_mb(device: torch.device) -> float:
+    """The most memory that this process ever held: of the GPU if that is its device, otherwise resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:  # Linux's getrusage would count what the parent held when it started this process
+        return int(found[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,95 @@
+"""May these be compared? Configs that differ outside the latent state, and what each model is made of and costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import models
+from envs import EnvError, make_env
+from hidreamer import cost
+from hidreamer.report.runs import HOUSEKEEPING, Run
+from tools import Config, ConfigError
+
+MATCHED = 0.05  # relative difference of capacity above which models are not "matched"
+SIZES = {"bits": "bits", "feature": "feature size", "parameters": "world-model parameters"}
+COSTS = {"flops": "FLOPs per update", "updates_per_s": "updates/s", "peak_mb": "memory"}
+
+Differences = dict[str, dict[str, Any]]  # {config key: {who: value}}
+
+
+def differences(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
+    """Keys of flat configs, {who: config}, whose values are not the same for all: of the latent state and outside it.
+
+    What is housekeeping for any run, and its seed, is left out.
+    """
+    keys = sorted(set().union(*configs.values()) - HOUSEKEEPING - {"seed"})
+    values = {key: {who: config.get(key) for who, config in configs.items()} for key in keys}
+    return {key: found for key, found in values.items() if any(v != next(iter(found.values())) for v in found.values())}
+
+
+def unfair(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
+    """Differences between models that are not the latent state's."""
+    return {key: found for key, found in differences(configs).items() if not key.startswith("dynamics.")}
+
+
+def unfair_runs(runs: list[Run]) -> Differences:
+    """What may not differ between runs of a task: nothing outside the latent state; within a model nothing at all."""
+    found: Differences = {}
+    for task in sorted({run.task for run in runs}):
+        here = {run.name: run for run in runs if run.task == task}
+        found |= unfair({name: run.config for name, run in here.items()})
+        for model in sorted({run.model for run in here.values()}):
+            found |= differences({name: run.config for name, run in here.items() if run.model == model})
+    return found
+
+
+def told(found: Differences, most: int = 3) -> str:
+    """One line: which keys, and who has what."""
+    parts = []
+    for key, values in list(found.items())[:most]:
+        groups: dict[str, list[str]] = {}
+        for who, value in values.items():
+            groups.setdefault(str(value), []).append(who)
+        says = ", ".join(
+            f"{value} ({', '.join(who[:3])}{', ...' if len(who) > 3 else ''})" for value, who in groups.items()
+        )
+        parts.append(f"{key}: {says}")
+    return "; ".join(parts) + (f"; and {len(found) - most} more" if len(found) > most else "")
+
+
+def capacity(config: Config) -> dict[str, Any]:
+    """What the agent of a config is made of, counted by building it and updating it once. Raises ConfigError."""
+    try:
+        env = make_env(config.task, config.env.tree(), 0)
+        agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config)
+        env.close()
+    except (EnvError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    agent.make_optimizers()
+    rows = cost.random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
+    batch = {key: torch.from_numpy(x) for key, x in rows.items()}
+    sizes = cost.sizes(agent)
+    params = sizes.pop("params")
+    flops = cost.flops(functools.partial(agent.update, batch))
+    return sizes | {"parameters": params["world_model"], "parts": params, "flops": flops}
+
+
+def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where a model is more than 5% from the first one, from the columns of the capacity table."""
+    (first, base), *others = columns.items()
+    lines = []
+    for kind, names in (("Capacity is not matched", SIZES), ("Costs differ", COSTS)):
+        for name, column in others:
+            ratios = {
+                label: column[key] / base[key] - 1.0
+                for key, label in names.items()
+                if base.get(key) and column.get(key)
+            }
+            far = [f"{label} {ratio:+.0%}".replace("-", "−") for label, ratio in ratios.items() if abs(ratio) > MATCHED]
+            if far:
+                lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
+    return lines

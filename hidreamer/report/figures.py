@@ -1,0 +1,191 @@
+"""The pictures of a report, drawn from its summary alone. Each is as wide as a phone can show."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from hidreamer.report import stats
+
+COLOURS = ("#3b4252", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # after Okabe and Ito
+STYLES = ("-", "--", ":", "-.")  # of levels, coarse -> fine
+WIDTH, HEIGHT = 4.6, 2.7  # inches
+SOFT = "#8a8f98"
+LOOK = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "axes.labelcolor": "#444a55",
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": "#e7e9ee", "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT,
+    "xtick.labelcolor": "#444a55", "ytick.labelcolor": "#444a55", "font.size": 9, "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "hidreamer", "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def colours(models: list[str]) -> dict[str, str]:
+    return {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(models)}
+
+
+def picture(draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
+    """One drawing as inline SVG whose text is text."""
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def panels(summary: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Axes], None]]]:
+    """(name, drawing) of the learning curves: over all tasks where there are several, then each task's."""
+    if len(summary["tasks"]) > 1:
+        yield "all tasks", lambda ax: mean_curves(ax, summary)
+    for task in summary["tasks"]:
+        yield task, lambda ax, task=task: task_curves(ax, summary, task)
+
+
+def save_curves(summary: Mapping[str, Any], path: Any) -> None:
+    """All learning curves in one PNG."""
+    drawings = list(panels(summary))
+    columns = min(3, len(drawings))
+    rows = math.ceil(len(drawings) / columns)
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.35), dpi=160)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax, (_, draw) in zip(axes, drawings, strict=False):
+            draw(ax)
+        for ax in axes[len(drawings) :]:
+            ax.set_axis_off()
+        lines = [
+            matplotlib.lines.Line2D([], [], color=c, lw=2.2, label=m) for m, c in colours(summary["models"]).items()
+        ]
+        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines))
+        figure.savefig(path)
+
+
+# ---------------------------------------------------------------- learning
+
+
+def band(ax: Axes, x: np.ndarray, found: Mapping[str, Any], colour: str) -> None:
+    ax.plot(x, np.array(found["value"], float), color=colour, lw=2.2)
+    if found["low"] is not None:
+        ax.fill_between(x, *(np.array(found[k], float) for k in ("low", "high")), color=colour, alpha=0.14, lw=0)
+
+
+def mean_curves(ax: Axes, summary: Mapping[str, Any]) -> None:
+    x = 100.0 * stats.part_ends(1)
+    for model, colour in colours(summary["models"]).items():
+        if model in summary["curves"]:
+            band(ax, x, summary["curves"][model], colour)
+    ax.set(title=f"all {len(summary['tasks'])} tasks", xlabel="% of the run", ylabel="normalised score (IQM)")
+
+
+def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
+    """Every seed thin (dashed where the run is incomplete), their IQM thick with its band."""
+    facts = summary["tasks"][task]
+    x = stats.part_ends(facts["steps"])
+    for model, colour in colours(summary["models"]).items():
+        for row in summary["runs"]:
+            if (row["task"], row["model"]) == (task, model):
+                style = "-" if row["status"] == "complete" else "--"
+                ax.plot(x, np.array(row["curve"], float), style, color=colour, lw=0.8, alpha=0.45)
+        if model in summary["per_task"][task]:
+            band(ax, x, summary["per_task"][task][model]["curve"], colour)
+    ax.axhline(facts["random_play"], color=SOFT, lw=0.9, ls=":")
+    ax.annotate("random play", (0.995, facts["random_play"]), (0, 2), xycoords=("axes fraction", "data"),
+                textcoords="offset points", ha="right", va="bottom", fontsize=7, color=SOFT)  # fmt: skip
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set(title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"]))
+
+
+def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
+    """When each run reached the threshold; an open triangle at the edge is one that never did."""
+    facts = summary["tasks"][task]
+    for i, (model, colour) in enumerate(colours(summary["models"]).items()):
+        rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == (task, model, "complete")]
+        times = np.array([r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float)
+        shift = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2) if len(times) < 6 else np.zeros(len(times))
+        never = ~np.isfinite(times)
+        ax.plot(times[~never], i + shift[~never], "o", color=colour, ms=6, alpha=0.8)
+        edge = np.full(never.sum(), facts["steps"] * 1.04)
+        ax.plot(edge, i + shift[never], ">", color=colour, ms=7, mfc="none", clip_on=False)
+    names = summary["models"]
+    ax.set(title=task, xlabel="frames to the threshold", xlim=(0, facts["steps"] * 1.06), ylim=(len(names) - 0.5, -0.5))
+    ax.axvline(facts["steps"], color=SOFT, lw=0.9, ls=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.grid(axis="y", visible=False)
+
+
+# ---------------------------------------------------------------- aggregates
+
+
+def forest(ax: Axes, rows: list[tuple[str, str, float, float | None, float | None]], zero: float, label: str) -> None:
+    """Points with their intervals beside a line of no difference. rows: name, colour, value, low, high."""
+    for i, (_, colour, value, low, high) in enumerate(rows):
+        if low is not None:
+            ax.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="round")
+        ax.plot(value, i, "o", color=colour, ms=6)
+    ax.axvline(zero, color="#444a55", lw=1)
+    ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+
+
+def differences(ax: Axes, summary: Mapping[str, Any]) -> None:
+    colour = colours(summary["models"])
+    rows = [(m, colour[m], d["value"], d["low"], d["high"]) for m, d in summary["comparisons"].items()]
+    forest(ax, rows, 0.0, f"score minus that of {summary['models'][0]}")
+    ax.set_title("difference of normalised final returns")
+
+
+def improvements(ax: Axes, summary: Mapping[str, Any]) -> None:
+    colour = colours(summary["models"])
+    found = {model: d["improvement"] for model, d in summary["comparisons"].items()}
+    rows = [(m, colour[m], d["value"], d["low"], d["high"]) for m, d in found.items()]
+    forest(ax, rows, 0.5, f"that a run scores more than one of {summary['models'][0]}")
+    ax.set(title="probability of improvement", xlim=(-0.02, 1.02))
+
+
+def profiles(ax: Axes, summary: Mapping[str, Any]) -> None:
+    for model, colour in colours(summary["models"]).items():
+        if model in summary["profile"]["models"]:
+            band(ax, np.array(summary["profile"]["tau"]), summary["profile"]["models"][model], colour)
+    ax.set(title="performance profile", xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
+
+
+def level_kinds(summary: Mapping[str, Any]) -> list[str]:
+    """Which per-level figures the runs logged: "kl", "perplexity"."""
+    return sorted({name.rpartition("_")[0] for found in summary["levels"].values() for name in found})
+
+
+def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:
+    x, colour = 100.0 * stats.part_ends(1), colours(summary["models"])
+    for model, found in summary["levels"].items():
+        for name, curves in found.items():
+            if name.rpartition("_")[0] == kind:
+                level = int(name.rpartition("_")[2])
+                label = f"{model}, level {level}"
+                style = STYLES[level % len(STYLES)]
+                ax.plot(x, np.array(curves["curve"], float), style, color=colour[model], lw=1.8, label=label)
+    ax.legend(fontsize=7)
+    ax.set(title=f"{kind} per level", xlabel="% of the run", ylabel="nats" if kind == "kl" else kind, ylim=(0, None))
+
+
+def offline(ax: Axes, found: Mapping[str, Any]) -> None:
+    """Paired differences of the errors, relative to the baseline's."""
+    colour, rows, base = colours(found["models"]), [], found["models"][0]
+    for name, metric in found["metrics"].items():
+        level = metric["values"][base]
+        if metric["better"] == "lower" and level:
+            for model, difference in metric["differences"].items():
+                relative = [None if x is None else 100.0 * x / level for x in difference]
+                rows.append((name if model == found["models"][1] else "", colour[model], *relative))
+    forest(ax, rows, 0.0, f"% of the error of {base}; left is better")
+    ax.set_title("paired differences")

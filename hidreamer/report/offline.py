@@ -1,0 +1,246 @@
+"""One world model trained on recorded episodes, and judged on others: a job of ``--paired-offline``.
+
+    python -m hidreamer.report.offline --configs PRESET ... --task TASK --seed S --logdir FOLDER
+        --episodes FOLDER ... --updates N
+
+Models that are given the same episodes and seed see the same batches in the same order. The same command again
+continues; ``results.npz`` says that it is done.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import models
+import tools
+from envs import EnvError, make_env
+from hidreamer.logger import Rates
+from hidreamer.replay import DAMAGED, Replay, Rows, load_episode
+from hidreamer.report import heldout, probes
+from hidreamer.report.runs import config_hash
+from tools import CheckpointError, Config, ConfigError
+
+EVERY = 5  # each fifth episode is held out
+LEAST = 2 * EVERY  # episodes that are needed, so that two are held out
+MOST = 50  # held-out episodes that are looked at
+LOG, SAVE = 20, 200  # updates between two records, two checkpoints
+RESULTS = "results.npz"
+ROWS = ("reward", "is_first", "is_last", "is_terminal", "prev_action")
+
+
+def find(folders: list[str]) -> list[Path]:
+    """The episodes in run folders or in folders of .npz files. Raises ConfigError."""
+    files: list[Path] = []
+    for folder in map(Path, folders):
+        inside = folder / "train_eps" if (folder / "train_eps").is_dir() else folder
+        files += sorted(inside.glob("*.npz"))
+    if len(files) < LEAST:
+        told = f"{' '.join(folders)} holds {len(files)} episodes"
+        raise ConfigError(f"--paired-offline: {told}, and {LEAST} are needed: name a run's folder or its train_eps")
+    return files
+
+
+def check(files: list[Path], config: Config) -> None:
+    """Raises ConfigError where the first of the episodes is not of the config's task."""
+    env = make_env(config.task, config.env.tree(), 0)
+    env.close()
+    load(files[0], {*env.obs_space, *ROWS}, config.task)
+
+
+def load(path: Path, keys: set[str], task: str) -> Rows | None:
+    """The rows of an episode under ``keys``, None if it is damaged. Raises ConfigError if it is another task's."""
+    try:
+        rows = load_episode(path)
+    except DAMAGED as error:
+        print(f"skipped episode {path}: {error}")
+        return None
+    if missing := keys - rows.keys():
+        raise ConfigError(f"{path} has no {', '.join(sorted(missing))}: it is not of task {task}")
+    return {key: rows[key] for key in keys}
+
+
+def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """-> for training, held out."""
+    held = files[EVERY - 1 :: EVERY]
+    return [path for path in files if path not in set(held)], held[:MOST]
+
+
+def finished(folder: Path, updates: int) -> bool:
+    try:
+        with np.load(folder / RESULTS) as file:
+            return int(file["updates"]) == updates
+    except DAMAGED:
+        return False
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """What a finished job measured (``Trainer.judge``), with "updates" and "training" episodes."""
+    with np.load(folder / RESULTS) as file:
+        return dict(file)
+
+
+class Trainer:
+    """A world model, its optimiser and its batches."""
+
+    def __init__(self, config: Config, files: list[Path], logdir: Path, device: torch.device):
+        self.config, self.logdir, self.device = config, logdir, device
+        self.train_files, self.held_files = split(files)
+        env = make_env(config.task, config.env.tree(), 0)
+        env.close()
+        self.keys = {*env.obs_space, *ROWS}
+        rng = tools.seed_all(config.seed)["replay"]  # the same for every model of this seed
+        try:
+            self.agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.agent.make_optimizers()
+        self.untrained = copy.deepcopy(self.agent.world_model)
+        self.load = functools.partial(load, keys=self.keys, task=config.task)
+        self.episodes = {path: rows for path in self.train_files if (rows := self.load(path)) is not None}
+        sizes = {"batch": config.replay.batch, "length": config.replay.length}
+        rows = {key: np.concatenate([x[key] for x in self.episodes.values()]) for key in sorted(self.keys)}
+        self.replay = Replay(capacity=len(rows["reward"]), streams=1, rng=rng, **sizes)
+        for t in range(len(rows["reward"])):
+            self.replay.add({key: x[t : t + 1] for key, x in rows.items()})
+        if not self.replay.ready():
+            raise ConfigError(f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}")
+        decoder = self.agent.world_model.decoder
+        self.sceptic = heldout.Sceptic(rows, [*decoder.kinds["image"], *decoder.sizes])
+        self.update, self.signal = 0, 0
+        names = "\n".join(str(path.resolve()) for path in files)
+        self.same = config_hash(config.flat()) + hashlib.sha256(names.encode()).hexdigest()[:12]
+
+    def _tensors(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return {key: torch.from_numpy(x).to(self.device) for key, x in rows.items() if key != "is_last"}
+
+    # ------------------------------------------------------------ training
+
+    def train(self, updates: int) -> None:
+        """On to ``updates``, or to a signal, and save. Raises ArithmeticError where the loss is no number."""
+        rates = Rates(0, self.update)
+        with open(self.logdir / "metrics.jsonl", "a") as log:
+            while self.update < updates and not self.signal:
+                loss = self.step()
+                if self.update % LOG == 0 or self.update == updates:
+                    if not loss.isfinite():
+                        raise ArithmeticError(f"model_loss became {loss.item()} by update {self.update}")
+                    record = {"step": self.update, "model_loss": loss.item()}
+                    record["perf/updates_per_s"] = rates(0, self.update)[1]
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                if self.update % SAVE == 0 and self.update < updates:
+                    self.save()
+        self.save()
+
+    def step(self) -> torch.Tensor:
+        with self.agent.autocast():
+            obs = models.networks.prepare(self._tensors(self.replay.sample()))
+            losses, _, post, _, _ = self.agent.world_model.loss(obs)
+        loss = sum(losses.values()).mean()
+        self.agent.optimizers["model"].step(loss)
+        self.agent.world_model.dynamics.learn(post)
+        self.update += 1
+        return loss.detach()
+
+    def save(self) -> None:
+        state = {"update": self.update, "same": self.same, "agent": self.agent.save_state()}
+        state |= {"torch_rng": torch.get_rng_state(), "replay_rng": self.replay.rng.bit_generator.state}
+        tools.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, if there is one. Raises ConfigError, CheckpointError."""
+        path = self.logdir / "checkpoints" / "latest.pt"
+        if not path.exists():
+            return
+        state = tools.load_checkpoint(path)
+        if state["same"] != self.same:
+            raise ConfigError(f"{self.logdir} was trained on other episodes or with another config: choose a --logdir")
+        self.agent.load_state(state["agent"])
+        self.update = state["update"]
+        torch.set_rng_state(state["torch_rng"])
+        self.replay.rng.bit_generator.state = state["replay_rng"]
+
+    # ------------------------------------------------------------ judging
+
+    def judge(self) -> dict[str, np.ndarray]:
+        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}."""
+        model, found = self.agent.world_model, []
+        held = {path: rows for path in self.held_files if (rows := self.load(path)) is not None}
+        for i, rows in enumerate(held.values()):
+            batch = self._tensors(heldout.chunks(rows, self.config.replay.length))
+            torch.manual_seed(i)
+            truth = model.shown(models.networks.prepare(batch))
+            judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
+            by = {"model": judge(heldout.ask(model, batch)), "sceptic": judge(self.sceptic.say(truth))}
+            found.append({f"{who}/{name}": x for who, scores in by.items() for name, x in scores.items()})
+        scores = {name: np.array([scores[name] for scores in found]) for name in found[0]}
+        return scores | (self._probe(held) if probes.possible(self.config) else {})
+
+    def _probe(self, held: Mapping[Path, Rows]) -> dict[str, np.ndarray]:
+        """The same for what features know of an Atari console's memory."""
+
+        def chunks(path: Path, rows: Rows) -> Rows | None:
+            ram = probes.cached(path, rows, self.config, self.logdir.parent.parent / "ram")
+            return None if ram is None else heldout.chunks(rows | {"ram": ram}, self.config.replay.length)
+
+        @torch.no_grad()
+        def see(model: models.WorldModel, batch: Rows) -> np.ndarray:
+            torch.manual_seed(0)
+            obs = models.networks.prepare(self._tensors({k: x for k, x in batch.items() if k != "ram"}))
+            return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
+
+        sees = {"model": functools.partial(see, self.agent.world_model), "pixels": probes.pixels}
+        sees["untrained"] = functools.partial(see, self.untrained)
+        train = [x for path, rows in self.episodes.items() if (x := chunks(path, rows)) is not None]
+        test = [chunks(path, rows) for path, rows in held.items()]
+        return probes.compare(sees, train[: probes.EPISODES], test, self.config.task) if train else {}
+
+
+def main(argv: list[str]) -> int:
+    """-> exit status: 0 done, 2 bad arguments, 128 + signal after a signal."""
+    try:
+        args = tools.parse(argv)
+        values: dict[str, Any] = dict(args.overrides)
+        folders, updates = values.pop("episodes"), tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
+        config = tools.load_config(args.presets, values)
+        logdir = Path(config.logdir)
+        files = find(folders if isinstance(folders, list) else [folders])
+        device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        trainer = Trainer(config, files, logdir, device)
+        trainer.resume()
+    except (ConfigError, CheckpointError, EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    heed = lambda signum, frame: setattr(trainer, "signal", signum)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, heed)
+    try:
+        trainer.train(updates)
+    except ArithmeticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if trainer.signal:
+        return 128 + trainer.signal
+    results: Mapping[str, Any] = trainer.judge() | {"updates": updates, "training": len(trainer.episodes)}
+    tools.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+    return 0
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **results)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,330 @@
+"""A comparison's report: the same sections as one HTML page that opens offline, and as Markdown."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import tools
+from hidreamer.report import fairness, figures, stats, words
+from hidreamer.report.words import estimate, number
+
+Report = Mapping[str, Any]
+
+
+@dataclass
+class Table:
+    """Cells are text; the first column names the row."""
+
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass
+class Section:
+    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``: only its title shows at first."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    lists: dict[str, list[str]] = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pre: list[str] = field(default_factory=list)
+    folded: bool = False
+
+
+def write(report: Report, folder: Path) -> None:
+    """summary.json, report.md, report.html and, of runs, curves.png; each replaced in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {"summary.json": json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(
+        loader=loader, autoescape=lambda name: "html" in name, trim_blocks=True, lstrip_blocks=True
+    )
+    context = {"report": report, "sections": sections(report), "headline": headline(report)}
+    context["colours"] = figures.colours(report["models"])
+    for kind in ("html", "md"):
+        pages[f"report.{kind}"] = templates.get_template(f"page.{kind}").render(context)
+    for name, text in pages.items():
+        tools.replace_file(folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    if report["runs"]:
+        figures.save_curves(report, folder / "curves.png")
+
+
+def headline(report: Report) -> str:
+    facts = []
+    if report["runs"]:
+        done = sum(row["status"] == "complete" for row in report["runs"])
+        lengths = sorted({f"{task['steps']:,}" for task in report["tasks"].values()})
+        seeds = {row["seed"] for row in report["runs"]}
+        facts += [words.count(len(seeds), "seed"), words.count(len(report["tasks"]), "task")]
+        facts += [f"{' / '.join(lengths)} frames", f"{done} of {words.count(len(report['runs']), 'run')} complete"]
+    if report["offline"]:
+        found = report["offline"]
+        facts.append(f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline")
+    return " · ".join(facts)
+
+
+def sections(report: Report) -> list[Section]:
+    online: list[Callable[[Report], Section | None]] = [support, learning, aggregate, speed, tasks, levels]
+    found = [fairness_section(report)]
+    found += [build(report) for build in online] if report["runs"] else []
+    found += [offline(report)] if report["offline"] else []
+    found += [failures(report), *([runs(report)] if report["runs"] else []), provenance(report)]
+    return [section for section in found if section is not None]
+
+
+# ---------------------------------------------------------------- what was compared
+
+
+def fairness_section(report: Report) -> Section:
+    """The capacity table comes first: without it nothing below can be read."""
+    columns = report["capacity"]
+    known = {model: column for model, column in columns.items() if "error" not in column}
+    rows = {label: key for key, label in fairness.SIZES.items()}
+    rows |= {f"parameters of the {part}": part for part in ("dynamics", "encoder", "decoder", "actor", "critic")}
+    rows |= {label: key for key, label in fairness.COSTS.items()}
+    base = next(iter(known.values()), {})
+    value = lambda column, key: column.get(key, column.get("parts", {}).get(key))
+
+    def cell(column: Mapping[str, Any], key: str) -> str:
+        x, first = value(column, key), value(base, key)
+        if x is None:
+            return "–"
+        shown = {
+            "flops": lambda: f"{x / 1e9:.3g} G",
+            "peak_mb": lambda: f"{x:,.0f} MB",
+            "updates_per_s": lambda: number(x),
+        }
+        ratio = f" ({x / first:.3f})" if column is not base and first and x != first else ""
+        return shown.get(key, lambda: f"{x:,.0f}")() + ratio
+
+    rows = {label: key for label, key in rows.items() if any(value(x, key) is not None for x in known.values())}
+    cells = [[label, *(cell(column, key) for column in known.values())] for label, key in rows.items()]
+    note = f"Counted on {report['counted_on']}; updates/s and memory are medians over the runs. In brackets: the ratio "
+    note += "to the first model."
+    section = Section("Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else [])
+    section.warnings = report["warnings"] + [f"{m}: {c['error']}" for m, c in columns.items() if "error" in c]
+    if report["differences"]:
+        told = [[key, fairness.told({key: by})] for key, by in report["differences"].items()]
+        section.tables.append(
+            Table(["config key", "differs besides the latent state (allowed on the command line)"], told)
+        )
+    elif report["runs"] or report["offline"]:
+        section.text.append("The configs are the same in everything but the latent state.")
+    return section
+
+
+def provenance(report: Report) -> Section:
+    made, rows = report["made"], report["runs"]
+    commits = sorted({(row["commit"], row["hardware"]) for row in rows})
+    methods = [
+        f"Final return: mean return of the training episodes that ended in the last {stats.LAST:.0%} of a run. The "
+        "last checkpoint and the last window count, never the best.",
+        f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal parts of a run; the area "
+        "under it is its mean.",
+        "Normalised score: (return − random) / (human − random) for the games of Atari 100k; for other tasks 0 is "
+        "random play and ±1 the final return of the run that got furthest from it.",
+        f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe.",
+        f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out 0, and so does a test "
+        f"that shuffles the runs of each task between the two models ({stats.SHUFFLES:,} shuffles), at the same level.",
+        "Threshold: half way from random play to the mean final return of all runs of the task; parts of a run that "
+        "began at random do not count.",
+        "Wall time: from the logged rates, of the work that was kept.",
+    ]
+    table = Table(["commit of the runs", "hardware"], [list(pair) for pair in commits])
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    text = [f"Report made from commit {made['commit']} on {made['hardware']}, with {versions}."]
+    pre = [made["command"]]
+    if not rows:
+        return Section("How this was made", text, pre=pre)
+    return Section("How this was made", text, lists={"Definitions": methods}, tables=[table], pre=pre)
+
+
+def failures(report: Report) -> Section | None:
+    unfinished = [row for row in report["runs"] if row["status"] != "complete"]
+    if not unfinished and not report["failed"]:
+        return None
+    rows = [
+        [f"{r['task']}/{r['model']}/{r['seed']}", r["status"], f"{r['steps']:,} of {r['steps_asked']:,}"]
+        for r in unfinished
+    ]
+    section = Section("What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else [])
+    section.pre = [f"{failed['name']}: {failed['reason']}\n{failed['log']}" for failed in report["failed"]]
+    return section
+
+
+def runs(report: Report) -> Section:
+    header = [
+        "run",
+        "status",
+        "frames",
+        "final return",
+        "normalised",
+        "area",
+        "last evaluation",
+        "frames/s",
+        "updates/s",
+    ]
+    header += ["wall time", "memory", "config", "commit"]
+    rows = []
+    for r in report["runs"]:
+        last = r["eval_returns"][-1][1] if r["eval_returns"] else None
+        wall = f"{r['wall_s'] / 60:,.1f} min" if r["wall_s"] else "–"
+        cells = [r["status"], f"{r['steps']:,}", *map(number, (r["final_return"], r["normalised"], r["area"], last))]
+        cells += [number(r["frames_per_s"]), number(r["updates_per_s"]), wall]
+        cells += [f"{r['peak_mb']:,.0f} MB" if r["peak_mb"] else "–", r["config_hash"], r["commit"]]
+        rows.append([f"{r['task']}/{r['model']}/{r['seed']}", *cells])
+    note = "Runs with one config hash differ in nothing but their seed."
+    return Section("Every run", tables=[Table(header, rows, note)], folded=True)
+
+
+# ---------------------------------------------------------------- what was found
+
+
+def support(report: Report) -> Section:
+    drawing = figures.picture(lambda ax: figures.differences(ax, report), 0.9 + 0.35 * len(report["comparisons"]))
+    lists = {"Is there a difference?": words.verdicts(report), "What this cannot show": words.limits(report)}
+    return Section("What the data support", lists=lists, figures=[drawing] if report["comparisons"] else [])
+
+
+def learning(report: Report) -> Section:
+    text = ["Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."]
+    return Section("Learning curves", text, figures=[figures.picture(draw) for _, draw in figures.panels(report)])
+
+
+def aggregate(report: Report) -> Section | None:
+    found = report["aggregates"]
+    if not found:
+        return None
+    names = list(next(iter(found.values())))
+    rows = [[name, *(estimate(by[name]) for by in found.values())] for name in names]
+    better = {model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()}
+    if better:
+        rows.append(["probability of improvement", *(better.get(model, "–") for model in found)])
+    rows.append(["seeds", *(str(report["seeds"][model]) for model in found)])
+    drawings = [figures.picture(lambda ax: figures.profiles(ax, report))]
+    if better:
+        drawings.append(figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better)))
+    note = "Normalised scores. With few seeds these intervals are too narrow: they describe, and claim nothing."
+    return Section("Over all tasks", figures=drawings, tables=[Table(["", *found], rows, note)])
+
+
+def speed(report: Report) -> Section | None:
+    timed = [task for task, facts in report["tasks"].items() if facts["threshold"] is not None]
+    if not timed:
+        return None
+    rows = []
+    for task in timed:
+        facts, steps = report["tasks"][task], report["tasks"][task]["steps"]
+        for model, entry in report["per_task"][task].items():
+            rows.append(
+                [f"{task}, {model}", f"{entry['reached']} of {entry['runs']}", median(entry["steps_to"], steps)]
+            )
+        rows[-len(report["per_task"][task])][0] += f" (threshold {number(facts['threshold'])})"
+    text = [
+        "Frames until a part of the run first averages the threshold, half way from random play to the mean final "
+        "return of all runs. An open triangle at the edge is a run that never reached it: all that is known is that "
+        "it takes longer."
+    ]
+    draw = lambda task: figures.picture(
+        lambda ax: figures.reaching(ax, report, task), 0.9 + 0.35 * len(report["models"])
+    )
+    return Section(
+        "Steps to the threshold",
+        text,
+        figures=list(map(draw, timed)),
+        tables=[Table(["", "runs that reached it", "median frames"], rows)],
+    )
+
+
+def median(found: Mapping[str, Any], steps: int) -> str:
+    """A median of censored times; what lies beyond the run is only known to be more."""
+    show = lambda x: f"> {steps:,}" if x > steps else f"{x:,.0f}"
+    between = "" if found["low"] is None else f" [{show(found['low'])}, {show(found['high'])}]"
+    return show(found["value"]) + between
+
+
+def tasks(report: Report) -> Section:
+    base, rows = report["models"][0], []
+    for task, by_model in report["per_task"].items():
+        human = report["tasks"][task]["normalisation"] == "human"
+        for model, entry in by_model.items():
+            difference = entry.get("difference")
+            shown = "" if difference is None else estimate(difference, sign=True)
+            normal = number(entry["normalised"]) + (" human" if human else "")
+            rows.append(
+                [
+                    f"{task}, {model}",
+                    str(entry["runs"]),
+                    estimate(entry["final"]),
+                    normal,
+                    estimate(entry["last_evaluation"]),
+                    shown,
+                ]
+            )
+        chance = report["tasks"][task]["random_play"]
+        rows.append(
+            [f"{task}, random play", f"{report['tasks'][task]['random_episodes']} episodes", number(chance), "", "", ""]
+        )
+    header = ["", "runs", "final return", "normalised", "last evaluation", f"normalised, minus {base}"]
+    note = "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not corrected for the number "
+    note += "of tasks: not claims."
+    return Section("Task by task", tables=[Table(header, rows, note)])
+
+
+def levels(report: Report) -> Section | None:
+    kinds = figures.level_kinds(report)
+    if not kinds:
+        return None
+    rows = [
+        [f"{model}, {name}", estimate(entry["last"])]
+        for model, found in report["levels"].items()
+        for name, entry in found.items()
+    ]
+    drawings = [figures.picture(lambda ax, kind=kind: figures.level_curves(ax, report, kind)) for kind in kinds]
+    text = [
+        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its prior, before free bits."
+    ]
+    return Section("Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)])
+
+
+def offline(report: Report) -> Section:
+    found = report["offline"]
+    base, others = found["models"][0], found["models"][1:]
+    rows = []
+    for name, metric in found["metrics"].items():
+        cells = [number(metric["values"][base])]
+        for model in others:
+            cells += [
+                number(metric["values"][model]),
+                estimate(dict(zip(("value", "low", "high"), metric["differences"][model], strict=True)), sign=True),
+            ]
+        rows.append([name, number(metric["sceptic"]), *cells])
+    header = ["", found["sceptic"], base]
+    for model in others:
+        header += [model, f"{model} − {base}"]
+    text = [
+        f"Every model's world model was trained for {found['updates']:,} updates on the same "
+        f"{found['train_episodes']} recorded episodes with the same batches, {words.count(found['seeds'], 'seed')} "
+        f"each; differences are paired on {found['held_out']} held-out "
+        f"episodes. No luck in exploration enters. Intervals: {found['method']}."
+    ]
+    drawn = len(others) * sum(metric["better"] == "lower" for metric in found["metrics"].values())
+    drawing = figures.picture(lambda ax: figures.offline(ax, found), 0.9 + 0.2 * drawn)
+    lists = {"What the paired differences show": words.offline(found)}
+    return Section(
+        "World models on the same episodes",
+        text,
+        lists=lists,
+        figures=[drawing] if others else [],
+        tables=[Table(header, rows, found["note"])],
+    )

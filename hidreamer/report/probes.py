@@ -1,0 +1,146 @@
+"""What a world model's features know of an Atari console's memory: ridge regressions on bytes of its RAM.
+
+Recorded episodes have no RAM. Without sticky actions the emulator is deterministic, so an episode's actions are played
+again, and its RAM is taken where every picture comes out the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import tools
+from envs import make_env
+from envs.base import resize
+from hidreamer.replay import DAMAGED, Rows
+from tools import Config
+
+# Bytes of the RAM (AtariARI, Anand et al. 2019). A ball's byte is 0 while it is not in play.
+BYTES = {
+    "atari_pong": {"ball x": 49, "ball y": 54, "player y": 51, "enemy y": 50, "player score": 14, "enemy score": 13},
+    "atari_breakout": {"ball x": 99, "ball y": 101, "player x": 72, "blocks hit": 77, "score": 84},
+    "atari_ms_pacman": {"player x": 10, "player y": 16, "dots": 119, "score": 120, "lives": 123}
+    | {f"ghost {i + 1} {axis}": first + i for axis, first in (("x", 6), ("y", 12)) for i in range(4)},
+}
+EPISODES = 20  # training episodes that regressions are fitted on
+STEPS = 2000  # steps of them
+ALPHAS = np.logspace(-1.0, 5.0, 13)
+NOTE = (
+    "RAM: share of a byte's variance that a ridge regression on the features leaves unexplained, fitted on training "
+    "episodes; without a model: the better one of raw pixels and the untrained world model's features."
+)
+
+See = Callable[[Rows], np.ndarray]  # chunks (n, T, ...) -> features (n T, F)
+
+
+def possible(config: Config) -> bool:
+    return config.task in BYTES and config.env.atari.sticky == 0.0
+
+
+def recover(rows: Rows, config: Config) -> np.ndarray | None:
+    """(T, 128): the console's memory at each row; None where no number of no-ops leads to the same pictures."""
+    atari = config.env.atari.tree()
+    env = make_env(config.task, config.env.tree() | {"atari": atari | {"noops": 0}}, 0)
+    env.reset()
+    ale = env.suite.ale
+    screen = ale.getScreenGrayscale if atari["grayscale"] else ale.getScreenRGB
+    for _ in range(atari["noops"] + 1):
+        if np.array_equal(resize(screen(), tuple(config.env.size)), rows["image"][0]):
+            start = env.get_state()
+            if (found := play(env, rows)) is not None:
+                return found
+            env.set_state(start)
+        ale.act(ale_py.Action.NOOP)
+    return None
+
+
+def play(env: Any, rows: Rows) -> np.ndarray | None:
+    """(T, 128): the memory along an episode's actions; None where a picture differs."""
+    found = [env.suite.ram()]
+    for action, image in zip(rows["prev_action"][1:], rows["image"][1:], strict=True):
+        if not np.array_equal(env.step(action)["image"], image):
+            return None
+        found.append(env.suite.ram())
+    return np.stack(found)
+
+
+def cached(path: Path, rows: Rows, config: Config, folder: Path) -> np.ndarray | None:
+    """``recover``, which is done once for all the jobs that share ``folder``."""
+    file = folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.npy"
+    try:
+        found = np.load(file)
+    except DAMAGED:
+        found = recover(rows, config)
+        found = np.zeros((0, 128), np.uint8) if found is None else found
+        folder.mkdir(parents=True, exist_ok=True)
+        tools.replace_file(file, functools.partial(save, found=found))
+    return found if len(found) == len(rows["reward"]) else None
+
+
+def save(path: Path, found: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, found)
+
+
+def pixels(batch: Rows) -> np.ndarray:
+    return batch["image"].reshape(-1, np.prod(batch["image"].shape[2:])) / np.float32(255.0)
+
+
+def judge(
+    sees: Mapping[str, See], train: list[Rows], held: list[Rows | None], names: Mapping[str, int]
+) -> dict[str, dict[str, np.ndarray]]:
+    """{who: {byte: (held,)}}: unexplained shares of variance. Episodes are chunks (n, T, ...) with "ram" (n, T, 128).
+
+    NaN where an episode is None, a ball is never in play, or a byte never changes.
+    """
+    ram = np.concatenate([x["ram"].reshape(-1, 128) for x in train])
+    picks = np.random.default_rng(0).permutation(len(ram))[:STEPS]
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for who, see in sees.items():
+        x, out[who] = np.concatenate([see(chunk) for chunk in train])[picks], {}
+        seen = [None if chunk is None else see(chunk) for chunk in held]
+        for balls in (True, False):  # which steps count differs, so each has a regression of its own
+            bytes_ = {name: byte for name, byte in names.items() if name.startswith("ball") == balls}
+            columns = list(bytes_.values())
+            counts = lambda ram, columns=columns, balls=balls: (ram[:, columns] > 0).all(-1) | (not balls)  # (N,)
+            use = counts(ram[picks])
+            if not columns or use.sum() < 2:
+                continue
+            y = ram[picks][use][:, columns].astype(float)
+            fit = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True)).fit(x[use], y)
+            shares = [unexplained(fit, a, b, counts, columns) for a, b in zip(seen, held, strict=True)]
+            variance = np.where(y.var(0) > 0.0, y.var(0), np.nan)
+            out[who] |= dict(zip(bytes_, (np.stack(shares) / variance).T, strict=True))
+    return out
+
+
+def unexplained(fit: Any, seen: np.ndarray | None, chunk: Rows | None, counts: Any, columns: list[int]) -> np.ndarray:
+    """(columns,): mean squared errors over the steps of an episode that count."""
+    if chunk is None:
+        return np.full(len(columns), np.nan)
+    ram = chunk["ram"].reshape(-1, 128)
+    use = counts(ram)
+    if not use.any():
+        return np.full(len(columns), np.nan)
+    miss = fit.predict(seen[use]).reshape(-1, len(columns)) - ram[use][:, columns]
+    return np.square(miss).mean(0)
+
+
+def compare(sees: Mapping[str, See], train: list[Rows], held: list[Rows | None], task: str) -> dict[str, np.ndarray]:
+    """{"model/RAM BYTE", "sceptic/RAM BYTE": (held,)}; the sceptic is whoever else does best at a byte."""
+    found = judge(sees, train, held, BYTES[task])
+    out = {}
+    for name, shares in found.pop("model").items():
+        out[f"model/RAM {name}"] = shares
+        mean = lambda x: np.nanmean(x) if np.isfinite(x).any() else np.inf
+        out[f"sceptic/RAM {name}"] = min((by[name] for by in found.values()), key=mean)
+    return out

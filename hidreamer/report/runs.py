@@ -1,0 +1,145 @@
+"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl, wherever they were copied to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tools import CheckpointError, ConfigError, flatten, load_checkpoint
+
+# Settings that change neither what a run learns nor how its figures are measured.
+HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
+HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every"}
+STARTS = "starts.jsonl"  # what run_comparison.py notes in a run's folder each time it starts it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder tells it."""
+
+    folder: Path
+    model: str  # the preset that it was started with, or the name of its latent state
+    config: dict[str, Any]  # flat
+    start: dict[str, str]  # model, commit, command, hardware of the last start; empty if run_comparison.py was not it
+    step: int  # environment frames that it reached
+    complete: bool
+    series: dict[str, np.ndarray]  # name of a scalar -> (n, 2): step, value
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.model}/{self.seed}"
+
+    def get(self, name: str) -> np.ndarray:
+        """(n, 2): step, value; (0, 2) where the run never logged it."""
+        return self.series.get(name, np.zeros((0, 2)))
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Of a flat config without seed and housekeeping: runs with one hash differ in nothing but their seed."""
+    kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING | {"seed"}}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, or those in its ``last`` bytes; [] if there is none.
+
+    Half a line, at the cut or where a process was killed while writing, is skipped.
+    """
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - last) if last else 0)
+        lines = file.read().decode(errors="replace").splitlines()
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def finished(folder: Path, steps: int) -> bool:
+    """Whether the run's checkpoint, read whole, says that ``steps`` frames are done and evaluated."""
+    try:
+        counters = load_checkpoint(folder / "checkpoints" / "latest.pt")["counters"]
+    except (CheckpointError, KeyError):
+        return False
+    return counters["step"] >= steps and counters["evaluated"] == counters["step"]
+
+
+def read(folder: Path) -> Run:
+    """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if its log is."""
+    try:
+        config = flatten(YAML(typ="safe").load((folder / "config.yaml").read_text()))
+        steps, log_every = config["steps"], config["log_every"]
+        config["task"], config["seed"], config["dynamics.type"]
+    except (OSError, YAMLError, AttributeError, KeyError) as error:
+        told = str(error).splitlines()[0]
+        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {told}") from None
+    values: dict[str, list[tuple[float, float]]] = {}
+    step = 0
+    for record in records(folder / "metrics.jsonl"):
+        step = record.pop("step")
+        for name, value in record.items():
+            values.setdefault(name, []).append((step, value))
+    whole = finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
+    starts = records(folder / STARTS)
+    start = starts[-1] if starts else {}
+    series = {name: np.array(pairs, float) for name, pairs in values.items()}
+    return Run(folder, start.get("model", ""), config, start, step, whole, series)
+
+
+def find(folders: Iterable[Path]) -> list[Run]:
+    """Every run in or below ``folders``. Raises ConfigError where a folder holds none, or two runs are one."""
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        inside = [path.parent for path in sorted(folder.rglob("metrics.jsonl"))]
+        inside = [path for path in inside if (path / "config.yaml").exists()]
+        if not inside:
+            raise ConfigError(f"there is no run in {folder}: a run is a folder with config.yaml and metrics.jsonl")
+        runs |= {path.resolve(): read(path) for path in inside}
+    named = name_models(list(runs.values()))
+    seen: dict[str, Run] = {}
+    for run in named:
+        if run.name in seen:
+            raise ConfigError(f"{run.folder} and {seen[run.name].folder} are both {run.name}: leave one of them out")
+        seen[run.name] = run
+    return named
+
+
+def name_models(runs: list[Run]) -> list[Run]:
+    """Runs that no comparison started are named after their latent state, and its settings where two share a type."""
+    block = lambda run: config_hash({k: v for k, v in run.config.items() if k.startswith("dynamics.")})
+    kinds: dict[str, set[str]] = {}
+    for run in runs:
+        if not run.model:
+            kinds.setdefault(run.config["dynamics.type"], set()).add(block(run))
+
+    def name(run: Run) -> str:
+        kind = run.config["dynamics.type"]
+        return run.model or (kind if len(kinds[kind]) == 1 else f"{kind}-{block(run)[:4]}")
+
+    return [replace(run, model=name(run)) for run in runs]
+
+
+def levels(run: Run) -> dict[str, np.ndarray]:
+    """The per-level curves: {"kl_0": (n, 2), ...}."""
+    return {key: run.series[key] for key in sorted(run.series) if re.fullmatch(r"(kl|perplexity)_\d+", key)}

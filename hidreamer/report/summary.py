@@ -1,0 +1,275 @@
+"""Every number of a comparison, each aggregate with its interval and method: the content of summary.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hidreamer.report import stats
+from hidreamer.report.runs import Run, config_hash, levels
+
+# Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's result files, which
+# are those of the DreamerV3 repository).
+HUMAN = {
+    "alien": (227.8, 7128.0), "amidar": (5.8, 1720.0), "assault": (222.4, 742.0), "asterix": (210.0, 8503.0),
+    "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37188.0), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5),
+    "chopper_command": (811.0, 7388.0), "crazy_climber": (10780.0, 35829.0), "demon_attack": (152.1, 1971.0),
+    "freeway": (0.0, 29.6), "frostbite": (65.2, 4335.0), "gopher": (257.6, 2412.0), "hero": (1027.0, 30826.0),
+    "jamesbond": (29.0, 302.8), "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2666.0),
+    "kung_fu_master": (258.5, 22736.0), "ms_pacman": (307.3, 6952.0), "pong": (-20.7, 14.6),
+    "private_eye": (24.9, 69571.0), "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0),
+    "seaquest": (68.4, 42055.0), "up_n_down": (533.4, 11693.0),
+}  # fmt: skip
+TAUS = 41  # points of the performance profile
+
+Matrix = dict[str, dict[str, list[dict]]]  # {task: {model: the records of its finished runs}}
+
+
+def summarise(runs: Sequence[Run], models: Sequence[str]) -> dict[str, Any]:
+    """``models``: which to compare and in which order; the first is the baseline."""
+    runs = [run for run in runs if run.model in models]
+    tasks = sorted({run.task for run in runs})
+    steps = {task: min(run.config["steps"] for run in runs if run.task == task) for task in tasks}
+    rows = [record(run, steps[run.task]) for run in runs]
+    rows.sort(key=lambda row: (row["task"], models.index(row["model"]), row["seed"]))
+    done: Matrix = {
+        task: {
+            model: [r for r in rows if (r["task"], r["model"], r["status"]) == (task, model, "complete")]
+            for model in models
+        }
+        for task in tasks
+    }
+    scales = {
+        task: scale(task, steps[task], [r for group in done[task].values() for r in group], runs) for task in tasks
+    }
+    for row in rows:
+        rate(row, scales[row["task"]])
+    out = {"models": list(models), "tasks": scales, "runs": rows}
+    return out | aggregates(done, models) | {"per_task": per_task(done, models, scales), "costs": costs(rows, models)}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def record(run: Run, steps: int) -> dict[str, Any]:
+    """What summary.json says of one run, the comparison being over ``steps`` frames."""
+    episodes = run.get("train_return")
+    curve = stats.curve(episodes, steps)
+    final = stats.final_return(episodes, steps)
+    status = "complete" if run.complete else "incomplete"
+    if run.complete and math.isnan(final):
+        status = "no episode ended"
+    curve[stats.part_ends(steps) > max(run.step, steps if run.complete else 0)] = np.nan
+    rates, frames = run.get("perf/updates_per_s"), run.get("perf/frames_per_s")
+    moving = frames[frames[:, 1] > 0]
+    wall = (np.diff(moving[:, 0], prepend=0.0) / moving[:, 1]).sum()
+    peak = run.get("perf/peak_mb")
+    return {
+        "task": run.task,
+        "model": run.model,
+        "seed": run.seed,
+        "status": status,
+        "steps": run.step,
+        "steps_asked": run.config["steps"],
+        "config_hash": config_hash(run.config),
+        "commit": run.start.get("commit", "unknown"),
+        "hardware": run.start.get("hardware", "unknown"),
+        "folder": str(run.folder),
+        "final_return": final,
+        "random_until": random_until(run),
+        "area": float(curve.mean()),
+        "curve": curve.tolist(),
+        "eval_returns": run.get("eval_return").tolist(),
+        "frames_per_s": median_late(frames),
+        "updates_per_s": median_late(rates),
+        "wall_s": float(wall) if len(moving) else None,
+        "peak_mb": float(peak[:, 1].max()) if len(peak) else None,
+        "levels": {name: at(stats.part_ends(steps), x) for name, x in levels(run).items()},
+    }
+
+
+def at(moments: np.ndarray, series: np.ndarray) -> list[float]:
+    """A logged scalar (n, 2) at other steps; NaN before it was first logged."""
+    return np.interp(moments, *series.T, left=np.nan).tolist()
+
+
+def median_late(series: np.ndarray) -> float | None:
+    """Median of the second half of (n, 2): by then a run trains all the time."""
+    return float(np.median(series[len(series) // 2 :, 1])) if len(series) else None
+
+
+def rate(row: dict, scale: Mapping[str, Any]) -> None:
+    """Add what depends on the other runs of the task: the normalised scores and the time to its threshold."""
+    normal = lambda x: (np.asarray(x, float) - scale["zero"]) / scale["unit"]
+    row["normalised"] = float(normal(row["final_return"]))
+    row["normalised_curve"] = normal(row["curve"]).tolist()
+    threshold = scale["threshold"]
+    found = lambda: stats.steps_to(np.array(row["curve"]), threshold, scale["steps"], row["random_until"])
+    row["steps_to"] = None if threshold is None else found()
+
+
+def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[str, Any]:
+    """How the returns of a task are normalised, the same for all models, and the threshold of its learning speed."""
+    at_random = np.concatenate([random_returns(run) for run in runs if run.task == task] or [np.zeros(0)])
+    finals = np.array([row["final_return"] for row in rows])
+    chance = float(at_random.mean()) if len(at_random) else 0.0
+    zero, unit, how = chance, float(np.abs(finals - chance).max(initial=0.0)) or 1.0, "run"
+    if task.removeprefix("atari_") in HUMAN and task.startswith("atari_"):
+        zero, human = HUMAN[task.removeprefix("atari_")]
+        unit, how = human - zero, "human"
+    mean = float(finals.mean()) if len(finals) else chance
+    threshold = (chance + mean) / 2.0 if mean > chance else None
+    facts = {"steps": steps, "random_play": chance, "random_episodes": len(at_random)}
+    return facts | {"zero": zero, "unit": unit, "normalisation": how, "threshold": threshold}
+
+
+def random_until(run: Run) -> int:
+    """The frame until which the run acted at random."""
+    return run.config["replay.prefill"] * run.config["env.action_repeat"]
+
+
+def random_returns(run: Run) -> np.ndarray:
+    """Returns of the episodes that ended while the run still acted at random; of its first one if none did."""
+    episodes = run.get("train_return")
+    early = episodes[episodes[:, 0] <= random_until(run)]
+    return (early if len(early) else episodes[:1])[:, 1]
+
+
+# ---------------------------------------------------------------- aggregates
+
+
+def matrix(done: Matrix, model: str, key: str) -> np.ndarray:
+    """(seeds, tasks, ...) of the seeds whose runs finished on every task."""
+    by_task = [{row["seed"]: row[key] for row in models[model]} for models in done.values()]
+    common = sorted(set.intersection(*map(set, by_task))) if by_task else []
+    return np.array([[rows[seed] for rows in by_task] for seed in common], float)
+
+
+def aggregates(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
+    """Over all tasks, on normalised scores. What a model without a seed that finished every task has is left out."""
+    scores = {model: x for model in models if len(x := matrix(done, model, "normalised"))}
+    base = models[0]
+    taus = np.linspace(*span(list(scores.values())), TAUS)
+    out: dict[str, Any] = {
+        "seeds": {model: len(scores.get(model, ())) for model in models},
+        "aggregates": {m: {k: stats.estimate(x, f) for k, f in stats.AGGREGATES.items()} for m, x in scores.items()},
+        "profile": {"tau": taus.tolist(), "models": {m: stats.profile(x, taus) for m, x in scores.items()}},
+        "curves": {m: stats.bands(matrix(done, m, "normalised_curve")) for m in scores},
+        "levels": {model: level_means(done, model) for model in scores},
+    }
+    for model in scores:
+        area = matrix(done, model, "normalised_curve").mean(-1)
+        out["aggregates"][model]["area under the curve (IQM)"] = stats.estimate(area, stats.AGGREGATES["IQM"])
+    out["comparisons"] = {
+        model: comparison(done, model, base, len(models) - 1)
+        | {"improvement": stats.improvement(scores[model], scores[base])}
+        for model in models[1:]
+        if model in scores and base in scores
+    }
+    return out
+
+
+def span(scores: list[np.ndarray]) -> tuple[float, float]:
+    """A little below the lowest and just above the highest score."""
+    if not scores:
+        return 0.0, 1.0
+    low, high = min(x.min() for x in scores), max(x.max() for x in scores)
+    return low - 0.05 * (high - low or 1.0), high + 0.02 * (high - low or 1.0)
+
+
+def comparison(done: Matrix, model: str, base: str, comparisons: int) -> dict[str, Any]:
+    """Final normalised scores of a model against the baseline, with every finished run of every task."""
+    scores = [[np.array([r["normalised"] for r in by[m]]) for by in done.values()] for m in (model, base)]
+    found = stats.compare(*scores, comparisons)
+    level = float(np.mean([x.mean() for x in scores[1]]))
+    return found._asdict() | {"claimed": found.claimed, "baseline": level, "method": stats.TEST}
+
+
+def level_means(done: Matrix, model: str) -> dict[str, Any]:
+    """{"kl_0": its mean curve over runs and tasks, and its mean in the last 10% with an interval}."""
+    rows = [row for models in done.values() for row in models[model]]
+    names = sorted(set.intersection(*(set(row["levels"]) for row in rows)))
+    out = {}
+    for name in names:
+        for row in rows:
+            row[name] = row["levels"][name]
+        x = matrix(done, model, name)  # (seeds, tasks, BINS)
+        last = x[..., -round(stats.LAST * stats.BINS) :].mean(-1)
+        out[name] = {"curve": x.mean((0, 1)).tolist(), "last": stats.estimate(last, stats.AGGREGATES["mean"])}
+    return out
+
+
+def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
+    """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps to the threshold}}."""
+    out: dict[str, dict[str, Any]] = {}
+    for task, by_model in done.items():
+        here = out[task] = {}
+        steps = scales[task]["steps"]
+        for model in models:
+            rows = by_model[model]
+            if not rows:
+                continue
+            finals = np.array([[row["final_return"]] for row in rows])
+            entry = {"runs": len(rows), "final": stats.estimate(finals, stats.AGGREGATES["mean"])}
+            entry["normalised"] = float(np.mean([row["normalised"] for row in rows]))
+            entry["curve"] = stats.bands(np.array([[row["curve"]] for row in rows]))
+            evals = [row["eval_returns"][-1][1] for row in rows if row["eval_returns"]]
+            entry["last_evaluation"] = stats.estimate(np.array(evals)[:, None], np.mean) if evals else None
+            if model != models[0] and by_model[models[0]]:
+                entry["difference"] = comparison({task: by_model}, model, models[0], 1)
+            if scales[task]["threshold"] is not None:
+                times = np.array([row["steps_to"] for row in rows])
+                entry["reached"] = int(np.isfinite(times).sum())
+                entry["steps_to"] = stats.median_steps(times, steps)
+            here[model] = entry
+    return out
+
+
+# ---------------------------------------------------------------- world models on the same episodes
+
+
+def paired(results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds for all."""
+    base, (first, *_) = next(iter(results)), next(iter(results.values()))
+    names = [name.removeprefix("model/") for name in first if name.startswith("model/")]
+    found = {}
+    for name in names:
+        columns = {model: np.stack([x[f"model/{name}"] for x in runs]) for model, runs in results.items()}
+        known = np.isfinite(np.stack(list(columns.values()))).all((0, 1))
+        if known.any():
+            found[name] = {
+                "better": "higher" if name.endswith("likelihood") else "lower",
+                "episodes": int(known.sum()),
+                "values": {model: float(x[:, known].mean()) for model, x in columns.items()},
+                "differences": stats.paired(columns, base),
+                "sceptic": float(first[f"sceptic/{name}"][known].mean()),
+            }
+    facts = {"models": list(results), "seeds": len(results[base]), "updates": int(first["updates"])}
+    facts |= {"train_episodes": int(first["training"]), "held_out": len(first[f"model/{names[0]}"])}
+    return facts | {"metrics": found, "method": stats.PAIRED, **about}
+
+
+def costs(rows: list[dict], models: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """{model: medians over its runs}."""
+    out = {}
+    for model in models:
+        mine = [row for row in rows if row["model"] == model]
+        out[model] = {}
+        for key in ("frames_per_s", "updates_per_s", "wall_s", "peak_mb"):
+            known = [row[key] for row in mine if row[key] is not None]
+            out[model][key] = float(np.median(known)) if known else None
+    return out
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: no arrays, and null for what is no number."""
+    if isinstance(value, Mapping):
+        return {key: plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,150 @@
+"""What the data support and what they do not, in sentences. They are made from intervals, never from means alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hidreamer.report import stats
+
+WANTED = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
+
+
+def number(x: float | None, sign: bool = False) -> str:
+    """Three digits that matter, or a dash."""
+    if x is None or not math.isfinite(x):
+        return "–"
+    digits = 0 if x == 0 else max(0, 2 - math.floor(math.log10(abs(x))))
+    text = f"{x:{'+' if sign else ''},.{min(digits, 5)}f}"
+    return text.replace("-", "−")
+
+
+def interval(low: float | None, high: float | None, sign: bool = False) -> str:
+    return "" if low is None or high is None else f"[{number(low, sign)}, {number(high, sign)}]"
+
+
+def estimate(x: Mapping[str, Any] | None, sign: bool = False) -> str:
+    """'value [low, high]'."""
+    return "–" if x is None else f"{number(x['value'], sign)} {interval(x['low'], x['high'], sign)}".strip()
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:,.0f}%"
+
+
+def count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence per model: whether a difference from the baseline is shown."""
+    base, lines = summary["models"][0], []
+    for model in summary["models"][1:]:
+        found = summary["comparisons"].get(model)
+        if found is None:
+            lines.append(f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task.")
+            continue
+        value, between = found["value"], interval(found["low"], found["high"], sign=True)
+        share = f", {percent(abs(value) / found['baseline'])} of the baseline's score" if found["baseline"] > 0 else ""
+        if found["claimed"]:
+            word = "higher" if value > 0 else "lower"
+            lines.append(
+                f"{model} scores {word} than {base}: the difference of normalised final returns is "
+                f"{number(value, sign=True)} {between}{share}."
+            )
+        elif found["low"] is None:
+            lines.append(f"Nothing can be concluded about {model} and {base}: single runs have no interval.")
+        elif found["low"] <= 0 <= found["high"]:
+            lines.append(f"No difference between {model} and {base} is shown: it lies in {between}, which includes 0.")
+        else:
+            lines.append(
+                f"No difference between {model} and {base} is shown: its interval {between} leaves out 0, but runs "
+                f"that change places at random differ as much with probability {number(found['p'])}; "
+                f"{number(found['alpha'])} is asked for."
+            )
+    return lines
+
+
+def limits(summary: Mapping[str, Any]) -> list[str]:
+    """What cannot be seen with so few seeds, and what a reader should not conclude."""
+    lines, tasks = [], len(summary["tasks"])
+    for model, found in summary["comparisons"].items():
+        seeds = min(summary["seeds"][model], summary["seeds"][summary["models"][0]])
+        if found["detectable"] is None:
+            continue
+        size, base = found["detectable"], found["baseline"]
+        relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
+        more = ""
+        if base > 0 and size > WANTED * base:
+            more = f" About {stats.seeds_for(size, WANTED * base, seeds):,} seeds would show {percent(WANTED)}."
+        lines.append(
+            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative} cannot be seen here; the "
+            f"spread between seeds would hide it more than one time in five.{more}"
+        )
+        if found["least_p"] > found["alpha"]:
+            lines.append(
+                f"{model}: {seeds} runs against {seeds} on {count(tasks, 'task')} separate completely by chance with "
+                f"probability {number(found['least_p'])}, so no difference of any size can be claimed; "
+                f"{enough(found['alpha'], tasks)} seeds could."
+            )
+    lost = [row for row in summary["runs"] if row["status"] != "complete"]
+    if lost:
+        lines.append(
+            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because they did not finish. If failing "
+            f"goes with learning badly, what is left looks too good."
+        )
+    if summary.get("differences"):
+        lines.append(
+            f"The configs differ outside the latent state ({', '.join(summary['differences'])}): no difference of "
+            f"returns can be put down to the latent state alone."
+        )
+    names = ", ".join(summary["tasks"])
+    lines.append(f"The intervals are about other seeds on {names}; they say nothing about other tasks.")
+    return lines
+
+
+def enough(alpha: float, tasks: int) -> int:
+    """The smallest number of seeds with which complete separation is as rare as ``alpha``."""
+    seeds = 2
+    while 2.0 / math.comb(2 * seeds, seeds) ** tasks > alpha:
+        seeds += 1
+    return seeds
+
+
+def offline(found: Mapping[str, Any]) -> list[str]:
+    """What the paired comparison on recorded episodes shows."""
+    lines = []
+    for model in found["models"][1:]:
+        shown, total = [], 0
+        for name, metric in found["metrics"].items():
+            value, low, high = metric["differences"][model]
+            total += low is not None
+            if low is not None and (low > 0 or high < 0):
+                better = (value < 0) == (metric["better"] == "lower")
+                shown.append(
+                    f"{name} is {'better' if better else 'worse'} ({relative(metric, found['models'][0], model)})"
+                )
+        if not total:
+            lines.append(f"{model}: nothing can be concluded from one seed or one episode.")
+        elif shown:
+            lines.append(
+                f"{model}: "
+                + "; ".join(shown)
+                + f". {len(shown)} of {total} intervals leave out 0; chance alone makes "
+                f"about {number(total * (1 - stats.LEVEL))} do so."
+            )
+        else:
+            lines.append(f"{model}: no difference is shown; all {total} intervals include 0.")
+    return lines
+
+
+def relative(metric: Mapping[str, Any], base: str, model: str) -> str:
+    """A paired difference and its interval, in percent of the baseline where that is an error."""
+    value, low, high = metric["differences"][model]
+    level = metric["values"][base]
+    if metric["better"] == "lower" and level:
+        pct = lambda x: None if x is None else 100 * x / level
+        shown = estimate({"value": pct(value), "low": pct(low), "high": pct(high)}, sign=True)
+        return f"{shown} %"
+    return estimate({"value": value, "low": low, "high": high}, sign=True)

@@ -1,0 +1,108 @@
+"""The same matrix through every backend: processes, a Ray cluster of this machine, submitit's local executor."""
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+import run_comparison
+from hidreamer.report import backends
+from hidreamer.report.matrix import Job, Matrix
+
+CLUSTERS = ["ray", "slurm"]
+
+
+def needs(name):
+    if name != "local":
+        pytest.importorskip({"ray": "ray", "slurm": "submitit"}[name])
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make("ray") -> that backend."""
+    made = {
+        "local": lambda: backends.Local(2, "cpu", 1),
+        "ray": lambda: backends.Ray(2, "cpu", 1, {"num_cpus": 0.5}),
+        "slurm": lambda: backends.Slurm(2, "cpu", {"timeout_min": 5}, tmp_path / "slurm"),
+    }
+    return lambda name: (needs(name), made[name]())[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_cluster():
+    """Ray is started once for all tests."""
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def job(folder, script, steps=1):
+    """A shell script that is done when it has left a file "done"."""
+    return Job(folder.name, ["sh", "-c", f"cd {folder} && {script}"], folder, steps, (folder / "done").exists, {})
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["local", *CLUSTERS])
+def test_ends_and_signals_are_passed_on(name, make, tmp_path):
+    """One job works, one fails twice, one is at work when a signal comes and may tidy up; the last never starts."""
+    backend, console = make(name), Console(file=io.StringIO())
+    works = job(tmp_path / "works", "touch done")
+    fails = job(tmp_path / "fails", "echo what went wrong; exit 3")
+    assert Matrix([works, fails], backend, console).run() == 0
+    assert (works.state, works.attempts, fails.state, fails.attempts) == ("done", 1, "failed", 2)
+    assert fails.reason == "exit status 3" and "what went wrong" in fails.last_lines()
+
+    tidy = 'trap "touch tidied; exit 130" INT TERM; touch started; while :; do sleep 0.1; done'
+    first, second = (job(tmp_path / str(i), tidy) for i in range(2))
+    backend.slots = 1
+
+    def interrupt():
+        wait_for(first.folder / "started")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert Matrix([first, second], backend, console).run() == signal.SIGINT
+    assert (first.state, first.attempts, second.state, second.attempts) == ("stopped", 1, "stopped", 0)
+    wait_for(first.folder / "tidied")  # submitit's local executor does not wait for what it cancels
+    assert (first.folder / "tidied").exists()
+
+
+def test_a_run_that_ends_well_but_early_has_failed(make, tmp_path):
+    liar = job(tmp_path / "liar", "true")
+    assert Matrix([liar], make("local"), Console(file=io.StringIO())).run() == 0
+    assert liar.state == "failed" and "not that of a finished run" in liar.reason
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_matrix_on_a_cluster(name, tmp_path, capsys):
+    needs(name)
+    args = ["--configs", "debug", "--task", "dummy_vector", "--steps", "80", "--models", "tiny_dreamerv3"]
+    args += ["--seeds", "2", "--jobs", "2", "--logdir", str(tmp_path)]
+    assert run_comparison.main([*args, "--backend", name]) == 0
+    report = json.loads((tmp_path / "summary.json").read_text())
+    assert [(r["seed"], r["status"], r["steps"]) for r in report["runs"]] == [(i, "complete", 80) for i in (0, 1)]
+
+
+def test_gpus_are_shared_evenly(tmp_path, monkeypatch):
+    """Without a GPU here: what matters is which one each process is given."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    backend = backends.Local(0, "auto", 2)
+    assert backend.slots == 4
+    jobs = [job(tmp_path / str(i), "echo $CUDA_VISIBLE_DEVICES > gpu; sleep 5") for i in range(4)]
+    processes = [backend.start(x) for x in jobs]
+    notes = [json.loads((x.folder / "starts.jsonl").read_text())["environment"] for x in jobs]
+    assert sorted(note["CUDA_VISIBLE_DEVICES"] for note in notes) == ["2", "2", "5", "5"]
+    for process in processes:
+        process.popen.kill(), process.popen.wait()
+    assert backends.Local(1, "auto", 2).slots == 1 and backends.Local(3, "cpu", 2).slots == 3

@@ -1,0 +1,187 @@
+"""run_comparison.py: a matrix of real runs ends complete whatever befalls them, and bad input is one line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import run_comparison
+import tools
+from conftest import ROOT
+
+MODELS = ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"]
+QUICK = ["--configs", "debug", "--task", "dummy_vector", "--steps", "160", "--log_every", "20", "--eval_every", "1000"]
+QUICK += ["--checkpoint_every", "40", "--jobs", "2"]
+
+# Python reads this file when it starts: it makes a run die as the plan says, once it has a checkpoint.
+FAULTS = """
+import json, os, pathlib, signal, sys, threading, time
+
+logdir = pathlib.Path(sys.orig_argv[sys.orig_argv.index("--logdir") + 1] if "--logdir" in sys.orig_argv else "")
+fault = json.loads(os.environ["FAULTS"]).get("/".join(logdir.parts[-2:]))
+marker = logdir.with_suffix(".fault")
+if fault and "dreamer.py" in str(sys.orig_argv) and not (fault["once"] and marker.exists()):
+    def strike():
+        while not (logdir / "checkpoints" / "latest.pt").exists():
+            time.sleep(0.005)
+        marker.touch()
+        print("the planted fault", flush=True)
+        os.kill(os.getpid(), fault["signal"]) if fault["signal"] else os._exit(7)
+    threading.Thread(target=strike, daemon=True).start()
+"""
+PLAN = {
+    "tiny_hdreamer/0": {"signal": signal.SIGKILL, "once": True},
+    "tiny_hidreamer/0": {"signal": 0, "once": False},
+}
+
+
+def compare(*args):
+    return run_comparison.main([*QUICK, *map(str, args)])
+
+
+def starts(folder):
+    """{"model/seed": how often it was started}."""
+    paths = folder.glob("dummy_vector/*/*/starts.jsonl")
+    return {"/".join(p.parts[-3:-1]): len(p.read_text().splitlines()) for p in paths}
+
+
+def steps_logged(run):
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
+    """One run is finished already, one gets killed, one crashes until its fault is mended: no other notices."""
+    folder = tmp_path / "matrix"
+    assert compare("--models", MODELS[0], "--seeds", 1, "--logdir", folder) == 0
+    assert starts(folder) == {"tiny_dreamerv3/0": 1}
+
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAULTS", json.dumps(PLAN))
+    matrix = ["--models", *MODELS, "--seeds", 1, "--logdir", folder]
+    assert compare(*matrix) == 1
+    expected = {"tiny_dreamerv3/0": 1, "tiny_hdreamer/0": 2, "tiny_hidreamer/0": 2}
+    assert starts(folder) == expected
+    report = json.loads((folder / "summary.json").read_text())
+    status = {f"{row['model']}/{row['seed']}": row["status"] for row in report["runs"]}
+    assert status == dict.fromkeys(expected, "complete") | {"tiny_hidreamer/0": "incomplete"}
+    assert [failed["name"] for failed in report["failed"]] == ["dummy_vector/tiny_hidreamer/0"]
+    assert report["failed"][0]["reason"] == "exit status 7"
+    assert report["failed"][0]["log"].endswith("the planted fault")
+    told, err = capsys.readouterr()
+    assert "dummy_vector/tiny_hidreamer/0: exit status 7" in err and "the planted fault" in err
+    assert "dummy_vector/tiny_hdreamer/0: waiting (killed by SIGKILL)" in told
+    assert "dummy_vector/tiny_hidreamer/0: failed (exit status 7)" in told
+    for name in ("report.md", "report.html"):
+        assert "the planted fault" in (folder / name).read_text()
+
+    monkeypatch.setenv("FAULTS", "{}")
+    assert compare(*matrix) == 0
+    assert starts(folder) == expected | {"tiny_hidreamer/0": 3}
+    report = json.loads((folder / "summary.json").read_text())
+    assert not report["failed"] and {row["status"] for row in report["runs"]} == {"complete"}
+    killed = folder / "dummy_vector" / "tiny_hdreamer" / "0"
+    assert "continuing" in killed.with_suffix(".log").read_text()
+    assert steps_logged(killed) == sorted(steps_logged(killed)) and steps_logged(killed)[-1] == 160
+    for row in report["runs"]:
+        assert row["steps"] == 160 and row["peak_mb"] > 50 and row["wall_s"] > 0 and row["updates_per_s"] > 0
+        assert np.isfinite(row["final_return"]) and row["commit"] != "unknown" and row["eval_returns"][-1][0] == 160
+    assert report["capacity"]["tiny_hdreamer"]["bits"] == 60.0
+
+
+def test_ctrl_c_leaves_everything_resumable(tmp_path, capsys):
+    """In a process of its own, as a terminal would do it."""
+    folder = tmp_path / "matrix"
+    args = [*QUICK, "--models", *MODELS[:2], "--seeds", "1", "--jobs", "1", "--steps", "100000"]
+    args += ["--logdir", str(folder)]
+    command = [sys.executable, str(ROOT / "run_comparison.py"), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = folder / "dummy_vector" / "tiny_dreamerv3" / "0"
+    deadline = time.monotonic() + 60
+    while not (first / "checkpoints" / "latest.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in out, out
+    assert "tiny_hdreamer/0: stopped" in out and "the same command continues" in out
+    assert "stopped by SIGINT" in first.with_suffix(".log").read_text()
+    state = tools.load_checkpoint(first / "checkpoints" / "latest.pt")
+    assert state["step"] >= 40 and starts(folder) == {"tiny_dreamerv3/0": 1}
+    # What there is can be reported on, and says what it is.
+    assert run_comparison.main(["--from", str(folder), "--logdir", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "incomplete" in text and "0 of 1 run complete" in text
+
+
+def test_memory_is_the_runs_own():
+    """Linux's getrusage reports at least what the parent held: a heavy runner would make all its runs look heavy."""
+    ballast = np.ones(2**27)  # 1 GiB
+    code = "import torch; from hidreamer.cost import peak_mb; print(peak_mb(torch.device('cpu')))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 50.0 < float(result.stdout) < ballast.nbytes / 2**20, result.stderr
+
+
+def test_two_runners_never_share_a_folder(tmp_path):
+    """The lock belongs to the run, so that it outlives a runner that was killed."""
+    from hidreamer.report.backends import Process
+
+    make = lambda: Process(["sleep", "30"], tmp_path / "run", tmp_path / "run.log", {}, {})
+    first, second = make(), make()
+    assert first.start() and not second.start()
+    first.stop(signal.SIGKILL)
+    first.popen.wait()
+    assert second.start()
+    second.stop(signal.SIGKILL)
+    second.popen.wait()
+    assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 2
+
+
+# ---------------------------------------------------------------- bad input
+
+
+BAD = {
+    "no such model": (["--models", "tiny_dreamer"], "or tiny_dreamerv3"),
+    "no such option": (["--sedes", "3"], "did you mean seeds"),
+    "no such backend": (["--backend", "pbs"], "local, ray, slurm"),
+    "no such task": (["--task", "dummy_nothing"], "dummy"),
+    "one run's option": (["--seed", "3"], "--seed-list"),
+    "no number": (["--seeds", "many"], "whole number"),
+    "no seeds": (["--seeds", "0"], "at least 1"),
+    "a seed twice": (["--seed-list", "7", "11", "7"], "twice"),
+    "a model twice": (["--models", "tiny_hdreamer", "tiny_hdreamer"], "twice"),
+    "resources without a cluster": (["--resources", "num_cpus=2"], "--backend ray or slurm"),
+    "resources without a value": (["--backend", "slurm", "--resources", "num_cpus"], "KEY=VALUE"),
+    "no runs": (["--from", "/nonexistent"], "there is no run"),
+    "another size": (["--dynamics.hrvq.levels", "0"], "at least 1"),
+    "both": (["--from", "x", "--paired-offline", "y"], "leave one of them out"),
+    "resume": (["--resume", "x"], "dreamer.py"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, tmp_path, capsys):
+    args, says = BAD[name]
+    status = run_comparison.main(["--configs", "debug", "--task", "dummy_vector", "--logdir", str(tmp_path), *args])
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and says in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfair_comparison_is_refused(tmp_path, capsys):
+    """crafter's preset has larger heads than tiny_dreamerv3."""
+    args = ["--models", "tiny_dreamerv3", "crafter", "--task", "dummy_vector", "--logdir", str(tmp_path)]
+    assert run_comparison.main(args) == 2
+    err = capsys.readouterr().err
+    assert "actor.net.layers: 2 (tiny_dreamerv3), 5 (crafter)" in err and "--allow-differences" in err
+    assert "dynamics." not in err and not list(tmp_path.iterdir())
+
+
+def test_help_names_every_option(capsys):
+    assert run_comparison.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for key in run_comparison.OPTIONS:
+        assert f"--{key.replace('_', '-')}" in out

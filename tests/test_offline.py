@@ -1,0 +1,196 @@
+"""``--paired-offline``: world models on the same recorded episodes, and what is measured on held-out ones."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import run_comparison
+import tools
+from envs import make_env
+from hidreamer.distributions import BINS, Bernoulli, TwoHot
+from hidreamer.replay import save_episode
+from hidreamer.report import heldout, offline, stats
+from hidreamer.report.heldout import CONTEXT
+
+QUICK = {"task": "dummy_grid", "replay.length": 12, "env.action_repeat": 1}
+
+
+def config(**values):
+    return tools.load_config(["debug"], QUICK | values)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder with 15 episodes of dummy_grid, played at random."""
+    folder, rng = tmp_path_factory.mktemp("recorded"), np.random.default_rng(0)
+    env = make_env("dummy_grid", config().env.tree(), 0)
+    for i in range(15):
+        action, out = np.zeros(env.act_dim, np.float32), env.reset()
+        steps = [out | {"prev_action": action}]
+        while not out["is_last"]:
+            action = np.eye(env.act_dim, dtype=np.float32)[rng.integers(env.act_dim)]
+            out = env.step(action)
+            steps.append(out | {"prev_action": action})
+        rows = {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+        save_episode(folder / f"{i:07d}-00-{len(steps)}.npz", rows)
+    return folder
+
+
+# ---------------------------------------------------------------- measures, by hand
+
+
+def test_chunks_cover_an_episode_and_begin_as_in_training():
+    rows = {"reward": np.arange(10), "is_first": np.zeros(10, bool)}
+    found = heldout.chunks(rows, 4)
+    assert found["reward"].tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert found["is_first"].tolist() == [[True, False, False, False]] * 3 and not rows["is_first"].any()
+    assert heldout.chunks(rows, 64)["reward"].shape == (1, 10)
+    assert heldout.chunks({k: np.resize(x, 1000) for k, x in rows.items()}, 10)["reward"].shape == (8, 10)
+
+
+def test_horizons_are_clipped_to_the_chunk():
+    assert heldout.horizons(64) == [1, 5, 15, 30] and heldout.horizons(32) == [1, 5, 15, 27]
+    assert heldout.horizons(7) == [1, 2] and heldout.horizons(CONTEXT) == []
+
+
+def certain(rows):
+    """A head that gives what came all its probability."""
+    return Bernoulli(torch.where(rows, 100.0, -100.0))
+
+
+def test_errors_by_hand():
+    """One pixel of 2 x 2 moves at step 3: 0.5 everywhere errs by 0.25, repeating the first step errs there."""
+    truth = torch.zeros(1, 8, 2, 2, 1)
+    truth[:, 3:, 0, 0] = 1.0
+    batch = {"reward": torch.zeros(1, 8), "is_terminal": torch.zeros(1, 8, dtype=torch.bool)}
+    half, old = torch.full_like(truth, 0.5), truth[:, :1].expand_as(truth)
+    zero = TwoHot(torch.zeros(1, 8, BINS))
+    said = heldout.Said({"grid": half}, {"grid": old}, zero, certain(~batch["is_terminal"]))
+    found = heldout.score(said, {"grid": truth}, batch, 8)
+    assert found["reconstruction"] == pytest.approx(0.25) and found["reconstruction, moving"] == pytest.approx(0.25)
+    assert found["open loop, 1"] == pytest.approx(0.25)  # one pixel in four is wrong by 1
+    assert math.isnan(found["open loop, 1, moving"])  # nothing moves at step 5
+    assert found["reward log-likelihood"] == pytest.approx(-math.log(BINS), abs=1e-4)
+    assert found["continue log-likelihood"] == pytest.approx(0.0, abs=1e-4)
+    assert heldout.errors({"grid": old}, {"grid": truth}, slice(1, None)) == (pytest.approx(5 / 28), 1.0)
+    assert heldout.score(said, {"grid": truth}, batch, 64)["open loop, 30"] is not None
+    assert math.isnan(heldout.score(said, {"grid": truth}, batch, 64)["open loop, 30"])  # the episode is too short
+
+
+def test_the_sceptic_knows_frequencies():
+    rows = {"reward": np.array([0.0] * 6 + [1.0] * 2, np.float32), "is_terminal": np.arange(8) > 6}
+    rows["vector"] = np.arange(8, dtype=np.float32)[:, None]
+    said = heldout.Sceptic(rows, ["vector"]).say({"vector": torch.zeros(1, 8, 1)})
+    assert said.now["vector"].unique().item() == 3.5
+    zeros = said.reward.log_prob(torch.zeros(1, 8))[0, 0].item()
+    assert zeros == pytest.approx(math.log(6 / 8), abs=1e-3)
+    assert said.cont.mean()[0, 0].item() == pytest.approx(8 / 10)  # 7 of 8 went on, one of each added
+    random = TwoHot(torch.randn(1, 8, BINS))
+    reward = torch.from_numpy(rows["reward"])[None]
+    assert said.reward.log_prob(reward).mean() > random.log_prob(reward).mean()
+
+
+def test_pairing_shows_what_luck_hides():
+    """A twentieth less error, under noise that both models share: 3 seeds and 40 episodes show it, means do not."""
+    rng = np.random.default_rng(0)
+    shared = rng.lognormal(size=(3, 40))
+    columns = {"a": shared, "b": 0.95 * shared + 0.02 * rng.normal(size=(3, 40))}
+    value, low, high = stats.paired(columns, "a")["b"]
+    assert low < value < high < 0
+    alone = stats.compare([columns["b"].mean(1)], [columns["a"].mean(1)], 1)
+    assert alone.low < 0 < alone.high
+
+
+# ---------------------------------------------------------------- training
+
+
+def trainer(recorded, folder, **values):
+    folder.mkdir(exist_ok=True)
+    return offline.Trainer(config(**values), offline.find([str(recorded)]), folder, torch.device("cpu"))
+
+
+def test_models_see_the_same_batches(recorded, tmp_path):
+    kinds = {"rssm": {}, "hrvq": {"dynamics.type": "hrvq"}, "seed": {"seed": 1}}
+    seen = {}
+    for name, values in kinds.items():
+        made = trainer(recorded, tmp_path / name, **values)
+        sampled, sample = [], made.replay.sample
+        made.replay.sample = lambda sample=sample, sampled=sampled: (sampled.append(sample()), sampled[-1])[1]
+        for _ in range(3):
+            made.step()
+        seen[name] = np.stack([batch["grid"] for batch in sampled])
+    assert np.array_equal(seen["rssm"], seen["hrvq"]) and not np.array_equal(seen["rssm"], seen["seed"])
+
+
+def test_held_out_episodes_are_never_trained_on(recorded, tmp_path):
+    made = trainer(recorded, tmp_path)
+    assert [path.name[:7] for path in made.held_files] == ["0000004", "0000009", "0000014"]
+    assert len(made.replay) == 12 * 21 and not set(made.train_files) & set(made.held_files)
+
+
+def test_an_interrupted_job_goes_on_exactly(recorded, tmp_path):
+    whole = trainer(recorded, tmp_path / "whole")
+    whole.train(8)
+    first = trainer(recorded, tmp_path / "parts")
+    first.train(3)
+    second = trainer(recorded, tmp_path / "parts")
+    second.resume()
+    assert second.update == 3
+    second.train(8)
+    a, b = whole.judge(), second.judge()
+    assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key], equal_nan=True) for key in a)
+    assert not np.array_equal(first.judge()["model/reconstruction"], a["model/reconstruction"])
+    with pytest.raises(tools.ConfigError, match="other episodes"):
+        trainer(recorded, tmp_path / "parts", seed=1, **{"model.lr": 1.0}).resume()
+
+
+def test_learning_beats_the_sceptic(recorded, tmp_path):
+    """The bar stays where it is for nobody: its place is a fair coin, so only having seen it helps."""
+    made = trainer(recorded, tmp_path, **{"model.lr": 3e-3, "replay.batch": 8, "decoder.units": 64})
+    before = made.judge()
+    made.train(150)
+    after = made.judge()
+    for name in ("reconstruction", "reconstruction, moving"):
+        assert after[f"model/{name}"].mean() < 0.8 * before[f"model/{name}"].mean(), name
+        assert after[f"model/{name}"].mean() < after[f"sceptic/{name}"].mean(), name
+        assert np.array_equal(before[f"sceptic/{name}"], after[f"sceptic/{name}"])
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def test_a_paired_comparison(recorded, tmp_path):
+    args = ["--paired-offline", recorded, "--task", "dummy_grid", "--configs", "debug", "--models", "tiny_dreamerv3"]
+    args += ["tiny_hidreamer", "--seeds", 2, "--updates", 20, "--jobs", 2, "--replay.length", 12, "--logdir", tmp_path]
+    args = list(map(str, args))
+    assert run_comparison.main(args) == 0
+    found = json.loads((tmp_path / "offline" / "summary.json").read_text())["offline"]
+    assert (found["seeds"], found["updates"], found["train_episodes"], found["held_out"]) == (2, 20, 12, 3)
+    for name, metric in found["metrics"].items():
+        low, high = metric["differences"]["tiny_hidreamer"][1:]
+        assert low <= metric["differences"]["tiny_hidreamer"][0] <= high, name
+        values = metric["values"]
+        difference = values["tiny_hidreamer"] - values["tiny_dreamerv3"]
+        assert metric["differences"]["tiny_hidreamer"][0] == pytest.approx(difference, abs=1e-6)
+    assert {"reconstruction, moving", "open loop, 7", "reward log-likelihood"} <= found["metrics"].keys()
+    assert "without a model" in (tmp_path / "offline" / "report.html").read_text()
+    results = list((tmp_path / "offline").glob("dummy_grid/*/*/results.npz"))
+    times = {path: path.stat().st_mtime_ns for path in results}
+    assert run_comparison.main(args) == 0 and len(results) == 4
+    assert times == {path: path.stat().st_mtime_ns for path in results}  # what is finished is kept
+
+
+BAD = [("episodes", "10 are needed"), ("task", "no vector"), ("tasks", "one --task")]
+
+
+@pytest.mark.parametrize(("change", "says"), BAD)
+def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
+    source = tmp_path if change == "episodes" else recorded
+    tasks = {"episodes": ["dummy_grid"], "task": ["dummy_vector"], "tasks": ["dummy_grid", "dummy_vector"]}[change]
+    args = ["--paired-offline", str(source), "--task", *tasks, "--configs", "debug", "--logdir", str(tmp_path)]
+    assert run_comparison.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and says in err, err
