@@ -27,7 +27,9 @@ class Optimizer:
         params = list(self.params.values())
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
+            # The fused kernel walks through memory. A gradient that lies there in another order (channels last, from a
+            # convolution) would silently change other weights than its own: autograd.grad does not put it right.
+            param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
         norms = {name: nn.utils.get_total_norm([p.grad for p in group.values()]) for name, group in self.groups.items()}
         total = torch.stack(list(norms.values())).norm()
         metrics = {"grad_norm": total}

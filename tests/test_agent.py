@@ -12,6 +12,7 @@ import networks
 import tools
 from hidreamer import cost
 from hidreamer.dynamics import TYPES
+from hidreamer.optim import Optimizer
 
 VECTOR = {"vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
 EVERYTHING = VECTOR | {
@@ -70,6 +71,26 @@ def test_each_optimiser_changes_its_own_part():
             if not key.startswith(("behavior.slow.", "behavior.norm."))
         }
         assert moved and all(key.startswith(part) for key in moved)
+
+
+def test_adam_moves_the_weights_that_the_gradient_is_of():
+    """A convolution over channels-last memory has a channels-last gradient, which fused Adam would misread."""
+    torch.manual_seed(1)
+    ours, plain = (torch.nn.Conv2d(3, 8, 4, bias=False) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    optimizer = Optimizer({"conv": ours}, lr=0.1, eps=1e-8, clip=1.0)
+    reference = torch.optim.Adam(plain.parameters(), lr=0.1, eps=1e-8, fused=False)
+    x = torch.randn(2, 9, 9, 3)
+    loss = lambda conv: conv(x.permute(0, 3, 1, 2)).square().sum()
+    grad = torch.autograd.grad(loss(ours), ours.weight)[0]
+    assert grad.stride() != ours.weight.stride(), "this test needs a gradient that lies otherwise than its weight"
+    for _ in range(3):
+        optimizer.step(loss(ours))
+        reference.zero_grad()
+        loss(plain).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        reference.step()
+    assert torch.allclose(ours.weight, plain.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
