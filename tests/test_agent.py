@@ -93,6 +93,24 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
     assert torch.allclose(ours.weight, plain.weight, atol=1e-6)
 
 
+@pytest.mark.parametrize("scrambled", [False, True])
+def test_the_model_learns_to_show_an_image(scrambled):
+    """A checkerboard is learned by heart; not by the broken twin, whose convolutions get gradients out of order."""
+    agent, batch = make({"image": EVERYTHING["image"]}, **{"model.lr": 3e-3, "encoder.depth": 8, "decoder.depth": 8})
+    odd = (torch.arange(16) // 4 + torch.arange(16).unsqueeze(1) // 4).unsqueeze(-1) % 2  # (16, 16, 1)
+    batch["image"][:] = torch.where(odd.bool(), torch.tensor([20, 200, 90]), torch.tensor([230, 30, 60])).byte()
+    for p in agent.world_model.parameters():
+        if scrambled and p.ndim == 4:
+            p.register_hook(lambda g, order=torch.randperm(p.numel()): g.flatten()[order].view_as(g))
+    errors = []
+    for _ in range(100):
+        losses = agent.world_model.loss(networks.prepare(batch))[0]
+        errors.append(losses["image"].mean().item())
+        agent.optimizers["model"].step(sum(losses.values()).mean())
+    left = errors[-1] / errors[0]
+    assert left > 0.3 if scrambled else left < 0.03
+
+
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 def test_no_host_read_and_few_kernels(act):
     """Upstream: 1,041 host reads and 13,981 kernels an update, whatever the widths."""
