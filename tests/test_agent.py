@@ -101,7 +101,8 @@ def test_the_model_learns_to_show_an_image(scrambled):
     batch["image"][:] = torch.where(odd.bool(), torch.tensor([20, 200, 90]), torch.tensor([230, 30, 60])).byte()
     for p in agent.world_model.parameters():
         if scrambled and p.ndim == 4:
-            p.register_hook(lambda g, order=torch.randperm(p.numel()): g.flatten()[order].view_as(g))
+            order = torch.randperm(p.numel())
+            p.register_hook(lambda g, order=order: g.flatten()[order].view_as(g))
     errors = []
     for _ in range(100):
         losses = agent.world_model.loss(networks.prepare(batch))[0]
