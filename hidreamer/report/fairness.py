@@ -89,7 +89,8 @@ def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 for key, label in names.items()
                 if base.get(key) and column.get(key)
             }
-            far = [f"{label} {ratio:+.0%}".replace("-", "−") for label, ratio in ratios.items() if abs(ratio) > MATCHED]
+            signed = lambda ratio: f"{ratio:+.0%}".replace("-", "−")
+            far = [f"{label} {signed(ratio)}" for label, ratio in ratios.items() if abs(ratio) > MATCHED]
             if far:
                 lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
     return lines
