@@ -1,7 +1,7 @@
 """Pictures of what was measured.
 
     python benchmarks/draw.py learning results/learning/*.json --out results/learning/curves.png
-    python benchmarks/draw.py run RUN_FOLDER kl_0 kl_1 model_clipped --out results/hrssm/pong.png
+    python benchmarks/draw.py run FOLDER kl_0 kl_1 --note 'commit, command' --out results/hrssm/pong.png
     python benchmarks/draw.py masks --out docs/masks.png
 
 The second also writes the drawn numbers beside the picture, as JSON; the third draws the masks that hrvq trains with.
@@ -49,8 +49,8 @@ def learning(paths: list[Path], out: Path) -> None:
     save(figure, out)
 
 
-def monitor(folder: Path, keys: list[str], out: Path) -> None:
-    """One panel a metric of one run's log."""
+def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
+    """One panel a metric of one run's log. ``note`` says what run it was: commit, command, hardware."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
     missing = [key for key, points in found.items() if not points]
@@ -61,7 +61,7 @@ def monitor(folder: Path, keys: list[str], out: Path) -> None:
         ax.plot(*zip(*points, strict=True), color=COLOURS["hrssm"], lw=1.2)
         ax.set(title=key, xlabel="environment frames")
     save(figure, out)
-    out.with_suffix(".json").write_text(json.dumps({"folder": str(folder), "metrics": found}) + "\n")
+    out.with_suffix(".json").write_text(json.dumps({"note": note, "metrics": found}) + "\n")
 
 
 def masks(out: Path, steps: int = 2, levels: int = 3) -> None:
@@ -94,6 +94,7 @@ def main() -> int:
     one = kinds.add_parser("run", help="metrics of one run")
     one.add_argument("folder", type=Path)
     one.add_argument("keys", nargs="+")
+    one.add_argument("--note", required=True, help="which run that was: commit, command, hardware")
     picture = kinds.add_parser("masks", help="who attends to whom")
     for kind in (many, one, picture):
         kind.add_argument("--out", type=Path, required=True)
@@ -101,7 +102,7 @@ def main() -> int:
     if args.kind == "learning":
         learning(args.paths, args.out)
     elif args.kind == "run":
-        monitor(args.folder, args.keys, args.out)
+        monitor(args.folder, args.keys, args.note, args.out)
     else:
         masks(args.out)
     return 0
