@@ -121,8 +121,8 @@ class Trainer:
         names = "\n".join(str(path.resolve()) for path in files)
         self.same = config_hash(config.flat()) + hashlib.sha256(names.encode()).hexdigest()[:12]
 
-    def _tensors(self, rows: Rows) -> dict[str, torch.Tensor]:
-        return {key: torch.from_numpy(x).to(self.device) for key, x in rows.items() if key != "is_last"}
+    def _batch(self, rows: Rows) -> models.Batch:
+        return self.agent.tensors({key: x for key, x in rows.items() if key != "is_last"})
 
     # ------------------------------------------------------------ training
 
@@ -145,7 +145,7 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         with self.agent.autocast():
-            obs = models.networks.prepare(self._tensors(self.replay.sample()))
+            obs = models.networks.prepare(self._batch(self.replay.sample()))
             losses, _, post, _, _ = self.agent.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         self.agent.optimizers["model"].step(loss)
@@ -178,7 +178,7 @@ class Trainer:
         model, found = self.agent.world_model, []
         held = {path: rows for path in self.held_files if (rows := self.load(path)) is not None}
         for i, rows in enumerate(held.values()):
-            batch = self._tensors(heldout.chunks(rows, self.config.replay.length))
+            batch = self._batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
             truth = model.shown(models.networks.prepare(batch))
             judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
@@ -197,7 +197,7 @@ class Trainer:
         @torch.no_grad()
         def see(model: models.WorldModel, batch: Rows) -> np.ndarray:
             torch.manual_seed(0)
-            obs = models.networks.prepare(self._tensors({k: x for k, x in batch.items() if k != "ram"}))
+            obs = models.networks.prepare(self._batch({k: x for k, x in batch.items() if k != "ram"}))
             return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
 
         sees = {"model": functools.partial(see, self.agent.world_model), "pixels": probes.pixels}
