@@ -66,20 +66,13 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     return config, logdir, None if own else source
 
 
-def pick_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' but torch finds no CUDA device; use --device cpu")
-    name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def capacity(args: tools.Args) -> str:
     """The agent of --configs beside those with its last preset replaced by each of --capacity."""
     columns = {}
     for name in [args.presets[-1] if args.presets else "defaults", *args.capacity]:
         config = tools.load_config([*args.presets[:-1], name], args.overrides)
         env = make_env(config.task, config.env.tree(), 0)
-        agent = make_agent(env, config, torch.device("cpu"))
+        agent = models.make_agent(env, config, torch.device("cpu"))
         agent.make_optimizers()
         rows = cost.random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
         batch = {key: torch.from_numpy(x) for key, x in rows.items()}
@@ -87,14 +80,6 @@ def capacity(args: tools.Args) -> str:
         update()  # the first one allocates the optimisers' states
         columns[name] = cost.sizes(agent) | {"FLOPs per update": cost.flops(update)} | cost.operators(update)
     return cost.table(columns)
-
-
-def make_agent(env: Any, config: Config, device: torch.device) -> models.Agent:
-    """For the spaces of ``env``. Raises ConfigError for sizes that do not fit together."""
-    try:
-        return models.Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 # ---------------------------------------------------------------- the run
@@ -118,7 +103,7 @@ class Run:
         self.explore_rng = rngs["explore"]
         n = config.env.count
         self.envs = self._make_envs(n, 0, self.generation)
-        self.agent = make_agent(self.envs, config, device)
+        self.agent = models.make_agent(self.envs, config, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile)
@@ -475,7 +460,7 @@ def main(argv: list[str]) -> int:
             print(capacity(args))
             return 0
         config, logdir, source = prepare(args)
-        run = Run(config, logdir, source, pick_device(config))
+        run = Run(config, logdir, source, models.pick_device(config))
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, run.heed)
         with run.screen.bar:

@@ -21,6 +21,7 @@ from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.nets import MLP
 from hidreamer.optim import Optimizer
 from hidreamer.returns import ReturnNorm, lambda_return
+from tools import Config, ConfigError
 
 Batch = Mapping[str, Tensor]  # observations, prev_action (B,T,A), reward, is_first, is_terminal (B,T)
 Metrics = dict[str, Tensor]  # each ()
@@ -363,3 +364,18 @@ class Agent(nn.Module):
             key.replace("grad_norm", f"{short}_grad_norm").replace("clipped", f"{short}_clipped"): value
             for key, value in self.optimizers[name].step(loss).items()
         }
+
+
+def pick_device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch finds no CUDA device; use --device cpu")
+    name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
+    """For the spaces of ``env``. Raises ConfigError for sizes that do not fit together."""
+    try:
+        return Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -15,7 +15,6 @@ import measure
 import numpy as np
 import torch
 
-import dreamer
 import models
 import tools
 from envs import EnvError, make_env
@@ -61,10 +60,10 @@ def main(argv: list[str]) -> int:
         args = tools.parse([word for word in argv if word != "--dry"])
         repeats = int(args.overrides.pop("repeats", 5))
         config = tools.load_config(args.presets, args.overrides)
-        device = dreamer.pick_device(config)
+        device = models.pick_device(config)
         env = make_env(config.task, config.env.tree(), 0)
-        agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
-    except (tools.ConfigError, EnvError, ValueError) as error:
+        agent = models.make_agent(env, config, device)
+    except (tools.ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     out = measure.provenance() | {"configs": args.presets, "task": config.task, "device": device.type}

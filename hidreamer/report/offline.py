@@ -100,10 +100,7 @@ class Trainer:
         env.close()
         self.keys = {*env.obs_space, *ROWS}
         rng = tools.seed_all(config.seed)["replay"]  # the same for every model of this seed
-        try:
-            self.agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        self.agent = models.make_agent(env, config, device)
         self.agent.make_optimizers()
         self.untrained = copy.deepcopy(self.agent.world_model)
         self.load = functools.partial(load, keys=self.keys, task=config.task)
@@ -216,8 +213,7 @@ def main(argv: list[str]) -> int:
         config = tools.load_config(args.presets, values)
         logdir = Path(config.logdir)
         files = find(folders if isinstance(folders, list) else [folders])
-        device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-        trainer = Trainer(config, files, logdir, device)
+        trainer = Trainer(config, files, logdir, models.pick_device(config))
         trainer.resume()
     except (ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
