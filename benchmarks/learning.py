@@ -130,18 +130,18 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="a shorter run; bars beyond it are left out")
     parser.add_argument("--dynamics", default="rssm", help="the latent state")
-    parser.add_argument("more", nargs="*", help="after --, arguments of dreamer.py")
     parser.add_argument("--twin", action="store_true", help="train the broken twin instead")
     parser.add_argument("--out", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, more = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]  # more: arguments of dreamer.py
     steps = args.steps or TASKS[args.task]["steps"]
     bars, runs, fine = TASKS[args.task]["bars"], {}, True
     for seed in args.seeds:
         name = "-".join(
-            [args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in args.more)]
+            [args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in more)]
         )
         folder = ROOT / "runs" / "learning" / name / str(seed)
-        words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *args.more]
+        words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *more]
         train(args.task, words, folder, args.twin)
         found = measure(args.task, folder, steps)
         met = {bar: found[bar] >= least for bar, least in bars.items() if bar in found}
@@ -152,7 +152,7 @@ def main() -> int:
     report = provenance() | {
         "task": args.task,
         "dynamics": args.dynamics,
-        "more": args.more,
+        "more": more,
         "steps": steps,
         "twin": args.twin,
         "bars": bars,
