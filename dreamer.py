@@ -27,6 +27,7 @@ from envs import EnvError, make_env
 from envs.vector import Envs
 from hidreamer import cost, evaluation
 from hidreamer.logger import Logger, Rates, Screen
+from hidreamer.provenance import note_start, provenance
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
 
@@ -133,6 +134,8 @@ class Run:
             if source is not None:
                 self._start_from(source)
         (logdir / "config.yaml").write_text(tools.dump_yaml(config.tree()))
+        if self.step < config.steps:
+            note_start(logdir, provenance())
         self.rates = Rates(self.step, self.updates)
         self.screen.rates = Rates(self.step, self.updates)
         self.logger = Logger(logdir, self.step, log_size, config.tree() if config.logger == "wandb" else None)

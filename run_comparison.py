@@ -23,8 +23,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 import tools
-from benchmarks.measure import ROOT, provenance
 from envs import EnvError
+from hidreamer.provenance import ROOT, provenance
 from tools import Config, ConfigError
 
 try:

@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 import models
 import tools
 from hidreamer import cost
+from hidreamer.provenance import provenance
 from hidreamer.replay import Replay
 
 OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
@@ -116,7 +117,7 @@ def main() -> int:
     first = args.presets[0]
     if args.upstream:
         fns["dreamerv3-torch"] = upstream(args.upstream, configs[first])
-    report = measure.provenance() | replay_figures(configs[first])
+    report = provenance() | replay_figures(configs[first])
     for fn in fns.values():
         fn(), fn()  # the first one allocates the optimisers' states
     times = measure.interleaved(fns, args.repeats, False)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import ROOT, provenance
+from measure import ROOT
 
 import dreamer
 import tools
 from envs import make_env
 from hidreamer import cost
+from hidreamer.provenance import provenance
 from hidreamer.replay import Replay
 
 # name: presets, steps, random play's return, and bars (what is averaged, its least value).
@@ -137,9 +138,7 @@ def main() -> int:
     steps = args.steps or TASKS[args.task]["steps"]
     bars, runs, fine = TASKS[args.task]["bars"], {}, True
     for seed in args.seeds:
-        name = "-".join(
-            [args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in more)]
-        )
+        name = "-".join([args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in more)])
         folder = ROOT / "runs" / "learning" / name / str(seed)
         words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *more]
         train(args.task, words, folder, args.twin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,19 +37,3 @@ def interleaved(
 
 def median(values: list[float]) -> float:
     return round(statistics.median(values), 4)
-
-
-def provenance() -> dict[str, str]:
-    """Commit, command and hardware: without them a number is a rumour."""
-    git = lambda *args: subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return {
-        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": f"{model}, {torch.get_num_threads()} threads{gpu}",
-        "torch": torch.__version__,
-    }

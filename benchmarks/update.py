@@ -19,6 +19,7 @@ import models
 import tools
 from envs import EnvError, make_env
 from hidreamer import cost
+from hidreamer.provenance import provenance
 
 
 def frames_per_second(env, seconds: float = 2.0) -> float:
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     except (tools.ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = measure.provenance() | {"configs": args.presets, "task": config.task, "device": device.type}
+    out = provenance() | {"configs": args.presets, "task": config.task, "device": device.type}
     out |= cost.sizes(agent)
     if "--dry" not in argv:
         out |= timings(agent, env, repeats) | {"env_frames_per_s": round(frames_per_second(env))}

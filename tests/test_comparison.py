@@ -12,6 +12,7 @@ import pytest
 import run_comparison
 import tools
 from conftest import ROOT
+from hidreamer.provenance import provenance
 
 MODELS = ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"]
 QUICK = ["--configs", "debug", "--task", "dummy_vector", "--steps", "160", "--log_every", "20", "--eval_every", "1000"]
@@ -46,7 +47,7 @@ def compare(*args):
 def starts(folder):
     """{"model/seed": how often it was started}."""
     paths = folder.glob("dummy_vector/*/*/starts.jsonl")
-    return {"/".join(p.parts[-3:-1]): len(p.read_text().splitlines()) for p in paths}
+    return {"/".join(p.parts[-3:-1]): p.read_text().count("environment") for p in paths}
 
 
 def steps_logged(run):
@@ -84,6 +85,7 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert starts(folder) == expected | {"tiny_hidreamer/0": 3}
     report = json.loads((folder / "summary.json").read_text())
     assert not report["failed"] and {row["status"] for row in report["runs"]} == {"complete"}
+    assert {row["commit"] for row in report["runs"]} == {provenance()["commit"]}
     killed = folder / "dummy_vector" / "tiny_hdreamer" / "0"
     assert "continuing" in killed.with_suffix(".log").read_text()
     assert steps_logged(killed) == sorted(steps_logged(killed)) and steps_logged(killed)[-1] == 160

@@ -15,6 +15,7 @@ from rliable import library, metrics
 
 import run_comparison
 import tools
+from hidreamer.provenance import note_start
 from hidreamer.report import runs, stats, words
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer")
@@ -254,6 +255,14 @@ def test_runs_without_a_name_are_named_after_their_latent_state(tmp_path):
         write_run(tmp_path / str(i), [1.0, 2.0], model, 0)
         (tmp_path / str(i) / "starts.jsonl").unlink()
     assert [run.model for run in runs.find([tmp_path])] == ["rssm", "hrssm"]
+
+
+def test_a_continued_run_names_every_commit_and_machine_that_it_saw(tmp_path):
+    write_run(tmp_path / "0", [1.0, 2.0], MODELS[0], 0)
+    for commit, machine in (("abc", "another"), ("def", "another")):
+        note_start(tmp_path / "0", {"commit": commit, "hardware": machine})
+    start = runs.read(tmp_path / "0").start
+    assert (start["commit"], start["hardware"], start["model"]) == ("abc, def", "a machine, another", MODELS[0])
 
 
 def test_half_a_line_is_skipped(tmp_path):

@@ -227,7 +227,9 @@ class HRVQ(Dynamics):
         mine = old.unsqueeze(1) == carry.segment.gather(1, where).unsqueeze(2)  # (B, n, P): of the branch's episode
         # What the sequence goes on to do after the start lies in later steps, its next action among them.
         mine = mine & (step <= where.unsqueeze(2))
-        prefix = [KV(*kv) for kv in zip(carry.keys.unbind(1), carry.values.unbind(1), strict=True)]
+        # Each layer in one piece: otherwise every product with a layer of the cache would copy it first.
+        keys, values = (x.transpose(0, 1).contiguous().unbind() for x in (carry.keys, carry.values))
+        prefix = [KV(*kv) for kv in zip(keys, values, strict=True)]
         # A branch's own positions: A_0, then L0 .. A of each imagined step.
         time = torch.arange(1, horizon + 1, device=where.device).repeat_interleave(n + 1)
         level = torch.arange(n + 1, device=where.device).repeat(horizon)

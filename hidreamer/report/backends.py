@@ -8,7 +8,6 @@ job's folder on a disk that all nodes share.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -22,8 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.measure import ROOT, provenance
-from hidreamer.report.runs import STARTS
+from hidreamer.provenance import ROOT, note_start
 from tools import ConfigError
 
 # Slurm's warning goes to all processes of a job; the command must not die of it.
@@ -56,10 +54,8 @@ class Process:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            note = provenance() | self.note | {"command": shlex.join(self.command), "environment": self.env}
-            with open(self.folder / STARTS, "a") as file:
-                file.write(json.dumps(note) + "\n")
-            log.write(f"$ {note['command']}\n".encode())
+            note_start(self.folder, self.note | {"environment": self.env})
+            log.write(f"$ {shlex.join(self.command)}\n".encode())
             log.flush()
             env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
             # A session of its own: Ctrl-C in a terminal must reach the command through us, once.

@@ -14,12 +14,13 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from hidreamer.provenance import STARTS
 from tools import CheckpointError, ConfigError, flatten, load_checkpoint
 
 # Settings that change neither what a run learns nor how its figures are measured.
 HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
 HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every"}
-STARTS = "starts.jsonl"  # what run_comparison.py notes in a run's folder each time it starts it
+SEVERAL = {"commit", "hardware"}  # a run that was continued may have begun elsewhere: name all
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Run:
     folder: Path
     model: str  # the preset that it was started with, or the name of its latent state
     config: dict[str, Any]  # flat
-    start: dict[str, str]  # model, commit, command, hardware of the last start; empty if run_comparison.py was not it
+    start: dict[str, Any]  # what its last start noted, and every commit and hardware that it saw
     step: int  # environment frames that it reached
     complete: bool
     series: dict[str, np.ndarray]  # name of a scalar -> (n, 2): step, value
@@ -102,7 +103,8 @@ def read(folder: Path) -> Run:
             values.setdefault(name, []).append((step, value))
     whole = finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
     starts = records(folder / STARTS)
-    start = starts[-1] if starts else {}
+    start = {key: value for facts in starts for key, value in facts.items()}
+    start |= {key: ", ".join(dict.fromkeys(x[key] for x in starts if key in x)) for key in start if key in SEVERAL}
     series = {name: np.array(pairs, float) for name, pairs in values.items()}
     return Run(folder, start.get("model", ""), config, start, step, whole, series)
 

@@ -1,0 +1,42 @@
+"""Where a number comes from: commit, command and hardware, without which it is a rumour."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+STARTS = "starts.jsonl"  # in a run's folder: what starts it, and dreamer.py itself, say of each start
+
+
+def git(*args: str) -> str:
+    """What git says about this checkout; nothing where there is no git or no checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def provenance() -> dict[str, str]:
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": f"{model}, {torch.get_num_threads()} threads{gpu}",
+        "torch": torch.__version__,
+    }
+
+
+def note_start(folder: Path, facts: dict[str, Any]) -> None:
+    """Add a line to the starts of the run in ``folder``."""
+    with open(folder / STARTS, "a") as file:
+        file.write(json.dumps(facts) + "\n")
