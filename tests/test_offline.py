@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +195,13 @@ def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
     assert run_comparison.main(args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err, err
+
+
+def test_held_out_episodes_are_of_all_ages():
+    """A run's first episodes are a beginner's: judging on those alone would say little."""
+    files = [Path(f"{i:05d}.npz") for i in range(5000)]
+    train, held = offline.split(files)
+    assert len(held) == offline.MOST and held[0] == files[4] and held[-1] == files[-1]
+    assert len(train) == 4000 and not set(train) & set(held)
+    gaps = np.diff([int(path.stem) for path in held])
+    assert gaps.min() > 90 and gaps.max() < 115

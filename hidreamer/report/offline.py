@@ -73,7 +73,8 @@ def load(path: Path, keys: set[str], task: str) -> Rows | None:
 def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """-> for training, held out."""
     held = files[EVERY - 1 :: EVERY]
-    return [path for path in files if path not in set(held)], held[:MOST]
+    some = np.linspace(0, len(held) - 1, min(MOST, len(held))).round().astype(int)  # of all ages of the run
+    return [path for path in files if path not in set(held)], [held[i] for i in some]
 
 
 def finished(folder: Path, updates: int) -> bool:
@@ -118,7 +119,7 @@ class Trainer:
         names = "\n".join(str(path.resolve()) for path in files)
         self.same = config_hash(config.flat()) + hashlib.sha256(names.encode()).hexdigest()[:12]
 
-    def _batch(self, rows: Rows) -> models.Batch:
+    def batch(self, rows: Rows) -> models.Batch:
         return self.agent.tensors({key: x for key, x in rows.items() if key != "is_last"})
 
     # ------------------------------------------------------------ training
@@ -126,6 +127,7 @@ class Trainer:
     def train(self, updates: int) -> None:
         """On to ``updates``, or to a signal, and save. Raises ArithmeticError where the loss is no number."""
         rates = Rates(0, self.update)
+        self.logdir.mkdir(parents=True, exist_ok=True)
         with open(self.logdir / "metrics.jsonl", "a") as log:
             while self.update < updates and not self.signal:
                 loss = self.step()
@@ -142,7 +144,7 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         with self.agent.autocast():
-            obs = models.networks.prepare(self._batch(self.replay.sample()))
+            obs = models.networks.prepare(self.batch(self.replay.sample()))
             losses, _, post, _, _ = self.agent.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         self.agent.optimizers["model"].step(loss)
@@ -175,7 +177,7 @@ class Trainer:
         model, found = self.agent.world_model, []
         held = {path: rows for path in self.held_files if (rows := self.load(path)) is not None}
         for i, rows in enumerate(held.values()):
-            batch = self._batch(heldout.chunks(rows, self.config.replay.length))
+            batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
             truth = model.shown(models.networks.prepare(batch))
             judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
@@ -194,7 +196,7 @@ class Trainer:
         @torch.no_grad()
         def see(model: models.WorldModel, batch: Rows) -> np.ndarray:
             torch.manual_seed(0)
-            obs = models.networks.prepare(self._batch({k: x for k, x in batch.items() if k != "ram"}))
+            obs = models.networks.prepare(self.batch({k: x for k, x in batch.items() if k != "ram"}))
             return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
 
         sees = {"model": functools.partial(see, self.agent.world_model), "pixels": probes.pixels}
