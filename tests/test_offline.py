@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import run_comparison
 import tools
+from conftest import ROOT
 from envs import make_env
 from hidreamer.distributions import BINS, Bernoulli, TwoHot
 from hidreamer.replay import save_episode
@@ -205,3 +207,28 @@ def test_held_out_episodes_are_of_all_ages():
     assert len(train) == 4000 and not set(train) & set(held)
     gaps = np.diff([int(path.stem) for path in held])
     assert gaps.min() > 90 and gaps.max() < 115
+
+
+def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch):
+    """Every row trains and is judged; a state without codes leaves their columns empty."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantisers
+
+    monkeypatch.setattr(quantisers, "ROOT", tmp_path)
+    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": (["debug"], "dummy_grid")})
+    monkeypatch.setattr(quantisers, "CONTEXT", 2)
+    monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
+    words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
+    assert quantisers.main() == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert list(rows) == ["sampled", *quantisers.DREAMS, *list(quantisers.ROWS)[1:]]
+    block = config().dynamics.hrvq
+    for row, by in rows.items():
+        assert all(math.isfinite(x) for x in np.hstack(list(by["0"].values()))), row
+        levels = {"flat": 1, "rssm": 1}.get(row, 2)
+        assert len(by["0"]["kl"]) == levels and ("perplexity" in by["0"]) == (row not in ("rssm", "hrssm"))
+        assert by["0"]["nats"] == pytest.approx(sum(by["0"]["kl"]))
+    assert rows["flat"]["0"]["perplexity"][0] <= block.codes
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
