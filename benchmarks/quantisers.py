@@ -108,7 +108,7 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[int, dict[str, Any]]], ball: bool) -> str:
-    """Markdown: one line a row, means over seeds; where seeds differ most matters, each is given."""
+    """Markdown: one line a row, every seed."""
     seeds = lambda by, fmt: " / ".join(fmt(x) for x in by.values())
     level = lambda name, x: " ".join(f"{v:.2f}" for v in x[name]) if name in x else "–"
     tens = lambda name: lambda x: f"{1000 * x[name]:.2f}"
@@ -167,7 +167,13 @@ def main() -> int:
         report = provenance() | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT, "rows": found}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(text)
+        seeds, context = " / ".join(map(str, args.seeds)), f"{CONTEXT} steps seen, then dreamt on with the real actions"
+        note = (
+            f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. Nats: KL of posterior to "
+        )
+        note += "prior, a step; unused: codes of each group. Copy last: what "
+        note += "repeating the last code scores; changed: accuracy where it is another."
+        args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}\n\n{note}\n\n{text}")
     return 0
 
 
