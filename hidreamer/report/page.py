@@ -109,8 +109,8 @@ def fairness_section(report: Report) -> Section:
 
     rows = {label: key for label, key in rows.items() if any(value(x, key) is not None for x in known.values())}
     cells = [[label, *(cell(column, key) for column in known.values())] for label, key in rows.items()]
-    note = f"Counted on {report['counted_on']}; updates/s and memory are medians over the runs. In brackets: the ratio "
-    note += "to the first model."
+    medians = "; updates/s and memory are medians over the runs" if "updates/s" in rows else ""
+    note = f"Counted on {report['counted_on']}{medians}. In brackets: the ratio to the first model."
     section = Section("Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else [])
     section.warnings = report["warnings"] + [f"{m}: {c['error']}" for m, c in columns.items() if "error" in c]
     if report["differences"]:
