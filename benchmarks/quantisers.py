@@ -23,6 +23,7 @@ from measure import ROOT
 
 import models
 import tools
+from envs import EnvError
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 from hidreamer.report import heldout, offline
@@ -64,6 +65,8 @@ def judge(trainer: offline.Trainer, files: list[Path]) -> dict[str, Any]:
     length, model = trainer.config.replay.length, trainer.agent.world_model
     held = [rows for path in files[offline.EVERY - 1 :: offline.EVERY] if (rows := trainer.load(path)) is not None]
     pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
+    if not pieces:
+        raise tools.ConfigError(f"no held-out episode has the {length} steps of a sequence: record longer ones")
     rows = {key: np.concatenate([x[key] for x in pieces]) for key in pieces[0]}
     picks = np.random.default_rng(0).permutation(len(rows["reward"]))[:PIECES]
     sums: dict[str, list[float]] = {}
@@ -145,7 +148,7 @@ def main() -> int:
                 trainer = offline.Trainer(
                     make_config(args.world, row, seed, folder), files, folder, torch.device("cpu")
                 )
-                trainer.resume()
+                trainer.resume(args.updates)
                 trainer.train(args.updates)
                 found.setdefault(row, {})[seed] = judge(trainer, files)
                 print(
@@ -158,7 +161,7 @@ def main() -> int:
                     dynamics = trainer.agent.world_model.dynamics
                     dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
                     found.setdefault(name, {})[seed] = judge(trainer, files)
-    except tools.ConfigError as error:
+    except (tools.ConfigError, tools.CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text = table(found, args.world == "minatar")

@@ -140,14 +140,16 @@ def test_an_interrupted_job_goes_on_exactly(recorded, tmp_path):
     first = trainer(recorded, tmp_path / "parts")
     first.train(3)
     second = trainer(recorded, tmp_path / "parts")
-    second.resume()
+    second.resume(8)
     assert second.update == 3
     second.train(8)
     a, b = whole.judge(), second.judge()
     assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key], equal_nan=True) for key in a)
     assert not np.array_equal(first.judge()["model/reconstruction"], a["model/reconstruction"])
     with pytest.raises(tools.ConfigError, match="other episodes"):
-        trainer(recorded, tmp_path / "parts", seed=1, **{"model.lr": 1.0}).resume()
+        trainer(recorded, tmp_path / "parts", seed=1, **{"model.lr": 1.0}).resume(8)
+    with pytest.raises(tools.ConfigError, match="has had 8 updates"):
+        trainer(recorded, tmp_path / "parts").resume(3)
 
 
 def test_learning_beats_the_sceptic(recorded, tmp_path):

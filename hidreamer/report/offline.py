@@ -157,14 +157,20 @@ class Trainer:
         state |= {"torch_rng": torch.get_rng_state(), "replay_rng": self.replay.rng.bit_generator.state}
         tools.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
 
-    def resume(self) -> None:
-        """Go on from the folder's checkpoint, if there is one. Raises ConfigError, CheckpointError."""
+    def resume(self, updates: int) -> None:
+        """Go on towards ``updates`` from the folder's checkpoint, if there is one.
+
+        Raises ConfigError where that was another training or a longer one, CheckpointError where it cannot be read.
+        """
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
             return
         state = tools.load_checkpoint(path)
         if state["same"] != self.same:
             raise ConfigError(f"{self.logdir} was trained on other episodes or with another config: choose a --logdir")
+        if state["update"] > updates:
+            told = f"{self.logdir} has had {state['update']} updates"
+            raise ConfigError(f"{told}: ask for as many or more, or move it away, for fewer cannot be had from it")
         self.agent.load_state(state["agent"])
         self.update = state["update"]
         torch.set_rng_state(state["torch_rng"])
@@ -216,7 +222,7 @@ def main(argv: list[str]) -> int:
         logdir = Path(config.logdir)
         files = find(folders if isinstance(folders, list) else [folders])
         trainer = Trainer(config, files, logdir, models.pick_device(config))
-        trainer.resume()
+        trainer.resume(updates)
     except (ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
