@@ -166,6 +166,19 @@ def test_the_image_loss_reaches_the_encoder(posterior):
         assert max(g.abs().max().item() for g in grads) > 1e-8, name
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_later_steps_teach_codes_through_the_memory_alone(variant):
+    """What a later memory holds shapes the code it was read from; how well a code is predicted does not."""
+    dynamics = build(**variant)
+    embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0), (1, 4)))
+    embed.requires_grad_()
+    _, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
+    (grad,) = torch.autograd.grad(post.feat.deter[:, 5, :3].sum(), embed, retain_graph=True)
+    assert grad[0, 3].abs().max() > 1e-6 and grad[1, 3].abs().max() == 0.0  # the second's episode starts at 4
+    (none,) = torch.autograd.grad(dynamics.loss(post)[0]["dyn"].sum(), embed, allow_unused=True)
+    assert none is None or none.abs().max() == 0.0
+
+
 def test_each_levels_commitment_reaches_the_encoder():
     for level in range(3):
         weights = [0.0, 0.0, 0.0]

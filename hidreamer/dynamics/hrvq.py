@@ -21,7 +21,7 @@ from hidreamer.dynamics.base import Balance, Dynamics, Feat, Level, Policy, Post
 from hidreamer.mask import allowed, rule
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
-from hidreamer.transformer import KV, Transformer, rotary, rotate
+from hidreamer.transformer import KV, Branch, Transformer, rotary, rotate
 
 
 class Carry(NamedTuple):
@@ -133,16 +133,12 @@ class HRVQ(Dynamics):
     def observe(self, carry: Carry, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True):
         length, n = embed.shape[1], self.levels + 1
         codes = self.quantizer.encode(self._numbers(embed), sample)
-        # The memory reads the codes without shaping them: what it predicts must not be made easy by it.
-        read = codes.code.detach().flatten(-2)  # (B, T, L, G * d)
         action = torch.where(is_first.unsqueeze(-1), self.begin, self._token(self.levels, prev_action))  # (B, T, W)
-        x = torch.stack([action, *(self._token(i, read[:, :, i]) for i in range(self.levels))], 2)  # (B, T, L+1, W)
 
         segment = is_first.long().cumsum(1)  # (B, T), the carry's last step being 0
         (time, level), _, rows = self._columns(segment)
         time = time + length  # 1 .. T, after the carry's 0
         seen = allowed(self.rules, (time, level), (time, level), self.window)  # (Q, Q)
-        own = self.transformer.branches(length * n)
         prefix = seen_prefix = None
         if carry.segment.shape[1]:
             prefix = [KV(*kv) for kv in zip(carry.keys.unbind(1), carry.values.unbind(1), strict=True)]
@@ -150,14 +146,25 @@ class HRVQ(Dynamics):
             seen_prefix = allowed(self.rules, (time, level), columns, self.window)  # (Q, P)
             seen_prefix = (seen_prefix & (rows.unsqueeze(2) == old.unsqueeze(1))).unsqueeze(1)  # (B, 1, Q, P)
         seen = (seen & (rows.unsqueeze(2) == rows.unsqueeze(1))).unsqueeze(1)  # (B, 1, Q, Q)
-        turn = rotary(time, self.transformer.head_dim, x.dtype)
-        out = self.transformer(x.flatten(1, 2).unsqueeze(1), turn, own, seen, prefix, seen_prefix)
-        out = out.squeeze(1).unflatten(1, (length, n))  # (B, T, L+1, W)
+        turn = rotary(time, self.transformer.head_dim, action.dtype)
 
-        deter = out[:, :, 0]
+        def read(codes: Tensor) -> tuple[Tensor, list[Branch]]:
+            """(B,T,L,G*d) -> outputs (B,T,L+1,W), and each layer's keys and values."""
+            tokens = [action, *(self._token(i, code) for i, code in enumerate(codes.unbind(2)))]
+            x = torch.stack(tokens, 2).flatten(1, 2).unsqueeze(1)  # (B, 1, T * (L+1), W)
+            own = self.transformer.branches(length * n)
+            out = self.transformer(x, turn, own, seen, prefix, seen_prefix)
+            return out.squeeze(1).unflatten(1, (length, n)), own
+
+        flat = codes.code.flatten(-2)  # (B, T, L, G * d)
+        out, own = read(flat)
+        # What later steps need of a code shapes it through the memory; that it be easy to predict must not (law 5). So
+        # the priors are told by a pass of their own, with the same numbers, that gives the codes no gradient.
+        told = read(flat.detach())[0] if flat.requires_grad else out
         post = tuple(
-            Level(logit, self._logit(i, out[:, :, i] if self.chain else deter)) for i, logit in enumerate(codes.logit)
+            Level(logit, self._logit(i, told[:, :, i if self.chain else 0])) for i, logit in enumerate(codes.logit)
         )
+        deter = out[:, :, 0]
         feat = Feat(deter, codes.code.flatten(2))
         cache = self._cache(carry, own, segment, feat)
         keep = min(self.window, cache.segment.shape[1])
