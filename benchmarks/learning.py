@@ -24,7 +24,7 @@ from hidreamer import cost
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay
 
-# name: presets, steps, random play's return, and bars (what is averaged, its least value).
+# name: presets, steps, and bars (what is averaged, its least value).
 TASKS = {
     "minatar": {
         "configs": ["minatar"],
@@ -47,6 +47,16 @@ class Shuffled(Replay):
         for key in ("reward", "is_terminal"):
             batch[key] = batch[key].ravel()[order].reshape(batch[key].shape)
         return batch
+
+
+def bars(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
+    """Those that were set before anything was measured: other ones for tokens, and for the lineage's posterior."""
+    found = dict(TASKS[task]["bars"])
+    if task == "minatar" and dynamics == "hrvq":
+        found["ball_after_3"] = 0.75
+        if "nearest" in more:
+            found = {"return_at_20000": 1.0}
+    return found
 
 
 def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
@@ -137,14 +147,14 @@ def main() -> int:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, more = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]  # more: arguments of dreamer.py
     steps = args.steps or TASKS[args.task]["steps"]
-    bars, runs, fine = TASKS[args.task]["bars"], {}, True
+    least, runs, fine = bars(args.task, args.dynamics, more), {}, True
     for seed in args.seeds:
         name = "-".join([args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in more)])
         folder = ROOT / "runs" / "learning" / name / str(seed)
         words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *more]
         train(args.task, words, folder, args.twin)
         found = measure(args.task, folder, steps)
-        met = {bar: found[bar] >= least for bar, least in bars.items() if bar in found}
+        met = {bar: found[bar] >= value for bar, value in least.items() if bar in found}
         # A twin fails if it misses every bar about returns: what the world looks like it may still learn.
         fine &= not any(ok for bar, ok in met.items() if "ball" not in bar) if args.twin else all(met.values())
         runs[seed] = {"figures": found, "met": met, "curve": curve(folder, steps, 1000)}
@@ -155,7 +165,7 @@ def main() -> int:
         "more": more,
         "steps": steps,
         "twin": args.twin,
-        "bars": bars,
+        "bars": least,
     }
     report |= {"random_return": random_return(args.task), "runs": runs}
     if args.out:

@@ -1,11 +1,12 @@
 """What each choice inside hrvq does to a world model: all are trained on the same batches of recorded episodes.
 
     python benchmarks/quantisers.py minatar --episodes RUN [--rows sampled nearest ...] [--seeds 0 1] [--updates 2000]
-        [--out results/hrvq/minatar.json]
+        [--out results/hrvq/minatar.json] [--returns results/learning/minatar_*.json]
 
 Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is right 1, 3, 7 and 15
-steps after the last observation. Trainings go to runs/quantisers/ and continue where they stopped. --out writes the
-figures, and a table of them beside it.
+steps after the last observation. On Atari also what a ridge regression finds of the console's memory in the features.
+Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and tables of them beside
+it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py).
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def judge(trainer: offline.Trainer, files: list[Path]) -> dict[str, Any]:
         found = dict(zip(("reconstruction", "moving"), heldout.errors(now, truth, slice(1, None)), strict=True))
         for h in HORIZONS:
             at = CONTEXT - 1 + h
-            found[f"open loop {h}, moving"] = heldout.errors(said, truth, slice(at, at + 1))[1]
+            last = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
+            for name, what in (("", said), (", copy", last)):
+                found[f"open loop {h}, moving{name}"] = heldout.errors(what, truth, slice(at, at + 1))[1]
             if trainer.config.task == "minatar_breakout":
                 here = ball_cell(truth["grid"][:, at])
                 right = lambda cell, here=here: (cell == here).float().mean().item()
@@ -91,6 +94,29 @@ def judge(trainer: offline.Trainer, files: list[Path]) -> dict[str, Any]:
         posts.append(post._replace(feat=None))
     out: dict[str, Any] = {name: float(np.mean(x)) for name, x in sums.items()}
     return {"chunks": len(picks), "episodes": len(pieces)} | out | tokens(model.dynamics, posts)
+
+
+def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
+    """{"RAM BYTE": R2 on held-out episodes from this model's features, its untrained self's, and raw pixels}."""
+    held = {path: rows for path in trainer.held_files if (rows := trainer.load(path)) is not None}
+    found = trainer.probe(held)
+    tell = lambda name: [1.0 - float(np.nanmean(found[who][name])) for who in ("model", "untrained", "pixels")]
+    return {f"RAM {name}": tell(name) for name in found["model"]}
+
+
+def returns(files: list[Path]) -> dict[str, list[float]]:
+    """{row: each seed's mean return before 20,000 frames} from reports of learning.py; a row is known by its config."""
+    found: dict[str, list[float]] = {}
+    for path in files:
+        report = json.loads(path.read_text())
+        more = report["more"]
+        values = {"dynamics.type": report["dynamics"]} | dict(zip(more[::2], more[1::2], strict=True))
+        values = {key.removeprefix("--"): x for key, x in values.items() if key.startswith(("dynamics", "--dynamics"))}
+        for row, settings in ROWS.items():
+            want = {"type": "hrvq"} | settings
+            if not report["twin"] and values == {f"dynamics.{key}": str(x).lower() for key, x in want.items()}:
+                found[row] = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
+    return found
 
 
 def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
@@ -110,24 +136,32 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
     return {"nats": sum(by_level["kl"])} | by_level
 
 
-def table(found: dict[str, dict[int, dict[str, Any]]], ball: bool) -> str:
-    """Markdown: one line a row, every seed."""
-    seeds = lambda by, fmt: " / ".join(fmt(x) for x in by.values())
-    level = lambda name, x: " ".join(f"{v:.2f}" for v in x[name]) if name in x else "–"
-    tens = lambda name: lambda x: f"{1000 * x[name]:.2f}"
-    columns = {"reconstruction (×10⁻³)": tens("reconstruction"), "moving (×10⁻³)": tens("moving")}
-    if ball:
-        columns |= {f"ball, {h}": lambda x, h=h: f"{x[f'ball {h}']:.2f}" for h in HORIZONS}
-    else:
-        columns |= {f"open loop {h}, moving (×10⁻³)": tens(f"open loop {h}, moving") for h in HORIZONS}
-    columns |= {"nats a step": lambda x: f"{x['nats']:.2f}"}
-    names = {"perplexity": "perplexity", "dead": "unused", "accuracy": "accuracy", "accuracy_copy": "copy last"}
-    names |= {"accuracy_changed": "changed"}
-    columns |= {title: lambda x, name=name: level(name, x) for name, title in names.items()}
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, by in found.items():
-        lines.append(f"| {row} | " + " | ".join(seeds(by, fmt) for fmt in columns.values()) + " |")
-    return "\n".join(lines) + "\n"
+def table(found: dict[str, dict[int, dict[str, Any]]], names: dict[str, str]) -> str:
+    """Markdown: one line a row, every seed. ``names``: the columns of figures; those that nobody has are left out."""
+    thousand = lambda name: 1000.0 if "moving" in name or name == "reconstruction" else 1.0
+    tell = lambda name, x: f"{thousand(name) * x:.2f}"
+    several = lambda name, xs: " ".join(tell(name, x) for x in xs) if isinstance(xs, list) else tell(name, xs)
+    cell = lambda by, name: " / ".join(several(name, x[name]) for x in by.values() if name in x) or "–"
+    names = {name: title for name, title in names.items() if any(cell(by, name) != "–" for by in found.values())}
+    lines = [(row, *cells) for row, by in found.items() if set(cells := [cell(by, name) for name in names]) != {"–"}]
+    rows = [("", *names.values()), ("---",) * (len(names) + 1), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+SHOWN = {"reconstruction": "reconstruction (×10⁻³)", "moving": "moving (×10⁻³)"}
+SHOWN |= {f"ball {h}": f"ball, {h}" for h in HORIZONS}
+SHOWN |= {f"open loop {h}, moving": f"open loop {h}, moving (×10⁻³)" for h in HORIZONS}
+SHOWN |= {"nats": "nats a step", "perplexity": "perplexity", "dead": "unused", "accuracy": "accuracy"}
+SHOWN |= {"accuracy_copy": "copy last", "accuracy_changed": "changed", "returns": "return"}
+NOTES = {
+    "nats": "Nats: KL of posterior to prior, a step; unused: codes of each group.",
+    "accuracy": "Copy last: what repeating the last code scores; changed: accuracy where it is another.",
+    "returns": "Return: of the agent's episodes between 18,000 and 20,000 frames, each seed, from {returns}.",
+}
+RAM_NOTE = (
+    "R² on held-out episodes of a ridge regression on the features for bytes of the console's memory, trained world "
+    "model, the same one untrained, raw pixels:"
+)
 
 
 def main() -> int:
@@ -137,7 +171,8 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--updates", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="write the figures to this file, and the table beside it")
+    parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")
+    parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     args = parser.parse_args()
     try:
         files = offline.find(args.episodes)
@@ -150,11 +185,11 @@ def main() -> int:
                 )
                 trainer.resume(args.updates)
                 trainer.train(args.updates)
-                found.setdefault(row, {})[seed] = judge(trainer, files)
+                found.setdefault(row, {})[seed] = judge(trainer, files) | memory(trainer)
                 print(
                     row,
                     seed,
-                    {k: v if isinstance(v, list) else round(v, 4) for k, v in found[row][seed].items()},
+                    {k: np.round(v, 4).tolist() for k, v in found[row][seed].items()},
                     flush=True,
                 )
                 for name, temperature in DREAMS.items() if row == "sampled" else ():
@@ -164,19 +199,24 @@ def main() -> int:
     except (tools.ConfigError, tools.CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = table(found, args.world == "minatar")
+    first = next(iter(found.values()))[args.seeds[0]]
+    copied = {name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")}
+    found["last frame seen"] = {args.seeds[0]: copied}  # the same for all
+    for row, scores in returns(args.returns).items():
+        if row in found:
+            found[row][args.seeds[0]]["returns"] = scores
+    seeds, context = " / ".join(map(str, args.seeds)), f"{CONTEXT} steps seen, then dreamt on with the real actions"
+    told = [note for name, note in NOTES.items() if any(name in x for by in found.values() for x in by.values())]
+    text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(told)}\n\n"
+    text = text.format(returns=", ".join(map(str, args.returns))) + table(found, SHOWN)
+    if ram := {name: name.removeprefix("RAM ") for name in first if name.startswith("RAM ")}:
+        text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
     print(text)
     if args.out:
         report = provenance() | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT, "rows": found}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-        seeds, context = " / ".join(map(str, args.seeds)), f"{CONTEXT} steps seen, then dreamt on with the real actions"
-        note = (
-            f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. Nats: KL of posterior to "
-        )
-        note += "prior, a step; unused: codes of each group. Copy last: what "
-        note += "repeating the last code scores; changed: accuracy where it is another."
-        args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}\n\n{note}\n\n{text}")
+        args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}\n\n{text}")
     return 0
 
 

@@ -221,10 +221,17 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(quantisers, "CONTEXT", 2)
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
+    run = lambda score: {"figures": {"return_at_20000": score}}
+    report = {"dynamics": "hrvq", "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "false"], "twin": False}
+    (tmp_path / "returns.json").write_text(json.dumps(report | {"runs": {"0": run(1.25), "1": run(2.5)}}))
+    words += ["--returns", str(tmp_path / "returns.json")]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert list(rows) == ["sampled", *quantisers.DREAMS, *list(quantisers.ROWS)[1:]]
+    assert list(rows) == ["sampled", *quantisers.DREAMS, *list(quantisers.ROWS)[1:], "last frame seen"]
+    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["independent"]
+    copied = rows.pop("last frame seen")["0"]
+    assert copied["open loop 3, moving"] == rows["fsq"]["0"]["open loop 3, moving, copy"]
     block = config().dynamics.hrvq
     for row, by in rows.items():
         assert all(math.isfinite(x) for x in np.hstack(list(by["0"].values()))), row
@@ -233,4 +240,5 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch):
         assert by["0"]["nats"] == pytest.approx(sum(by["0"]["kl"]))
     assert rows["flat"]["0"]["perplexity"][0] <= block.codes
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
+    assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent")

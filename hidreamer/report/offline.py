@@ -190,10 +190,13 @@ class Trainer:
             by = {"model": judge(heldout.ask(model, batch)), "sceptic": judge(self.sceptic.say(truth))}
             found.append({f"{who}/{name}": x for who, scores in by.items() for name, x in scores.items()})
         scores = {name: np.array([scores[name] for scores in found]) for name in found[0]}
-        return scores | (self._probe(held) if probes.possible(self.config) else {})
+        return scores | probes.compare(self.probe(held))
 
-    def _probe(self, held: Mapping[Path, Rows]) -> dict[str, np.ndarray]:
-        """The same for what features know of an Atari console's memory."""
+    def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:
+        """``probes.judge`` of this model, its untrained self and raw pixels; empty where there is no RAM."""
+        empty = {"model": {}}
+        if not probes.possible(self.config):
+            return empty
 
         def chunks(path: Path, rows: Rows) -> Rows | None:
             ram = probes.cached(path, rows, self.config, self.logdir.parent.parent / "ram")
@@ -209,7 +212,7 @@ class Trainer:
         sees["untrained"] = functools.partial(see, self.untrained)
         train = [x for path, rows in self.episodes.items() if (x := chunks(path, rows)) is not None]
         test = [chunks(path, rows) for path, rows in held.items()]
-        return probes.compare(sees, train[: probes.EPISODES], test, self.config.task) if train else {}
+        return probes.judge(sees, train[: probes.EPISODES], test, probes.BYTES[self.config.task]) if train else empty
 
 
 def main(argv: list[str]) -> int:

@@ -135,12 +135,12 @@ def unexplained(fit: Any, seen: np.ndarray | None, chunk: Rows | None, counts: A
     return np.square(miss).mean(0)
 
 
-def compare(sees: Mapping[str, See], train: list[Rows], held: list[Rows | None], task: str) -> dict[str, np.ndarray]:
-    """{"model/RAM BYTE", "sceptic/RAM BYTE": (held,)}; the sceptic is whoever else does best at a byte."""
-    found = judge(sees, train, held, BYTES[task])
+def compare(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{"model/RAM BYTE", "sceptic/RAM BYTE": (held,)} of what ``judge`` found; sceptic is whoever else does best."""
+    others = [by for who, by in found.items() if who != "model"]
+    mean = lambda x: np.nanmean(x) if np.isfinite(x).any() else np.inf
     out = {}
-    for name, shares in found.pop("model").items():
+    for name, shares in found["model"].items():
         out[f"model/RAM {name}"] = shares
-        mean = lambda x: np.nanmean(x) if np.isfinite(x).any() else np.inf
-        out[f"sceptic/RAM {name}"] = min((by[name] for by in found.values()), key=mean)
+        out[f"sceptic/RAM {name}"] = min((by[name] for by in others), key=mean)
     return out
