@@ -25,17 +25,20 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.siz
 
 
 def learning(paths: list[Path], out: Path) -> None:
-    """One panel a task: every seed's line, the bars as ticks, random play, and the broken twins dotted."""
+    """One panel a task: every seed's line, the bars as ticks, random play; broken twins dotted, variants dashed."""
     reports = [json.loads(path.read_text()) for path in paths]
     tasks = sorted({report["task"] for report in reports})
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks, strict=True):
         mine = [report for report in reports if report["task"] == task]
         for report in mine:
-            name, twin = report["dynamics"], report["twin"]
+            name, twin, seeds = report["dynamics"], report["twin"], len(report["runs"])
+            # What makes a variant; how many starts a dream has is none.
+            variant = " ".join(word for key, word in zip(*[iter(report["more"])] * 2, strict=True) if "dyn" in key)
             for i, run in enumerate(report["runs"].values()):
-                label = None if i else f"{name}, rewards shuffled" if twin else f"{name}, {len(report['runs'])} seeds"
-                style = {"ls": ":" if twin else "-", "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
+                words = f"{name}, rewards shuffled" if twin else f"{name} {variant}".strip() + f", {seeds} seeds"
+                label, dash = None if i else words, ":" if twin else "--" if variant else "-"
+                style = {"ls": dash, "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
                 ax.plot(*zip(*run["curve"], strict=True), label=label, **style)
         for name, least in mine[0]["bars"].items():
             where = [int(word) for word in name.split("_") if word.isdigit()]
