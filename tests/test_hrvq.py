@@ -348,6 +348,17 @@ def test_matched_capacity_and_size():
     assert 0.95 < count["tiny_hidreamer"] / count["tiny_dreamerv3"] < 1.05
 
 
+def test_the_posterior_has_a_weight_of_its_own():
+    """That of the other states would make it vague; a hard choice has nothing that could give way."""
+    assert build(rep=0.3).balance.rep == 0.3 and build(rep=0.3).balance.dyn == 0.5
+    hard = build(rep=0.3, posterior="nearest").balance
+    assert (hard.rep, hard.free) == (0.0, 0.0)
+    _, post = (dynamics := build(rep=0.3)).observe(dynamics.initial(3), *inputs())
+    losses, _ = dynamics.loss(post)
+    dynamics.balance = dynamics.balance._replace(rep=0.15)
+    assert torch.allclose(losses["rep"], 2.0 * dynamics.loss(post)[0]["rep"])
+
+
 def test_free_nats_and_weights():
     dynamics = build()
     dynamics.balance, dynamics.level_weights = Balance(0.5, 0.1, 0.0, 0.01), [1.0, 0.5, 0.25]

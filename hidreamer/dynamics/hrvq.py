@@ -67,6 +67,7 @@ class HRVQ(Dynamics):
         mask: str,
         chain: bool,
         posterior: str,
+        rep: float,
         commitment: list[float],
         level_weights: list[float],
         temperature: list[float],
@@ -74,9 +75,11 @@ class HRVQ(Dynamics):
         spatial: bool,
     ):
         super().__init__()
-        self.balance, self.levels, self.window, self.chain, self.level_dropout = (
-            balance, levels, window, chain, level_dropout,
-        )  # fmt: skip
+        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be near to it, all it
+        # can do is become vague. So ``rep`` weighs less here, and nothing for hard codes, which have one shape.
+        hard = posterior != "sampled"
+        self.balance = balance._replace(rep=0.0, free=0.0) if hard else balance._replace(rep=rep)
+        self.levels, self.window, self.chain, self.level_dropout = levels, window, chain, level_dropout
         self.deter_dim, self.stoch_dim = deter, levels * groups * code_dim
         self.shapes = ((groups, codes),) * levels
         weights = per_level(commitment, levels, "dynamics.hrvq.commitment")
@@ -190,9 +193,7 @@ class HRVQ(Dynamics):
 
     def loss(self, post: Post) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """KL per level; where codes are chosen hard, their cross-entropy up to a constant, without free nats."""
-        hard = self.quantizer.kind != "sampled"
-        balance = self.balance._replace(rep=0.0, free=0.0) if hard else self.balance
-        losses, metrics = kl_losses(post.levels, balance, self.level_weights)
+        losses, metrics = kl_losses(post.levels, self.balance, self.level_weights)
         codes, is_first, _ = post.aux
         if self.quantizer.kind == "nearest":
             away = (codes.residual - codes.code.detach()).square().sum((-2, -1))  # (B, T, L), summed over G and d
