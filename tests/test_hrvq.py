@@ -73,11 +73,11 @@ def test_the_window_ends_where_it_should():
 
 
 class Told:
-    """A quantiser's ``encode`` that gives out codes it was told."""
+    """A quantiser's ``encode`` that gives out the codes of states it was told."""
 
-    def __init__(self, dynamics, code):
+    def __init__(self, dynamics, stoch):
         groups, dim = dynamics.code_shape
-        self.code = code.unflatten(-1, (dynamics.levels, groups, dim))
+        self.code = stoch.unflatten(-1, (dynamics.levels, groups, dim)) * dim**0.5
 
     def __call__(self, z, sample=True):
         index = torch.zeros(self.code.shape[:-1], dtype=torch.long)
@@ -224,6 +224,15 @@ def test_accuracy_is_beside_copy_and_on_changes_only():
     assert metrics["accuracy_0"].item() == pytest.approx(3 / 6)  # steps 1, 3, 6 of 1, 2, 3, 4, 6, 7
     assert metrics["accuracy_copy_0"].item() == pytest.approx(3 / 6)
     assert metrics["accuracy_changed_0"].item() == 0.0
+
+
+def test_heads_read_codes_as_long_as_one_hots():
+    """Twice as long is what the heads would otherwise see at 4 numbers a code."""
+    dynamics = build(posterior="frozen")
+    _, post = dynamics.observe(dynamics.initial(3), *inputs())
+    stoch = post.feat.stoch.unflatten(-1, (3, 2, 4))
+    assert torch.allclose(stoch * 2.0, post.aux.codes.code)
+    assert 0.5 < stoch[..., 0, :, :].norm(dim=-1).mean() < 1.5
 
 
 def test_partial_decodes_are_sums_of_coarse_codes():

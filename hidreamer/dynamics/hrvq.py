@@ -113,6 +113,10 @@ class HRVQ(Dynamics):
         """Codes (..., G * d) of a level, or actions (..., A), -> (..., W)."""
         return self.token[level](x) + self.place[level]
 
+    def _stoch(self, codes: Tensor) -> Tensor:
+        """Codes (..., L * G * d) as the heads read them: each about as long as the one-hot of a categorical."""
+        return codes * self.code_shape[1] ** -0.5
+
     def _columns(self, segment: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Of cached steps with segments (B,S): times and levels (P,), the steps (P,), the segments (B,P)."""
         n, steps = self.levels + 1, segment.shape[1]
@@ -168,7 +172,7 @@ class HRVQ(Dynamics):
             Level(logit, self._logit(i, told[:, :, i if self.chain else 0])) for i, logit in enumerate(codes.logit)
         )
         deter = out[:, :, 0]
-        feat = Feat(deter, codes.code.flatten(2))
+        feat = Feat(deter, self._stoch(codes.code.flatten(2)))
         cache = self._cache(carry, own, segment, feat)
         keep = min(self.window, cache.segment.shape[1])
         kept = Carry(
@@ -266,7 +270,7 @@ class HRVQ(Dynamics):
                 waiting.append(self._token(i, codes[-1]))
                 if self.chain and i < n - 1:
                     out, waiting = feed(waiting), []
-            feats.append(Feat(deter, torch.cat(codes, 1))), actions.append(action)
+            feats.append(Feat(deter, self._stoch(torch.cat(codes, 1)))), actions.append(action)
         actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
         return Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True))), torch.stack(actions, 1)
 
