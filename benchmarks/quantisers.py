@@ -80,9 +80,9 @@ def judge(trainer: offline.Trainer, files: list[Path]) -> dict[str, Any]:
         truth, said = model.open_loop(batch, CONTEXT)
         now = model.show(post.feat)[0]
         found = dict(zip(("reconstruction", "moving"), heldout.errors(now, truth, slice(1, None)), strict=True))
+        last = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
         for h in HORIZONS:
             at = CONTEXT - 1 + h
-            last = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
             for name, what in (("", said), (", copy", last)):
                 found[f"open loop {h}, moving{name}"] = heldout.errors(what, truth, slice(at, at + 1))[1]
             if trainer.config.task == "minatar_breakout":

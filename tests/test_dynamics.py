@@ -216,5 +216,6 @@ def test_free_bits_are_shared(dynamics):
     same = post._replace(levels=tuple(level._replace(post=level.prior) for level in post.levels))
     losses, metrics = dynamics.loss(same)
     total = losses["dyn"] + losses["rep"]
-    assert torch.allclose(total, torch.full_like(total, 1.0 * (dynamics.balance.dyn + dynamics.balance.rep)))
+    _, rep, free, _ = dynamics.balance
+    assert free == 1.0 and torch.allclose(total, torch.full_like(total, 0.5 + rep))
     assert all(metrics[f"kl_{i}"].abs() < 1e-6 for i in range(len(post.levels)))
