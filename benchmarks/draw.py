@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import measure  # noqa: F401, puts the project on the path
+from learning import latent
 
 from hidreamer.mask import KINDS, visible
 
@@ -33,8 +34,7 @@ def learning(paths: list[Path], out: Path) -> None:
         mine = [report for report in reports if report["task"] == task]
         for report in mine:
             name, twin, seeds = report["dynamics"], report["twin"], len(report["runs"])
-            # What makes a variant; how many starts a dream has is none.
-            variant = " ".join(word for key, word in zip(*[iter(report["more"])] * 2, strict=True) if "dyn" in key)
+            variant = " ".join(latent(report["more"]).values())
             for i, run in enumerate(report["runs"].values()):
                 words = f"{name}, rewards shuffled" if twin else f"{name} {variant}".strip() + f", {seeds} seeds"
                 label, dash = None if i else words, ":" if twin else "--" if variant else "-"

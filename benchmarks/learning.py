@@ -49,12 +49,18 @@ class Shuffled(Replay):
         return batch
 
 
+def latent(more: list[str]) -> dict[str, str]:
+    """{key: value} of the settings of the latent state among a run's arguments, without "dynamics."."""
+    given = tools.parse(more).overrides
+    return {key.removeprefix("dynamics."): str(x) for key, x in given.items() if key.startswith("dynamics.")}
+
+
 def bars(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
     """Those that were set before anything was measured: other ones for tokens, and for the lineage's posterior."""
     found = dict(TASKS[task]["bars"])
     if task == "minatar" and dynamics == "hrvq":
         found["ball_after_3"] = 0.75
-        if "nearest" in more:
+        if latent(more).get("hrvq.posterior") == "nearest":
             found = {"return_at_20000": 1.0}
     return found
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning import ball_cell
+from learning import ball_cell, latent
 from measure import ROOT
 
 import models
@@ -106,17 +106,23 @@ def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
 
 
 def returns(files: list[Path]) -> dict[str, list[float]]:
-    """{row: each seed's mean return before 20,000 frames} from reports of learning.py; a row is known by its config."""
+    """{row: each seed's mean return before 20,000 frames} from reports of learning.py; a row is known by its config.
+
+    Raises ConfigError where a file is no such report of MinAtar.
+    """
     found: dict[str, list[float]] = {}
     for path in files:
-        report = json.loads(path.read_text())
-        more = report["more"]
-        values = {"dynamics.type": report["dynamics"]} | dict(zip(more[::2], more[1::2], strict=True))
-        values = {key.removeprefix("--"): x for key, x in values.items() if key.startswith(("dynamics", "--dynamics"))}
+        try:
+            report = json.loads(path.read_text())
+            scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
+            values, twin = {"type": report["dynamics"]} | latent(report["more"]), report["twin"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            told = f"--returns {path} is no report of benchmarks/learning.py minatar"
+            raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
         for row, settings in ROWS.items():
-            want = {"type": "hrvq"} | settings
-            if not report["twin"] and values == {f"dynamics.{key}": str(x).lower() for key, x in want.items()}:
-                found[row] = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
+            want = {"type": "hrvq"} | {key: str(x).lower() for key, x in settings.items()}
+            if values == want and not twin:
+                found[row] = scores
     return found
 
 
@@ -176,7 +182,7 @@ def main() -> int:
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     args = parser.parse_args()
     try:
-        files = offline.find(args.episodes)
+        files, scores = offline.find(args.episodes), returns(args.returns)
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for seed in args.seeds:
             for row in args.rows:
@@ -203,9 +209,8 @@ def main() -> int:
     first = next(iter(found.values()))[args.seeds[0]]
     copied = {name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")}
     found["last frame seen"] = {args.seeds[0]: copied}  # the same for all
-    for row, scores in returns(args.returns).items():
-        if row in found:
-            found[row][args.seeds[0]]["returns"] = scores
+    for row in found.keys() & scores.keys():
+        found[row][args.seeds[0]]["returns"] = scores[row]
     seeds, context = " / ".join(map(str, args.seeds)), f"{CONTEXT} steps seen, then dreamt on with the real actions"
     # Where the ball's cell is known, errors of pixels say less.
     shown = {name: title for name, title in SHOWN.items() if "ball 1" not in first or not name.startswith("open loop")}

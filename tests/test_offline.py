@@ -211,7 +211,7 @@ def test_held_out_episodes_are_of_all_ages():
     assert gaps.min() > 90 and gaps.max() < 115
 
 
-def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch):
+def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     """Every row trains and is judged; a state without codes leaves their columns empty."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
@@ -223,6 +223,9 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch):
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
     run = lambda score: {"figures": {"return_at_20000": score}}
     report = {"dynamics": "hrvq", "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "false"], "twin": False}
+    (tmp_path / "returns.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [*words, "--returns", str(tmp_path / "returns.json")])
+    assert quantisers.main() == 2 and "no report of" in capsys.readouterr().err  # before anything is trained
     (tmp_path / "returns.json").write_text(json.dumps(report | {"runs": {"0": run(1.25), "1": run(2.5)}}))
     words += ["--returns", str(tmp_path / "returns.json")]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
