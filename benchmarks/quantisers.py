@@ -62,10 +62,10 @@ def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
 
 
 @torch.no_grad()
-def judge(trainer: offline.Trainer, files: list[Path]) -> dict[str, Any]:
+def judge(trainer: offline.Trainer) -> dict[str, Any]:
     """Figures on held-out chunks of whole length, per step; lists are by level, coarse to fine."""
     length, model = trainer.config.replay.length, trainer.agent.world_model
-    held = [rows for path in files[offline.EVERY - 1 :: offline.EVERY] if (rows := trainer.load(path)) is not None]
+    held = [rows for path in trainer.held_files if (rows := trainer.load(path)) is not None]
     pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
     if not pieces:
         raise tools.ConfigError(f"no held-out episode has the {length} steps of a sequence: record longer ones")
@@ -99,8 +99,7 @@ def judge(trainer: offline.Trainer, files: list[Path]) -> dict[str, Any]:
 
 def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
     """{"RAM BYTE": R2 on held-out episodes from this model's features, its untrained self's, and raw pixels}."""
-    held = {path: rows for path in trainer.held_files if (rows := trainer.load(path)) is not None}
-    found = trainer.probe(held)
+    found = trainer.probe(trainer.held())
     tell = lambda name: [1.0 - float(np.nanmean(found[who][name])) for who in ("model", "untrained", "pixels")]
     return {f"RAM {name}": tell(name) for name in found["model"]}
 
@@ -192,7 +191,7 @@ def main() -> int:
                 )
                 trainer.resume(args.updates)
                 trainer.train(args.updates)
-                found.setdefault(row, {})[seed] = judge(trainer, files) | memory(trainer)
+                found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
                 print(
                     row,
                     seed,
@@ -202,7 +201,7 @@ def main() -> int:
                 for name, temperature in DREAMS.items() if row == "sampled" else ():
                     dynamics = trainer.agent.world_model.dynamics
                     dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
-                    found.setdefault(name, {})[seed] = judge(trainer, files)
+                    found.setdefault(name, {})[seed] = judge(trainer)
     except (tools.ConfigError, tools.CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

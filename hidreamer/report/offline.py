@@ -72,9 +72,9 @@ def load(path: Path, keys: set[str], task: str) -> Rows | None:
 
 def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """-> for training, held out."""
-    held = files[EVERY - 1 :: EVERY]
-    some = np.linspace(0, len(held) - 1, min(MOST, len(held))).round().astype(int)  # of all ages of the run
-    return [path for path in files if path not in set(held)], [held[i] for i in some]
+    held = [i % EVERY == EVERY - 1 for i in range(len(files))]
+    pick = lambda kind: [path for path, out in zip(files, held, strict=True) if out is kind]
+    return pick(False), pick(True)
 
 
 def finished(folder: Path, updates: int) -> bool:
@@ -178,10 +178,15 @@ class Trainer:
 
     # ------------------------------------------------------------ judging
 
+    def held(self) -> dict[Path, Rows]:
+        """At most MOST held-out episodes, of all ages of the run."""
+        some = np.linspace(0, len(self.held_files) - 1, min(MOST, len(self.held_files))).round().astype(int)
+        return {path: rows for i in some if (rows := self.load(path := self.held_files[i])) is not None}
+
     def judge(self) -> dict[str, np.ndarray]:
         """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}."""
         model, found = self.agent.world_model, []
-        held = {path: rows for path in self.held_files if (rows := self.load(path)) is not None}
+        held = self.held()
         for i, rows in enumerate(held.values()):
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
