@@ -34,7 +34,6 @@ WORLDS = {"minatar": (["minatar"], "minatar_breakout"), "pong": (["demo", "tiny_
 # Each row differs from the first in one thing; the last two are the other latent states at the same size.
 ROWS: dict[str, dict[str, Any]] = {
     "sampled": {},
-    "rep 0.1": {"hrvq.rep": 0.1},  # as in the other states
     "nearest": {"hrvq.posterior": "nearest"},
     "fsq": {"hrvq.posterior": "fsq"},
     "frozen": {"hrvq.posterior": "frozen"},

@@ -9,7 +9,6 @@ import models
 import tools
 from hidreamer import distributions as dists
 from hidreamer.dynamics import hrvq, make_dynamics
-from hidreamer.dynamics.base import Balance
 
 E, A = 7, 4
 SIZES = {
@@ -357,20 +356,18 @@ def test_matched_capacity_and_size():
     assert 0.95 < count["tiny_hidreamer"] / count["tiny_dreamerv3"] < 1.05
 
 
-def test_the_posterior_has_a_weight_of_its_own():
-    """That of the other states would make it vague; a hard choice has nothing that could give way."""
-    assert build(rep=0.3).balance.rep == 0.3 and build(rep=0.3).balance.dyn == 0.5
-    hard = build(rep=0.3, posterior="nearest").balance
-    assert (hard.rep, hard.free) == (0.0, 0.0)
-    _, post = (dynamics := build(rep=0.3)).observe(dynamics.initial(3), *inputs())
-    losses, _ = dynamics.loss(post)
-    dynamics.balance = dynamics.balance._replace(rep=0.15)
-    assert torch.allclose(losses["rep"], 2.0 * dynamics.loss(post)[0]["rep"])
+@pytest.mark.parametrize("variant", [{}, *POSTERIORS], ids=str)
+def test_the_prior_alone_follows(variant):
+    """Drawn to its prior, a posterior that sees its frame alone would become vague; and no nats are free."""
+    dynamics = build(**variant)
+    _, post = dynamics.observe(dynamics.initial(3), *inputs())
+    losses, metrics = dynamics.loss(post)
+    assert "rep" not in losses
+    assert torch.allclose(losses["dyn"].mean(), 0.5 * sum(metrics[f"kl_{i}"] for i in range(dynamics.levels)))
 
 
-def test_free_nats_and_weights():
-    dynamics = build()
-    dynamics.balance, dynamics.level_weights = Balance(0.5, 0.1, 0.0, 0.01), [1.0, 0.5, 0.25]
+def test_weights_of_levels():
+    dynamics = build(level_weights=[1.0, 0.5, 0.25])
     _, post = dynamics.observe(dynamics.initial(3), *inputs())
     losses, metrics = dynamics.loss(post)
     expected = 0.5 * (metrics["kl_0"] + 0.5 * metrics["kl_1"] + 0.25 * metrics["kl_2"])

@@ -71,17 +71,17 @@ def kl_losses(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Balanced KL with free nats per level; ``weights`` scale how much each level's prior is trained.
 
-    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each; and metrics: per level the unclipped
-    nats and both entropies, ().
+    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it has a weight; and
+    metrics: per level the unclipped nats and both entropies, ().
     """
-    losses, metrics = {"dyn": 0.0, "rep": 0.0}, {}
+    losses, metrics = {"dyn": 0.0} | ({"rep": 0.0} if balance.rep else {}), {}
     free = balance.free / len(levels)
     for i, level in enumerate(levels):
         post, prior = (dists.mix(logit, balance.unimix) for logit in level)  # (B, T, S, K)
         dyn = dists.kl(post.detach(), prior)  # (B, T)
-        rep = dists.kl(post, prior.detach())  # (B, T)
         losses["dyn"] = losses["dyn"] + balance.dyn * (weights[i] if weights else 1.0) * dyn.clamp(min=free)
-        losses["rep"] = losses["rep"] + balance.rep * rep.clamp(min=free)
+        if balance.rep:
+            losses["rep"] = losses["rep"] + balance.rep * dists.kl(post, prior.detach()).clamp(min=free)
         metrics[f"kl_{i}"] = dyn.detach().mean()
         metrics[f"post_ent_{i}"] = dists.entropy(post.detach()).mean()
         metrics[f"prior_ent_{i}"] = dists.entropy(prior.detach()).mean()

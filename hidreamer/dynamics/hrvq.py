@@ -67,7 +67,6 @@ class HRVQ(Dynamics):
         mask: str,
         chain: bool,
         posterior: str,
-        rep: float,
         commitment: list[float],
         level_weights: list[float],
         temperature: list[float],
@@ -76,9 +75,8 @@ class HRVQ(Dynamics):
     ):
         super().__init__()
         # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be near to it, all it
-        # can do is become vague. So ``rep`` weighs less here, and nothing for hard codes, which have one shape.
-        hard = posterior != "sampled"
-        self.balance = balance._replace(rep=0.0, free=0.0) if hard else balance._replace(rep=rep)
+        # can do is become vague. So nothing draws it there, and no nats are free: the prior is always trained.
+        self.balance = balance._replace(rep=0.0, free=0.0)
         self.levels, self.window, self.chain, self.level_dropout = levels, window, chain, level_dropout
         self.deter_dim, self.stoch_dim = deter, levels * groups * code_dim
         self.shapes = ((groups, codes),) * levels
@@ -196,7 +194,7 @@ class HRVQ(Dynamics):
         return Carry(*last, rotate(keys, back), values, steps - segment[:, -1:], where)
 
     def loss(self, post: Post) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """KL per level; where codes are chosen hard, their cross-entropy up to a constant, without free nats."""
+        """KL per level, of the prior alone; where codes are chosen hard, their cross-entropy up to a constant."""
         losses, metrics = kl_losses(post.levels, self.balance, self.level_weights)
         codes, is_first, _ = post.aux
         if self.quantizer.kind == "nearest":
