@@ -72,9 +72,9 @@ def load(path: Path, keys: set[str], task: str) -> Rows | None:
 
 def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """-> for training, held out."""
-    held = [i % EVERY == EVERY - 1 for i in range(len(files))]
-    pick = lambda kind: [path for path, out in zip(files, held, strict=True) if out is kind]
-    return pick(False), pick(True)
+    held = files[EVERY - 1 :: EVERY]
+    others = set(files) - set(held)
+    return [path for path in files if path in others], held
 
 
 def finished(folder: Path, updates: int) -> bool:
