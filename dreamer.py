@@ -52,9 +52,6 @@ class Stop(Exception):
 
 def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     """-> config, folder of the run, checkpoint of another run to start from. Raises ConfigError."""
-    config = tools.load_config(args.presets, args.overrides)
-    if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
     source = Path(args.resume) if args.resume else None
     if source is not None and source.is_dir():
         found = [p for p in (source / "checkpoints" / "latest.pt", source / "latest.pt") if p.exists()]
@@ -62,6 +59,10 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     if source is not None and not source.exists():
         raise ConfigError(f"--resume: there is no checkpoint {source}")
     home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
+    alone = home is not None and not args.presets and "logdir" not in args.overrides  # it goes on as it was
+    config = tools.load_config(args.presets, (tools.saved_config(home) if alone else {}) | args.overrides)
+    if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
     logdir = Path(config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()
     own = home is not None and logdir.resolve() == home.resolve()
     return config, logdir, None if own else source

@@ -147,6 +147,20 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
     return Config(unflatten(flat))
 
 
+def saved_config(folder: Path) -> dict[str, Any]:
+    """{"group.key": value} of a run's config.yaml without its folder; keys that no longer exist are left to be missed.
+
+    Raises ConfigError.
+    """
+    path, known = folder / "config.yaml", load_config([], {}).flat()
+    try:
+        saved = flatten(YAML(typ="safe").load(path.read_text()))
+    except (OSError, UnicodeError, YAMLError, AttributeError) as error:
+        told = f"cannot read {path}, which says what run this is ({str(error).splitlines()[0]})"
+        raise ConfigError(f"{told}: give its --configs and keys again") from None
+    return {key: x for key, x in saved.items() if key in known and key != "logdir"}
+
+
 def unflatten(flat: Mapping[str, Any]) -> dict:
     tree: dict = {}
     for key, value in flat.items():

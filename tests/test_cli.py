@@ -228,8 +228,19 @@ def test_resuming_a_run_by_its_folder(tmp_path, capsys):
     assert run(tmp_path / "a", *args) == 0
     args[args.index("--steps") + 1] = "90"
     assert dreamer.main(["--configs", "debug", *args, "--resume", str(tmp_path / "a")]) == 0
-    assert tools.load_checkpoint(tmp_path / "a" / "checkpoints" / "latest.pt")["step"] >= 90
+    step = lambda folder: tools.load_checkpoint(folder / "checkpoints" / "latest.pt")["step"]
+    assert step(tmp_path / "a") >= 90
     assert "continuing" in capsys.readouterr().out
+    # The folder alone says what run it is, wherever it was moved.
+    moved = (tmp_path / "a").rename(tmp_path / "moved")
+    assert dreamer.main(["--resume", str(moved)]) == 0
+    assert dreamer.main(["--resume", str(moved), "--steps", "120"]) == 0
+    assert step(moved) >= 120 and not (tmp_path / "a").exists()
+    (moved / "config.yaml").unlink()
+    capsys.readouterr()
+    assert dreamer.main(["--resume", str(moved)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--configs" in err
 
 
 def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path, capsys):
