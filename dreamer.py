@@ -60,7 +60,9 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         raise ConfigError(f"--resume: there is no checkpoint {source}")
     home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
     alone = home is not None and not args.presets and "logdir" not in args.overrides  # it goes on as it was
-    config = tools.load_config(args.presets, (tools.saved_config(home) if alone else {}) | args.overrides)
+    known = tools.load_config([], {}).flat().keys() - {"logdir"}  # what no longer exists is told as a change, later
+    saved = {key: x for key, x in tools.saved_config(home).items() if key in known} if alone else {}
+    config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
     logdir = Path(config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()

@@ -148,17 +148,12 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """{"group.key": value} of a run's config.yaml without its folder; keys that no longer exist are left to be missed.
-
-    Raises ConfigError.
-    """
-    path, known = folder / "config.yaml", load_config([], {}).flat()
+    """{"group.key": value} of a run's config.yaml, as it was written. Raises ConfigError."""
     try:
-        saved = flatten(YAML(typ="safe").load(path.read_text()))
+        return flatten(YAML(typ="safe").load((folder / "config.yaml").read_text()))
     except (OSError, UnicodeError, YAMLError, AttributeError) as error:
-        told = f"cannot read {path}, which says what run this is ({str(error).splitlines()[0]})"
-        raise ConfigError(f"{told}: give its --configs and keys again") from None
-    return {key: x for key, x in saved.items() if key in known and key != "logdir"}
+        told = f"{str(error).splitlines()[0]}; mend it, or go on with the run by its --configs and keys"
+        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {told}") from None
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
@@ -217,10 +212,7 @@ def help_text(usage: str) -> str:
     defaults = load_config([], {}).flat()
     lines = [usage.strip(), "", "Presets, stacked left to right over the defaults:"]
     lines += [f"  {name:<22} {text}" for name, text in says.items() if "." not in name and name != "defaults"]
-    lines += [
-        "",
-        "  --resume PATH          Start from the weights, optimisers and episodes of another run's checkpoint.",
-    ]
+    lines += ["", "  --resume PATH          Go on with a run, or start from another's weights, optimiser and episodes."]
     lines += ["  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():
@@ -320,9 +312,8 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file makes zipfile, pickle and torch raise
-        raise CheckpointError(
-            f"cannot load {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot load {path}: {told}") from None
 
 
 class CheckpointError(Exception):

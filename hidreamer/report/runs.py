@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from hidreamer.provenance import STARTS
-from tools import CheckpointError, ConfigError, flatten, load_checkpoint
+from tools import CheckpointError, ConfigError, load_checkpoint, saved_config
 
 # Settings that change neither what a run learns nor how its figures are measured.
 HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
@@ -88,13 +86,10 @@ def finished(folder: Path, steps: int) -> bool:
 
 def read(folder: Path) -> Run:
     """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if its log is."""
-    try:
-        config = flatten(YAML(typ="safe").load((folder / "config.yaml").read_text()))
-        steps, log_every = config["steps"], config["log_every"]
-        config["task"], config["seed"], config["dynamics.type"]
-    except (OSError, YAMLError, AttributeError, KeyError) as error:
-        told = str(error).splitlines()[0]
-        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {told}") from None
+    config = saved_config(folder)
+    if missing := [key for key in ("steps", "log_every", "task", "seed", "dynamics.type") if key not in config]:
+        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {missing[0]!r}")
+    steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0
     for record in records(folder / "metrics.jsonl"):
