@@ -29,8 +29,11 @@ from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 from hidreamer.report import heldout, offline
 
-# name: presets, task.
-WORLDS = {"minatar": (["minatar"], "minatar_breakout"), "pong": (["demo", "tiny_hidreamer"], "atari_pong")}
+# name: presets, settings. On Pong two sequences a batch teach as much per update as eight, in a quarter of the time.
+WORLDS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "minatar": (["minatar"], {}),
+    "pong": (["demo", "tiny_hidreamer"], {"replay.batch": 2}),
+}
 # Each row differs from the first in one thing; the last two are the other latent states at the same size.
 ROWS: dict[str, dict[str, Any]] = {
     "sampled": {},
@@ -51,8 +54,8 @@ PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at
 
 
 def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
-    presets, task = WORLDS[world]
-    values = {"task": task, "seed": seed, "logdir": str(folder), "dynamics.type": "hrvq"}
+    presets, settings = WORLDS[world]
+    values = settings | {"seed": seed, "logdir": str(folder), "dynamics.type": "hrvq"}
     values |= {f"dynamics.{key}": value for key, value in ROWS[row].items()}
     if row == "flat":
         block = tools.load_config(presets, {}).dynamics.hrvq

@@ -219,7 +219,7 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     import quantisers
 
     monkeypatch.setattr(quantisers, "ROOT", tmp_path)
-    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": (["debug"], "dummy_grid")})
+    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": (["debug"], {"task": "dummy_grid"})})
     monkeypatch.setattr(quantisers, "CONTEXT", 2)
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
