@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "fsq": {"hrvq.posterior": "fsq"},
     "frozen": {"hrvq.posterior": "frozen"},
     "flat": {"hrvq.levels": 1},  # and as many more groups: equal bits
-    "independent": {"hrvq.chain": False},
+    "chain": {"hrvq.chain": True},
     "barrier": {"hrvq.mask": "barrier"},
     "causal": {"hrvq.mask": "causal"},
     "rssm": {"type": "rssm"},

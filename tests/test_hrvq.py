@@ -20,6 +20,7 @@ SIZES = {
     "heads": 2,
     "window": 5,
     "mask": "hierarchical",
+    "chain": True,
 }
 
 
@@ -37,7 +38,7 @@ def inputs(batch=3, length=14, dtype=torch.float64, firsts=((0, 0), (1, 0), (2, 
     return torch.randn(batch, length, E, dtype=dtype), action, is_first
 
 
-VARIANTS = [{}, {"mask": "barrier"}, {"mask": "causal"}, {"levels": 1}, {"levels": 2, "chain": False}]
+VARIANTS = [{}, {"mask": "barrier"}, {"mask": "causal"}, {"levels": 1}, {"chain": False}, {"levels": 2, "chain": False}]
 POSTERIORS = [{"posterior": "nearest"}, {"posterior": "fsq", "codes": 12}, {"posterior": "frozen"}]
 
 
@@ -285,7 +286,7 @@ def test_temperature_cools_what_is_drawn():
         once, again = (dynamics.imagine(carry, given, 1)[0].stoch[:, 1].unflatten(-1, (3, -1)) for _ in range(2))
         differ.append((once != again).double().mean((0, 2)))  # (3,) by level
     warm, cool = differ
-    assert warm[0] < 0.2 and cool.max() < 0.2 and warm[1:].min() > 0.5
+    assert warm[1:].min() > 0.3 and max(warm[0], cool.max()) < 0.2
 
 
 def test_spatial_groups_are_the_positions_of_the_map():
