@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "fsq": {"hrvq.posterior": "fsq"},
     "frozen": {"hrvq.posterior": "frozen"},
     "flat": {"hrvq.levels": 1},  # and as many more groups: equal bits
-    "chain": {"hrvq.chain": True},
+    "independent": {"hrvq.chain": False},
     "barrier": {"hrvq.mask": "barrier"},
     "causal": {"hrvq.mask": "causal"},
     "rssm": {"type": "rssm"},

@@ -4,9 +4,7 @@ Level l sees the residual r_l = z - sum of the codes of the levels before it, th
 cancel its loss's gradient at the encoder. Four ways to choose and learn codes:
 
 - ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by gradient. A level is then a
-  categorical like any other of Dreamer's, and can be trained to be predictable. What it leaves to finer levels is what
-  its code leaves on average: the code that was drawn would have them spend their bits on the noise of drawing it, and
-  the prior on foreseeing that (docs/decisions/009).
+  categorical like any other of Dreamer's, and can be trained to be predictable.
 - ``nearest`` (van den Oord et al. 2017; residual: Zeghidour et al. 2021): the nearest code; codes are moving averages
   of their residuals; a commitment loss keeps the encoder near them.
 - ``frozen``: the nearest of random codes that nothing trains; a control.
@@ -108,7 +106,7 @@ class Quantizer(nn.Module):
         for level in range(self.levels):
             code, index, logit = self._level(level, rest, sample)
             parts.append((code, index, logit, rest))
-            rest = rest - self._taken(level, code, logit)
+            rest = rest - code.detach()
         code, index, logit, residual = zip(*parts, strict=True)
         stack = lambda xs, axis: torch.stack(xs, axis)
         return Codes(stack(code, -3), stack(index, -2), logit, stack(residual, -3))
@@ -126,12 +124,6 @@ class Quantizer(nn.Module):
         onehot = onehots(index, self.codes, rest.dtype)
         code = rest + (self.decode(level, onehot) - rest).detach()
         return code, index, HARD * onehot
-
-    def _taken(self, level: int, code: Tensor, logit: Tensor) -> Tensor:
-        """(..., G, d): what a level takes from the residual, the mean of its codes where they are drawn."""
-        if self.kind != "sampled":
-            return code.detach()
-        return self.decode(level, dists.mix(logit, self.unimix).to(code.dtype)).detach()
 
     def distance(self, level: int, rest: Tensor) -> Tensor:
         """Squared distances (..., G, K) of residuals (..., G, d) to a level's codes, never narrow."""

@@ -20,7 +20,6 @@ SIZES = {
     "heads": 2,
     "window": 5,
     "mask": "hierarchical",
-    "chain": True,
 }
 
 

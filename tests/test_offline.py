@@ -224,7 +224,7 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
     run = lambda score: {"figures": {"return_at_20000": score}}
-    report = {"dynamics": "hrvq", "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "true"], "twin": False}
+    report = {"dynamics": "hrvq", "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "false"], "twin": False}
     (tmp_path / "returns.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [*words, "--returns", str(tmp_path / "returns.json")])
     assert quantisers.main() == 2 and "no report of" in capsys.readouterr().err  # before anything is trained
@@ -234,7 +234,7 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert list(rows) == ["sampled", *quantisers.DREAMS, *list(quantisers.ROWS)[1:], "last frame seen"]
-    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["chain"]
+    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["independent"]
     copied = rows.pop("last frame seen")["0"]
     assert copied["open loop 3, moving"] == rows["fsq"]["0"]["open loop 3, moving, copy"]
     block = config().dynamics.hrvq
@@ -246,4 +246,4 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     assert rows["flat"]["0"]["perplexity"][0] <= block.codes
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
     assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
-    assert next(line for line in lines if "1.25 2.50" in line).startswith("| chain")
+    assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent")

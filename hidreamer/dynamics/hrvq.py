@@ -1,10 +1,10 @@
 """hrvq: residual-VQ codes as the state, a hierarchically masked transformer as the memory.
 
 Every step has one position per level and one for the action, ``[L0 .. L_{n-1}, A]``; a level's position carries its G
-codes. A_t predicts all levels of step t+1; with ``chain`` only L0_{t+1}, and L0_t predicts L1_t, L1_t predicts L2_t.
-The memory ``deter`` of step t+1 is the output at A_t; at an episode's start, that of a learned token that stands in
-A's place. ``stoch`` is the codes of all levels. The posterior sees the observation alone: a batch's posteriors come
-from one encoder pass, its memories from one parallel pass.
+codes. A_t predicts L0_{t+1}, L0_t predicts L1_t, L1_t predicts L2_t. The memory ``deter`` of step t+1 is the output at
+A_t; at an episode's start, that of a learned token that stands in A's place. ``stoch`` is the codes of all levels. The
+posterior sees the observation alone: a batch's posteriors come from one encoder pass, its memories from one parallel
+pass.
 
 Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t that is known once o_t is seen.
 """
