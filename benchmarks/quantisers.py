@@ -55,12 +55,17 @@ PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at
 
 def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
     presets, settings = WORLDS[world]
-    values = settings | {"seed": seed, "logdir": str(folder), "dynamics.type": "hrvq"}
-    values |= {f"dynamics.{key}": value for key, value in ROWS[row].items()}
+    values = settings | {"seed": seed, "logdir": str(folder)}
+    return tools.load_config(presets, values | {f"dynamics.{key}": x for key, x in row_settings(world, row).items()})
+
+
+def row_settings(world: str, row: str) -> dict[str, Any]:
+    """{key: value} of a row's latent state, without "dynamics."."""
+    values = {"type": "hrvq"} | ROWS[row]
     if row == "flat":
-        block = tools.load_config(presets, {}).dynamics.hrvq
-        values["dynamics.hrvq.groups"] = block.levels * block.groups
-    return tools.load_config(presets, values)
+        block = tools.load_config(WORLDS[world][0], {}).dynamics.hrvq
+        values["hrvq.groups"] = block.levels * block.groups
+    return values
 
 
 @torch.no_grad()
@@ -106,7 +111,7 @@ def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
     return {f"RAM {name}": tell(name) for name in found["model"]}
 
 
-def returns(files: list[Path]) -> dict[str, list[float]]:
+def returns(world: str, files: list[Path]) -> dict[str, list[float]]:
     """{row: each seed's mean return before 20,000 frames} from reports of learning.py; a row is known by its config.
 
     Raises ConfigError where a file is no such report of MinAtar.
@@ -120,9 +125,8 @@ def returns(files: list[Path]) -> dict[str, list[float]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             told = f"--returns {path} is no report of benchmarks/learning.py minatar"
             raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
-        for row, settings in ROWS.items():
-            want = {"type": "hrvq"} | {key: str(x).lower() for key, x in settings.items()}
-            if values == want and not twin:
+        for row in ROWS if not twin else ():
+            if values == {key: str(x).lower() for key, x in row_settings(world, row).items()}:
                 found[row] = scores
     return found
 
@@ -183,7 +187,7 @@ def main() -> int:
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     args = parser.parse_args()
     try:
-        files, scores = offline.find(args.episodes), returns(args.returns)
+        files, scores = offline.find(args.episodes), returns(args.world, args.returns)
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for seed in args.seeds:
             for row in args.rows:

@@ -229,12 +229,15 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "--returns", str(tmp_path / "returns.json")])
     assert quantisers.main() == 2 and "no report of" in capsys.readouterr().err  # before anything is trained
     (tmp_path / "returns.json").write_text(json.dumps(report | {"runs": {"0": run(1.25), "1": run(2.5)}}))
-    words += ["--returns", str(tmp_path / "returns.json")]
+    groups = config().dynamics.hrvq.levels * config().dynamics.hrvq.groups
+    report["more"] = ["--dynamics.hrvq.levels", "1", "--dynamics.hrvq.groups", str(groups)]
+    (tmp_path / "flat.json").write_text(json.dumps(report | {"runs": {"0": run(3.75)}}))
+    words += ["--returns", str(tmp_path / "returns.json"), str(tmp_path / "flat.json")]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert list(rows) == ["sampled", *quantisers.DREAMS, *list(quantisers.ROWS)[1:], "last frame seen"]
-    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["independent"]
+    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["flat", "independent"]
     copied = rows.pop("last frame seen")["0"]
     assert copied["open loop 3, moving"] == rows["fsq"]["0"]["open loop 3, moving, copy"]
     block = config().dynamics.hrvq
