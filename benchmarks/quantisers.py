@@ -29,11 +29,6 @@ from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 from hidreamer.report import heldout, offline
 
-# name: presets, settings. On Pong two sequences a batch teach as much per update as eight, in a quarter of the time.
-WORLDS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "minatar": (["minatar"], {}),
-    "pong": (["demo", "tiny_hidreamer"], {"replay.batch": 2}),
-}
 # Each row differs from the first in one thing; the last two are the other latent states at the same size.
 ROWS: dict[str, dict[str, Any]] = {
     "sampled": {},
@@ -47,6 +42,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "rssm": {"type": "rssm"},
     "hrssm": {"type": "hrssm"},
 }
+# On Pong groups are the positions of the encoder's map; the same bits, and tiny_hidreamer's, without that:
+WHOLE = {"whole image": {"hrvq.spatial": False}}
+WHOLE |= {"tiny_hidreamer": WHOLE["whole image"] | {"hrvq.groups": 4, "hrvq.code_dim": 32}}
+PLACES = {"dynamics.hrvq.spatial": True, "dynamics.hrvq.groups": 16, "dynamics.hrvq.code_dim": 16}
+# name: presets, settings, rows. Pong's small objects want many updates rather than large ones: one sequence a batch.
+WORLDS: dict[str, tuple[list[str], dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "minatar": (["minatar"], {}, ROWS),
+    "pong": (["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
+}
 # How the trained first row dreams: the temperature of its codes by level.
 DREAMS = {f"sampled, fine at {fine}": [1.0, fine, fine] for fine in (0.5, 0.1)} | {"sampled, all at 0.1": [0.1]}
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
@@ -54,17 +58,20 @@ PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at
 
 
 def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
-    presets, settings = WORLDS[world]
+    presets, settings, _ = WORLDS[world]
     values = settings | {"seed": seed, "logdir": str(folder)}
     return tools.load_config(presets, values | {f"dynamics.{key}": x for key, x in row_settings(world, row).items()})
 
 
 def row_settings(world: str, row: str) -> dict[str, Any]:
     """{key: value} of a row's latent state, without "dynamics."."""
-    values = {"type": "hrvq"} | ROWS[row]
+    presets, settings, rows = WORLDS[world]
+    values = {"type": "hrvq"} | rows[row]
     if row == "flat":
-        block = tools.load_config(WORLDS[world][0], {}).dynamics.hrvq
+        block = tools.load_config(presets, settings).dynamics.hrvq
         values["hrvq.groups"] = block.levels * block.groups
+        if block.spatial:  # a map has no more positions
+            values["hrvq.spatial"] = False
     return values
 
 
@@ -125,7 +132,7 @@ def returns(world: str, files: list[Path]) -> dict[str, list[float]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             told = f"--returns {path} is no report of benchmarks/learning.py minatar"
             raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
-        for row in ROWS if not twin else ():
+        for row in WORLDS[world][2] if not twin else ():
             if values == {key: str(x).lower() for key, x in row_settings(world, row).items()}:
                 found[row] = scores
     return found
@@ -180,17 +187,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=WORLDS)
     parser.add_argument("--episodes", nargs="+", required=True, help="run folders whose episodes are used")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS | WHOLE, help="all of the world's, if none are named")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     args = parser.parse_args()
+    rows = args.rows or list(WORLDS[args.world][2])
+    if wrong := set(rows) - WORLDS[args.world][2].keys():
+        parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
     try:
         files, scores = offline.find(args.episodes), returns(args.world, args.returns)
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for seed in args.seeds:
-            for row in args.rows:
+            for row in rows:
                 folder = ROOT / "runs" / "quantisers" / args.world / row / str(seed)
                 trainer = offline.Trainer(
                     make_config(args.world, row, seed, folder), files, folder, torch.device("cpu")

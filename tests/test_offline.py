@@ -213,13 +213,27 @@ def test_held_out_episodes_are_of_all_ages():
     assert gaps.min() > 90 and gaps.max() < 115
 
 
+def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
+    """Codes stand at the positions of the map; where they cannot, as many groups of the whole image do."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantisers
+
+    rows = quantisers.WORLDS["pong"][2]
+    blocks = {row: quantisers.make_config("pong", row, 0, tmp_path).dynamics.hrvq for row in rows}
+    bits = {row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()}
+    assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
+    assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
+    first, preset = blocks["sampled"], tools.load_config(["tiny_hidreamer"], {}).dynamics.hrvq
+    assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
+
+
 def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     """Every row trains and is judged; a state without codes leaves their columns empty."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
 
     monkeypatch.setattr(quantisers, "ROOT", tmp_path)
-    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": (["debug"], {"task": "dummy_grid"})})
+    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": (["debug"], {"task": "dummy_grid"}, quantisers.ROWS)})
     monkeypatch.setattr(quantisers, "CONTEXT", 2)
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
@@ -228,6 +242,10 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     (tmp_path / "returns.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [*words, "--returns", str(tmp_path / "returns.json")])
     assert quantisers.main() == 2 and "no report of" in capsys.readouterr().err  # before anything is trained
+    monkeypatch.setattr(sys, "argv", [*words, "--rows", "sampled", "whole image"])  # a row of Pong alone
+    with pytest.raises(SystemExit):
+        quantisers.main()
+    assert "no row 'whole image'" in capsys.readouterr().err
     (tmp_path / "returns.json").write_text(json.dumps(report | {"runs": {"0": run(1.25), "1": run(2.5)}}))
     groups = config().dynamics.hrvq.levels * config().dynamics.hrvq.groups
     report["more"] = ["--dynamics.hrvq.levels", "1", "--dynamics.hrvq.groups", str(groups)]

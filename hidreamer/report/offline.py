@@ -47,7 +47,7 @@ def find(folders: list[str]) -> list[Path]:
         files += sorted(inside.glob("*.npz"))
     if len(files) < LEAST:
         told = f"{' '.join(folders)} holds {len(files)} episodes"
-        raise ConfigError(f"--paired-offline: {told}, and {LEAST} are needed: name a run's folder or its train_eps")
+        raise ConfigError(f"{told}, and {LEAST} are needed: name a run's folder or its train_eps")
     return files
 
 
