@@ -34,6 +34,11 @@ class WorldModel(nn.Module):
         super().__init__()
         self.encoder = networks.Encoder(obs_space, **config.encoder)
         self.dynamics = make_dynamics(config.dynamics, self.encoder.dim, act_dim)
+        if self.dynamics.places and self.encoder.places not in (0, self.dynamics.places):
+            raise ValueError(
+                f"dynamics.hrvq.spatial: groups is {self.dynamics.places} and the encoder's map has "
+                f"{self.encoder.places} positions: set groups to encoder.minres x encoder.minres"
+            )
         self.feat_dim = self.dynamics.feat_dim
         self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
         self.reward = networks.TwoHotHead(self.feat_dim, **config.reward)

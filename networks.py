@@ -143,9 +143,10 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.kinds = kinds(obs_space, keys)
-        self.dim = 0
+        self.dim = self.places = 0  # numbers of embed; positions of the images' map, where there is one
         if image := self.kinds["image"]:
             self.image = ConvEncoder(joined(image), depth, minres)
+            self.places = minres**2
             self.dim += self.image.dim
         if grid := self.kinds["grid"]:
             self.grid = GridEncoder(joined(grid), depth, units)

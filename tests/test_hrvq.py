@@ -303,6 +303,8 @@ def test_spatial_groups_are_the_positions_of_the_map():
     )
     assert moved.abs().amax(-1).flatten().nonzero().flatten().tolist() == [9] and before.shape == (1, 1, 16, 4)
     assert agent.update(batch).isfinite().all()
+    with pytest.raises(ValueError, match="groups is 8 and the encoder's map has 16 positions"):
+        make(obs, **overrides | {"dynamics.hrvq.groups": 8})
 
 
 @pytest.mark.parametrize(

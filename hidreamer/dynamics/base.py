@@ -97,6 +97,7 @@ class Dynamics(nn.Module):
     deter_dim: int
     stoch_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
+    places: int = 0  # positions that the encoder's map of images must have; 0 where that does not matter
 
     @property
     def bits(self) -> float:

@@ -89,7 +89,7 @@ class HRVQ(Dynamics):
         self.register_buffer("rules", rule(mask, levels), persistent=False)
         self.inp = linear(embed_dim // groups, code_dim) if spatial else linear(embed_dim, groups * code_dim)
         self.quantizer = Quantizer(posterior, levels, groups, codes, code_dim, unimix=balance.unimix, shared=spatial)
-        self.spatial, self.code_shape = spatial, (groups, code_dim)
+        self.places, self.code_shape = groups if spatial else 0, (groups, code_dim)
         self.token = nn.ModuleList([*(linear(groups * code_dim, deter) for _ in range(levels)), linear(act_dim, deter)])
         self.place = nn.Parameter(0.02 * torch.randn(levels + 1, deter))  # level embeddings
         self.begin = nn.Parameter(0.02 * torch.randn(deter))  # stands for the action before an episode
@@ -101,7 +101,7 @@ class HRVQ(Dynamics):
     def _numbers(self, embed: Tensor) -> Tensor:
         """(..., E) -> (..., G, d): what is quantised, normalised without statistics of the batch."""
         groups, dim = self.code_shape
-        if self.spatial:  # a map of channels x positions, each position a group
+        if self.places:  # a map of channels x positions, each position a group
             z = self.inp(embed.unflatten(-1, (-1, groups)).transpose(-1, -2)).flatten(-2)
         else:
             z = self.inp(embed)
