@@ -1,12 +1,13 @@
 """What each choice inside hrvq does to a world model: all are trained on the same batches of recorded episodes.
 
     python benchmarks/quantisers.py minatar --episodes RUN [--rows sampled nearest ...] [--seeds 0 1] [--updates 2000]
-        [--out results/hrvq/minatar.json] [--returns results/learning/minatar_*.json]
+        [--out results/hrvq/minatar.json] [--returns results/learning/minatar_*.json] [--picture FILE.png]
 
 Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is right 1, 3, 7 and 15
 steps after the last observation. On Atari also what a ridge regression finds of the console's memory in the features.
 Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and tables of them beside
-it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py).
+it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py); --picture shows
+frames of a held-out episode as the first row has them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 from learning import ball_cell, latent
@@ -54,6 +56,7 @@ WORLDS: dict[str, tuple[list[str], dict[str, Any], dict[str, dict[str, Any]]]] =
 # How the trained first row dreams: the temperature of its codes by level.
 DREAMS = {f"sampled, fine at {fine}": [1.0, fine, fine] for fine in (0.5, 0.1)} | {"sampled, all at 0.1": [0.1]}
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
+FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
 PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at a time
 
 
@@ -109,6 +112,20 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
         posts.append(post._replace(feat=None))
     out: dict[str, Any] = {name: float(np.mean(x)) for name, x in sums.items()}
     return {"chunks": len(picks), "episodes": len(pieces)} | out | tokens(model.dynamics, posts)
+
+
+@torch.no_grad()
+def picture(trainer: offline.Trainer) -> np.ndarray:
+    """(3 H, frames * W, C) uint8, thrice enlarged: the middle of the first held-out episode, decoded, dreamt on."""
+    pieces = heldout.chunks(next(iter(trainer.held().values())), trainer.config.replay.length)
+    middle = len(pieces["reward"]) // 2
+    batch, model = trainer.batch({key: x[middle : middle + 1] for key, x in pieces.items()}), trainer.agent.world_model
+    torch.manual_seed(0)
+    _, post, _ = model.observe(models.networks.prepare(batch))
+    truth, said = model.open_loop(batch, CONTEXT)
+    rows = [x["image"][0, list(FRAMES)] for x in (truth, model.show(post.feat)[0], said)]  # (frames, H, W, C) each
+    small = (255.0 * torch.cat([torch.cat(list(row), 1) for row in rows])).byte()
+    return small.repeat_interleave(3, 0).repeat_interleave(3, 1).numpy()
 
 
 def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
@@ -192,10 +209,13 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
+    parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and dreamt from the ninth on")
     args = parser.parse_args()
     rows = args.rows or list(WORLDS[args.world][2])
     if wrong := set(rows) - WORLDS[args.world][2].keys():
         parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
+    if args.picture and args.world == "minatar":
+        parser.error("--picture: minatar has no images")
     try:
         files, scores = offline.find(args.episodes), returns(args.world, args.returns)
         found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -207,6 +227,9 @@ def main() -> int:
                 )
                 trainer.resume(args.updates)
                 trainer.train(args.updates)
+                if args.picture and not found:
+                    args.picture.parent.mkdir(parents=True, exist_ok=True)
+                    iio.imwrite(args.picture, picture(trainer))
                 found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
                 print(
                     row,

@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from test_agent import make
 
 import run_comparison
 import tools
 from conftest import ROOT
 from envs import make_env
+from hidreamer import cost
 from hidreamer.distributions import BINS, Bernoulli, TwoHot
 from hidreamer.replay import save_episode
 from hidreamer.report import heldout, offline, stats
@@ -225,6 +228,25 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
     first, preset = blocks["sampled"], tools.load_config(["tiny_hidreamer"], {}).dynamics.hrvq
     assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
+
+
+def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantisers
+
+    obs = {"image": spaces.Box(0, 255, (16, 16, 3), "uint8")}
+    agent, _ = make(obs)
+    rows = {key: x[0] for key, x in cost.random_rows(obs, spaces.Discrete(3), 1, 5 * 24).items()}
+    held = SimpleNamespace(
+        held=lambda: {"episode": rows},
+        config=SimpleNamespace(replay=SimpleNamespace(length=24)),
+        agent=agent,
+        batch=lambda rows: agent.tensors({key: x for key, x in rows.items() if key != "is_last"}),
+    )
+    shown = quantisers.picture(held)
+    frames = np.concatenate([rows["image"][2 * 24 + i] for i in quantisers.FRAMES], 1)
+    assert shown.shape == (9 * 16, 3 * 16 * len(quantisers.FRAMES), 3) and shown.dtype == np.uint8
+    assert np.abs(shown[: 3 * 16 : 3, ::3].astype(int) - frames).max() <= 1
 
 
 def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
