@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_agent import EVERYTHING, make
+from test_agent import EVERYTHING, VECTOR, make
 
 import models
 import tools
@@ -305,6 +305,15 @@ def test_spatial_groups_are_the_positions_of_the_map():
     assert agent.update(batch).isfinite().all()
     with pytest.raises(ValueError, match="groups is 8 and the encoder's map has 16 positions"):
         make(obs, **overrides | {"dynamics.hrvq.groups": 8})
+
+
+@pytest.mark.parametrize("obs", [VECTOR, EVERYTHING], ids=["vector", "everything"])
+def test_spatial_trains_on_what_is_no_image_too(obs):
+    """Numbers without a place are dealt out to the groups."""
+    overrides = {"dynamics.type": "hrvq", "dynamics.hrvq.spatial": "true", "dynamics.hrvq.groups": 16}
+    agent, batch = make(obs, "continuous", **overrides)
+    for _ in range(3):
+        assert agent.update(batch).isfinite().all()
 
 
 @pytest.mark.parametrize(
