@@ -74,6 +74,16 @@ def test_probes_find_what_is_there_and_nothing_else():
     assert np.array_equal(told["sceptic/RAM ball x"], found["knows"]["ball x"], equal_nan=True)
 
 
+def test_a_code_that_never_changed_in_training_says_nothing():
+    """Its noise of rounding, scaled to deviations of one, would make R2 of -1e11 where it does change."""
+    rng = np.random.default_rng(0)
+    ram = rng.integers(1, 200, (6, 4, 25, 128)).astype(np.uint8)
+    chunks = [{"ram": x, "code": 0.5 if i < 4 else -0.5} for i, x in enumerate(ram)]
+    still = lambda chunk: chunk["code"] + 1e-8 * rng.normal(size=(100, 3))
+    found = probes.judge({"still": still}, chunks[:4], chunks[4:], {"player x": 72})
+    assert np.abs(found["still"]["player x"] - 1.0).max() < 0.3
+
+
 def test_a_job_probes_its_model(recorded, tmp_path):
     folder = next(iter(recorded)).parent
     home = tmp_path / "tiny" / "0"
