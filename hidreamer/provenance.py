@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def provenance() -> dict[str, str]:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "hardware": f"{model}, {torch.get_num_threads()} threads{gpu}",
         "torch": torch.__version__,
     }
