@@ -27,6 +27,7 @@ from measure import ROOT
 import models
 import tools
 from envs import EnvError
+from hidreamer import evaluation
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 from hidreamer.report import heldout, offline
@@ -116,16 +117,15 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
 
 @torch.no_grad()
 def picture(trainer: offline.Trainer) -> np.ndarray:
-    """(3 H, frames * W, C) uint8, thrice enlarged: the middle of the first held-out episode, decoded, dreamt on."""
+    """(rows, frames, 3) uint8: steps of the middle of the first held-out episode, the same decoded, and dreamt on."""
     pieces = heldout.chunks(next(iter(trainer.held().values())), trainer.config.replay.length)
     middle = len(pieces["reward"]) // 2
     batch, model = trainer.batch({key: x[middle : middle + 1] for key, x in pieces.items()}), trainer.agent.world_model
     torch.manual_seed(0)
     _, post, _ = model.observe(models.networks.prepare(batch))
     truth, said = model.open_loop(batch, CONTEXT)
-    rows = [x["image"][0, list(FRAMES)] for x in (truth, model.show(post.feat)[0], said)]  # (frames, H, W, C) each
-    small = (255.0 * torch.cat([torch.cat(list(row), 1) for row in rows])).byte()
-    return small.repeat_interleave(3, 0).repeat_interleave(3, 1).numpy()
+    frames = evaluation.board([truth, model.show(post.feat)[0], said])  # (T, 3 H, W, 3), enlarged
+    return np.concatenate(frames[list(FRAMES)], 1)
 
 
 def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
@@ -214,8 +214,6 @@ def main() -> int:
     rows = args.rows or list(WORLDS[args.world][2])
     if wrong := set(rows) - WORLDS[args.world][2].keys():
         parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
-    if args.picture and args.world == "minatar":
-        parser.error("--picture: minatar has no images")
     try:
         files, scores = offline.find(args.episodes), returns(args.world, args.returns)
         found: dict[str, dict[int, dict[str, Any]]] = {}
