@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import os
 import shlex
 import signal
 import sys
@@ -60,8 +61,10 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         raise ConfigError(f"--resume: there is no checkpoint {source}")
     home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
     alone = home is not None and not args.presets and "logdir" not in args.overrides  # it goes on as it was
-    known = tools.load_config([], {}).flat().keys() - {"logdir"}  # what no longer exists is told as a change, later
-    saved = {key: x for key, x in tools.saved_config(home).items() if key in known} if alone else {}
+    saved = {}
+    if alone:
+        known = tools.load_config([], {}).flat().keys() - {"logdir"}  # what no longer exists is told as a change, later
+        saved = {key: x for key, x in tools.saved_config(home).items() if key in known}
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
@@ -498,4 +501,10 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # of --help | head: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

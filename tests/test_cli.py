@@ -181,6 +181,14 @@ def test_help_shows_every_key_with_its_sentence(capsys):
     assert all(name in out for name in ("atari100k", "tiny_dreamerv3", "--resume PATH"))
 
 
+def test_a_reader_that_leaves_is_no_error():
+    """As with --help | head."""
+    command = [sys.executable, str(ROOT / "dreamer.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+
+
 def test_no_arguments_show_the_help_and_fail(capsys):
     assert dreamer.main([]) == 2
     assert "Presets" in capsys.readouterr().out
