@@ -1,9 +1,12 @@
 """Updates of several presets in turn in one process, as ratios to the first; beside dreamerv3-torch if it is at hand.
 
-    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer [--upstream FOLDER] [--repeats 7] [--out F]
+    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer [--upstream FOLDER] [--device auto]
+        [--repeats 7] [--out F]
 
 FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's sizes. Images of 64x64,
-6 actions, random data. The replay's part: seconds to draw a batch from 100,000 steps, and the memory they take.
+6 actions, random data. Kernels and FLOPs are counted of the eager update; timed is the one that training uses, on CUDA
+compiled and captured. imagine: one step of a dream from every replayed state (16 x 64), policy and all. The replay's
+part: seconds to draw a batch from 100,000 steps, and the memory they take.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import contextlib
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import measure
 import numpy as np
@@ -24,6 +29,7 @@ from ruamel.yaml import YAML
 import models
 import tools
 from hidreamer import cost
+from hidreamer.capture import Captured
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay
 
@@ -31,14 +37,38 @@ OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 ACTIONS = 6
 
 
-def ours(preset: str):
-    """-> one update of a preset as a function of nothing, and its config."""
-    config = tools.load_config([preset], {})
-    agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config)
+class Measured(NamedTuple):
+    """What one preset, or upstream, does in turn with the others: functions of nothing."""
+
+    counts: dict[str, int]  # of the eager update
+    update: Callable[[], object]  # as training does it
+    dream: Callable[[], object] | None = None  # a whole one
+    horizon: int = 1  # its steps
+
+
+def counts(update: Callable[[], object]) -> dict[str, int]:
+    update(), update()  # the first one allocates the optimisers' states
+    return cost.operators(update) | {"flops": cost.flops(update)}
+
+
+def ours(config: tools.Config, device: torch.device) -> Measured:
+    agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
     agent.make_optimizers()
-    rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
-    batch = {key: torch.from_numpy(x) for key, x in rows.items()}
-    return lambda: agent.update(batch), config
+    batch = agent.tensors(cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length))
+    counted = counts(lambda: agent.update(batch))
+    update = agent.make_update(config.compile)  # compiles the parts: the dream has them as training does
+    with torch.no_grad():
+        carry, post, _ = agent.world_model.observe(models.networks.prepare(batch))
+        start = agent.world_model.dynamics.starts(carry, post, 0)
+
+    @torch.no_grad()
+    def dream(inputs: models.Batch) -> torch.Tensor:
+        with agent.autocast():
+            return agent.behavior.dream(agent.world_model, start, inputs["is_terminal"]).x
+
+    dream = Captured(dream) if device.type == "cuda" else dream
+    ends = {"is_terminal": torch.zeros(batch["reward"].numel(), device=device)}
+    return Measured(counted, lambda: update(batch), lambda: dream(ends), config.imag.horizon)
 
 
 @contextlib.contextmanager
@@ -55,22 +85,22 @@ def importing(folder: Path):
         sys.modules.update(hidden)
 
 
-def upstream(folder: Path, config: tools.Config):
-    """The same for dreamerv3-torch: its atari100k preset at the sizes of ``config``."""
+def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measured:
+    """The same, without the dream, for dreamerv3-torch: its atari100k preset at the sizes of ``config``."""
     with importing(folder):
         import models as theirs
     dyn, units, depth = config.dynamics, config.encoder.units, config.encoder.depth
     presets = YAML(typ="safe").load((folder / "configs.yaml").read_text())
     options = presets["defaults"]
     sizes = {"dyn_hidden": dyn.hidden, "dyn_deter": dyn.deter, "units": units, "num_actions": ACTIONS}
-    sizes |= {"dyn_stoch": dyn.rssm.stoch, "dyn_discrete": dyn.rssm.classes, "device": "cpu", "compile": False}
+    sizes |= {"dyn_stoch": dyn.rssm.stoch, "dyn_discrete": dyn.rssm.classes, "device": device.type, "compile": False}
     nested = {"encoder": {"cnn_depth": depth}, "decoder": {"cnn_depth": depth}}
     for change in (presets["atari100k"], sizes, nested):
         for key, value in change.items():
             options[key] = options[key] | value if isinstance(value, dict) else value
     options = types.SimpleNamespace(**options)
-    world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options)
-    behavior = theirs.ImagBehavior(options, world)
+    world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options).to(device)
+    behavior = theirs.ImagBehavior(options, world).to(device)
     world.requires_grad_(False), behavior.requires_grad_(False)  # their update turns gradients on where it needs them
     rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
     batch = {"action": rows.pop("prev_action"), **rows}
@@ -79,7 +109,7 @@ def upstream(folder: Path, config: tools.Config):
         post, _, _ = world._train(batch)
         behavior._train(post, lambda feat, state, action: world.heads["reward"](world.dynamics.get_feat(state)).mode())
 
-    return update
+    return Measured(counts(update), update)
 
 
 def replay_figures(config: tools.Config, steps: int = 100_000, repeats: int = 50) -> dict[str, float]:
@@ -110,25 +140,39 @@ def main() -> int:
     parser.add_argument("--upstream", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
-    fns, configs = {}, {}
-    for preset in args.presets:
-        fns[preset], configs[preset] = ours(preset)
-    first = args.presets[0]
+    try:
+        configs = {preset: tools.load_config([preset], {"device": args.device}) for preset in args.presets}
+        device = models.pick_device(configs[args.presets[0]])
+    except tools.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    first, cuda = args.presets[0], device.type == "cuda"
+    report = provenance() | {"device": device.type} | replay_figures(configs[first])
+    all_of = {preset: ours(config, device) for preset, config in configs.items()}
     if args.upstream:
-        fns["dreamerv3-torch"] = upstream(args.upstream, configs[first])
-    report = provenance() | replay_figures(configs[first])
+        all_of["dreamerv3-torch"] = upstream(args.upstream, configs[first], device)
+    fns = {name: one.update for name, one in all_of.items()}
+    fns |= {f"{name}, dream": one.dream for name, one in all_of.items() if one.dream}
     for fn in fns.values():
-        fn(), fn()  # the first one allocates the optimisers' states
-    times = measure.interleaved(fns, args.repeats, False)
+        for _ in range(5 if cuda else 1):  # compilation, warming up, recording
+            fn()
+    times = measure.interleaved(fns, args.repeats, cuda)
     report["updates"] = {
-        name: cost.operators(fn)
-        | {"flops": cost.flops(fn)}
+        name: one.counts
         | {f"{unit}_s": measure.median([t[i] for t in times[name]]) for i, unit in enumerate(("cpu", "wall"))}
         # Of one round each: what slows the machine slows both.
-        | {"cpu_ratio": measure.median([a[0] / b[0] for a, b in zip(times[name], times[first], strict=True)])}
-        for name, fn in fns.items()
+        | {
+            f"{unit}_ratio": measure.median([a[i] / b[i] for a, b in zip(times[name], times[first], strict=True)])
+            for i, unit in enumerate(("cpu", "wall"))
+        }
+        for name, one in all_of.items()
     }
+    for name, one in all_of.items():
+        if one.dream:
+            ms = [1000 * wall / one.horizon for _, wall in times[f"{name}, dream"]]
+            report["updates"][name]["imagine_wall_ms"] = measure.median(ms)
     report["replay_share"] = round(report["replay_sample_cpu_s"] / report["updates"][first]["cpu_s"], 4)
     text = json.dumps(report, indent=1)
     print(text)

@@ -1,6 +1,7 @@
 """The one update: what it changes, what it costs, and upstream's known faults, each with a test that would catch it."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,18 @@ def test_no_host_read_and_few_kernels(act):
 
 def test_the_counter_sees_host_reads():
     assert cost.operators(lambda: torch.ones(3).sum().item())["host_reads"] == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_beside_times_a_dream_from_every_replayed_state(device, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import beside
+
+    one = beside.ours(tools.load_config(["debug"], {"dynamics.type": "hrvq"}), torch.device(device))
+    for _ in range(5):  # on CUDA the first calls only warm up
+        metrics, x = one.update(), one.dream()
+    assert one.counts["host_reads"] == 0 < one.counts["kernels"] and metrics.isfinite().all()
+    assert x.shape[:2] == (2 * 8, one.horizon + 1) and x[:, 1:].std(0).mean() > 0.0
 
 
 def dream(agent, batch):
@@ -324,9 +337,10 @@ def test_open_loop_shows_truth_then_dreams():
 
 
 @pytest.mark.gpu
-def test_captured_update_equals_eager():
+@pytest.mark.parametrize("kind", ["rssm", "hrvq"])
+def test_captured_update_equals_eager(kind):
     """Without samples in the way (one class, one action) the recorded graph computes what the eager update computes."""
-    one = {"dynamics.rssm.classes": 2, "dynamics.unimix": 0, "imag.horizon": 2}
+    one = {"dynamics.type": kind, "dynamics.rssm.classes": 2, "dynamics.unimix": 0, "imag.horizon": 2}
     runs = []
     for compiled in ("off", "on"):
         torch.manual_seed(0)
