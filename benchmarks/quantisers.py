@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imageio.v3 as iio
 import numpy as np
@@ -49,10 +49,20 @@ ROWS: dict[str, dict[str, Any]] = {
 WHOLE = {"whole image": {"hrvq.spatial": False}}
 WHOLE |= {"tiny_hidreamer": WHOLE["whole image"] | {"hrvq.groups": 4, "hrvq.code_dim": 32}}
 PLACES = {"dynamics.hrvq.spatial": True, "dynamics.hrvq.groups": 16, "dynamics.hrvq.code_dim": 16}
-# name: presets, settings, rows. Pong's small objects want many updates rather than large ones: one sequence a batch.
-WORLDS: dict[str, tuple[list[str], dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "minatar": (["minatar"], {}, ROWS),
-    "pong": (["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
+
+
+class World(NamedTuple):
+    """What all trainings on a game have in common, and the rows of its table."""
+
+    presets: list[str]
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+
+
+WORLDS = {
+    "minatar": World(["minatar"], {}, ROWS),
+    # Small objects want many updates rather than large ones: one sequence a batch.
+    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
 # How the trained first row dreams: the temperature of its codes by level.
 DREAMS = {f"sampled, fine at {fine}": [1.0, fine, fine] for fine in (0.5, 0.1)} | {"sampled, all at 0.1": [0.1]}
@@ -62,7 +72,7 @@ PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at
 
 
 def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
-    presets, settings, _ = WORLDS[world]
+    presets, settings = WORLDS[world].presets, WORLDS[world].settings
     values = settings | {"seed": seed, "logdir": str(folder)}
     return tools.load_config(presets, values | {f"dynamics.{key}": x for key, x in row_settings(world, row).items()})
 
@@ -149,7 +159,7 @@ def returns(world: str, files: list[Path]) -> dict[str, list[float]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             told = f"--returns {path} is no report of benchmarks/learning.py minatar"
             raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
-        for row in WORLDS[world][2] if not twin else ():
+        for row in WORLDS[world].rows if not twin else ():
             if values == {key: str(x).lower() for key, x in row_settings(world, row).items()}:
                 found[row] = scores
     return found
@@ -211,8 +221,8 @@ def main() -> int:
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and dreamt from the ninth on")
     args = parser.parse_args()
-    rows = args.rows or list(WORLDS[args.world][2])
-    if wrong := set(rows) - WORLDS[args.world][2].keys():
+    rows = args.rows or list(WORLDS[args.world].rows)
+    if wrong := set(rows) - WORLDS[args.world].rows.keys():
         parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
     try:
         files, scores = offline.find(args.episodes), returns(args.world, args.returns)

@@ -221,7 +221,7 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
 
-    rows = quantisers.WORLDS["pong"][2]
+    rows = quantisers.WORLDS["pong"].rows
     blocks = {row: quantisers.make_config("pong", row, 0, tmp_path).dynamics.hrvq for row in rows}
     bits = {row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()}
     assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
@@ -255,7 +255,8 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     import quantisers
 
     monkeypatch.setattr(quantisers, "ROOT", tmp_path)
-    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": (["debug"], {"task": "dummy_grid"}, quantisers.ROWS)})
+    tiny = quantisers.World(["debug"], {"task": "dummy_grid"}, quantisers.ROWS)
+    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": tiny})
     monkeypatch.setattr(quantisers, "CONTEXT", 2)
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
