@@ -78,8 +78,8 @@ class Quantizer(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"the posterior is {kind!r}; it can be {', '.join(KINDS)}")
-        self.kind, self.levels, self.groups, self.codes, self.dim = kind, levels, groups, codes, dim
-        self.unimix = unimix
+        self.kind, self.levels, self.groups, self.codes = kind, levels, groups, codes
+        self.unimix, self.shared = unimix, shared
         books = 1 if shared else groups
         scale = torch.tensor([SCALES[min(level, len(SCALES) - 1)] for level in range(levels)])
         if kind == "fsq":
@@ -128,13 +128,14 @@ class Quantizer(nn.Module):
     def distance(self, level: int, rest: Tensor) -> Tensor:
         """Squared distances (..., G, K) of residuals (..., G, d) to a level's codes, never narrow."""
         book, rest = dists.wide(self.book[level]), dists.wide(rest)  # (G or 1, K, d)
-        cross = torch.einsum("...gd,gkd->...gk", rest, book.expand(self.groups, -1, -1))
+        with torch.autocast(rest.device.type, enabled=False):  # it would round to more than codes differ by
+            cross = torch.einsum("...gd,gkd->...gk", rest, book.expand(self.groups, -1, -1))
         return rest.square().sum(-1, keepdim=True) - 2.0 * cross + book.square().sum(-1)
 
     def decode(self, level: int, onehot: Tensor) -> Tensor:
-        """The codes (..., G, d) that one-hots (..., G, K) name."""
+        """The codes (..., G, d) that one-hots (..., G, K) name, with a gradient to the one-hots."""
         if self.kind == "fsq":
-            return self.up[level](self._grid()[onehot.argmax(-1)].to(onehot.dtype))
+            return self.up[level](onehot @ self._grid().to(onehot.dtype))
         return torch.einsum("...gk,gkd->...gd", onehot, self.book[level].expand(self.groups, -1, -1).to(onehot.dtype))
 
     def _grid(self) -> Tensor:
@@ -166,7 +167,7 @@ class Quantizer(nn.Module):
             return
         residual = codes.residual.flatten(0, -4).float()  # (N, L, G, d)
         onehot = onehots(codes.index.flatten(0, -3), self.codes)  # (N, L, G, K)
-        if self.book.shape[1] == 1:  # all groups feed one codebook: they become more samples of it
+        if self.shared:  # all groups feed one codebook: they become more samples of it
             residual, onehot = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (residual, onehot))
         self.count.lerp_(onehot.sum(0), rate)  # (L, G, K)
         self.total.lerp_(torch.einsum("nlgk,nlgd->lgkd", onehot, residual), rate)
@@ -181,8 +182,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def usage(self, index: Tensor) -> dict[str, Tensor]:
-        """index (..., L, G) -> perplexity and number of unused codes of each level, means over groups, ()."""
+        """index (..., L, G) -> perplexity and number of unused codes of each level, means over its codebooks, ()."""
         share = onehots(index.flatten(0, -3), self.codes).mean(0)  # (L, G, K)
+        if self.shared:  # all groups use one codebook
+            share = share.mean(1, keepdim=True)  # (L, 1, K)
         perplexity = (-torch.special.xlogy(share, share).sum(-1)).exp().mean(-1)  # (L,)
         dead = (share == 0).float().sum(-1).mean(-1)
         return {

@@ -64,10 +64,10 @@ def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the halves of x (..., h, d) by the angles in ``turn`` (..., 2, d / 2)."""
-    cos, sin = turn.unsqueeze(-3).to(x.dtype).unbind(-2)  # (..., 1, d / 2) each
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, torch.addcmul(b * cos, a, sin)], -1)
+    """Turn the halves of x (..., h, d) by the angles in ``turn`` (..., 2, d / 2), in the precision of these."""
+    cos, sin = turn.unsqueeze(-3).unbind(-2)  # (..., 1, d / 2) each
+    a, b = x.to(turn.dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
 
 
 class Layer(nn.Module):

@@ -9,6 +9,7 @@ import models
 import tools
 from hidreamer import distributions as dists
 from hidreamer.dynamics import hrvq, make_dynamics
+from hidreamer.quantizer import KINDS
 
 E, A = 7, 4
 SIZES = {
@@ -106,12 +107,13 @@ def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, grap
         assert torch.allclose(again.feat.deter[:, t:], deter[:, t], rtol=0, atol=1e-5)
 
 
-def test_teacher_forced_imagination_reproduces_training_features(monkeypatch):
+@pytest.mark.parametrize("chain", [True, False])
+def test_teacher_forced_imagination_reproduces_training_features(chain, monkeypatch):
     """Force the replayed codes on the imagination path: it must give the replayed features, every part of them.
 
     The lineage's imagination fed a wrong third of its features for its whole life.
     """
-    dynamics = build()
+    dynamics = build(chain=chain)
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
     _, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
     horizon = embed.shape[1] - 1
@@ -132,32 +134,46 @@ def test_teacher_forced_imagination_reproduces_training_features(monkeypatch):
         assert torch.allclose(torch.stack(asked[level::3], 1), trained, atol=1e-10)
 
 
-def test_nothing_crosses_a_reset():
-    """Exactly zero, by the Jacobian: steps before is_first, and the action into it, move nothing after it."""
-    dynamics = build(posterior="nearest")
-    embed, action, is_first = inputs(batch=1, length=8, firsts=((0, 0), (0, 5)))
-    read = dynamics.quantizer.encode(dynamics._numbers(embed)).code.detach().flatten(2)
+def memory_jacobian(dynamics, embed, action, is_first):
+    """How each memory (T, D) moves with each code (T, D, 1, T, L, G, d) and with each action (T, D, 1, T, A)."""
+    read = dynamics.quantizer.encode(dynamics._numbers(embed)).code.detach()
 
     def run(codes, action):
-        told, dynamics.quantizer.encode = dynamics.quantizer.encode, Told(dynamics, codes)
+        told, dynamics.quantizer.encode = dynamics.quantizer.encode, Told(dynamics, codes.flatten(2) / 2.0)
         detach, torch.Tensor.detach = torch.Tensor.detach, lambda x: x  # the codes are read detached: look behind that
         try:
             return dynamics.observe(dynamics.initial(1), embed, action, is_first)[1].feat.deter[0]
         finally:
             dynamics.quantizer.encode, torch.Tensor.detach = told, detach
 
-    codes, actions = torch.autograd.functional.jacobian(run, (read, action))  # (T, D, 1, T, .)
-    for jacobian in (codes[:, :, 0].abs().amax((1, 3)), actions[:, :, 0].abs().amax((1, 3))):
+    return torch.autograd.functional.jacobian(run, (read, action))
+
+
+def test_nothing_crosses_a_reset():
+    """Exactly zero, by the Jacobian: steps before is_first, and the action into it, move nothing after it."""
+    codes, actions = memory_jacobian(
+        build(posterior="nearest"), *inputs(batch=1, length=8, firsts=((0, 0), (0, 5)))
+    )  # (T, D, 1, T, .)
+    for jacobian in (codes[:, :, 0].abs().amax((1, 3, 4, 5)), actions[:, :, 0].abs().amax((1, 3))):
         assert jacobian[5:, :5].max() == 0.0
         assert jacobian[6:, 5:7].max() > 1e-6 and jacobian[1:5, :5].max() > 1e-6
     assert actions[5:, :, 0, 5].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("mask", ["barrier", "hierarchical"])
+def test_what_reaches_the_memory_at_depth_three(mask):
+    """Behind the barrier no finer code, ever; with the hierarchical mask those of the same episode do."""
+    dynamics = build(mask=mask, layers=3, posterior="nearest")
+    codes, _ = memory_jacobian(dynamics, *inputs(batch=1, length=6, firsts=((0, 0),)))
+    fine, coarse = (codes[:, :, 0, :, i].abs().amax((1, 3, 4)) for i in (slice(1, None), slice(0, 1)))  # (T, T, ...)
+    assert coarse.max() > 1e-4
+    assert fine.max() == 0.0 if mask == "barrier" else fine.max() > 1e-4
 
 
 @pytest.mark.parametrize("posterior", ["sampled", "nearest", "fsq"])
 def test_the_image_loss_reaches_the_encoder(posterior):
     """In the nearest relative the decoder read raw codebook rows: the image loss gave the encoder exactly nothing."""
     agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": posterior})
-    losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
     for name in ("image", "reward", "cont"):
         torch.nn.init.normal_(agent.world_model.reward.out.weight)
         losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
@@ -321,7 +337,7 @@ def test_spatial_trains_on_what_is_no_image_too(obs):
     [
         ({"heads": 3}, "width 16"),
         ({"heads": 16}, "even"),
-        ({"commitment": [0.1, 0.1]}, "commitment has 2 values for 3 levels"),
+        ({"posterior": "nearest", "commitment": [0.1, 0.1]}, "commitment has 2 values for 3 levels"),
         ({"spatial": True, "groups": 2}, "spatial"),
         ({"posterior": "fsq", "codes": 22}, "22 codes"),
         ({"mask": "none"}, "hierarchical"),
@@ -333,12 +349,25 @@ def test_bad_combinations_are_one_line(sizes, hint):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("posterior", KINDS)
+def test_a_dream_can_be_differentiated_by_its_actions(posterior):
+    """What ``actor.gradient: dynamics`` needs: an action moves the memory, and the codes of its own step."""
+    dynamics = build(codes=12, posterior=posterior)
+    carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
+    given = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
+    feat, _ = dynamics.imagine(carry, given, 2)
+    for x in feat:
+        some = (x[:, 1] * torch.randn_like(x[:, 1])).sum()  # the memory is normalised: its plain sum is constant
+        (grad,) = torch.autograd.grad(some, given, retain_graph=True)
+        assert grad[:, 0].abs().max() > 1e-6 and grad[:, 1].abs().max() == 0.0
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"levels": 1, "groups": 1}, {"levels": 5, "groups": 3, "codes": 3, "code_dim": 2}, {"layers": 1, "heads": 1}],
 )
 def test_any_sizes(sizes):
-    dynamics = build(commitment=[0.1], **sizes)
+    dynamics = build(**sizes)
     carry, post = dynamics.observe(dynamics.initial(3), *inputs())
     feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
     assert feat.stoch.shape == (42, 4, dynamics.stoch_dim) and dynamics.loss(post)[0]["dyn"].isfinite().all()

@@ -160,6 +160,25 @@ def test_shared_codebooks_are_one_per_level():
     quantizer.learn(swapped)
 
 
+def test_use_of_a_shared_codebook_is_that_of_all_groups():
+    """By hand: each group has one code, another one each; a shared codebook has two in use, one's own has one."""
+    index = torch.tensor([0, 3]).expand(10, LEVELS, GROUPS)
+    for shared, (perplexity, dead) in {False: (1.0, CODES - 1), True: (2.0, CODES - 2)}.items():
+        use = make("sampled", shared=shared).usage(index)
+        assert use["perplexity_1"].item() == pytest.approx(perplexity) and use["dead_1"].item() == dead
+
+
+@pytest.mark.parametrize("kind", ["sampled", "nearest", "frozen"])
+def test_autocast_does_not_move_what_is_chosen(kind):
+    """In bfloat16 the distances of one residual to two codes can differ by less than they are rounded by."""
+    quantizer, z = make(kind), 3.0 * data(500)
+    with torch.no_grad():
+        index = quantizer.encode(z, sample=False).index
+        with torch.autocast("cpu", torch.bfloat16):
+            low = quantizer.encode(z, sample=False).index
+    assert torch.equal(low[:, 0], index[:, 0])
+
+
 @pytest.mark.parametrize(("codes", "sides"), [(32, [8, 4]), (256, [8, 8, 4]), (16, [4, 4]), (5, [5]), (240, [8, 6, 5])])
 def test_fsq_sides(codes, sides):
     assert split_codes(codes) == sides

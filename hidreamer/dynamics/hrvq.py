@@ -80,7 +80,8 @@ class HRVQ(Dynamics):
         self.levels, self.window, self.chain, self.level_dropout = levels, window, chain, level_dropout
         self.deter_dim, self.stoch_dim = deter, levels * groups * code_dim
         self.shapes = ((groups, codes),) * levels
-        weights = per_level(commitment, levels, "dynamics.hrvq.commitment")
+        commits = posterior == "nearest"  # with the others the key means nothing: any number of levels goes
+        weights = per_level(commitment if commits else [0.0], levels, "dynamics.hrvq.commitment")
         self.register_buffer("commitment", torch.tensor(weights), persistent=False)
         self.level_weights = per_level(level_weights, levels, "dynamics.hrvq.level_weights")
         self.temperature = per_level(temperature, levels, "dynamics.hrvq.temperature")
