@@ -21,8 +21,9 @@ import dreamer
 import tools
 from envs import make_env
 from hidreamer import cost
-from hidreamer.provenance import provenance
+from hidreamer.provenance import STARTS, provenance
 from hidreamer.replay import Replay
+from hidreamer.report.runs import records
 
 # name: presets, steps, and bars (what is averaged, its least value).
 TASKS = {
@@ -72,6 +73,14 @@ def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
     status = dreamer.main(words)
     if status:
         sys.exit(status)
+
+
+def longer(folder: Path, steps: int) -> bool:
+    """Whether a longer run is there already, and says so: its last weights would be judged as those of ``steps``."""
+    if not (folder / "config.yaml").exists() or (there := tools.saved_config(folder)["steps"]) <= steps:
+        return False
+    print(f"error: {folder} holds a run of {there} frames: give --steps {there}, or move it", file=sys.stderr)
+    return True
 
 
 def episodes(folder: Path) -> np.ndarray:
@@ -158,12 +167,15 @@ def main() -> int:
         name = "-".join([args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in more)])
         folder = ROOT / "runs" / "learning" / name / str(seed)
         words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *more]
+        if longer(folder, steps):
+            return 2
         train(args.task, words, folder, args.twin)
         found = measure(args.task, folder, steps)
         met = {bar: found[bar] >= value for bar, value in least.items() if bar in found}
         # A twin fails if it misses every bar about returns: what the world looks like it may still learn.
         fine &= not any(ok for bar, ok in met.items() if "ball" not in bar) if args.twin else all(met.values())
-        runs[seed] = {"figures": found, "met": met, "curve": curve(folder, steps, 1000)}
+        commits = list(dict.fromkeys(start["commit"] for start in records(folder / STARTS) if "commit" in start))
+        runs[seed] = {"figures": found, "met": met, "curve": curve(folder, steps, 1000), "commits": commits}
         print(f"seed {seed}:", ", ".join(f"{bar} {value:.2f}" for bar, value in found.items()), flush=True)
     report = provenance() | {
         "task": args.task,

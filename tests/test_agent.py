@@ -338,13 +338,14 @@ def test_open_loop_shows_truth_then_dreams():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["rssm", "hrvq"])
-def test_captured_update_equals_eager(kind):
-    """Without samples in the way (one class, one action) the recorded graph computes what the eager update computes."""
-    one = {"dynamics.type": kind, "dynamics.rssm.classes": 2, "dynamics.unimix": 0, "imag.horizon": 2}
+def test_captured_update_equals_eager(kind, monkeypatch):
+    """With the same draws the recorded graph computes what the eager update computes."""
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # compiled code would draw other numbers
+    few = {"dynamics.type": kind, "imag.horizon": 2}  # rounding may turn a draw: the more of them, the likelier
     runs = []
     for compiled in ("off", "on"):
         torch.manual_seed(0)
-        agent, batch = make(EVERYTHING, **one)
+        agent, batch = make(EVERYTHING, **few)
         agent = agent.cuda()
         agent.make_optimizers()
         step = agent.make_update(compiled)

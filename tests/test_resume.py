@@ -20,6 +20,10 @@ DEBUG = ["--log_every", "25", "--eval_every", "100000", "--eval_episodes", "0", 
 # What each environment needs to be quick here, and its number of steps.
 RUNS = {
     "minatar": (["--configs", "minatar", "debug", "--env.count", "2", *DEBUG], 300),
+    "tokens": (
+        ["--configs", "minatar", "debug", "--dynamics.type", "hrvq", "--dynamics.hrvq.posterior", "nearest", *DEBUG],
+        120,
+    ),
     "classic": (["--configs", "gym", "debug", "--env.count", "2", "--env.parallel", "true", *DEBUG], 300),
     "atari": (["--configs", "atari100k", "debug", "--env.atari.sticky", "0.25", *DEBUG], 800),
 }
