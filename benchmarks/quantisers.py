@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import imageio.v3 as iio
 import numpy as np
 import torch
-from learning import ball_cell, latent
+from learning import ball_cell
 from measure import ROOT
 
 import models
 import tools
 from envs import EnvError
 from hidreamer import evaluation
+from hidreamer.dynamics.base import kl_losses
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 from hidreamer.report import heldout, offline
@@ -57,15 +58,18 @@ class World(NamedTuple):
     presets: list[str]
     settings: dict[str, Any]
     rows: dict[str, dict[str, Any]]
+    note: str = ""  # for the reader of the table
 
 
+NO_PLACES = "Groups are places of the encoder's map, but in flat, whole image and tiny_hidreamer."
 WORLDS = {
     "minatar": World(["minatar"], {}, ROWS),
     # Small objects want many updates rather than large ones: one sequence a batch.
-    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
+    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE, NO_PLACES),
 }
-# How the trained first row dreams: the temperature of its codes by level.
-DREAMS = {f"sampled, fine at {fine}": [1.0, fine, fine] for fine in (0.5, 0.1)} | {"sampled, all at 0.1": [0.1]}
+# How a trained row dreams as well: the row, and the temperature of its codes by level.
+DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
+DREAMS |= {f"{row}, all at 0.1": (row, [0.1]) for row in ("sampled", "flat", "independent")}
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
 FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
 PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at a time
@@ -78,8 +82,11 @@ def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
 
 
 def row_settings(world: str, row: str) -> dict[str, Any]:
-    """{key: value} of a row's latent state, without "dynamics."."""
-    presets, settings, rows = WORLDS[world]
+    """{key: value} of a row's latent state, without "dynamics."; of a row of DREAMS as well."""
+    if row in DREAMS:
+        base, temperature = DREAMS[row]
+        return row_settings(world, base) | {"hrvq.temperature": temperature}
+    presets, settings, rows, _ = WORLDS[world]
     values = {"type": "hrvq"} | rows[row]
     if row == "flat":
         block = tools.load_config(presets, settings).dynamics.hrvq
@@ -145,23 +152,27 @@ def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
     return {f"RAM {name}": tell(name) for name in found["model"]}
 
 
-def returns(world: str, files: list[Path]) -> dict[str, list[float]]:
-    """{row: each seed's mean return before 20,000 frames} from reports of learning.py; a row is known by its config.
+def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]:
+    """{row: each seed's mean return before 20,000 frames, and what else was set} from reports of learning.py.
 
-    Raises ConfigError where a file is no such report of MinAtar.
+    A row is known by the config of its latent state. Raises ConfigError where a file is no such report of MinAtar.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, tuple[list[float], str]] = {}
+    presets, settings = WORLDS[world].presets, WORLDS[world].settings
     for path in files:
         try:
             report = json.loads(path.read_text())
             scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
-            values, twin = {"type": report["dynamics"]} | latent(report["more"]), report["twin"]
+            given, kind, twin = tools.parse(report["more"]).overrides, report["dynamics"], report["twin"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             told = f"--returns {path} is no report of benchmarks/learning.py minatar"
             raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
-        for row in WORLDS[world].rows if not twin else ():
-            if values == {key: str(x).lower() for key, x in row_settings(world, row).items()}:
-                found[row] = scores
+        own = {key: x for key, x in given.items() if key.startswith("dynamics.")} | {"dynamics.type": kind}
+        state = tools.load_config(presets, settings | own).dynamics.flat()
+        others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
+        for row in [*WORLDS[world].rows, *DREAMS] if not twin else ():
+            if make_config(world, row, 0, path).dynamics.flat() == state:
+                found[row] = scores, others
     return found
 
 
@@ -170,7 +181,9 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
     total = sum(len(post.levels[0].post) for post in posts)
     metrics: dict[str, float] = {}
     for post in posts:  # the parts are chunks: means of them, weighted
-        for name, x in dynamics.loss(post)[1].items():
+        # Nothing foresees the first step of a chunk.
+        later = tuple(level._make(x[:, 1:] for x in level) for level in post.levels)
+        for name, x in (dynamics.loss(post)[1] | kl_losses(later, dynamics.balance)[1]).items():
             metrics[name] = metrics.get(name, 0.0) + x.item() * len(post.levels[0].post) / total
     if getattr(dynamics, "quantizer", None) is not None:  # use of codes cannot be averaged: all chunks at once
         index = torch.cat([post.aux.codes.index for post in posts])
@@ -200,9 +213,10 @@ SHOWN |= {f"open loop {h}, moving": f"open loop {h}, moving (×10⁻³)" for h i
 SHOWN |= {"nats": "nats a step", "perplexity": "perplexity", "dead": "unused", "accuracy": "accuracy"}
 SHOWN |= {"accuracy_copy": "copy last", "accuracy_changed": "changed", "returns": "return"}
 NOTES = {
-    "nats": "Nats: KL of posterior to prior, a step; unused: codes of each group.",
+    "nats": "Nats: KL of posterior to prior, a step; unused: codes of each codebook.",
     "accuracy": "Copy last: what repeating the last code scores; changed: accuracy where it is another.",
-    "returns": "Return: of the agent's episodes between 18,000 and 20,000 frames, each seed, from {returns}.",
+    "returns": "Return: of the agent's episodes between 18,000 and 20,000 frames, each seed, from {returns}; "
+    "set besides the latent state: {others}.",
 }
 RAM_NOTE = (
     "R² on held-out episodes of a ridge regression on the features for bytes of the console's memory, trained world "
@@ -245,8 +259,8 @@ def main() -> int:
                     {k: np.round(v, 4).tolist() for k, v in found[row][seed].items()},
                     flush=True,
                 )
-                for name, temperature in DREAMS.items() if row == "sampled" else ():
-                    dynamics = trainer.agent.world_model.dynamics
+                for name in (name for name, (base, _) in DREAMS.items() if base == row):
+                    dynamics, temperature = trainer.agent.world_model.dynamics, DREAMS[name][1]
                     dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
                     found.setdefault(name, {})[seed] = judge(trainer)
     except (tools.ConfigError, tools.CheckpointError, EnvError) as error:
@@ -256,13 +270,18 @@ def main() -> int:
     copied = {name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")}
     found["last frame seen"] = {args.seeds[0]: copied}  # the same for all
     for row in found.keys() & scores.keys():
-        found[row][args.seeds[0]]["returns"] = scores[row]
+        found[row][args.seeds[0]]["returns"] = scores[row][0]
     seeds, context = " / ".join(map(str, args.seeds)), f"{CONTEXT} steps seen, then dreamt on with the real actions"
     # Where the ball's cell is known, errors of pixels say less.
     shown = {name: title for name, title in SHOWN.items() if "ball 1" not in first or not name.startswith("open loop")}
     told = [note for name, note in NOTES.items() if any(name in x for by in found.values() for x in by.values())]
+    told += [WORLDS[args.world].note] if WORLDS[args.world].note else []
     text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(told)}\n\n"
-    text = text.format(returns=", ".join(map(str, args.returns))) + table(found, shown)
+    by_others: dict[str, list[str]] = {}
+    for row in [row for row in found if row in scores]:
+        by_others.setdefault(scores[row][1] or "nothing", []).append(row)
+    others = "; ".join(f"{what} in {', '.join(rows)}" for what, rows in by_others.items())
+    text = text.format(returns=", ".join(map(str, args.returns)), others=others) + table(found, shown)
     if ram := {name: name.removeprefix("RAM ") for name in first if name.startswith("RAM ")}:
         text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
     print(text)

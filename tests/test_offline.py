@@ -230,6 +230,21 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
 
 
+def test_nats_are_of_steps_that_something_foretold(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantisers
+
+    agent, batch = make(**{"dynamics.type": "hrvq"})
+    dynamics, unimix = agent.world_model.dynamics, agent.config.dynamics.unimix
+    with torch.no_grad():
+        post = agent.world_model.observe(batch)[1]
+    probs = [
+        [torch.softmax(x[:, 1:], -1) * (1 - unimix) + unimix / x.shape[-1] for x in level] for level in post.levels
+    ]
+    by_hand = sum((p * (p / q).log()).sum((-2, -1)).mean() for p, q in probs)
+    assert quantisers.tokens(dynamics, [post, post])["nats"] == pytest.approx(by_hand.item(), rel=1e-4)
+
+
 def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
@@ -277,17 +292,18 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert list(rows) == ["sampled", *quantisers.DREAMS, *list(quantisers.ROWS)[1:], "last frame seen"]
+    assert rows.keys() == {*quantisers.ROWS, *quantisers.DREAMS, "last frame seen"}
     assert [row for row, by in rows.items() if "returns" in by["0"]] == ["flat", "independent"]
     copied = rows.pop("last frame seen")["0"]
     assert copied["open loop 3, moving"] == rows["fsq"]["0"]["open loop 3, moving, copy"]
     block = config().dynamics.hrvq
     for row, by in rows.items():
         assert all(math.isfinite(x) for x in np.hstack(list(by["0"].values()))), row
-        levels = {"flat": 1, "rssm": 1}.get(row, 2)
+        levels = 1 if row in ("flat", "flat, all at 0.1", "rssm") else 2
         assert len(by["0"]["kl"]) == levels and ("perplexity" in by["0"]) == (row not in ("rssm", "hrssm"))
         assert by["0"]["nats"] == pytest.approx(sum(by["0"]["kl"]))
     assert rows["flat"]["0"]["perplexity"][0] <= block.codes
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
     assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
-    assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent")
+    assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent |")
+    assert "nothing in flat; --imag.starts 8 in independent" in (tmp_path / "table.md").read_text()
