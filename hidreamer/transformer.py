@@ -101,12 +101,13 @@ def attend(q: Tensor, own: KV, seen_own: Tensor, prefix: KV | None, seen_prefix:
     seen_prefix (B,n,Q,P) and seen_own (.., Q, O) are True where a row may look; every row sees at least itself.
     The prefix is multiplied with all branches' queries at once and never copied for them.
     """
-    q = q * q.shape[-1] ** -0.5
+    if prefix is None:
+        seen = seen_own.flatten(0, 1).unsqueeze(1) if seen_own.ndim == 4 else seen_own  # (B * n, 1, Q, O)
+        each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
+        return F.scaled_dot_product_attention(*each, seen).unflatten(0, (len(q), -1)).transpose(1, 2)
+    q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
     seen_own = seen_own.unsqueeze(1) if seen_own.ndim == 4 else seen_own
     scores = torch.where(seen_own, q @ own.keys.transpose(-1, -2), HIDDEN)  # (B, h, n, Q, O)
-    if prefix is None:
-        return torch.softmax(wide(scores), -1).to(q.dtype) @ own.values
-    shape = q.shape[2:4]  # (n, Q)
     shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)  # (B, h, n, Q, P)
     scores = torch.cat([torch.where(seen_prefix.unsqueeze(1), shared, HIDDEN), scores], -1)
     weight = torch.softmax(wide(scores), -1).to(q.dtype)
@@ -133,14 +134,20 @@ class Transformer(nn.Module):
         seen_own: Tensor,
         prefix: list[KV] | None = None,
         seen_prefix: Tensor | None = None,
+        wanted: slice = slice(None),
     ) -> Tensor:
-        """x (B,n,Q,W), its rotations ``turn`` (..,Q,2,d/2) -> outputs (B,n,Q,W). ``own`` grows by Q.
+        """x (B,n,Q,W), its rotations ``turn`` (..,Q,2,d/2) -> outputs (B,n,R,W) of the R positions ``wanted``.
 
         seen_own (..,Q,O) is about the branches' positions, the new ones last, seen_prefix (B,n,Q,P) about the prefix.
+        ``own`` grows by all Q.
         """
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, turn)
-            x = layer.finish(x, attend(q, own[i].add(k, v), seen_own, prefix[i] if prefix else None, seen_prefix))
+            kv = own[i].add(k, v)
+            if layer is self.layers[-1]:  # of the others, all that anybody reads is their keys and values
+                x, q, seen_own = x[:, :, wanted], q[:, :, :, wanted], seen_own[..., wanted, :]
+                seen_prefix = seen_prefix[:, :, wanted] if prefix else None
+            x = layer.finish(x, attend(q, kv, seen_own, prefix[i] if prefix else None, seen_prefix))
         return self.norm(x)
 
     def branches(self, room: int) -> list[Branch]:

@@ -47,7 +47,8 @@ def test_cached_stepping_equals_the_parallel_pass(variant):
     """Across resets and far beyond the window, to 1e-10."""
     dynamics = build(**variant)
     embed, action, is_first = inputs()
-    _, whole = dynamics.observe(dynamics.initial(3), embed, action, is_first, sample=False)
+    with torch.no_grad():  # as acting does; what follows is computed as training does
+        _, whole = dynamics.observe(dynamics.initial(3), embed, action, is_first, sample=False)
     carry = dynamics.initial(3)
     for t in range(embed.shape[1]):
         now = slice(t, t + 1)
@@ -414,3 +415,22 @@ def test_weights_of_levels():
     losses, metrics = dynamics.loss(post)
     expected = 0.5 * (metrics["kl_0"] + 0.5 * metrics["kl_1"] + 0.25 * metrics["kl_2"])
     assert torch.allclose(losses["dyn"].mean(), expected)
+
+
+def test_every_shape_that_layers_meet_is_compiled(monkeypatch):
+    """Training, dreaming, acting in one environment and in three: after eight shapes of a piece torch gives up."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda piece: real(piece, backend="eager"))
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
+    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "imag.horizon": 3})
+    agent.world_model.dynamics.compile_steps()
+    try:
+        agent.update(batch), agent.update(batch)
+        for count in (1, 3):
+            state = agent.initial(count)
+            for t in range(3):
+                obs = {key: x[:1, t].expand(count, *x.shape[2:]) for key, x in batch.items()}
+                state = agent.act(state, obs)
+    finally:
+        torch._dynamo.reset()

@@ -88,6 +88,8 @@ class HRVQ(Dynamics):
         if spatial and embed_dim % groups:
             raise ValueError(f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions")
         self.register_buffer("rules", rule(mask, levels), persistent=False)
+        past = self.rules[0].roll(1, 1).tolist()  # what a level's rows see of earlier steps: their A, L0, L1 ..
+        self.reach = [max(i for i, seen in enumerate(row, 1) if seen) for row in past]  # all within the first so many
         self.inp = linear(embed_dim // groups, code_dim) if spatial else linear(embed_dim, groups * code_dim)
         self.quantizer = Quantizer(posterior, levels, groups, codes, code_dim, unimix=balance.unimix, shared=spatial)
         self.places, self.code_shape = groups if spatial else 0, (groups, code_dim)
@@ -154,19 +156,20 @@ class HRVQ(Dynamics):
         seen = (seen & (rows.unsqueeze(2) == rows.unsqueeze(1))).unsqueeze(1)  # (B, 1, Q, Q)
         turn = rotary(time, self.transformer.head_dim, action.dtype)
 
-        def read(codes: Tensor) -> tuple[Tensor, list[Branch]]:
-            """(B,T,L,G*d) -> outputs (B,T,L+1,W), and each layer's keys and values."""
+        def read(codes: Tensor, all_levels: bool) -> tuple[Tensor, list[Branch]]:
+            """(B,T,L,G*d) -> outputs (B,T,L+1,W), or (B,T,1,W) at the actions, and each layer's keys and values."""
             tokens = [action, *(self._token(i, code) for i, code in enumerate(codes.unbind(2)))]
             x = torch.stack(tokens, 2).flatten(1, 2).unsqueeze(1)  # (B, 1, T * (L+1), W)
-            own = self.transformer.branches(length * n)
-            out = self.transformer(x, turn, own, seen, prefix, seen_prefix)
-            return out.squeeze(1).unflatten(1, (length, n)), own
+            own, wanted = self.transformer.branches(length * n), slice(0, None, 1 if all_levels else n)
+            out = self.transformer(x, turn, own, seen, prefix, seen_prefix, wanted)
+            return out.squeeze(1).unflatten(1, (length, -1)), own
 
         flat = codes.code.flatten(-2)  # (B, T, L, G * d)
-        out, own = read(flat)
         # What later steps need of a code shapes it through the memory; that it be easy to predict must not (law 5). So
         # the priors are told by a pass of their own, with the same numbers, that gives the codes no gradient.
-        told = read(flat.detach())[0] if flat.requires_grad else out
+        twice = flat.requires_grad
+        out, own = read(flat, self.chain and not twice)
+        told = read(flat.detach(), self.chain)[0] if twice else out
         post = tuple(
             Level(logit, self._logit(i, told[:, :, i if self.chain else 0])) for i, logit in enumerate(codes.logit)
         )
@@ -234,29 +237,42 @@ class HRVQ(Dynamics):
         batch = len(carry.segment)
         shape = batch, len(carry.where) // batch  # (B, n): branches of each sequence
         where = carry.where.view(shape)
-        columns, step, old = self._columns(carry.segment)
+        (time, level), step, old = self._columns(carry.segment)
         mine = old.unsqueeze(1) == carry.segment.gather(1, where).unsqueeze(2)  # (B, n, P): of the branch's episode
         # What the sequence goes on to do after the start lies in later steps, its next action among them.
         mine = mine & (step <= where.unsqueeze(2))
-        # Each layer in one piece: otherwise every product with a layer of the cache would copy it first.
-        keys, values = (x.transpose(0, 1).contiguous().unbind() for x in (carry.keys, carry.values))
-        prefix = [KV(*kv) for kv in zip(keys, values, strict=True)]
+
+        def part(first: int) -> tuple[list[KV], tuple[Tensor, Tensor], Tensor]:
+            """Only the ``first`` positions of each cached step: keys and values, times and levels, ``mine``."""
+            cut = lambda x, axis=-1: x.unflatten(axis, (-1, n + 1)).narrow(axis, 0, first).flatten(axis - 1, axis)
+            # Each layer in one piece: otherwise every product with a layer of the cache would copy it first.
+            kv = (cut(x, -2).transpose(0, 1).contiguous().unbind() for x in (carry.keys, carry.values))
+            return [KV(*x) for x in zip(*kv, strict=True)], (cut(time), cut(level)), cut(mine)
+
+        # Most rows see few of a past step's positions: they are not multiplied with the others.
+        parts = {first: part(first) for first in {*self.reach, n + 1}}
         # A branch's own positions: A_0, then L0 .. A of each imagined step.
-        time = torch.arange(1, horizon + 1, device=where.device).repeat_interleave(n + 1)
-        level = torch.arange(n + 1, device=where.device).repeat(horizon)
-        time, level = torch.cat([time[:1] - 1, time]), torch.cat([level[n : n + 1], level])  # (O,)
-        seen = allowed(self.rules, (time, level), (time, level), self.window)
-        time = where.unsqueeze(2) - (carry.segment.shape[1] - 1) + time  # (B, n, O)
-        turn = rotary(time, self.transformer.head_dim, carry.deter.dtype)
-        own = self.transformer.branches(time.shape[-1])
+        own_time = torch.arange(1, horizon + 1, device=where.device).repeat_interleave(n + 1)
+        own_level = torch.arange(n + 1, device=where.device).repeat(horizon)
+        own_time = torch.cat([own_time[:1] - 1, own_time])  # (O,)
+        own_level = torch.cat([own_level[n : n + 1], own_level])
+        seen = allowed(self.rules, (own_time, own_level), (own_time, own_level), self.window)
+        own_time = where.unsqueeze(2) - (carry.segment.shape[1] - 1) + own_time  # (B, n, O)
+        turn = rotary(own_time, self.transformer.head_dim, carry.deter.dtype)
+        own = self.transformer.branches(own_time.shape[-1])
 
         def feed(tokens: list[Tensor]) -> Tensor:
             """Take the next positions (N,W) through the transformer. -> the output (N,W) at the last of them."""
             x = torch.stack(tokens, 1).unflatten(0, shape)  # (B, n, Q, W)
             rows = slice(own[0].length, own[0].length + len(tokens))
-            sees = allowed(self.rules, (time[..., rows], level[rows]), columns, self.window) & mine.unsqueeze(2)
-            out = self.transformer(x, turn[:, :, rows], own, seen[rows, : rows.stop], prefix, sees)
-            return out[:, :, -1].flatten(0, 1)
+            # The first row, A_0, sees all of its own step, which is cached.
+            reach = max(self.reach[(i - 1) % (n + 1)] if i else n + 1 for i in range(rows.start, rows.stop))
+            prefix, columns, of_branch = parts[reach]
+            sees = allowed(self.rules, (own_time[..., rows], own_level[rows]), columns, self.window)
+            sees = sees & of_branch.unsqueeze(2)
+            last = slice(len(tokens) - 1, None)
+            out = self.transformer(x, turn[:, :, rows], own, seen[rows, : rows.stop], prefix, sees, last)
+            return out.flatten(0, 2)
 
         feats, actions, waiting = [self.feat(carry)], [], []
         for t in range(horizon):
