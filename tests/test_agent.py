@@ -336,6 +336,21 @@ def test_open_loop_shows_truth_then_dreams():
     assert torch.equal(a["image"], b["image"])
 
 
+@pytest.mark.parametrize("preset", ["hdreamer", "hdreamer_asymmetric", "hidreamer", "hidreamer_spatial"])
+def test_large_presets_act_and_learn_at_their_sizes(preset):
+    shape = {"replay.batch": 1, "replay.length": 4, "imag.horizon": 2, "imag.starts": 2}
+    config = tools.load_config([preset], shape)
+    obs, space = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}, spaces.Discrete(6)
+    agent = models.Agent(obs, space, 6, config)
+    agent.make_optimizers()
+    batch = agent.tensors(cost.random_rows(obs, space, 1, 4))
+    metrics = torch.stack([agent.update(batch).clone() for _ in range(3)])
+    assert metrics.isfinite().all()
+    loss = agent.metric_names.index("image_loss")
+    assert metrics[2, loss] < metrics[0, loss]  # of the same four frames
+    assert agent.act(agent.initial(1), {key: batch[key][:, 0] for key in ("image", "is_first")}).action.shape == (1, 6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["rssm", "hrvq"])
 def test_captured_update_equals_eager(kind, monkeypatch):
