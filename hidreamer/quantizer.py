@@ -122,7 +122,7 @@ class Quantizer(nn.Module):
             return self.decode(level, onehot.to(rest.dtype)), onehot.argmax(-1), logit
         index = distance.argmin(-1)
         onehot = onehots(index, self.codes, rest.dtype)
-        code = rest + (self.decode(level, onehot) - rest).detach()
+        code = dists.straight_through(self.decode(level, onehot), rest)
         return code, index, HARD * onehot
 
     def distance(self, level: int, rest: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Quantizer(nn.Module):
         digits = ((bound + 1.0) / 2.0 * (self.sides - 1.0)).round()
         index = (digits.long() * self._radix()).sum(-1)
         onehot = onehots(index, self.codes, rest.dtype)
-        rounded = bound + (2.0 * digits / (self.sides - 1.0) - 1.0 - bound).detach()
+        rounded = dists.straight_through(2.0 * digits / (self.sides - 1.0) - 1.0, bound)
         return self.up[level](rounded.to(rest.dtype)), index, HARD * onehot
 
     @torch.no_grad()

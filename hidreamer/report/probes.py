@@ -106,7 +106,7 @@ def judge(
     picks = np.random.default_rng(0).permutation(len(ram))[:STEPS]
     out: dict[str, dict[str, np.ndarray]] = {}
     for who, sight in sees.items():
-        # Straight-through codes carry noise of rounding: one that never changes in training must not become a feature.
+        # What never changes in training, but for rounding, must not become a feature.
         see = lambda chunk, sight=sight: sight(chunk).round(4)
         x, out[who] = np.concatenate([see(chunk) for chunk in train])[picks], {}
         seen = [None if chunk is None else see(chunk) for chunk in held]
