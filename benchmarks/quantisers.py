@@ -58,14 +58,12 @@ class World(NamedTuple):
     presets: list[str]
     settings: dict[str, Any]
     rows: dict[str, dict[str, Any]]
-    note: str = ""  # for the reader of the table
 
 
-NO_PLACES = "Groups are places of the encoder's map, but in flat, whole image and tiny_hidreamer."
 WORLDS = {
     "minatar": World(["minatar"], {}, ROWS),
     # Small objects want many updates rather than large ones: one sequence a batch.
-    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE, NO_PLACES),
+    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
 # How a trained row dreams as well: the row, and the temperature of its codes by level.
 DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
@@ -86,7 +84,7 @@ def row_settings(world: str, row: str) -> dict[str, Any]:
     if row in DREAMS:
         base, temperature = DREAMS[row]
         return row_settings(world, base) | {"hrvq.temperature": temperature}
-    presets, settings, rows, _ = WORLDS[world]
+    presets, settings, rows = WORLDS[world]
     values = {"type": "hrvq"} | rows[row]
     if row == "flat":
         block = tools.load_config(presets, settings).dynamics.hrvq
@@ -195,6 +193,16 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
     return {"nats": sum(by_level["kl"])} | by_level
 
 
+def places(world: str, rows: list[str]) -> list[str]:
+    """What a reader of these rows has to know of where their codes stand: a sentence, or none."""
+    states = {row: make_config(world, row, 0, Path()).dynamics for row in rows}
+    spatial = {row: state.hrvq.spatial for row, state in states.items() if state.type == "hrvq"}
+    others = [row for row, yes in spatial.items() if not yes]
+    if len(others) == len(spatial):
+        return []
+    return [f"Groups are places of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."]
+
+
 def table(found: dict[str, dict[int, dict[str, Any]]], names: dict[str, str]) -> str:
     """Markdown: one line a row, every seed. ``names``: the columns of figures; those that nobody has are left out."""
     thousand = lambda name: 1000.0 if "moving" in name or name == "reconstruction" else 1.0
@@ -235,6 +243,7 @@ def main() -> int:
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and dreamt from the ninth on")
     args = parser.parse_args()
+    made_by = provenance()  # before anything is written that would count as a change
     rows = args.rows or list(WORLDS[args.world].rows)
     if wrong := set(rows) - WORLDS[args.world].rows.keys():
         parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
@@ -275,7 +284,7 @@ def main() -> int:
     # Where the ball's cell is known, errors of pixels say less.
     shown = {name: title for name, title in SHOWN.items() if "ball 1" not in first or not name.startswith("open loop")}
     told = [note for name, note in NOTES.items() if any(name in x for by in found.values() for x in by.values())]
-    told += [WORLDS[args.world].note] if WORLDS[args.world].note else []
+    told += places(args.world, rows)
     text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(told)}\n\n"
     by_others: dict[str, list[str]] = {}
     for row in [row for row in found if row in scores]:
@@ -286,7 +295,7 @@ def main() -> int:
         text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
     print(text)
     if args.out:
-        report = provenance() | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT, "rows": found}
+        report = made_by | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT, "rows": found}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}\n\n{text}")

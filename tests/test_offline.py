@@ -226,6 +226,9 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     bits = {row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()}
     assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
     assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
+    assert quantisers.places("pong", ["rssm", "sampled"]) == ["Groups are places of the encoder's map."]
+    assert quantisers.places("pong", ["fsq", "flat"]) == ["Groups are places of the encoder's map, but in flat."]
+    assert not quantisers.places("minatar", list(quantisers.ROWS))
     first, preset = blocks["sampled"], tools.load_config(["tiny_hidreamer"], {}).dynamics.hrvq
     assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
 
