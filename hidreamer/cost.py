@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Operators that launch no kernel: they make another view of a tensor, or memory.
 VIEWS = {
@@ -21,6 +21,13 @@ VIEWS = {
     "split", "split_with_sizes", "squeeze", "squeeze_", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
 HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}  # the host must wait for the device
+# torch counts the products inside fused attention on GPUs, but takes them on CPUs for nothing.
+UNCOUNTED = {
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
+        grad, q, k, v
+    ),
+}
 
 
 class Operators(TorchDispatchMode):
@@ -47,7 +54,8 @@ def operators(fn: Callable[[], object]) -> dict[str, int]:
 
 def flops(fn: Callable[[], object]) -> int:
     """Of the matrix products and convolutions in one call of ``fn``, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    more = {getattr(torch.ops.aten, name): count for name, count in UNCOUNTED.items()}
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         fn()
     return counter.get_total_flops()
 

@@ -130,6 +130,16 @@ def test_the_counter_sees_host_reads():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_inside_fused_attention_count(device):
+    """Two forward; backward four, and the scores once more, of which nothing is kept."""
+    q, k, v = (torch.randn(2, 4, 8, 16, device=device, requires_grad=True) for _ in range(3))
+    seen, product = torch.ones(2, 1, 8, 8, dtype=torch.bool, device=device), 2 * (2 * 4 * 8 * 8 * 16)
+    attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    assert cost.flops(attend) == 2 * product
+    assert cost.flops(lambda: attend().sum().backward()) == 7 * product
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_beside_times_a_dream_from_every_replayed_state(device, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import beside
