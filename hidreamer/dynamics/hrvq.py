@@ -11,6 +11,7 @@ Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t tha
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -237,39 +238,42 @@ class HRVQ(Dynamics):
         batch = len(carry.segment)
         shape = batch, len(carry.where) // batch  # (B, n): branches of each sequence
         where = carry.where.view(shape)
-        (time, level), step, old = self._columns(carry.segment)
+        (times, levels), step, old = self._columns(carry.segment)
         mine = old.unsqueeze(1) == carry.segment.gather(1, where).unsqueeze(2)  # (B, n, P): of the branch's episode
         # What the sequence goes on to do after the start lies in later steps, its next action among them.
         mine = mine & (step <= where.unsqueeze(2))
+        start = where.unsqueeze(2) - (carry.segment.shape[1] - 1)  # (B, n, 1): the time of a branch's step 0
+        # A branch's own positions: A_0, then L0 .. A of each imagined step.
+        own_step = torch.arange(1, horizon + 1, device=where.device).repeat_interleave(n + 1)
+        own_level = torch.arange(n + 1, device=where.device).repeat(horizon)
+        own_step = torch.cat([own_step[:1] - 1, own_step])  # (O,)
+        own_level = torch.cat([own_level[n : n + 1], own_level])
+        seen = allowed(self.rules, (own_step, own_level), (own_step, own_level), self.window)
+        turn = rotary(start + own_step, self.transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
+        own = self.transformer.branches(len(own_step))
 
-        def part(first: int) -> tuple[list[KV], tuple[Tensor, Tensor], Tensor]:
-            """Only the ``first`` positions of each cached step: keys and values, times and levels, ``mine``."""
-            cut = lambda x, axis=-1: x.unflatten(axis, (-1, n + 1)).narrow(axis, 0, first).flatten(axis - 1, axis)
+        @functools.cache
+        def sight(level: int, count: int, later: bool) -> tuple[list[KV], Tensor, Tensor]:
+            """For ``count`` rows from ``level`` on: cached keys and values, which they may see, and their ages.
+
+            A_0 sees all of its own step. Later rows are multiplied only with as much of each step as they reach.
+            """
+            rows = slice(level + 1, level + 1 + count) if later else slice(0, 1)
+            reach = max(self.reach[level : level + count]) if later else n + 1
+            cut = lambda x, axis=-1: x.unflatten(axis, (-1, n + 1)).narrow(axis, 0, reach).flatten(axis - 1, axis)
             # Each layer in one piece: otherwise every product with a layer of the cache would copy it first.
             kv = (cut(x, -2).transpose(0, 1).contiguous().unbind() for x in (carry.keys, carry.values))
-            return [KV(*x) for x in zip(*kv, strict=True)], (cut(time), cut(level)), cut(mine)
-
-        # Most rows see few of a past step's positions: they are not multiplied with the others.
-        parts = {first: part(first) for first in {*self.reach, n + 1}}
-        # A branch's own positions: A_0, then L0 .. A of each imagined step.
-        own_time = torch.arange(1, horizon + 1, device=where.device).repeat_interleave(n + 1)
-        own_level = torch.arange(n + 1, device=where.device).repeat(horizon)
-        own_time = torch.cat([own_time[:1] - 1, own_time])  # (O,)
-        own_level = torch.cat([own_level[n : n + 1], own_level])
-        seen = allowed(self.rules, (own_time, own_level), (own_time, own_level), self.window)
-        own_time = where.unsqueeze(2) - (carry.segment.shape[1] - 1) + own_time  # (B, n, O)
-        turn = rotary(own_time, self.transformer.head_dim, carry.deter.dtype)
-        own = self.transformer.branches(own_time.shape[-1])
+            columns = cut(times), cut(levels)
+            sees = allowed(self.rules, (start + own_step[rows], own_level[rows]), columns) & cut(mine).unsqueeze(2)
+            return [KV(*x) for x in zip(*kv, strict=True)], sees, (start - columns[0]).unsqueeze(2)
 
         def feed(tokens: list[Tensor]) -> Tensor:
             """Take the next positions (N,W) through the transformer. -> the output (N,W) at the last of them."""
             x = torch.stack(tokens, 1).unflatten(0, shape)  # (B, n, Q, W)
             rows = slice(own[0].length, own[0].length + len(tokens))
-            # The first row, A_0, sees all of its own step, which is cached.
-            reach = max(self.reach[(i - 1) % (n + 1)] if i else n + 1 for i in range(rows.start, rows.stop))
-            prefix, columns, of_branch = parts[reach]
-            sees = allowed(self.rules, (own_time[..., rows], own_level[rows]), columns, self.window)
-            sees = sees & of_branch.unsqueeze(2)
+            t, level = divmod(rows.start + n, n + 1)  # all rows are of one step
+            prefix, sees, age = sight(level, len(tokens), t > 0)
+            sees = sees & (age < self.window - t)
             last = slice(len(tokens) - 1, None)
             out = self.transformer(x, turn[:, :, rows], own, seen[rows, : rows.stop], prefix, sees, last)
             return out.flatten(0, 2)
