@@ -2,12 +2,13 @@
 
     python benchmarks/quantisers.py minatar --episodes RUN [--rows sampled nearest ...] [--seeds 0 1] [--updates 2000]
         [--out results/hrvq/minatar.json] [--returns results/learning/minatar_*.json] [--picture FILE.png]
+    python benchmarks/quantisers.py minatar --from results/hrvq/minatar.json --returns ... --out ...
 
 Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is right 1, 3, 7 and 15
 steps after the last observation. On Atari also what a ridge regression finds of the console's memory in the features.
 Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and tables of them beside
-it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py); --picture shows
-frames of a held-out episode as the first row has them.
+it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py),
+with --from to what an earlier call judged; --picture shows frames of a held-out episode as the first row has them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ WORLDS = {
 # How a trained row dreams as well: the row, and the temperature of its codes by level.
 DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
 DREAMS |= {f"{row}, all at 0.1": (row, [0.1]) for row in ("sampled", "flat", "independent")}
+Found = dict[str, dict[str, dict[str, Any]]]  # {row: {seed: figures}}
+LAST = "last frame seen"  # the row of repeating it
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
 FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
 PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at a time
@@ -203,7 +206,7 @@ def places(world: str, rows: list[str]) -> list[str]:
     return [f"Groups are places of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."]
 
 
-def table(found: dict[str, dict[int, dict[str, Any]]], names: dict[str, str]) -> str:
+def table(found: Found, names: dict[str, str]) -> str:
     """Markdown: one line a row, every seed. ``names``: the columns of figures; those that nobody has are left out."""
     thousand = lambda name: 1000.0 if "moving" in name or name == "reconstruction" else 1.0
     tell = lambda name, x: f"{thousand(name) * x:.2f}"
@@ -232,73 +235,106 @@ RAM_NOTE = (
 )
 
 
+def figures(args: argparse.Namespace, rows: list[str]) -> Found:
+    """Train, or go on where it stopped, and judge."""
+    files = offline.find(args.episodes)
+    found: Found = {}
+    for seed in map(str, args.seeds):
+        for row in rows:
+            folder = ROOT / "runs" / "quantisers" / args.world / row / seed
+            trainer = offline.Trainer(
+                make_config(args.world, row, int(seed), folder), files, folder, torch.device("cpu")
+            )
+            trainer.resume(args.updates)
+            trainer.train(args.updates)
+            if args.picture and not found:
+                args.picture.parent.mkdir(parents=True, exist_ok=True)
+                iio.imwrite(args.picture, picture(trainer))
+            found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
+            print(row, seed, {k: np.round(v, 4).tolist() for k, v in found[row][seed].items()}, flush=True)
+            for name in (name for name, (base, _) in DREAMS.items() if base == row):
+                dynamics, temperature = trainer.agent.world_model.dynamics, DREAMS[name][1]
+                dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
+                found.setdefault(name, {})[seed] = judge(trainer)
+    first = found[rows[0]][str(args.seeds[0])]
+    copied = {name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")}
+    return found | {LAST: {str(args.seeds[0]): copied}}  # the same for all
+
+
+def judged(world: str, path: Path) -> dict[str, Any]:
+    """The report of an earlier call, without returns. Raises ConfigError where a file is none of this world."""
+    try:
+        report = json.loads(path.read_text())
+        if wrong := report["rows"].keys() - {*WORLDS[world].rows, *DREAMS, LAST}:
+            raise ValueError(f"{world} has no row {' or '.join(map(repr, sorted(wrong)))}")
+        for figures in (x for by in report["rows"].values() for x in by.values()):
+            figures.pop("returns", None)
+        return {"commit": report["commit"], "command": report["command"]} | report
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"--from {path} is no report of benchmarks/quantisers.py"
+        raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
+
+
+def page(world: str, found: Found, others: dict[str, str], files: list[Path]) -> str:
+    """Markdown of figures. ``others``: what was set, besides the latent state, for agents whose returns are shown."""
+    first = next(iter(found.values()))
+    seeds, context = " / ".join(first), f"{CONTEXT} steps seen, then dreamt on with the real actions"
+    first = next(iter(first.values()))
+    # Where the ball's cell is known, errors of pixels say less.
+    shown = {name: title for name, title in SHOWN.items() if "ball 1" not in first or not name.startswith("open loop")}
+    told = [note for name, note in NOTES.items() if any(name in x for by in found.values() for x in by.values())]
+    told += places(world, [row for row in found if row in WORLDS[world].rows])
+    text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(told)}\n\n"
+    by_others: dict[str, list[str]] = {}
+    for row in [row for row in found if row in others]:
+        by_others.setdefault(others[row] or "nothing", []).append(row)
+    set_besides = "; ".join(f"{what} in {', '.join(rows)}" for what, rows in by_others.items())
+    text = text.format(returns=", ".join(map(str, files)), others=set_besides) + table(found, shown)
+    if ram := {name: name.removeprefix("RAM ") for name in first if name.startswith("RAM ")}:
+        text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=WORLDS)
-    parser.add_argument("--episodes", nargs="+", required=True, help="run folders whose episodes are used")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--episodes", nargs="+", help="run folders whose episodes are used")
+    source.add_argument("--from", dest="given", type=Path, help="an earlier --out: train nothing, only add --returns")
     parser.add_argument("--rows", nargs="+", choices=ROWS | WHOLE, help="all of the world's, if none are named")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1, if none are named")
+    parser.add_argument("--updates", type=int, help="2000, if nothing is said")
     parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
     parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and dreamt from the ninth on")
     args = parser.parse_args()
     made_by = provenance()  # before anything is written that would count as a change
+    if args.given and (args.rows or args.seeds or args.updates or args.picture):
+        parser.error("--from trains and judges nothing: --rows, --seeds, --updates and --picture do not go with it")
+    args.seeds, args.updates = args.seeds or [0, 1], args.updates or 2000
     rows = args.rows or list(WORLDS[args.world].rows)
     if wrong := set(rows) - WORLDS[args.world].rows.keys():
         parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
     try:
-        files, scores = offline.find(args.episodes), returns(args.world, args.returns)
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for seed in args.seeds:
-            for row in rows:
-                folder = ROOT / "runs" / "quantisers" / args.world / row / str(seed)
-                trainer = offline.Trainer(
-                    make_config(args.world, row, seed, folder), files, folder, torch.device("cpu")
-                )
-                trainer.resume(args.updates)
-                trainer.train(args.updates)
-                if args.picture and not found:
-                    args.picture.parent.mkdir(parents=True, exist_ok=True)
-                    iio.imwrite(args.picture, picture(trainer))
-                found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
-                print(
-                    row,
-                    seed,
-                    {k: np.round(v, 4).tolist() for k, v in found[row][seed].items()},
-                    flush=True,
-                )
-                for name in (name for name, (base, _) in DREAMS.items() if base == row):
-                    dynamics, temperature = trainer.agent.world_model.dynamics, DREAMS[name][1]
-                    dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
-                    found.setdefault(name, {})[seed] = judge(trainer)
+        scores = returns(args.world, args.returns)
+        if args.given:
+            report = judged(args.world, args.given) | {"returns": made_by}
+        else:
+            report = made_by | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT}
+            report["rows"] = figures(args, rows)
     except (tools.ConfigError, tools.CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    first = next(iter(found.values()))[args.seeds[0]]
-    copied = {name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")}
-    found["last frame seen"] = {args.seeds[0]: copied}  # the same for all
+    found = report["rows"]
     for row in found.keys() & scores.keys():
-        found[row][args.seeds[0]]["returns"] = scores[row][0]
-    seeds, context = " / ".join(map(str, args.seeds)), f"{CONTEXT} steps seen, then dreamt on with the real actions"
-    # Where the ball's cell is known, errors of pixels say less.
-    shown = {name: title for name, title in SHOWN.items() if "ball 1" not in first or not name.startswith("open loop")}
-    told = [note for name, note in NOTES.items() if any(name in x for by in found.values() for x in by.values())]
-    told += places(args.world, rows)
-    text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(told)}\n\n"
-    by_others: dict[str, list[str]] = {}
-    for row in [row for row in found if row in scores]:
-        by_others.setdefault(scores[row][1] or "nothing", []).append(row)
-    others = "; ".join(f"{what} in {', '.join(rows)}" for what, rows in by_others.items())
-    text = text.format(returns=", ".join(map(str, args.returns)), others=others) + table(found, shown)
-    if ram := {name: name.removeprefix("RAM ") for name in first if name.startswith("RAM ")}:
-        text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
+        next(iter(found[row].values()))["returns"] = scores[row][0]
+    text = page(args.world, found, {row: others for row, (_, others) in scores.items()}, args.returns)
     print(text)
     if args.out:
-        report = made_by | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT, "rows": found}
+        added = f"; returns added by `{made_by['command']}`, {made_by['commit']}" if args.given else ""
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}\n\n{text}")
+        args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}{added}\n\n{text}")
     return 0
 
 

@@ -310,3 +310,19 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
     assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent |")
     assert "nothing in flat; --imag.starts 8 in independent" in (tmp_path / "table.md").read_text()
+    # Agents that came later are added to what was judged, and take the place of earlier ones.
+    kept = (tmp_path / "table.json").read_text()
+    words = [*words[:2], "--from", str(tmp_path / "table.json"), "--returns", str(tmp_path / "flat.json")]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "later.json")])
+    assert quantisers.main() == 0
+    later = json.loads((tmp_path / "later.json").read_text())
+    assert [row for row, by in later["rows"].items() if "returns" in by["0"]] == ["flat"]
+    kept = json.loads(kept)
+    assert kept["rows"]["independent"]["0"].pop("returns") == [1.25, 2.5] and later["rows"] == kept["rows"]
+    assert later["command"] == kept["command"] and "returns added by `" in (tmp_path / "later.md").read_text()
+    monkeypatch.setattr(sys, "argv", [*words[:3], str(tmp_path / "flat.json")])
+    assert quantisers.main() == 2 and "is no report of" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*words, "--updates", "3"])
+    with pytest.raises(SystemExit):
+        quantisers.main()
+    assert "do not go with it" in capsys.readouterr().err
