@@ -7,8 +7,8 @@
 Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is right 1, 3, 7 and 15
 steps after the last observation. On Atari also what a ridge regression finds of the console's memory in the features.
 Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and tables of them beside
-it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py),
-with --from to what an earlier call judged; --picture shows frames of a held-out episode as the first row has them.
+it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py), with --from to
+what an earlier call judged; --picture shows frames of a held-out episode as the first row has them.
 """
 
 from __future__ import annotations
@@ -265,11 +265,13 @@ def judged(world: str, path: Path) -> dict[str, Any]:
     """The report of an earlier call, without returns. Raises ConfigError where a file is none of this world."""
     try:
         report = json.loads(path.read_text())
+        if missing := {"commit", "command", "rows"} - report.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if wrong := report["rows"].keys() - {*WORLDS[world].rows, *DREAMS, LAST}:
             raise ValueError(f"{world} has no row {' or '.join(map(repr, sorted(wrong)))}")
-        for figures in (x for by in report["rows"].values() for x in by.values()):
-            figures.pop("returns", None)
-        return {"commit": report["commit"], "command": report["command"]} | report
+        for x in (x for by in report["rows"].values() for x in by.values()):
+            x.pop("returns", None)
+        return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         told = f"--from {path} is no report of benchmarks/quantisers.py"
         raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
@@ -309,9 +311,10 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and dreamt from the ninth on")
     args = parser.parse_args()
     made_by = provenance()  # before anything is written that would count as a change
-    if args.given and (args.rows or args.seeds or args.updates or args.picture):
+    if args.given and any(x is not None for x in (args.rows, args.seeds, args.updates, args.picture)):
         parser.error("--from trains and judges nothing: --rows, --seeds, --updates and --picture do not go with it")
-    args.seeds, args.updates = args.seeds or [0, 1], args.updates or 2000
+    args.seeds = args.seeds or [0, 1]
+    args.updates = 2000 if args.updates is None else args.updates
     rows = args.rows or list(WORLDS[args.world].rows)
     if wrong := set(rows) - WORLDS[args.world].rows.keys():
         parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
