@@ -252,6 +252,16 @@ class HRVQ(Dynamics):
         turn = rotary(start + own_step, self.transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
         own = self.transformer.branches(len(own_step))
 
+        def cut(x: Tensor, reach: int, axis: int = -1) -> Tensor:
+            """The first ``reach`` of every step's L + 1 positions, which lie along ``axis``."""
+            return x.unflatten(axis, (-1, n + 1)).narrow(axis, 0, reach).flatten(axis - 1, axis)
+
+        @functools.cache
+        def cached(reach: int) -> list[KV]:
+            """Keys and values of each layer, in one piece: otherwise every product with them would copy them first."""
+            kv = (cut(x, reach, -2).transpose(0, 1).contiguous().unbind() for x in (carry.keys, carry.values))
+            return [KV(*x) for x in zip(*kv, strict=True)]
+
         @functools.cache
         def sight(level: int, count: int, later: bool) -> tuple[list[KV], Tensor, Tensor]:
             """For ``count`` rows from ``level`` on: cached keys and values, which they may see, and their ages.
@@ -260,12 +270,9 @@ class HRVQ(Dynamics):
             """
             rows = slice(level + 1, level + 1 + count) if later else slice(0, 1)
             reach = max(self.reach[level : level + count]) if later else n + 1
-            cut = lambda x, axis=-1: x.unflatten(axis, (-1, n + 1)).narrow(axis, 0, reach).flatten(axis - 1, axis)
-            # Each layer in one piece: otherwise every product with a layer of the cache would copy it first.
-            kv = (cut(x, -2).transpose(0, 1).contiguous().unbind() for x in (carry.keys, carry.values))
-            columns = cut(times), cut(levels)
-            sees = allowed(self.rules, (start + own_step[rows], own_level[rows]), columns) & cut(mine).unsqueeze(2)
-            return [KV(*x) for x in zip(*kv, strict=True)], sees, (start - columns[0]).unsqueeze(2)
+            columns = cut(times, reach), cut(levels, reach)
+            sees = allowed(self.rules, (start + own_step[rows], own_level[rows]), columns)
+            return cached(reach), sees & cut(mine, reach).unsqueeze(2), (start - columns[0]).unsqueeze(2)
 
         def feed(tokens: list[Tensor]) -> Tensor:
             """Take the next positions (N,W) through the transformer. -> the output (N,W) at the last of them."""
