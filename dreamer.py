@@ -28,7 +28,7 @@ from envs import EnvError, make_env
 from envs.vector import Envs
 from hidreamer import cost, evaluation
 from hidreamer.logger import Logger, Rates, Screen
-from hidreamer.provenance import note_start, provenance
+from hidreamer.provenance import STARTS, note_start, provenance
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
 
@@ -393,7 +393,13 @@ class Run:
 
     def _load(self, state: dict, rows: dict[str, np.ndarray]) -> int:
         """Be what ``state`` says. -> size of metrics.jsonl at that moment."""
-        self.agent.load_state(state["agent"])
+        try:
+            self.agent.load_state(state["agent"])
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.logdir} is of another version of this code ({error}): choose another --logdir, or go on with "
+                f"the commit that {STARTS} in it names"
+            ) from None
         for name, value in state["counters"].items():
             setattr(self, name, value)
         for name, count in state["every"].items():

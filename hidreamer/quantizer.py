@@ -92,8 +92,8 @@ class Quantizer(nn.Module):
         self.kind, self.levels, self.groups, self.codes = kind, levels, groups, codes
         self.unimix, self.shared = unimix, shared
         books = 1 if shared else groups
-        length = torch.full((levels,), math.sqrt(dim))  # by which codes are divided where heads read them
-        self.register_buffer("length", length, persistent=False)
+        length = torch.full((levels,), math.sqrt(dim))  # of the first codes: heads read codes divided by it
+        self.register_buffer("length", length)
         scale = torch.tensor([SCALES[min(level, len(SCALES) - 1)] for level in range(levels)])
         if kind == "fsq":
             sides = split_codes(codes)

@@ -170,6 +170,17 @@ def test_another_config_is_refused_and_nothing_is_lost(finished):
     assert (finished / "checkpoints" / "latest.pt").read_bytes() == before
 
 
+def test_another_versions_weights_are_refused_in_one_line(finished):
+    """The same config, but a checkpoint that lacks a part which this code has."""
+    path = finished / "checkpoints" / "latest.pt"
+    state = torch.load(path, weights_only=True)
+    del state["agent"]["params"]["world_model.reward.out.bias"]
+    torch.save(state, path)
+    result = longer(finished)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "another version" in result.stderr and "world_model.reward.out.bias" in result.stderr
+
+
 def test_a_finished_run_stays_as_it_is(finished):
     before = records(finished)
     result = run("minatar", finished)
