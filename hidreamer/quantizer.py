@@ -3,8 +3,8 @@
 Level l sees the residual r_l = z - sum of the codes of the levels before it, the codes detached: attached, they would
 cancel its loss's gradient at the encoder. Four ways to choose and learn codes:
 
-- ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by gradient, each level's from
-  numbers of its own. A level is then a categorical like any other of Dreamer's, and can be trained to be predictable.
+- ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by gradient. A level is then a
+  categorical like any other of Dreamer's, and can be trained to be predictable.
 - ``nearest`` (van den Oord et al. 2017; residual: Zeghidour et al. 2021): the nearest code; codes are moving averages
   of their residuals; a commitment loss keeps the encoder near them.
 - ``frozen``: the nearest of random codes that nothing trains; a control.
@@ -26,7 +26,6 @@ from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
 SCALES = (1.0, 0.7, 0.5)  # deviation of the first codes by level; the last also for all finer ones
-SHORT = 0.6  # times that for ``sampled``
 
 
 class Codes(NamedTuple):
@@ -50,16 +49,6 @@ def per_level(values: list[float], levels: int, name: str) -> list[float]:
     if len(values) < levels:
         raise ValueError(f"{name} has {len(values)} values for {levels} levels; give one, or one for each")
     return list(values[:levels])
-
-
-def apart(levels: int, dim: int) -> Tensor:
-    """(L, d) of 0 and 1: the numbers in which each level's codes begin, no two levels in the same where d >= L.
-
-    Drawn codes that share all numbers with coarser ones hang on which of these happened to be drawn: most of what the
-    finer levels say is then how to undo that draw, and nothing foresees it (docs/decisions/011).
-    """
-    level, number = torch.arange(levels).unsqueeze(-1), torch.arange(dim)
-    return ((number - level) % min(levels, dim) == 0).float()
 
 
 def split_codes(codes: int) -> list[int]:
@@ -92,8 +81,6 @@ class Quantizer(nn.Module):
         self.kind, self.levels, self.groups, self.codes = kind, levels, groups, codes
         self.unimix, self.shared = unimix, shared
         books = 1 if shared else groups
-        length = torch.full((levels,), math.sqrt(dim))  # of the first codes: heads read codes divided by it
-        self.register_buffer("length", length)
         scale = torch.tensor([SCALES[min(level, len(SCALES) - 1)] for level in range(levels)])
         if kind == "fsq":
             sides = split_codes(codes)
@@ -101,16 +88,13 @@ class Quantizer(nn.Module):
             self.up = nn.ModuleList(linear(len(sides), dim) for _ in range(levels))
             self.register_buffer("sides", torch.tensor(sides, dtype=torch.float32), persistent=False)
             return
+        book = torch.randn(levels, books, codes, dim) * scale[:, None, None, None]
         if kind == "sampled":
-            scale, own = SHORT * scale, apart(levels, dim)
-            book = torch.randn(levels, books, codes, dim) * (scale.unsqueeze(-1) * own)[:, None, None]
             self.book = nn.Parameter(book)
             # Distances grow with the square of the codes' scale and the root of their number of entries.
-            self.log_tau = nn.Parameter((1.5 * own.sum(-1).sqrt() * scale.square()).log())
-            length.copy_(scale * own.sum(-1).sqrt())
-            return
-        book = torch.randn(levels, books, codes, dim) * scale[:, None, None, None]
-        self.register_buffer("book", book)
+            self.log_tau = nn.Parameter((1.5 * math.sqrt(dim) * scale.square()).log())
+        else:
+            self.register_buffer("book", book)
         if kind == "nearest":
             # Counts of one: from zero, the first average would throw every unused code to a norm of 1e5.
             self.register_buffer("count", torch.ones(levels, books, codes))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hidreamer.quantizer import KINDS, Quantizer, apart, onehots, per_level, split_codes
+from hidreamer.quantizer import KINDS, Quantizer, onehots, per_level, split_codes
 
 LEVELS, GROUPS, CODES, DIM = 3, 2, 8, 4
 
@@ -49,28 +49,6 @@ def test_sampled_codes_follow_the_distances():
     share = onehots(codes.index.flatten(), CODES).mean(0)
     assert torch.allclose(share, expected, atol=0.02)
     assert torch.equal(quantizer.encode(z, sample=False).index.unique(), expected.argmax().unsqueeze(0))
-
-
-def test_levels_begin_in_numbers_of_their_own():
-    for levels, dim in [(1, 4), (2, 4), (3, 16), (3, 4), (4, 4), (5, 3)]:
-        own = apart(levels, dim)
-        assert own.any(1).all()  # every level has some
-        assert own.any(0).all() and (dim < levels or (own.sum(0) == 1).all())  # all are taken, by one level each
-
-
-def test_a_drawn_code_does_not_say_what_finer_levels_draw():
-    """At first; with codes in the same numbers, as ``nearest`` has them, it does."""
-
-    def spread(book):
-        """How much the distribution of the second level's code depends on the first one's draw."""
-        quantizer = make("sampled", levels=2, groups=1)
-        quantizer.book.data = quantizer.book.data if book is None else book
-        z = torch.randn(1, 1, DIM).expand(500, 1, DIM)
-        codes = quantizer.encode(z)
-        assert len(codes.index[:, 0].unique()) > 1
-        return torch.softmax(codes.logit[1], -1).std(0).max().item()
-
-    assert spread(None) < 1e-5 < 0.02 < spread(0.6 * torch.randn(2, 1, CODES, DIM))
 
 
 @pytest.mark.parametrize("kind", ["sampled", "nearest", "fsq"])

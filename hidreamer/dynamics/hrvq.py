@@ -24,8 +24,6 @@ from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.transformer import KV, Branch, Transformer, rotary, rotate
 
-MEMORY = 0.3  # times the transformer's output, of which every number is about 1: as long as a GRU's memory
-
 
 class Carry(NamedTuple):
     """B sequences with S cached steps, and N = B * n branches that stand at one of these steps each.
@@ -74,15 +72,13 @@ class HRVQ(Dynamics):
         level_weights: list[float],
         temperature: list[float],
         level_dropout: float,
-        noise: float,
         spatial: bool,
     ):
         super().__init__()
         # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be near to it, all it
         # can do is become vague. So nothing draws it there, and no nats are free: the prior is always trained.
         self.balance = balance._replace(rep=0.0, free=0.0)
-        self.levels, self.window, self.chain = levels, window, chain
-        self.level_dropout, self.noise = level_dropout, noise
+        self.levels, self.window, self.chain, self.level_dropout = levels, window, chain, level_dropout
         self.deter_dim, self.stoch_dim = deter, levels * groups * code_dim
         self.shapes = ((groups, codes),) * levels
         commits = posterior == "nearest"  # with the others the key means nothing: any number of levels goes
@@ -121,19 +117,7 @@ class HRVQ(Dynamics):
 
     def _stoch(self, codes: Tensor) -> Tensor:
         """Codes (..., L * G * d) as the heads read them: each about as long as the one-hot of a categorical."""
-        codes = codes.unflatten(-1, (self.levels, -1))
-        return (codes / self.quantizer.length.to(codes.dtype).unsqueeze(-1)).flatten(-2)
-
-    def _noisy(self, codes: Tensor) -> Tensor:
-        """Codes (B,T,L,G*d) with some of them replaced by those of other steps.
-
-        A dream goes on from codes that it drew, now and then wrongly; priors that were only ever told the right ones
-        follow a wrong one away from what the memory knows.
-        """
-        x = codes.flatten(0, 1).unflatten(-1, self.code_shape)  # (B * T, L, G, d)
-        other = x[torch.randint(len(x), (len(x),), device=x.device)]
-        wrong = torch.rand(x.shape[:-1], device=x.device) < self.noise
-        return torch.where(wrong.unsqueeze(-1), other, x).flatten(-2).view_as(codes)
+        return codes * self.code_shape[1] ** -0.5
 
     def _columns(self, segment: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Of cached steps with segments (B,S): times and levels (P,), the steps (P,), the segments (B,P)."""
@@ -186,14 +170,12 @@ class HRVQ(Dynamics):
         # the priors are told by a pass of their own, with the same numbers, that gives the codes no gradient.
         twice = flat.requires_grad
         out, own = read(flat, self.chain and not twice)
-        told = out
-        if twice:
-            said = flat.detach()
-            told = read(self._noisy(said) if sample and self.noise else said, self.chain)[0]
+        told = read(flat.detach(), self.chain)[0] if twice else out
         post = tuple(
             Level(logit, self._logit(i, told[:, :, i if self.chain else 0])) for i, logit in enumerate(codes.logit)
         )
-        feat = Feat(MEMORY * out[:, :, 0], self._stoch(codes.code.flatten(2)))
+        deter = out[:, :, 0]
+        feat = Feat(deter, self._stoch(codes.code.flatten(2)))
         cache = self._cache(carry, own, segment, feat)
         keep = min(self.window, cache.segment.shape[1])
         kept = Carry(
@@ -306,8 +288,7 @@ class HRVQ(Dynamics):
         feats, actions, waiting = [self.feat(carry)], [], []
         for t in range(horizon):
             action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            out = feed([*waiting, self._token(n, action)])
-            deter = MEMORY * out
+            deter = out = feed([*waiting, self._token(n, action)])
             codes, waiting = [], []
             for i in range(n):
                 probs = dists.mix(self._logit(i, out) / self.temperature[i], self.balance.unimix)
