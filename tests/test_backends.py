@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -77,6 +78,19 @@ def test_ends_and_signals_are_passed_on(name, make, tmp_path):
     assert (first.state, first.attempts, second.state, second.attempts) == ("stopped", 1, "stopped", 0)
     wait_for(first.folder / "tidied")  # submitit's local executor does not wait for what it cancels
     assert (first.folder / "tidied").exists()
+
+
+def test_a_signal_that_comes_while_a_command_starts_is_not_lost(tmp_path, monkeypatch):
+    """On a cluster another thread passes it on; a busy machine may leave it between the two lines of a start."""
+    process = backends.Process(["sleep", "20"], tmp_path, tmp_path / "log", {}, {})
+
+    class Started(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            process.stop(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    assert process.run() == -signal.SIGTERM and not process.signals
 
 
 def test_a_run_that_ends_well_but_early_has_failed(make, tmp_path):

@@ -7,6 +7,7 @@ job's folder on a disk that all nodes share.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +45,8 @@ class Process:
     def __init__(self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]):
         self.command, self.folder, self.log, self.note, self.env = command, folder, log, note, env
         self.popen: subprocess.Popen | None = None
-        self.signum = 0
+        self.signum = 0  # the last that came
+        self.signals: deque[int] = deque()  # those that the command has not got yet
 
     def start(self) -> bool:
         """False if another process holds the lock."""
@@ -61,6 +63,7 @@ class Process:
             # A session of its own: Ctrl-C in a terminal must reach the command through us, once.
             command = [*SHIELD, *self.command]
             self.popen = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+        self._pass_on()
         return True
 
     def poll(self) -> int | None:
@@ -68,8 +71,16 @@ class Process:
 
     def stop(self, signum: int) -> None:
         self.signum = signum
-        if self.popen is not None and self.popen.poll() is None:
-            self.popen.send_signal(signum)
+        self.signals.append(signum)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Each signal once, also one that comes, in another thread, while the command is being started."""
+        while self.popen is not None and self.signals:
+            with contextlib.suppress(IndexError):  # the other thread was first
+                signum = self.signals.popleft()
+                if self.popen.poll() is None:
+                    self.popen.send_signal(signum)
 
     def run(self) -> int:
         """Start, as soon as nobody else runs this, and wait. -> exit status."""
