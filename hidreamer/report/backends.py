@@ -45,8 +45,7 @@ class Process:
     def __init__(self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]):
         self.command, self.folder, self.log, self.note, self.env = command, folder, log, note, env
         self.popen: subprocess.Popen | None = None
-        self.signum = 0  # the last that came
-        self.signals: deque[int] = deque()  # those that the command has not got yet
+        self.signals: deque[int] = deque()  # that came and the command has not got yet
 
     def start(self) -> bool:
         """False if another process holds the lock."""
@@ -70,7 +69,6 @@ class Process:
         return self.popen.poll()
 
     def stop(self, signum: int) -> None:
-        self.signum = signum
         self.signals.append(signum)
         self._pass_on()
 
@@ -85,8 +83,8 @@ class Process:
     def run(self) -> int:
         """Start, as soon as nobody else runs this, and wait. -> exit status."""
         while not self.start():
-            if self.signum:
-                return 128 + self.signum
+            if self.signals:
+                return 128 + self.signals[-1]
             time.sleep(1.0)
         return self.popen.wait()
 
