@@ -98,6 +98,15 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize("preset", ["tiny_hidreamer", "hidreamer", "hidreamer_spatial"])
+@pytest.mark.parametrize("suite", ["atari100k", "minatar", "gym", "crafter"])
+def test_tokens_have_the_sizes_of_their_preset_on_every_suite(suite, preset):
+    """Presets of suites with a small state of their own must not shrink what a preset of a state says it is."""
+    latent = lambda *presets: tools.load_config(list(presets), {}).dynamics
+    ours, alone = latent(suite, preset), latent(preset)
+    assert ours.hrvq.tree() == alone.hrvq.tree() and (ours.deter, ours.hidden) == (alone.deter, alone.hidden)
+
+
 def test_preset_sizes():
     agent = models.Agent(IMAGE, spaces.Discrete(6), 6, tools.load_config(["tiny_dreamerv3"], {}))
     dyn = agent.world_model.dynamics
