@@ -17,8 +17,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import measure  # noqa: F401, puts the project on the path
-from learning import latent
+from learning import TASKS, latent
 
+import tools
 from hidreamer.mask import KINDS, visible
 
 COLOURS = {"rssm": "#444444", "hrssm": "#0072b2", "hrvq": "#d55e00"}
@@ -34,7 +35,8 @@ def learning(paths: list[Path], out: Path) -> None:
         mine = [report for report in reports if report["task"] == task]
         for report in mine:
             name, twin, seeds = report["dynamics"], report["twin"], len(report["runs"])
-            variant = " ".join(latent(report["more"]).values())
+            usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
+            variant = " ".join(x for key, x in latent(report["more"]).items() if x != str(usual[key]))
             for i, run in enumerate(report["runs"].values()):
                 words = f"{name}, rewards shuffled" if twin else f"{name} {variant}".strip() + f", {seeds} seeds"
                 label, dash = None if i else words, ":" if twin else "--" if variant else "-"

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,12 @@ def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
     status = dreamer.main(words)
     if status:
         sys.exit(status)
+
+
+def saved_latent(folder: Path) -> dict[str, Any]:
+    """{key: value} of all settings of the latent state of a run, without "dynamics."."""
+    saved = tools.saved_config(folder).items()
+    return {key.removeprefix("dynamics."): x for key, x in saved if key.startswith("dynamics.")}
 
 
 def longer(folder: Path, steps: int) -> bool:
@@ -181,6 +188,7 @@ def main() -> int:
         "task": args.task,
         "dynamics": args.dynamics,
         "more": more,
+        "latent": saved_latent(folder),
         "steps": steps,
         "twin": args.twin,
         "bars": least,

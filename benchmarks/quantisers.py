@@ -47,6 +47,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "rssm": {"type": "rssm"},
     "hrssm": {"type": "hrssm"},
 }
+# The minatar preset has two levels; its table began when it had three, of as many bits.
+THREE = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.groups": 4}
+TWO = {"two levels": {"hrvq.levels": 2, "hrvq.groups": 6}}
 # On Pong groups are the positions of the encoder's map; the same bits, and tiny_hidreamer's, without that:
 WHOLE = {"whole image": {"hrvq.spatial": False}}
 WHOLE |= {"tiny_hidreamer": WHOLE["whole image"] | {"hrvq.groups": 4, "hrvq.code_dim": 32}}
@@ -62,7 +65,7 @@ class World(NamedTuple):
 
 
 WORLDS = {
-    "minatar": World(["minatar"], {}, ROWS),
+    "minatar": World(["minatar"], THREE, ROWS | TWO),
     # Small objects want many updates rather than large ones: one sequence a batch.
     "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
@@ -169,10 +172,11 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
             told = f"--returns {path} is no report of benchmarks/learning.py minatar"
             raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
         own = {key: x for key, x in given.items() if key.startswith("dynamics.")} | {"dynamics.type": kind}
-        state = tools.load_config(presets, settings | own).dynamics.flat()
+        # As long as the preset had three levels, reports did not say their whole latent state.
+        state = report.get("latent") or tools.load_config(presets, settings | own).dynamics.flat()
         others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
         for row in [*WORLDS[world].rows, *DREAMS] if not twin else ():
-            if make_config(world, row, 0, path).dynamics.flat() == state:
+            if all(state.get(key, x) == x for key, x in make_config(world, row, 0, path).dynamics.flat().items()):
                 found[row] = scores, others
     return found
 
@@ -303,7 +307,7 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--episodes", nargs="+", help="run folders whose episodes are used")
     source.add_argument("--from", dest="given", type=Path, help="an earlier --out: train nothing, only add --returns")
-    parser.add_argument("--rows", nargs="+", choices=ROWS | WHOLE, help="all of the world's, if none are named")
+    parser.add_argument("--rows", nargs="+", choices=ROWS | TWO | WHOLE, help="all of the world's, if none are named")
     parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1, if none are named")
     parser.add_argument("--updates", type=int, help="2000, if nothing is said")
     parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")

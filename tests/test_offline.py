@@ -228,7 +228,11 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
     assert quantisers.places("pong", ["rssm", "sampled"]) == ["Groups are places of the encoder's map."]
     assert quantisers.places("pong", ["fsq", "flat"]) == ["Groups are places of the encoder's map, but in flat."]
-    assert not quantisers.places("minatar", list(quantisers.ROWS))
+    small = quantisers.WORLDS["minatar"].rows
+    assert not quantisers.places("minatar", list(small))
+    sizes = [quantisers.make_config("minatar", row, 0, tmp_path).dynamics.hrvq for row in small]
+    assert {block.levels * block.groups for block in sizes} == {12} and {block.codes for block in sizes} == {16}
+    assert quantisers.make_config("minatar", "two levels", 0, tmp_path).dynamics.hrvq.levels == 2
     first, preset = blocks["sampled"], tools.load_config(["tiny_hidreamer"], {}).dynamics.hrvq
     assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
 
@@ -291,12 +295,16 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     groups = config().dynamics.hrvq.levels * config().dynamics.hrvq.groups
     report["more"] = ["--dynamics.hrvq.levels", "1", "--dynamics.hrvq.groups", str(groups)]
     (tmp_path / "flat.json").write_text(json.dumps(report | {"runs": {"0": run(3.75)}}))
-    words += ["--returns", str(tmp_path / "returns.json"), str(tmp_path / "flat.json")]
+    # What a report says of its latent state counts, whatever presets say today.
+    latent = config().dynamics.flat() | {"type": "hrvq", "hrvq.mask": "causal"}
+    report |= {"more": [], "latent": latent, "runs": {"0": run(0.5)}}
+    (tmp_path / "causal.json").write_text(json.dumps(report))
+    words += ["--returns", *(str(tmp_path / f"{name}.json") for name in ("returns", "flat", "causal"))]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert rows.keys() == {*quantisers.ROWS, *quantisers.DREAMS, "last frame seen"}
-    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["flat", "independent"]
+    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["flat", "independent", "causal"]
     copied = rows.pop("last frame seen")["0"]
     assert copied["open loop 3, moving"] == rows["fsq"]["0"]["open loop 3, moving, copy"]
     block = config().dynamics.hrvq
@@ -309,14 +317,14 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
     assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
     assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent |")
-    assert "nothing in flat; --imag.starts 8 in independent" in (tmp_path / "table.md").read_text()
+    assert "nothing in flat, causal; --imag.starts 8 in independent" in (tmp_path / "table.md").read_text()
     # Agents that came later are added to what was judged, and take the place of earlier ones.
     kept = (tmp_path / "table.json").read_text()
-    words = [*words[:2], "--from", str(tmp_path / "table.json"), "--returns", str(tmp_path / "flat.json")]
+    words = [*words[:2], "--from", str(tmp_path / "table.json"), "--returns", *words[-2:]]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "later.json")])
     assert quantisers.main() == 0
     later = json.loads((tmp_path / "later.json").read_text())
-    assert [row for row, by in later["rows"].items() if "returns" in by["0"]] == ["flat"]
+    assert [row for row, by in later["rows"].items() if "returns" in by["0"]] == ["flat", "causal"]
     kept = json.loads(kept)
     assert kept["rows"]["independent"]["0"].pop("returns") == [1.25, 2.5] and later["rows"] == kept["rows"]
     assert later["command"] == kept["command"] and "returns added by `" in (tmp_path / "later.md").read_text()
