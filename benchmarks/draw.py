@@ -33,9 +33,9 @@ def learning(paths: list[Path], out: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks, strict=True):
         mine = [report for report in reports if report["task"] == task]
+        usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
         for report in mine:
             name, twin, seeds = report["dynamics"], report["twin"], len(report["runs"])
-            usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
             variant = " ".join(x for key, x in latent(report["more"]).items() if x != str(usual[key]))
             for i, run in enumerate(report["runs"].values()):
                 words = f"{name}, rewards shuffled" if twin else f"{name} {variant}".strip() + f", {seeds} seeds"

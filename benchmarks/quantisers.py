@@ -168,12 +168,12 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
             report = json.loads(path.read_text())
             scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
             given, kind, twin = tools.parse(report["more"]).overrides, report["dynamics"], report["twin"]
+            latent = dict(report.get("latent", {}))  # said since the preset has two levels, not three
         except (OSError, ValueError, KeyError, TypeError) as error:
             told = f"--returns {path} is no report of benchmarks/learning.py minatar"
             raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
         own = {key: x for key, x in given.items() if key.startswith("dynamics.")} | {"dynamics.type": kind}
-        # As long as the preset had three levels, reports did not say their whole latent state.
-        state = report.get("latent") or tools.load_config(presets, settings | own).dynamics.flat()
+        state = latent or tools.load_config(presets, settings | own).dynamics.flat()
         others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
         for row in [*WORLDS[world].rows, *DREAMS] if not twin else ():
             if all(state.get(key, x) == x for key, x in make_config(world, row, 0, path).dynamics.flat().items()):
