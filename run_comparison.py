@@ -28,8 +28,9 @@ from hidreamer.provenance import ROOT, provenance
 from tools import Config, ConfigError
 
 try:
-    from hidreamer.report import backends, fairness, heldout, offline, page, probes, runs, summary
-    from hidreamer.report.matrix import Job, Matrix
+    from analysis import heldout, offline, probes
+    from comparison import backends, fairness, page, runs, summary
+    from comparison.matrix import Job, Matrix
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -189,7 +190,7 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     offline.check(offline.find(sources), plan.configs[task, options.models[0]])
     for seed, model in itertools.product(seeds(options), options.models):
         home = folder / task / model / str(seed)
-        words = [sys.executable, "-m", "hidreamer.report.offline", *command(plan, task, model, seed, home)]
+        words = [sys.executable, "-m", "analysis.offline", *command(plan, task, model, seed, home)]
         words += ["--episodes", *sources, "--updates", str(updates)]
         done = functools.partial(offline.finished, home, updates)
         jobs[model, seed] = Job(f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates")

@@ -20,11 +20,11 @@ from measure import ROOT
 
 import dreamer
 import tools
+from comparison.runs import records
 from envs import make_env
 from hidreamer import cost
 from hidreamer.provenance import STARTS, provenance
 from hidreamer.replay import Replay
-from hidreamer.report.runs import records
 
 # name: presets, steps, and bars (what is averaged, its least value).
 TASKS = {

@@ -14,13 +14,14 @@ from test_agent import make
 
 import run_comparison
 import tools
+from analysis import heldout, offline
+from analysis.heldout import CONTEXT
+from comparison import stats
 from conftest import ROOT
 from envs import make_env
 from hidreamer import cost
 from hidreamer.distributions import BINS, Bernoulli, TwoHot
 from hidreamer.replay import save_episode
-from hidreamer.report import heldout, offline, stats
-from hidreamer.report.heldout import CONTEXT
 
 QUICK = {"task": "dummy_grid", "replay.length": 12, "env.action_repeat": 1}
 

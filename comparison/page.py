@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 
 import tools
-from hidreamer.report import fairness, figures, stats, words
-from hidreamer.report.words import estimate, number
+from comparison import fairness, figures, stats, words
+from comparison.words import estimate, number
 
 Report = Mapping[str, Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import models
+from comparison.runs import HOUSEKEEPING, Run
 from envs import EnvError, make_env
 from hidreamer import cost
-from hidreamer.report.runs import HOUSEKEEPING, Run
 from tools import Config, ConfigError
 
 MATCHED = 0.05  # relative difference of capacity above which models are not "matched"
