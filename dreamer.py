@@ -23,6 +23,7 @@ import models
 import tools
 from envs import EnvError, make_env
 from hidreamer import cost
+from hidreamer.spaces import random_rows
 from tools import CheckpointError, Config, ConfigError
 from training import Failure, Run, Stop
 
@@ -59,7 +60,7 @@ def capacity(args: tools.Args) -> str:
         env = make_env(config.task, config.env.tree(), 0)
         agent = models.make_agent(env, config, torch.device("cpu"))
         agent.make_optimizers()
-        rows = cost.random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
+        rows = random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
         batch = {key: torch.from_numpy(x) for key, x in rows.items()}
         update = functools.partial(agent.update, batch)
         update()  # the first one allocates the optimisers' states

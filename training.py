@@ -19,6 +19,7 @@ from hidreamer import cost, evaluation
 from hidreamer.logger import Logger, Rates, Screen
 from hidreamer.provenance import STARTS, note_start, provenance
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
+from hidreamer.spaces import random_action
 from tools import CheckpointError, Config, ConfigError
 
 # What a run may change when it is continued; everything else makes it another run.
@@ -157,7 +158,7 @@ class Run:
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
         if not self._filled() or (exploring and expl.behavior == "random"):
             self.act = None
-            return cost.random_action(self.envs.act_space, self.envs.count, self.explore_rng)
+            return random_action(self.envs.act_space, self.envs.count, self.explore_rng)
         obs = {key: self.obs[key] for key in (*self.envs.obs_space, "is_first")}
         if self.act is None:
             # What came before was not followed: begin as a replayed chunk begins.
