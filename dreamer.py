@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
-import os
 import shlex
 import signal
 import sys
@@ -22,7 +21,7 @@ import torch
 import models
 import tools
 from envs import EnvError, make_env
-from hidreamer import cost
+from hidreamer import app, cost
 from hidreamer.spaces import random_rows
 from tools import CheckpointError, Config, ConfigError
 from training import Failure, Run, Stop
@@ -75,7 +74,7 @@ def summary(run: Run, argv: list[str]) -> str:
     """Where everything is, and which command goes on."""
     videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
     kept = [word for i, word in enumerate(argv) if not word.startswith("--steps") and argv[i - 1] != "--steps"]
-    again = shlex.join(["python", "dreamer.py", *kept, "--steps", str(2 * run.config.steps)])
+    again = shlex.join([*app.command("dreamer"), *kept, "--steps", str(2 * run.config.steps)])
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
     return "\n".join([*lines, f"checkpoint: {run.folder / 'latest.pt'}", f"continue:   {again}"])
@@ -84,7 +83,7 @@ def summary(run: Run, argv: list[str]) -> str:
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments, 1 failure, 128 + signal after a signal."""
     if not argv or "--help" in argv or "-h" in argv:
-        print(tools.help_text(__doc__))
+        print(tools.help_text(__doc__.replace("python dreamer.py", " ".join(app.command("dreamer")))))
         return 0 if argv else 2
     run = None
     try:
@@ -125,10 +124,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # of --help | head: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
+    sys.exit(app.run(main))
