@@ -1,4 +1,4 @@
-"""The command ``hidreamer``, also ``python -m hidreamer``: runs the scripts that stand above the library."""
+"""The command ``hidreamer``, also ``python -m hidreamer``: runs the scripts above the library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ def help_text() -> str:
     lines = ["hidreamer COMMAND [ARGUMENTS]", ""]
     for name, (_, sentence) in app.COMMANDS.items():
         lines.append(f"  {name:<10} {sentence}")
-    return "\n".join([*lines, "", "hidreamer COMMAND --help says more of each; hidreamer --version which this is."])
+    return "\n".join([*lines, "", "hidreamer COMMAND --help: its arguments. hidreamer --version: this version."])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit status; raises SystemExit with the script's own. ``argv``: the arguments, by default the process's."""
+    """-> exit status, or SystemExit with the script's own.
+
+    argv: the arguments; by default those of the process.
+    """
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help", "help", ""):
         print(help_text())
@@ -25,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hidreamer {__version__}")
         return 0
     if name not in app.COMMANDS:
-        print(f"error: there is no command {name!r}; there are {', '.join(app.COMMANDS)}", file=sys.stderr)
+        known = ", ".join(app.COMMANDS)
+        print(f"error: there is no command {name!r}; there are {known}", file=sys.stderr)
         return 2
     try:
         app.enter()

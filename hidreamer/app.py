@@ -1,7 +1,8 @@
 """Where the files beside this package are, in a checkout and in a wheel, and what starts them.
 
-In a checkout ``dreamer.py``, ``models.py``, ``envs/`` and the others stand beside ``hidreamer/``; a wheel holds them in
-``hidreamer/_app``, because names as general as ``models`` do not belong at the top of site-packages.
+In a checkout ``dreamer.py``, ``models.py``, ``envs/`` and the others stand beside ``hidreamer/``;
+a wheel holds them in ``hidreamer/_app``, because names as general as ``models`` do not belong at the
+top of site-packages (docs/decisions/014-installed.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "_app"  # exists in a wheel only
 ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent
-by_command = ROOT == INSTALLED  # whether users say "hidreamer train"; hidreamer.__main__ sets it
+by_command = ROOT == INSTALLED  # whether messages say "hidreamer train"; hidreamer.__main__ sets it
 
 # {command: (module in ROOT that is run as a script, its sentence)}
 COMMANDS = {
@@ -28,9 +29,10 @@ class ForeignModule(ImportError):
 
 
 def enter() -> None:
-    """Put ROOT first on the import path: ``import models`` then finds ours, whatever else has that name.
+    """Put ROOT first on the import path, so that ``import models`` finds ours.
 
-    Raises ForeignModule where it would not: another one is loaded already, or an import hook goes before the path.
+    Raises ForeignModule where it would not all the same: another one is loaded already, or an import
+    hook goes before the path.
     """
     sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
     for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
@@ -52,7 +54,7 @@ def origin(name: str) -> str | None:
 
 
 def command(module: str) -> list[str]:
-    """The words that start a script of ROOT: "python dreamer.py", or "hidreamer train" for who began with that."""
+    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer train"."""
     for name, (known, _) in COMMANDS.items():
         if known == module and by_command:
             return ["hidreamer", name]
@@ -65,11 +67,12 @@ def python_path() -> str:
 
 
 def run(main: Callable[[list[str]], int]) -> int:
-    """-> exit status of a script's ``main``; 1, without a traceback, if its reader left (``--help | head``)."""
+    """-> exit status of ``main``, given the arguments; 1 if its reader left, as with ``--help | head``."""
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is buffered still
+        os.dup2(nowhere, sys.stdout.fileno())
         return 1
     return status
