@@ -11,7 +11,6 @@ import contextlib
 import errno
 import functools
 import importlib.util
-import os
 import shlex
 import signal
 import sys
@@ -25,9 +24,10 @@ import torch
 import models
 import tools
 from envs import EnvError, make_env
-from hidreamer import checkpoint, cost
+from hidreamer import app, checkpoint, cost
 from hidreamer.checkpoint import FolderError
 from hidreamer.logger import Rates, Screen
+from hidreamer.spaces import random_rows
 from tools import Config, ConfigError
 from training import Failure, Run
 
@@ -74,7 +74,7 @@ def capacity(args: tools.Args) -> str:
         env = make_env(config.task, config.env.tree(), 0)
         agent = models.make_agent(env, config, torch.device("cpu"))
         agent.make_optimizers()
-        rows = cost.random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
+        rows = random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
         batch = {key: torch.from_numpy(x) for key, x in rows.items()}
         update = functools.partial(agent.update, batch)
         update()  # the first one allocates the optimisers' states
@@ -179,11 +179,7 @@ def start(argv: list[str], signals: Signals) -> int:
 def go_on_unseen(screen: Screen) -> None:
     """Nobody reads the screen any more (rich would exit): a run of days goes on, and metrics.jsonl has all of it."""
     screen.console.quiet = True
-    hide_stdout()
-
-
-def hide_stdout() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    app.hide_stdout()
 
 
 # ---------------------------------------------------------------- main
@@ -193,7 +189,7 @@ def summary(run: Run, argv: list[str]) -> str:
     """Where everything is, and which command goes on."""
     videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
     kept = [word for i, word in enumerate(argv) if word.partition("=")[0] != "--steps" and argv[i - 1] != "--steps"]
-    again = shlex.join(["python", "dreamer.py", *kept, "--steps", str(2 * run.config.steps)])
+    again = shlex.join([*app.command("dreamer"), *kept, "--steps", str(2 * run.config.steps)])
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
     return "\n".join([*lines, f"checkpoint: {run.folder / 'latest.pt'}", f"continue:   {again}"])
@@ -202,7 +198,7 @@ def summary(run: Run, argv: list[str]) -> str:
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal after a signal."""
     if not argv or "--help" in argv or "-h" in argv:
-        print(tools.help_text(__doc__))
+        print(tools.help_text(__doc__.replace("python dreamer.py", " ".join(app.command("dreamer")))))
         return 0 if argv else 2
     try:
         with Signals() as signals:
@@ -241,10 +237,4 @@ def resource(error: Exception) -> str:
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # of --help | head: nobody is left to tell
-        hide_stdout()
-        status = 1
-    sys.exit(status)
+    sys.exit(app.run(main))

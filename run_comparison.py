@@ -24,12 +24,14 @@ from ruamel.yaml.error import YAMLError
 
 import tools
 from envs import EnvError
-from hidreamer.provenance import ROOT, provenance
+from hidreamer import app
+from hidreamer.provenance import provenance
 from tools import Config, ConfigError
 
 try:
-    from hidreamer.report import backends, fairness, heldout, offline, page, probes, runs, summary
-    from hidreamer.report.matrix import Job, Matrix
+    from analysis import heldout, offline, probes
+    from comparison import backends, fairness, page, runs, summary
+    from comparison.matrix import Job, Matrix
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -110,12 +112,13 @@ def resources(options: SimpleNamespace) -> dict[str, Any]:
 
 
 def help_text() -> str:
-    lines = [__doc__.strip(), ""]
+    train, ours = (" ".join(app.command(module)) for module in ("dreamer", "run_comparison"))
+    lines = [__doc__.strip().replace("python run_comparison.py", ours), ""]
     for key, (default, sentence) in OPTIONS.items():
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
         lines.append(f"  --{key.replace('_', '-'):<18} {sentence} [{shown}]")
     lines += ["  --configs NAME ...   Presets that are stacked on the suite's for all runs, below the model's."]
-    return "\n".join([*lines, "  --key value          Any config key (python dreamer.py --help), for all runs."])
+    return "\n".join([*lines, f"  --key value          Any config key ({train} --help), for all runs."])
 
 
 # ---------------------------------------------------------------- the matrix
@@ -172,7 +175,7 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
     jobs = []
     for seed, task, model in itertools.product(seeds(options), options.task, options.models):
         home, steps = folder / task / model / str(seed), plan.configs[task, model].steps
-        words = [sys.executable, str(ROOT / "dreamer.py"), *command(plan, task, model, seed, home)]
+        words = [sys.executable, str(app.ROOT / "dreamer.py"), *command(plan, task, model, seed, home)]
         done = functools.partial(runs.finished, home, steps)
         jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, {"model": model}))
     signum, failed = run(jobs, options, plan, folder)
@@ -189,7 +192,7 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     offline.check(offline.find(sources), plan.configs[task, options.models[0]])
     for seed, model in itertools.product(seeds(options), options.models):
         home = folder / task / model / str(seed)
-        words = [sys.executable, "-m", "hidreamer.report.offline", *command(plan, task, model, seed, home)]
+        words = [sys.executable, "-m", "analysis.offline", *command(plan, task, model, seed, home)]
         words += ["--episodes", *sources, "--updates", str(updates)]
         done = functools.partial(offline.finished, home, updates)
         jobs[model, seed] = Job(f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates")
@@ -259,7 +262,7 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     report = summary.summarise(what.runs, what.models)
     known = {model: what.capacity.get(model, {}) | report["costs"][model] for model in what.models}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")}
-    made = provenance() | {"command": shlex.join(["python", "run_comparison.py", *argv]), "versions": versions}
+    made = provenance() | {"command": shlex.join([*app.command("run_comparison"), *argv]), "versions": versions}
     warnings = fairness.warnings({model: column for model, column in known.items() if "error" not in column})
     report |= {"made": made, "capacity": known, "counted_on": what.task, "warnings": warnings, "offline": what.offline}
     page.write(summary.plain(report | {"differences": what.differences, "failed": what.failed}), folder)
@@ -304,4 +307,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(app.run(main))

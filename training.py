@@ -21,6 +21,7 @@ from hidreamer.logger import Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import STARTS, note_start, provenance
 from hidreamer.replay import Episodes, Replay
+from hidreamer.spaces import random_action
 from tools import Config, ConfigError
 
 # Attributes of a run, by their names in a checkpoint.
@@ -200,7 +201,7 @@ class Run:
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
         if not self._filled() or (exploring and expl.behavior == "random"):
             self.act = None
-            return cost.random_action(self.envs.act_space, self.envs.count, self.explore_rng)
+            return random_action(self.envs.act_space, self.envs.count, self.explore_rng)
         obs = {key: self.obs[key] for key in (*self.envs.obs_space, "is_first")}
         if self.act is None:
             # What came before was not followed: begin as a replayed chunk begins.

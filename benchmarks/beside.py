@@ -32,6 +32,7 @@ from hidreamer import cost
 from hidreamer.capture import Captured
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay
+from hidreamer.spaces import random_rows
 
 OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 ACTIONS = 6
@@ -54,7 +55,7 @@ def counts(update: Callable[[], object]) -> dict[str, int]:
 def ours(config: tools.Config, device: torch.device) -> Measured:
     agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
     agent.make_optimizers()
-    batch = agent.tensors(cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length))
+    batch = agent.tensors(random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length))
     counted = counts(lambda: agent.update(batch))
     update = agent.make_update(config.compile)  # compiles the parts: the dream has them as training does
     with torch.no_grad():
@@ -102,7 +103,7 @@ def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measur
     world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options).to(device)
     behavior = theirs.ImagBehavior(options, world).to(device)
     world.requires_grad_(False), behavior.requires_grad_(False)  # their update turns gradients on where it needs them
-    rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
+    rows = random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
     batch = {"action": rows.pop("prev_action"), **rows}
 
     def update():
@@ -117,7 +118,7 @@ def replay_figures(config: tools.Config, steps: int = 100_000, repeats: int = 50
     block, rng = config.replay, np.random.default_rng(0)
     before = resident_mb()
     ring = Replay(capacity=steps, batch=block.batch, length=block.length, streams=1, rng=rng)
-    rows = cost.random_rows(OBS, spaces.Discrete(ACTIONS), 1, 1000)
+    rows = random_rows(OBS, spaces.Discrete(ACTIONS), 1, 1000)
     for i in range(steps):
         ring.add({key: x[:, i % 1000] for key, x in rows.items()})
     times = measure.interleaved({"sample": ring.sample}, repeats, False)["sample"]

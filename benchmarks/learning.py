@@ -21,11 +21,12 @@ from measure import ROOT
 import dreamer
 import tools
 import training
+from comparison.runs import records
 from envs import make_env
-from hidreamer import checkpoint, cost
+from hidreamer import checkpoint
 from hidreamer.provenance import STARTS, provenance
 from hidreamer.replay import Replay
-from hidreamer.report.runs import records
+from hidreamer.spaces import random_action
 
 # name: presets, steps, and bars (what is averaged, its least value).
 TASKS = {
@@ -146,7 +147,7 @@ def random_return(task: str, count: int = 300) -> float:
     while len(returns) < count:
         obs, score = env.reset(), 0.0
         while not obs["is_last"]:
-            obs = env.step(cost.random_action(env.act_space, 1, rng)[0])
+            obs = env.step(random_action(env.act_space, 1, rng)[0])
             score += float(obs["reward"])
         returns.append(score)
     return float(np.mean(returns))

@@ -27,13 +27,13 @@ from measure import ROOT
 
 import models
 import tools
+from analysis import heldout, offline
 from envs import EnvError
 from hidreamer import evaluation
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.dynamics.base import kl_losses
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
-from hidreamer.report import heldout, offline
 
 # Each row differs from the first in one thing; the last two are the other latent states at the same size.
 ROWS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ import tools
 from envs import EnvError, make_env
 from hidreamer import cost
 from hidreamer.provenance import provenance
+from hidreamer.spaces import random_action, random_rows
 
 
 def frames_per_second(env, seconds: float = 2.0) -> float:
@@ -29,7 +30,7 @@ def frames_per_second(env, seconds: float = 2.0) -> float:
     while time.perf_counter() < end:
         if obs["is_last"]:
             obs = env.reset()
-        obs = env.step(cost.random_action(env.act_space, 1, rng)[0])
+        obs = env.step(random_action(env.act_space, 1, rng)[0])
         frames += env.repeat
     return frames / seconds
 
@@ -39,7 +40,7 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
     device = next(agent.parameters()).device
     block = agent.config.replay
     agent.make_optimizers()
-    rows = cost.random_rows(env.obs_space, env.act_space, block.batch, block.length)
+    rows = random_rows(env.obs_space, env.act_space, block.batch, block.length)
     batch = {key: torch.from_numpy(x).to(device) for key, x in rows.items()}
     eager = lambda: agent.update(batch)
     eager(), eager()  # the first one allocates the optimisers' states

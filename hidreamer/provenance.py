@@ -11,16 +11,26 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from hidreamer import __version__
+from hidreamer.app import INSTALLED, ROOT, command
+
 STARTS = "starts.jsonl"  # in a run's folder: what starts it, and dreamer.py itself, say of each start
 
 
 def git(*args: str) -> str:
     """What git says about this checkout; nothing where there is no git or no checkout."""
+    if ROOT == INSTALLED:  # a repository around an installed package is another project's
+        return ""
     try:
         return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
+
+
+def script() -> list[str]:
+    """The words that started this process; without its folder where that is ours."""
+    path = Path(sys.argv[0])
+    return command(path.stem) if path.parent == ROOT else ["python", sys.argv[0]]
 
 
 def provenance() -> dict[str, str]:
@@ -30,8 +40,8 @@ def provenance() -> dict[str, str]:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
-        "command": shlex.join(["python", *sys.argv]),
+        "commit": (git("rev-parse", "--short=12", "HEAD") or f"version {__version__}") + changed,
+        "command": shlex.join([*script(), *sys.argv[1:]]),
         "hardware": f"{model}, {torch.get_num_threads()} threads{gpu}",
         "torch": torch.__version__,
     }

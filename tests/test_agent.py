@@ -14,6 +14,7 @@ import tools
 from hidreamer import cost
 from hidreamer.dynamics import TYPES
 from hidreamer.optim import Optimizer
+from hidreamer.spaces import random_rows
 
 VECTOR = {"vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
 EVERYTHING = VECTOR | {
@@ -34,7 +35,7 @@ def make(obs=VECTOR, act="discrete", batch=2, length=8, **overrides):
     dim = {"discrete": 3, "multi": 5, "continuous": 2}[act]
     agent = models.Agent(obs, space, dim, config)
     agent.make_optimizers()
-    rows = cost.random_rows(obs, space, batch, length)
+    rows = random_rows(obs, space, batch, length)
     return agent, {key: torch.from_numpy(x) for key, x in rows.items()}
 
 
@@ -353,7 +354,7 @@ def test_large_presets_act_and_learn_at_their_sizes(preset):
     obs, space = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}, spaces.Discrete(6)
     agent = models.Agent(obs, space, 6, config)
     agent.make_optimizers()
-    batch = agent.tensors(cost.random_rows(obs, space, 1, 4))
+    batch = agent.tensors(random_rows(obs, space, 1, 4))
     metrics = torch.stack([agent.update(batch).clone() for _ in range(3)])
     assert metrics.isfinite().all()
     loss = agent.metric_names.index("image_loss")

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 import run_comparison
-from hidreamer.report import backends
-from hidreamer.report.matrix import Job, Matrix
+from comparison import backends
+from comparison.matrix import Job, Matrix
 
 CLUSTERS = ["ray", "slurm"]
 

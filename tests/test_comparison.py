@@ -129,7 +129,7 @@ def test_memory_is_the_runs_own():
 
 def test_two_runners_never_share_a_folder(tmp_path):
     """The lock belongs to the run, so that it outlives a runner that was killed."""
-    from hidreamer.report.backends import Process
+    from comparison.backends import Process
 
     make = lambda: Process(["sleep", "30"], tmp_path / "run", tmp_path / "run.log", {}, {})
     first, second = make(), make()

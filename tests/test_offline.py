@@ -14,13 +14,14 @@ from test_agent import make
 
 import run_comparison
 import tools
+from analysis import heldout, offline
+from analysis.heldout import CONTEXT
+from comparison import stats
 from conftest import ROOT
 from envs import make_env
-from hidreamer import cost
 from hidreamer.distributions import BINS, Bernoulli, TwoHot
 from hidreamer.replay import save_episode
-from hidreamer.report import heldout, offline, stats
-from hidreamer.report.heldout import CONTEXT
+from hidreamer.spaces import random_rows
 
 QUICK = {"task": "dummy_grid", "replay.length": 12, "env.action_repeat": 1}
 
@@ -258,7 +259,7 @@ def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
 
     obs = {"image": spaces.Box(0, 255, (16, 16, 3), "uint8")}
     agent, _ = make(obs)
-    rows = {key: x[0] for key, x in cost.random_rows(obs, spaces.Discrete(3), 1, 5 * 24).items()}
+    rows = {key: x[0] for key, x in random_rows(obs, spaces.Discrete(3), 1, 5 * 24).items()}
     held = SimpleNamespace(
         held=lambda: {"episode": rows},
         config=SimpleNamespace(replay=SimpleNamespace(length=24)),

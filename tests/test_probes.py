@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import tools
+from analysis import offline, probes
 from envs import make_env
 from hidreamer.replay import load_episode, save_episode
-from hidreamer.report import offline, probes
 
 QUICK = {"task": "atari_breakout", "env.time_limit": 240, "replay.length": 16}
 

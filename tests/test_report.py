@@ -15,8 +15,8 @@ from rliable import library, metrics
 
 import run_comparison
 import tools
+from comparison import runs, stats, words
 from hidreamer.provenance import note_start
-from hidreamer.report import runs, stats, words
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -1,4 +1,4 @@
-"""The house keeps its floors: a file imports only from lower ones, and nobody imports an application."""
+"""Arrows point downwards only: a file imports from lower floors, or acyclically from its own room."""
 
 import ast
 from pathlib import Path
@@ -7,13 +7,21 @@ import pytest
 
 from conftest import ROOT
 
+# A room is a file or folder that stands here; what else is in a folder belongs to its room.
 FLOORS = {
-    "run_comparison": 8,
-    "simple_test": 8,
-    "dreamer": 8,
-    "training": 7,
-    "models": 6,
-    "networks": 5,
+    "benchmarks": 12,
+    "run_comparison": 11,
+    "simple_test": 11,
+    "dreamer": 11,
+    "analysis": 10,
+    "comparison": 9,
+    "legacy.check": 9,
+    "training": 9,
+    "models": 8,
+    "networks": 7,
+    "legacy": 6,
+    "tools": 6,
+    "envs": 5,
     "hidreamer.dynamics": 4,
     "hidreamer.dynamics.rssm": 3,
     "hidreamer.dynamics.hrssm": 3,
@@ -22,100 +30,203 @@ FLOORS = {
     "hidreamer.quantizer": 1,
     "hidreamer.transformer": 1,
     "hidreamer.mask": 1,
-    "hidreamer": 0,  # and every file in it that is not named above
-    "envs": 0,
-    "tools": 0,
+    "hidreamer": 0,
 }
-APPLICATIONS = (
-    "hidreamer.pipeline",
-    "hidreamer.analysis",
-    "hidreamer.report",
-)  # above models; nothing imports them, but run_comparison.py the report
-LOADED_ON_DEMAND = "legacy"
+ALONE = ("hidreamer", "envs")  # import nothing else of this project
+ON_DEMAND = ("legacy",)  # loaded only when asked for
+DOORS = ("hidreamer.__main__",)  # may import by a name that is not written out
+BY_NAME = ("import_module", "__import__", "run_module", "run_path")
+OUTSIDE = ("tests", "results", "runs", "build")  # folders without code of the project's rooms
 
 
-def modules():
-    """{dotted name: path} of all that is not a test or a benchmark."""
-    found = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] in ("tests", "benchmarks", "results", "runs") or any(part.startswith(".") for part in parts):
-            continue
-        found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+class House:
+    """The modules of a folder, and what they import from each other."""
 
+    def __init__(self, root: Path):
+        self.paths: dict[str, Path] = {}  # by dotted name
+        for top in sorted(root.iterdir()):
+            if top.name in OUTSIDE or top.name.startswith("."):
+                continue
+            for path in sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py"):
+                parts = path.relative_to(root).with_suffix("").parts
+                self.paths[".".join(parts).removesuffix(".__init__")] = path
+        self.faults: list[str] = []
+        self.always: dict[str, set[str]] = {}  # what a module imports as it is loaded
+        self.lazily: dict[str, set[str]] = {}  # and inside its functions
+        for name in self.paths:
+            self.always[name], self.lazily[name] = self._imports(name)
 
-def imports(path: Path, everywhere=True):
-    """Names that a file imports from this project; with ``everywhere`` also inside functions."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if everywhere else tree.body
-    names = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    known = modules()
+    def _imports(self, name: str) -> tuple[set[str], set[str]]:
+        always, lazily = set(), set()
+        for node, inside in walk(ast.parse(self.paths[name].read_text())):
+            found = lazily if inside else always
+            if isinstance(node, ast.Import):
+                found |= {self._owner(alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                self.faults.append(f"{name} has a relative import")
+            elif isinstance(node, ast.ImportFrom):
+                found |= {self._owner(f"{node.module}.{alias.name}") for alias in node.names}
+            elif isinstance(node, ast.Call) and called(node) in BY_NAME:
+                self._by_name(name, node, found)
+        return always - {"", name}, lazily - {"", name}
 
-    def owner(name):
-        while name and name not in known:
+    def _by_name(self, name: str, call: ast.Call, found: set[str]) -> None:
+        """A constant is an import like any other; f"envs.{suite}" may be anything in ``envs``."""
+        what = call.args[0]
+        start = what.values[0] if isinstance(what, ast.JoinedStr) else what
+        if isinstance(start, ast.Constant):
+            found.add(self._owner(str(start.value).rstrip(".")))
+        elif name not in DOORS:
+            self.faults.append(f"{name} imports by a name that is not written out")
+
+    def _owner(self, name: str) -> str:
+        """The module of this house that holds ``name``; "" if none does."""
+        while name and name not in self.paths:
             name = name.rpartition(".")[0]
         return name
 
-    return {owner(name) for name in names} - {""}
+
+def walk(node: ast.AST, inside: bool = False):
+    """All nodes, and whether they stand in a function."""
+    for child in ast.iter_child_nodes(node):
+        yield child, inside
+        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from walk(child, inside or function)
 
 
-def floor(name):
-    while name not in FLOORS:
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def room(name: str) -> str:
+    """The entry of FLOORS that a module belongs to; "" if it has none."""
+    while name and name not in FLOORS:
         name = name.rpartition(".")[0]
-        assert name, "every file has a floor"
-    return FLOORS[name]
+    return name
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_no_arrow_points_up(name):
-    if name.startswith((*APPLICATIONS, LOADED_ON_DEMAND)):
-        return
-    for other in imports(modules()[name]) - {name}:
-        if other.startswith(APPLICATIONS):
-            assert (name, other.startswith("hidreamer.report")) == ("run_comparison", True), f"{name} imports {other}"
+def faults(root: Path) -> list[str]:
+    """What is wrong with the arrows of the project in ``root``, one line each."""
+    house = House(root)
+    found = house.faults
+    for name in house.paths:
+        if not room(name):
+            found.append(f"{name} has no floor")
             continue
-        if other.startswith(LOADED_ON_DEMAND):
-            assert other not in imports(modules()[name], everywhere=False), f"{name} always loads {other}"
-            continue
-        inside = floor(name) == floor(other) == 0 and name.split(".")[0] == other.split(".")[0]  # within one room
-        assert floor(other) < floor(name) or inside, (
-            f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
-        )
+        for other in sorted(house.always[name] | house.lazily[name]):
+            here, there = room(name), room(other)
+            if here != there and there and FLOORS[there] >= FLOORS[here]:
+                floors = FLOORS[here], FLOORS[there]
+                found.append(f"{name} (floor {floors[0]}) imports {other} (floor {floors[1]})")
+            top, above = name.split(".")[0], other.split(".")[0]
+            if top in ALONE and above != top:
+                found.append(f"{name} imports {other}: {top} stands alone")
+            if above in ON_DEMAND and top not in ON_DEMAND and other in house.always[name]:
+                found.append(f"{name} always loads {other}")
+    return found + cycles(house.always)
 
 
-def test_no_cycles():
-    graph = {name: imports(path, everywhere=False) - {name} for name, path in modules().items()}
-    done, path = set(), []
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    found, done, path = [], set(), []
 
-    def visit(name):
-        assert name not in path, " -> ".join([*path, name])
-        if name not in done:
+    def visit(name: str) -> None:
+        if name in path:
+            found.append("cycle: " + " -> ".join([*path[path.index(name) :], name]))
+        elif name not in done:
             path.append(name)
-            for other in graph[name]:
+            for other in sorted(graph[name]):
                 visit(other)
             path.pop()
             done.add(name)
 
     for name in graph:
         visit(name)
+    return found
+
+
+def test_no_arrow_points_up():
+    assert faults(ROOT) == []
+
+
+def test_every_floor_is_somebodys():
+    assert sorted(FLOORS.keys() - House(ROOT).paths.keys()) == ["benchmarks"]  # a folder of scripts
 
 
 def test_the_dynamics_never_import_each_other():
-    kinds = [name for name in modules() if name.startswith("hidreamer.dynamics.") and not name.endswith("base")]
+    house = House(ROOT)
+    kinds = {name for name in house.paths if name.startswith("hidreamer.dynamics.")}
+    kinds.remove("hidreamer.dynamics.base")
     for name in kinds:
-        assert not imports(modules()[name]) & (set(kinds) - {name})
+        assert not (house.always[name] | house.lazily[name]) & (kinds - {name})
 
 
-def test_the_check_sees_an_upward_import(tmp_path):
-    (tmp_path / "x.py").write_text("def f():\n    from models import Agent\n")
-    assert imports(tmp_path / "x.py") == {"models"} and imports(tmp_path / "x.py", everywhere=False) == set()
+LAZY = "def f():\n    import {}\n"
+PLANTED = {  # file: its text, and what is said of it
+    "upward": ({"networks.py": "import models"}, "networks (floor 7) imports models (floor 8)"),
+    "upward, in a function": (
+        {"tools.py": LAZY.format("training")},
+        "tools (floor 6) imports training (floor 9)",
+    ),
+    "upward, in a try": (
+        {"models.py": "try:\n    import dreamer\nfinally:\n    pass"},
+        "models (floor 8) imports dreamer",
+    ),
+    "one floor": (
+        {"envs/a.py": "", "hidreamer/b.py": "from envs import a"},
+        "hidreamer.b (floor 0) imports envs.a",
+    ),
+    "from the root": (
+        {"hidreamer/a.py": LAZY.format("tools")},
+        "hidreamer.a imports tools: hidreamer stands alone",
+    ),
+    "by name": (
+        {"hidreamer/a.py": "__import__('models')"},
+        "hidreamer.a imports models: hidreamer stands alone",
+    ),
+    "by a hidden name": (
+        {"hidreamer/a.py": "import_module(x)"},
+        "hidreamer.a imports by a name that is not written",
+    ),
+    "downward, not alone": (
+        {"envs/a.py": "import hidreamer"},
+        "envs.a imports hidreamer: envs stands alone",
+    ),
+    "an application": (
+        {"comparison/a.py": "from analysis import b", "analysis/b.py": ""},
+        "comparison.a (floor 9) imp",
+    ),
+    "applications, of a library": (
+        {"models.py": LAZY.format("comparison")},
+        "models (floor 8) imports comparison",
+    ),
+    "always loaded": ({"training.py": "import legacy"}, "training always loads legacy"),
+    "a cycle": (
+        {"envs/a.py": "import envs.b", "envs/b.py": "import envs.a"},
+        "cycle: envs.a -> envs.b -> envs.a",
+    ),
+    "no floor": ({"pipeline/a.py": ""}, "pipeline.a has no floor"),
+    "relative": ({"envs/a.py": "from . import b"}, "envs.a has a relative import"),
+}
+
+
+def build(root: Path, files: dict[str, str]) -> Path:
+    """A project without fault, but for ``files``."""
+    rooms = {name.split(".")[0] for name in FLOORS}
+    for name, text in {**{f"{room}/__init__.py": "import os" for room in rooms}, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for name in rooms:
+        if (root / f"{name}.py").exists():  # instead of the folder
+            (root / name / "__init__.py").unlink()
+    return root
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_fault_is_found(case, tmp_path):
+    """The negative control of the tests above."""
+    files, message = PLANTED[case]
+    assert faults(build(tmp_path / "without", {})) == []
+    assert any(message in line for line in faults(build(tmp_path / "with", files)))
 
 
 def test_tools_stays_small():

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hidreamer.report import stats
-from hidreamer.report.runs import Run, config_hash, levels
+from comparison import stats
+from comparison.runs import Run, config_hash, levels
 
 # Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's result files, which
 # are those of the DreamerV3 repository).

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 import torch
 
-from hidreamer.provenance import ROOT, note_start
+from hidreamer.app import ROOT, python_path
+from hidreamer.provenance import note_start
 from tools import ConfigError
 
 # Slurm's warning goes to all processes of a job; the command must not die of it.
@@ -175,7 +176,7 @@ class Ray:
 
     def __init__(self, jobs: int, device: str, per_gpu: int, resources: Mapping[str, Any]):
         self.ray = extra("ray", lambda: __import__("ray"))
-        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        environment = {"env_vars": {"PYTHONPATH": python_path()}}
         quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
         self.ray.init(runtime_env=environment, ignore_reinit_error=True, **quiet)
         self.slots = jobs or sys.maxsize
@@ -201,7 +202,7 @@ class Slurm:
         submitit = extra("slurm", lambda: __import__("submitit"))
         self.slots = jobs or sys.maxsize
         self.executor = submitit.AutoExecutor(folder)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["PYTHONPATH"] = python_path()
         # submitit's own limit is 5 minutes.
         known = {"timeout_min": 24 * 60, "gpus_per_node": int(device == "cuda"), "name": "hidreamer"}
         try:

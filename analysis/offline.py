@@ -1,6 +1,6 @@
 """One world model trained on recorded episodes, and judged on others: a job of ``--paired-offline``.
 
-    python -m hidreamer.report.offline --configs PRESET ... --task TASK --seed S --logdir FOLDER
+    python -m analysis.offline --configs PRESET ... --task TASK --seed S --logdir FOLDER
         --episodes FOLDER ... --updates N
 
 Models that are given the same episodes and seed see the same batches in the same order. The same command again
@@ -24,13 +24,13 @@ import torch
 
 import models
 import tools
+from analysis import heldout, probes
+from comparison.runs import config_hash
 from envs import EnvError, make_env
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.logger import Rates
 from hidreamer.replay import DAMAGED, Replay, Rows, load_episode
-from hidreamer.report import heldout, probes
-from hidreamer.report.runs import config_hash
 from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out

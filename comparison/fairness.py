@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 import models
+from comparison.runs import HOUSEKEEPING, Run
 from envs import EnvError, make_env
 from hidreamer import cost
-from hidreamer.report.runs import HOUSEKEEPING, Run
+from hidreamer.spaces import random_rows
 from tools import Config, ConfigError
 
 MATCHED = 0.05  # relative difference of capacity above which models are not "matched"
@@ -70,7 +71,7 @@ def capacity(config: Config) -> dict[str, Any]:
     except (EnvError, ValueError) as error:
         raise ConfigError(str(error)) from None
     agent.make_optimizers()
-    rows = cost.random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
+    rows = random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
     batch = {key: torch.from_numpy(x) for key, x in rows.items()}
     sizes = cost.sizes(agent)
     params = sizes.pop("params")

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hidreamer.report.backends import Handle
-from hidreamer.report.runs import records
+from comparison.backends import Handle
+from comparison.runs import records
 
 ATTEMPTS = 2
 LINES = 15  # of a failed job's log that are shown

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from hidreamer.report import stats
+from comparison import stats
 
 COLOURS = ("#3b4252", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # after Okabe and Ito
 STYLES = ("-", "--", ":", "-.")  # of levels, coarse -> fine

@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 
+from comparison import fairness, figures, stats, words
+from comparison.words import estimate, number
 from hidreamer import checkpoint
-from hidreamer.report import fairness, figures, stats, words
-from hidreamer.report.words import estimate, number
 
 Report = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hidreamer.report import stats
+from comparison import stats
 
 WANTED = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
 

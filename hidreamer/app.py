@@ -1,0 +1,82 @@
+"""Where the files beside this package are, in a checkout and in a wheel, and what starts them.
+
+In a checkout ``dreamer.py``, ``models.py``, ``envs/`` and the others stand beside ``hidreamer/``;
+a wheel holds them in ``hidreamer/_app``, because names as general as ``models`` do not belong at the
+top of site-packages (docs/decisions/014-installed.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+INSTALLED = Path(__file__).parent / "_app"  # exists in a wheel only
+ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent
+by_command = ROOT == INSTALLED  # whether messages say "hidreamer train"; hidreamer.__main__ sets it
+
+# {command: (module in ROOT that is run as a script, its sentence)}
+COMMANDS = {
+    "train": ("dreamer", "Train an agent, or go on with a run."),
+    "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
+}
+
+
+class ForeignModule(ImportError):
+    """One line: a module of another project has a name that ours needs."""
+
+
+def enter() -> None:
+    """Put ROOT first on the import path, so that ``import models`` finds ours.
+
+    Raises ForeignModule where it would not all the same: another one is loaded already, or an import
+    hook goes before the path.
+    """
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
+    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
+        name = file.parent.name if file.name == "__init__.py" else file.stem
+        found = origin(name)
+        if found is None or not os.path.exists(found) or not os.path.samefile(found, file):
+            raise ForeignModule(
+                f"hidreamer needs its own module {name!r}, and Python has another one ({found}): "
+                "use a process in which that is not imported"
+            )
+
+
+def origin(name: str) -> str | None:
+    """The file of a module that is loaded, or that would be."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None)
+    spec = importlib.util.find_spec(name)
+    return spec.origin if spec else None
+
+
+def command(module: str) -> list[str]:
+    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer train"."""
+    for name, (known, _) in COMMANDS.items():
+        if known == module and by_command:
+            return ["hidreamer", name]
+    return ["python", f"{module}.py"]
+
+
+def python_path() -> str:
+    """PYTHONPATH of a process that is to import what stands in ROOT."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run(main: Callable[[list[str]], int]) -> int:
+    """-> exit status of ``main``, given the arguments; 1 if its reader left, as with ``--help | head``."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        hide_stdout()
+        return 1
+    return status
+
+
+def hide_stdout() -> None:
+    """Drop what is still buffered for a reader that left, and all that follows."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

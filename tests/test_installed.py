@@ -1,0 +1,145 @@
+"""What pip installs works in an empty folder, without the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_rooms import House
+
+from conftest import ROOT
+
+DEBUG = ["--configs", "debug", "--task", "dummy_vector"]
+UNNEEDED = (".*", "*.egg-info", "__pycache__", "build", "results", "runs", "tests")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+OFFLINE = ["--no-deps", "--no-build-isolation", "--no-index"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the repository: a build leaves files behind where it works."""
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("source") / "copy"
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*UNNEEDED))
+
+
+@pytest.fixture(scope="module")
+def site(source, tmp_path_factory):
+    """The folder that a wheel was installed into, inside a git repository of somebody else."""
+    folder = tmp_path_factory.mktemp("theirs")
+    subprocess.run([*PIP, "wheel", *OFFLINE, "--wheel-dir", folder, source], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*PIP, "install", *OFFLINE, "--target", folder / "site", wheel], check=True)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(folder)]
+    if shutil.which("git"):
+        subprocess.run([*git, "init", "--quiet"], check=True)
+        subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=theirs"], check=True)
+    return folder / "site"
+
+
+def start(site, cwd, *words, path=()):
+    """-> the finished process, in ``cwd``; ``path`` goes before the installed package."""
+    paths = os.pathsep.join(map(str, [*path, site]))
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [str(word) for word in words]
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_wheel_holds_every_room_under_one_name(site):
+    """A folder or a script that pyproject.toml does not name would be missing."""
+    names = {path.name.split("-")[0] for path in site.iterdir()}
+    assert names == {"hidreamer", "bin"}
+    wanted = {path.relative_to(ROOT) for path in House(ROOT).paths.values()}
+    wanted |= {Path("configs.yaml"), *(path.relative_to(ROOT) for path in ROOT.glob("*/page.*"))}
+    app = Path("hidreamer/_app")
+    wanted = {path for path in wanted if path.parts[0] != "benchmarks"}
+    wanted = {path if path.parts[0] == "hidreamer" else app / path for path in wanted}
+    found = {path.relative_to(site) for path in (site / "hidreamer").rglob("*") if path.is_file()}
+    assert {path for path in found if path.suffix != ".pyc"} == wanted
+
+
+def test_it_trains_and_reports_beside_modules_of_the_same_names(site, tmp_path):
+    """Runs are processes of their own, and so are their environments."""
+    theirs, work = tmp_path / "theirs", tmp_path / "work"
+    for folder in (theirs, work):
+        for name in ("models.py", "tools.py", "envs/__init__.py", "comparison/__init__.py"):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text("raise RuntimeError('of another project')")
+    words = [*DEBUG, "--models", "tiny_dreamerv3", "--seeds", 1, "--logdir", "out"]
+    words += ["--steps", 200, "--env.parallel", "true"]
+    compare = [site / "bin" / "hidreamer", "compare", *words]
+    done = start(site, work, *compare, path=[theirs])
+    run = work / "out" / "dummy_vector" / "tiny_dreamerv3" / "0"
+    assert done.returncode == 0, done.stdout + done.stderr + run.with_suffix(".log").read_text()
+    assert "200 steps" in (log := run.with_suffix(".log").read_text())
+    assert "continue:   hidreamer train" in log
+    assert "hidreamer compare" in (work / "out" / "report.md").read_text()
+    notes = (run / "starts.jsonl").read_text()
+    assert '"commit": "version ' in notes  # and not that of the repository around
+    assert str(site) not in notes
+
+    again = [sys.executable, "-m", "hidreamer", "train", "--resume", run, "--steps", 220]
+    done = start(site, work, *again, path=[theirs])
+    assert done.returncode == 0, done.stderr
+    assert "at step 200" in done.stdout and "done: 220 steps" in done.stdout
+
+
+def test_a_foreign_module_that_is_loaded_is_one_line(site, tmp_path):
+    script = """
+import json, sys
+sys.modules["models"] = json
+from hidreamer.__main__ import main
+sys.exit(main(["train", "--help"]))
+"""
+    done = start(site, tmp_path, sys.executable, "-c", script)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert "error: hidreamer needs its own module 'models'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    {
+        "nothing": ([], 2, "hidreamer COMMAND"),
+        "help": (["--help"], 0, "  compare "),
+        "version": (["--version"], 0, "hidreamer 0."),
+        "unknown": (["trian"], 2, "error: there is no command 'trian'; there are train, compare"),
+        "help of compare": (["compare", "--help"], 0, "hidreamer compare --steps 50000"),
+        "wrong arguments": (["train", "--stepz", "3"], 2, "error: "),
+    }.values(),
+)
+def test_the_command(words, status, says, tmp_path):
+    """In a checkout that is not installed, from another folder."""
+    done = start(ROOT, tmp_path, sys.executable, "-m", "hidreamer", *words)
+    assert done.returncode == status and says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == says.startswith("error")
+
+
+def test_an_editable_install_works_from_any_folder(source, tmp_path):
+    """In an environment of its own, which finds other packages where this one does."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "others.pth").write_text("\n".join(others))
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([*PIP, "--python", python, "install", *OFFLINE, "--editable", source], check=True)
+    done = start(tmp_path, tmp_path, python.with_name("hidreamer"), "train", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "hidreamer train --configs PRESET" in done.stdout and "  --dynamics.type " in done.stdout
+    where = "from hidreamer import app; app.enter(); import tools; print(tools.__file__)"
+    assert start(tmp_path, tmp_path, python, "-c", where).stdout.strip() == str(source / "tools.py")
+
+
+@pytest.mark.slow  # minutes on a busy machine
+@pytest.mark.parametrize("backend", ["ray", "slurm"])
+def test_clusters_and_recorded_episodes(backend, site, tmp_path):
+    pytest.importorskip({"ray": "ray", "slurm": "submitit"}[backend])
+    command = [site / "bin" / "hidreamer", "compare", *DEBUG, "--models", "tiny_dreamerv3", "--seeds", 1]
+    command += ["--backend", backend, "--logdir", "out"]
+    done = start(site, tmp_path, *command, "--steps", 600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    recorded = "out/dummy_vector/tiny_dreamerv3/0"
+    done = start(site, tmp_path, *command, "--updates", 10, "--paired-offline", recorded)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "offline" / "report.html").exists()
