@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         run = Run(config, logdir, source, models.pick_device(config))
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, run.heed)
-        with run.screen.bar:
+        with run.screen:
             run.train()
             run.finish()
         print(summary(run, argv))

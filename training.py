@@ -16,14 +16,14 @@ import tools
 from envs import make_env
 from envs.vector import Envs
 from hidreamer import cost, evaluation
-from hidreamer.logger import Logger, Rates, Screen
+from hidreamer.logger import VIDEO, Logger, Rates, Screen
 from hidreamer.provenance import STARTS, note_start, provenance
 from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
 from tools import CheckpointError, Config, ConfigError
 
 # What a run may change when it is continued; everything else makes it another run.
 FREE = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels", "eval_episodes", "eval_greedy"}
-FREE |= {"log_every", "eval_every", "checkpoint_every"}
+FREE |= {"eval_time_limit", "log_every", "eval_every", "checkpoint_every"}
 
 
 class Failure(Exception):
@@ -93,6 +93,7 @@ class Run:
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
+        block |= {"time_limit": evaluation.time_limit(self.config)} if role == 1 else {}
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
@@ -241,24 +242,37 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                mode, shows = "greedy" if config.eval_greedy else "train", (config.video, config.decode_levels)
-                count = min(config.env.count, config.eval_episodes)
-                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    played = evaluation.play(self.agent, envs, config.eval_episodes, mode, *shows, self._heed)
-                returns, lengths, videos = played
-                scores = {"eval_return": float(np.mean(returns)), "eval_return_std": float(np.std(returns))}
-                scores |= {"eval_length": float(np.mean(lengths)), "eval_episodes": len(returns)}
-                self.logger.scalars(self.step, scores)
-                self.screen.line(f"[{self.step}] eval return {scores['eval_return']:.2f} over {len(returns)} episodes")
-                if config.video:
-                    batch = self.replay.sample(np.random.default_rng(entropy))
-                    videos["open_loop"] = evaluation.open_loop(self.agent, batch, config.decode_levels)
-                for name, frames in videos.items():
-                    if len(frames):
-                        self.logger.video(self.step, name, np.asarray(frames), fps=5 if name == "open_loop" else 15)
+                film = config.video and VIDEO not in self.logger.best_effort.off
+                videos = self._play(film)
+                if film:
+                    self._heed()
+                    self.logger.best_effort(VIDEO, self._film, videos, np.random.default_rng(entropy))
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
+
+    def _play(self, film: bool) -> dict[str, evaluation.Frames]:
+        """Play and log the episodes of an evaluation. -> videos of the first one, if ``film``."""
+        config, limit = self.config, evaluation.time_limit(self.config)
+        mode = "greedy" if config.eval_greedy else "train"
+        shown = {"video": film, "levels": config.decode_levels, "check": self._heed}
+        count = min(config.env.count, config.eval_episodes)
+        with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+            played = evaluation.play(self.agent, envs, config.eval_episodes, mode, limit=limit, **shown)
+            scores = evaluation.scores(played.episodes, getattr(envs, "summary", None))
+        if played.problem:
+            self.logger.best_effort.failed(VIDEO, played.problem)
+        self.logger.scalars(self.step, scores)
+        cut = f", {scores['eval_truncated']} cut after {limit} frames" if scores["eval_truncated"] else ""
+        told = f"eval return {scores['eval_return']:.2f} over {scores['eval_episodes']} episodes"
+        self.screen.line(f"[{self.step}] {told}{cut}")
+        return played.videos
+
+    def _film(self, videos: dict[str, evaluation.Frames], rng: np.random.Generator) -> None:
+        for name, frames in videos.items():
+            self.logger.video(self.step, name, frames)
+        dream = evaluation.open_loop(self.agent, self.replay.sample(rng), self.config.decode_levels)
+        self.logger.video(self.step, "open_loop", dream, fps=5)
 
     # ------------------------------------------------------------ checkpoints
 
