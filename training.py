@@ -89,7 +89,8 @@ class Run:
             note_start(logdir, provenance())
         self.rates = Rates(self.step, self.updates)
         self.screen.rates = Rates(self.step, self.updates)
-        self.logger = Logger(logdir, self.step, log_size, config.tree() if config.logger == "wandb" else None)
+        wandb_config, wandb_id = config.tree() if config.logger == "wandb" else None, (state or {}).get("wandb_id")
+        self.logger = Logger(logdir, self.step, log_size, wandb_config, wandb_id)
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
@@ -334,6 +335,7 @@ class Run:
             "replay_rng": self.replay.rng.bit_generator.state,
             "explore_rng": self.explore_rng.bit_generator.state,
             "log_size": self.logger.flush(),
+            "wandb_id": self.logger.wandb_id,
         }
         tools.save_checkpoint(self.folder / "latest.pt", state)
         self.running_files = [*self.running_files[-1:], running]

@@ -114,7 +114,9 @@ def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context
 def board(rows: list[dict[str, torch.Tensor]], error: bool = False) -> np.ndarray:
     """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there is none."""
     boards = [picture([row[key] for row in rows], error) for key in rows[0] if rows[0][key].ndim == 5]
-    return np.concatenate(boards, 2) if boards else np.zeros(0)
+    height = max((frames.shape[1] for frames in boards), default=0)
+    padded = [np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, 0), (0, 0))) for x in boards]
+    return np.concatenate(padded, 2) if boards else np.zeros(0)
 
 
 def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:

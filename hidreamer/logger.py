@@ -88,7 +88,7 @@ class Logger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers by name. Raises OSError where metrics.jsonl cannot be written."""
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step} | record, allow_nan=False) + "\n")
+        self.file.write(json.dumps({"step": step} | record, allow_nan=False, default=float) + "\n")
         if self.board:
             self.best_effort(TENSORBOARD, self.board.scalars, step, values)
         if self.wandb:
