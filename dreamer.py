@@ -162,7 +162,7 @@ def start(argv: list[str], signals: Signals) -> int:
         with contextlib.closing(run):
             try:
                 signals.defer()
-                with screen.bar:
+                with screen:
                     train(run, screen, signals)
             except Stop as stop:
                 name = signal.Signals(stop.signum).name

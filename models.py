@@ -15,7 +15,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
-from hidreamer.capture import Captured
+from hidreamer.capture import FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.nets import MLP
@@ -245,15 +245,20 @@ class Agent(nn.Module):
             self.optimizers[f"{prefix}critic"] = opt({"critic": behavior.critic}, cfg.critic)
 
     def make_update(self, compiled: str) -> Callable[[Batch], Tensor]:
-        """``update``, for CUDA (or ``compiled`` "on") with compiled parts, for CUDA as one recorded graph."""
+        """``update``, for CUDA (or ``compiled`` "on") with compiled parts, for CUDA as one recorded graph.
+
+        Where compiling or recording fails, it warns and goes on without (see ``FastUpdate``).
+        """
         cuda = next(self.parameters()).is_cuda
         if compiled == "off" or (compiled == "auto" and not cuda):
             return self.update
+        return FastUpdate(self, self._compile, capture=cuda)
+
+    def _compile(self) -> None:
         wm = self.world_model
         for module in (wm.encoder, wm.decoder, wm.reward, wm.cont, self.behavior.actor, self.behavior.critic):
             module.compile()
         wm.dynamics.compile_steps()
-        return Captured(self.update) if cuda else self.update
 
     def save_state(self) -> dict[str, Any]:
         """Parameters, buffers and optimiser states, by name."""
@@ -322,7 +327,8 @@ class Agent(nn.Module):
         model = self.world_model
         seen = networks.prepare({key: x[:1].unsqueeze(1) for key, x in obs.items()})
         feat = model.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
-        return [model.shown(seen), *model.show(feat, levels=True)]
+        with self.autocast():
+            return [model.shown(seen), *model.show(feat, levels=True)]
 
     def autocast(self):
         on = self.config.precision == "bfloat16"

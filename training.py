@@ -17,7 +17,7 @@ from envs import make_env
 from envs.vector import Envs
 from hidreamer import checkpoint, cost, evaluation
 from hidreamer.checkpoint import CheckpointError
-from hidreamer.logger import Logger, Rates
+from hidreamer.logger import VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import STARTS, note_start, provenance
 from hidreamer.replay import Episodes, Replay
@@ -100,7 +100,8 @@ class Run:
             note_start(logdir, provenance())
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
-        self.logger = Logger(logdir, self.step, log_size, config.tree() if config.logger == "wandb" else None)
+        wandb_config, wandb_id = config.tree() if config.logger == "wandb" else None, (state or {}).get("wandb_id")
+        self.logger = Logger(logdir, self.step, log_size, wandb_config, wandb_id)
         if not state:
             self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
         if self.copy_from:
@@ -110,6 +111,7 @@ class Run:
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
+        block |= {"time_limit": evaluation.time_limit(self.config)} if role == 1 else {}
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
@@ -254,24 +256,37 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                mode, shows = "greedy" if config.eval_greedy else "train", (config.video, config.decode_levels)
-                count = min(config.env.count, config.eval_episodes)
-                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    played = evaluation.play(self.agent, envs, config.eval_episodes, mode, *shows, self.poll)
-                returns, lengths, videos = played
-                scores = {"eval_return": float(np.mean(returns)), "eval_return_std": float(np.std(returns))}
-                scores |= {"eval_length": float(np.mean(lengths)), "eval_episodes": len(returns)}
-                self.logger.scalars(self.step, scores)
-                self.report(f"[{self.step}] eval return {scores['eval_return']:.2f} over {len(returns)} episodes")
-                if config.video:
-                    batch = self.replay.sample(np.random.default_rng(entropy))
-                    videos["open_loop"] = evaluation.open_loop(self.agent, batch, config.decode_levels)
-                for name, frames in videos.items():
-                    if len(frames):
-                        self.logger.video(self.step, name, np.asarray(frames), fps=5 if name == "open_loop" else 15)
+                film = config.video and VIDEO not in self.logger.best_effort.off
+                videos = self._play(film)
+                if film:
+                    self.poll()
+                    self.logger.best_effort(VIDEO, self._film, videos, np.random.default_rng(entropy))
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
+
+    def _play(self, film: bool) -> dict[str, evaluation.Frames]:
+        """Play and log the episodes of an evaluation. -> videos of the first one, if ``film``."""
+        config, limit = self.config, evaluation.time_limit(self.config)
+        mode = "greedy" if config.eval_greedy else "train"
+        shown = {"video": film, "levels": config.decode_levels, "check": self.poll}
+        count = min(config.env.count, config.eval_episodes)
+        with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+            played = evaluation.play(self.agent, envs, config.eval_episodes, mode, limit=limit, **shown)
+            scores = evaluation.scores(played.episodes, getattr(envs, "summary", None))
+        if played.problem:
+            self.logger.best_effort.failed(VIDEO, played.problem)
+        self.logger.scalars(self.step, scores)
+        cut = f", {scores['eval_truncated']} cut after {limit} frames" if scores["eval_truncated"] else ""
+        told = f"eval return {scores['eval_return']:.2f} over {scores['eval_episodes']} episodes"
+        self.report(f"[{self.step}] {told}{cut}")
+        return played.videos
+
+    def _film(self, videos: dict[str, evaluation.Frames], rng: np.random.Generator) -> None:
+        for name, frames in videos.items():
+            self.logger.video(self.step, name, frames)
+        dream = evaluation.open_loop(self.agent, self.replay.sample(rng), self.config.decode_levels)
+        self.logger.video(self.step, "open_loop", dream, fps=5)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -306,6 +321,7 @@ class Run:
             "explore_rng": self.explore_rng.bit_generator.state,
             "log_size": self.logger.flush(),
             "copy_from": self.copy_from,
+            "wandb_id": self.logger.wandb_id,
         }
         checkpoint.save_checkpoint(self.folder / "latest.pt", state)
         self.running_files = [*self.running_files[-1:], running]

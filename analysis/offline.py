@@ -194,7 +194,9 @@ class Trainer:
             torch.manual_seed(i)
             truth = model.shown(models.networks.prepare(batch))
             judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
-            by = {"model": judge(heldout.ask(model, batch)), "sceptic": judge(self.sceptic.say(truth))}
+            with self.agent.autocast():
+                said = heldout.ask(model, batch)
+            by = {"model": judge(said), "sceptic": judge(self.sceptic.say(truth))}
             found.append({f"{who}/{name}": x for who, scores in by.items() for name, x in scores.items()})
         scores = {name: np.array([scores[name] for scores in found]) for name in found[0]}
         return scores | probes.compare(self.probe(held))

@@ -57,7 +57,8 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
     agent.make_optimizers()
     batch = agent.tensors(random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length))
     counted = counts(lambda: agent.update(batch))
-    update = agent.make_update(config.compile)  # compiles the parts: the dream has them as training does
+    update = agent.make_update(config.compile)
+    update(batch)  # compiles the parts: the dream has them as training does
     with torch.no_grad():
         carry, post, _ = agent.world_model.observe(models.networks.prepare(batch))
         start = agent.world_model.dynamics.starts(carry, post, 0)

@@ -57,7 +57,7 @@ def learning(paths: list[Path], out: Path) -> None:
 def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
     """One panel a metric of one run's log. ``note`` says what run it was: commit, command, hardware."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
+    found = {key: [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key in keys}
     missing = [key for key, points in found.items() if not points]
     if missing:
         sys.exit(f"error: {folder / 'metrics.jsonl'} has no {', '.join(missing)}")

@@ -95,7 +95,7 @@ def longer(folder: Path, steps: int) -> bool:
 def episodes(folder: Path) -> np.ndarray:
     """(episodes, 2): the step at which each training episode ended, and its return."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return np.array([(line["step"], line["train_return"]) for line in lines if "train_return" in line])
+    return np.array([(line["step"], line["train_return"]) for line in lines if line.get("train_return") is not None])
 
 
 def measure(task: str, folder: Path, steps: int) -> dict[str, float]:

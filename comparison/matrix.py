@@ -55,7 +55,8 @@ class Job:
         for record in records(self.folder / "metrics.jsonl", last=65536):
             self.seen["step"] = record["step"]
             training = record.get("perf/updates_per_s", 1.0) > 0.0  # acting at random says nothing about the rest
-            self.seen |= {short: record[name] for name, short in names.items() if name in record and training}
+            found = {short: record.get(name) for name, short in names.items() if training}
+            self.seen |= {short: value for short, value in found.items() if value is not None}
 
     def left(self) -> float | None:
         """Seconds, at the rate that was last logged."""

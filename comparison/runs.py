@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -96,7 +97,8 @@ def read(folder: Path) -> Run:
     for record in records(folder / "metrics.jsonl"):
         step = record.pop("step")
         for name, value in record.items():
-            values.setdefault(name, []).append((step, value))
+            if value is not None and math.isfinite(value):  # null, or NaN in older logs: there was no number
+                values.setdefault(name, []).append((step, value))
     whole = finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
     starts = records(folder / STARTS)
     start = {key: value for facts in starts for key, value in facts.items()}

@@ -1,11 +1,16 @@
-"""Run a fixed computation from a CUDA graph: launched once instead of thousands of times."""
+"""The update as fast as a machine allows: compiled parts, and on CUDA one recorded graph, launched as a whole."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Update = Callable[[Mapping[str, Tensor]], Tensor]
+WARMUP = 3  # ordinary calls before a graph is recorded
 
 
 class Captured:
@@ -14,7 +19,7 @@ class Captured:
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, fn: Callable[[Mapping[str, Tensor]], Tensor], warmup: int = 3):
+    def __init__(self, fn: Update, warmup: int = WARMUP):
         self.fn, self.warmup, self.calls = fn, warmup, 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -38,3 +43,88 @@ class Captured:
             self.inputs[key].copy_(x)
         self.graph.replay()
         return self.out
+
+
+class FastUpdate:
+    """``agent.update``, compiled and with ``capture`` recorded, as far as that works on this machine.
+
+    Compilation happens at the first call and recording after WARMUP calls; either may fail there (no compiler, an
+    operation that cannot be recorded). Then one RuntimeWarning names the cause, and that call and all later ones do
+    without, from the weights, optimisers and random numbers that the call began with.
+
+    agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts compile when they are
+    called, by setting attributes of its modules.
+    """
+
+    def __init__(self, agent: Any, compile: Callable[[], None], capture: bool):
+        self.agent, self.compile, self.capture = agent, compile, capture
+        self.plain: dict[nn.Module, set[str]] = {}  # the attributes of uncompiled modules
+        self.compiled = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Run ``update`` from here on, recording it if that is wanted."""
+        self.run: Update = Captured(self.agent.update) if self.capture else self.agent.update
+        self.unproven = WARMUP + 1 if self.capture else 1  # calls that may fail for want of a compiler or recording
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        if not self.unproven:
+            return self.run(batch)
+        if not self.plain:
+            # Not before: acting also calls these modules, and would fail in their stead.
+            self.plain = {module: set(vars(module)) for module in self.agent.modules()}
+            self.compile()
+            self.compiled = True
+        before = Snapshot(self.agent)
+        while True:
+            try:
+                out = self.run(batch)
+            except Exception as error:  # compilers and drivers may raise anything
+                recording = isinstance(self.run, Captured) and self.run.calls > WARMUP
+                if not recording and not self.compiled:
+                    raise
+                before.restore()
+                self._do_without("record" if recording else "compile", error)
+            else:
+                self.unproven = max(0, self.unproven - 1)
+                return out
+
+    def _do_without(self, what: str, error: Exception) -> None:
+        if what == "record":
+            self.capture = False
+            error = error.__context__ or error  # ending a broken recording fails as well, and says less
+        else:
+            self.compiled = False
+            for module, names in self.plain.items():
+                for name in set(vars(module)) - names:
+                    delattr(module, name)
+        self._begin()
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = f"cannot {what} the update, which goes on without (slower; --compile off does not try): {cause}"
+        warnings.warn(told, RuntimeWarning, stacklevel=3)
+
+
+class Snapshot:
+    """Weights, optimisers and torch's random numbers of an agent, copied to memory of the host."""
+
+    def __init__(self, agent: Any):
+        self.agent, self.device = agent, next(agent.parameters()).device
+        self.state = on_host(agent.save_state())
+        self.random = torch.get_rng_state()
+        if self.device.type == "cuda":
+            self.generator = torch.cuda.default_generators[self.device.index or 0]
+            self.cuda_random = self.generator.clone_state()
+
+    def restore(self) -> None:
+        self.agent.load_state(self.state)
+        torch.set_rng_state(self.random)
+        if self.device.type == "cuda":
+            # In place of the present state, which a recording that broke off leaves in the middle of it.
+            self.generator.graphsafe_set_state(self.cuda_random.clone_state())
+
+
+def on_host(value: Any) -> Any:
+    """A copy of nested dicts with all tensors on the CPU."""
+    if isinstance(value, Mapping):
+        return {key: on_host(x) for key, x in value.items()}
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

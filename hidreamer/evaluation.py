@@ -2,43 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 Frames = list[np.ndarray]  # (H,W,3) uint8 each
 LONGEST = 1000  # frames of a video
+STEPS = 10_000  # agent steps of an evaluation episode that no key limits
+
+Summary = Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]]
+
+
+class Played(NamedTuple):
+    """What ``play`` saw."""
+
+    # Of each episode: "return", "length" in agent steps, "truncated" (1.0 where the limit cut it), and the sum of every
+    # ``log_*`` key of the environment.
+    episodes: list[dict[str, float]]
+    videos: dict[str, Frames]  # environment 0's first episode, as "agent" and "levels"
+    problem: Exception | None  # why the video is not whole
+
+
+def time_limit(config: Any) -> int:
+    """Frames after which an evaluation episode is cut. There always is a limit: a policy may stand still for ever."""
+    return config.eval_time_limit or config.env.time_limit or STEPS * config.env.action_repeat
 
 
 def play(
-    agent: Any, envs: Any, episodes: int, mode: str, video: bool, levels: bool, pause: Callable[[], None]
-) -> tuple[list[float], list[int], dict[str, Frames]]:
-    """-> returns, lengths, videos of the first episode. ``pause`` is called before every step and may raise.
+    agent: Any,
+    envs: Any,
+    episodes: int,
+    mode: str,
+    *,
+    limit: int,
+    video: bool = False,
+    levels: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Played:
+    """Play ``episodes`` in ``envs``, each environment its share.
 
-    Each environment plays its share: taking whoever finishes first would favour short episodes.
+    Taking whoever finishes first would favour short episodes.
+
+    mode: as of ``Agent.act``. limit: the frames after which ``envs`` cut an episode. video: film environment 0's first
+    episode, up to LONGEST frames; an error ends the film only. levels: also show what the levels of the state say.
+    check: called before every step; what it raises is not caught.
     """
     count = envs.count
     quota = np.array([episodes // count + (i < episodes % count) for i in range(count)])
-    returns, lengths, action = [], [], None
-    videos: dict[str, Frames] = {"agent": [], "levels": []}
-    state, score, length = agent.initial(count), np.zeros(count), np.zeros(count, int)
+    ended, videos, problem = [], {"agent": [], "levels": []}, None
+    totals = {key: np.zeros(count) for key in ("return", "length", *envs.log_keys)}
+    state, action = agent.initial(count), None
     while quota.any():
-        pause()
+        check()
         obs = envs.step(action)
-        score, length = score * ~obs["is_first"] + obs["reward"], (length + 1) * ~obs["is_first"]
+        add_step(totals, obs)
         inputs = agent.tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
         state = agent.act(state, inputs, mode)
         action = state.action.cpu().numpy()
-        if video and len(videos["agent"]) < LONGEST and not returns:
-            videos["agent"].append(envs.render(0))
-            if levels:
-                videos["levels"] += list(board(agent.levels(inputs, state)))
+        if video:
+            try:
+                videos["agent"].append(envs.render(0))
+                if levels:
+                    videos["levels"] += list(board(agent.levels(inputs, state)))
+            except Exception as error:  # a renderer may raise anything
+                video, problem = False, error
+            video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST
+        cut = ~obs["is_terminal"] & (totals["length"] * envs.repeat >= limit)
         for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
-            returns.append(float(score[i])), lengths.append(int(length[i]))
+            ended.append({key: float(total[i]) for key, total in totals.items()} | {"truncated": float(cut[i])})
             quota[i] -= 1
-    return returns, lengths, videos
+    return Played(ended, videos, problem)
+
+
+def add_step(totals: Mapping[str, np.ndarray], obs: Mapping[str, np.ndarray]) -> None:
+    """Add one step of N environments to the totals (N,) of their running episodes, in place.
+
+    totals: by the names "return", "length" and those of log keys. A first step begins anew.
+    """
+    first = obs["is_first"]
+    step = {**obs, "return": obs["reward"], "length": ~first}
+    for key, total in totals.items():
+        total[first] = 0.0
+        total += step[key]
+
+
+def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = None) -> dict[str, float]:
+    """``eval_*`` metrics of at least one episode as ``play`` has them: means over the episodes.
+
+    A key ``log_x`` becomes ``eval_x``. summary: what a suite says of all episodes together, {name: value}.
+    """
+    means = {key: float(np.mean([episode[key] for episode in episodes])) for key in episodes[0]}
+    named = {key.removeprefix("log_"): mean for key, mean in means.items()} | dict(summary(episodes) if summary else {})
+    named |= {"return": means["return"], "return_std": float(np.std([episode["return"] for episode in episodes]))}
+    named |= {"length": means["length"], "episodes": len(episodes)}
+    named["truncated"] = sum(int(episode["truncated"]) for episode in episodes)
+    return {f"eval_{name}": value for name, value in named.items()}
 
 
 def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context: int = 5) -> np.ndarray:
@@ -46,13 +106,17 @@ def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context
     batch = {key: x[:6] for key, x in batch.items() if key != "is_last"}
     if batch["reward"].shape[1] <= context:
         return np.zeros(0)
-    return board(agent.world_model.open_loop(agent.tensors(batch), context, levels), error=True)
+    with agent.autocast():
+        rows = agent.world_model.open_loop(agent.tensors(batch), context, levels)
+    return board(rows, error=True)
 
 
 def board(rows: list[dict[str, torch.Tensor]], error: bool = False) -> np.ndarray:
     """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there is none."""
     boards = [picture([row[key] for row in rows], error) for key in rows[0] if rows[0][key].ndim == 5]
-    return np.concatenate(boards, 2) if boards else np.zeros(0)
+    height = max((frames.shape[1] for frames in boards), default=0)
+    padded = [np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, 0), (0, 0))) for x in boards]
+    return np.concatenate(padded, 2) if boards else np.zeros(0)
 
 
 def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
@@ -62,7 +126,7 @@ def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
     """
     if error:
         rows = [*rows[:2], (rows[1] - rows[0] + 1.0) / 2.0, *rows[2:]]
-    x = torch.cat(rows, 2).cpu()  # (B, T, H rows, W, C)
+    x = torch.cat(rows, 2).float().cpu()  # (B, T, H rows, W, C)
     channels = x.shape[-1]
     if channels == 1:
         x = x.expand(*x.shape[:-1], 3)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import time
-from collections.abc import Mapping
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +18,212 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+# What a run can do without, and what a user may do where it fails.
+VIDEO, TENSORBOARD, WANDB = "video", "TensorBoard", "Weights & Biases"
+REMEDIES = {
+    VIDEO: "--video false records none",
+    TENSORBOARD: "metrics.jsonl has the same scalars",
+    WANDB: "--logger tensorboard does without",
+}
+
+
+class BestEffort:
+    """Runs what must not end a training: pictures and copies of the log.
+
+    The first error of a kind becomes one RuntimeWarning, and that kind is ``off`` from then on.
+    """
+
+    def __init__(self):
+        self.off: set[str] = set()
+
+    def __call__(self, kind: str, act: Callable[..., Any], *args: Any) -> None:
+        """``act(*args)``, unless ``kind`` (a key of REMEDIES) is off."""
+        if kind not in self.off:
+            try:
+                act(*args)
+            except Exception as error:  # a renderer, a codec or a service may raise anything
+                self.failed(kind, error)
+
+    def failed(self, kind: str, error: Exception) -> None:
+        """Switch ``kind`` off because of ``error``."""
+        if kind not in self.off:
+            self.off.add(kind)
+            told = " ".join(str(error).split()) or type(error).__name__
+            text = f"{kind} failed and is off from now on ({REMEDIES[kind]}): {told}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
 
 class Logger:
     """Scalars go under the same names to metrics.jsonl, TensorBoard and, with ``wandb_config``, Weights & Biases.
 
-    ``size`` is how much of metrics.jsonl a checkpoint vouches for: what came after it is cut off on continuing.
+    metrics.jsonl is standard JSON, one object a line: a value that is NaN or infinite is written as null. It is the
+    record of a run, so that what goes wrong with it is raised (OSError). The others are copies, see ``BestEffort``.
+
+    step, size: where the run continues, and how much of metrics.jsonl its checkpoint vouches for; what came after that
+    is cut off, and hidden in TensorBoard. wandb_config: the run's config. wandb_id: of the W&B run to continue; a new
+    one is made for None, and ``Logger.wandb_id`` is what the next checkpoint should hold.
     """
 
-    def __init__(self, logdir: Path, step: int, size: int, wandb_config: Mapping[str, Any] | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        logdir: Path,
+        step: int,
+        size: int,
+        wandb_config: Mapping[str, Any] | None = None,
+        wandb_id: str | None = None,
+    ):
         self.logdir = logdir
         path = logdir / "metrics.jsonl"
         self.file = open(path, "r+" if path.exists() else "w+")  # noqa: SIM115 - open as long as the run
         self.file.truncate(size)
         self.file.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(logdir), purge_step=step or None, max_queue=1000)
-        self.wandb = None
+        self.best_effort = BestEffort()
+        self.board: EventFile | None = None
+        self.wandb: Any = None
+        self.wandb_id = wandb_id
+        self.best_effort(TENSORBOARD, self._open_board, step)
         if wandb_config is not None:
-            import wandb
-
-            name, mode = logdir.name, os.environ.get("WANDB_MODE", "offline")
-            self.wandb = wandb.init(
-                project="hidreamer", name=name, mode=mode, dir=str(logdir), config=dict(wandb_config)
-            )
+            self.best_effort(WANDB, self._open_wandb, wandb_config)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        json.dump({"step": step, **values}, self.file)
-        self.file.write("\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        """Record numbers by name. Raises OSError where metrics.jsonl cannot be written."""
+        record = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step} | record, allow_nan=False, default=float) + "\n")
+        if self.board:
+            self.best_effort(TENSORBOARD, self.board.scalars, step, values)
         if self.wandb:
-            self.wandb.log(dict(values), step=step)
+            self.best_effort(WANDB, self._log_wandb, step, dict(values))
 
-    def video(self, step: int, name: str, frames: np.ndarray, fps: int = 15) -> None:
-        """frames (T,H,W,3) uint8 -> LOGDIR/videos/STEP-NAME.mp4, and an animated picture in TensorBoard."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+    def video(self, step: int, name: str, frames: Iterable[np.ndarray], fps: int = 15) -> None:
+        """Pictures as ``stack`` takes them -> LOGDIR/videos/STEP-NAME.mp4, and an animation in TensorBoard.
 
-        path = self.logdir / "videos" / f"{step:09d}-{name}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        height, width = frames.shape[1:3]
-        even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))  # the codec wants even sides
-        iio.imwrite(path, even, plugin="pyav", codec="libx264", fps=fps)
-        gif = iio.imwrite("<bytes>", frames[:300], extension=".gif", duration=1000 / fps, loop=0)
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-        self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({name: wandb.Video(str(path))}, step=step)
+        No pictures make no video.
+        """
+        self.best_effort(VIDEO, self._video, step, name, frames, fps)
 
     def flush(self) -> int:
-        """-> size of metrics.jsonl, all of it on the disk."""
+        """-> size of metrics.jsonl, all of it handed to the system. Raises OSError."""
         self.file.flush()
-        self.board.flush()
+        if self.board:
+            self.best_effort(TENSORBOARD, self.board.flush)
         return self.file.tell()
 
     def close(self) -> None:
-        self.flush()
-        self.file.close()
-        self.board.close()
+        """Close everything, also where metrics.jsonl cannot be written any more, which raises OSError."""
+        try:
+            self.file.close()
+        finally:
+            if self.board:
+                self.best_effort(TENSORBOARD, self.board.close)
+            if self.wandb:
+                self.best_effort(WANDB, self.wandb.finish)
+
+    def _open_board(self, step: int) -> None:
+        self.board = EventFile(self.logdir, step)
+
+    def _open_wandb(self, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.wandb_id = self.wandb_id or uuid.uuid4().hex[:8]
+        self.wandb = wandb.init(
+            project="hidreamer",
+            name="-".join(str(part) for part in (config["task"], config["dynamics"]["type"], config["seed"])),
+            id=self.wandb_id,
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            dir=str(self.logdir),
+            config=dict(config),
+        )
+
+    def _log_wandb(self, step: int, values: dict[str, Any]) -> None:
+        self.wandb.log(values, step=step)
+
+    def _video(self, step: int, name: str, frames: Iterable[np.ndarray], fps: int) -> None:
+        movie = stack(frames)
+        if not len(movie):
+            return
+        path = self.logdir / "videos" / f"{step:09d}-{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        height, width = movie.shape[1:3]
+        even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))  # the codec wants even sides
+        # In memory: a codec that cannot write its file says so in a traceback of its own, and leaves half a video.
+        data = iio.imwrite("<bytes>", even, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if self.board:
+            self.best_effort(TENSORBOARD, self.board.video, step, name, movie[:300], fps)
         if self.wandb:
-            self.wandb.finish()
+            self.best_effort(WANDB, self._wandb_video, step, name, path)
+
+    def _wandb_video(self, step: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._log_wandb(step, {name: wandb.Video(str(path))})
+
+
+def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
+    """Pictures (H,W), (H,W,1), (H,W,3) or (H,W,4) -> (T,H,W,3) uint8 of the largest H and W; what is left is black.
+
+    (0,0,0,3) for no pictures. The fourth channel, opacity, is ignored. Raises ValueError for any other shape.
+    """
+    pictures = []
+    for frame in frames:
+        frame = np.asarray(frame)
+        picture = frame[..., None] if frame.ndim == 2 else frame
+        if picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
+            raise ValueError(f"a picture has shape {frame.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        pictures.append(picture[..., :3])
+    height, width = (max((picture.shape[axis] for picture in pictures), default=0) for axis in (0, 1))
+    movie = np.zeros((len(pictures), height, width, 3), np.uint8)
+    for canvas, picture in zip(movie, pictures, strict=True):
+        canvas[: picture.shape[0], : picture.shape[1]] = picture
+    return movie
+
+
+class EventFile:
+    """TensorBoard's file of events. Events from before a continuation at ``step`` stay visible, later ones do not.
+
+    Written in the calling thread by TensorBoard's own record writer. torch's SummaryWriter has a thread, whose errors
+    are tracebacks on the screen, and loads TensorFlow with its messages where that is installed.
+    """
+
+    def __init__(self, logdir: Path, step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.Event, self.Summary = Event, Summary
+        seconds, rest = divmod(time.time_ns(), 10**9)  # TensorBoard reads the files of a folder in the order of names
+        name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
+        self.writer = RecordWriter(open(logdir / name, "wb"))  # noqa: SIM115 - open as long as the run
+        self._write(file_version="brain.Event:2")
+        if step:
+            # What has this step itself is in the checkpoint.
+            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        parts = [self.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=self.Summary(value=parts))
+
+    def video(self, step: int, name: str, movie: np.ndarray, fps: int) -> None:
+        """movie: (T,H,W,3) uint8, shown as an animated picture."""
+        data = iio.imwrite("<bytes>", movie, extension=".gif", duration=1000 / fps, loop=0)
+        height, width = movie.shape[1:3]
+        image = self.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        self._write(step=step, summary=self.Summary(value=[self.Summary.Value(tag=name, image=image)]))
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _write(self, **content: Any) -> None:
+        self.writer.write(self.Event(wall_time=time.time(), **content).SerializeToString())
 
 
 class Rates:
@@ -91,27 +239,44 @@ class Rates:
 
 
 class Screen:
-    """A live bar on a terminal; elsewhere a line a minute."""
+    """A live bar on a terminal; elsewhere a line a minute, and the last one when the ``with`` block ends."""
 
     def __init__(self, total: int):
         self.console = Console(highlight=False, soft_wrap=True)
         self.total, self.shown, self.rates = total, time.monotonic(), Rates()
+        self.latest: tuple[int, int, Mapping[str, float], float | None] | None = None  # not shown yet
         text = "{task.fields[rates]} {task.fields[losses]} return {task.fields[score]} left"
         columns = [TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(20), TextColumn(text)]
         self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=total, rates="", losses="", score="-")
 
+    def __enter__(self) -> Screen:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.latest:
+            self._show(*self.latest)
+        self.bar.stop()
+
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def due(self) -> bool:
+        """Whether what is shown is old: half a second on a terminal, a minute elsewhere."""
         return time.monotonic() - self.shown > (60.0 if self.bar.disable else 0.5)
 
     def update(self, step: int, updates: int, losses: Mapping[str, float], score: float | None) -> None:
-        self.shown = time.monotonic()
+        """The state of the run. It is shown if that is ``due``; otherwise it waits for the next update or the end."""
+        self.latest = step, updates, losses, score
+        if self.due():
+            self._show(*self.latest)
+
+    def _show(self, step: int, updates: int, losses: Mapping[str, float], score: float | None) -> None:
+        self.shown, self.latest = time.monotonic(), None
         frames, ups = self.rates(step, updates)
         shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
-        rates, score = f"{frames:.0f} frames/s {ups:.2f} updates/s", "-" if score is None else f"{score:.1f}"
-        self.bar.update(self.task, completed=step, rates=rates, losses=shown, score=score)
+        rates, last = f"{frames:.0f} frames/s {ups:.2f} updates/s", "-" if score is None else f"{score:.1f}"
+        self.bar.update(self.task, completed=step, rates=rates, losses=shown, score=last)
         if self.bar.disable:
-            self.line(f"[{step}/{self.total}] {rates} {shown} return {score}")
+            self.line(f"[{step}/{self.total}] {rates} {shown} return {last}")
