@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import dreamer
+from comparison import matrix, runs
 from conftest import ROOT
 from hidreamer import logger
 from hidreamer.logger import Logger, Screen, stack
-from hidreamer.report import matrix, runs
 from tools import load_config
 
 
