@@ -23,7 +23,7 @@ from tools import CheckpointError, Config, ConfigError
 
 # What a run may change when it is continued; everything else makes it another run.
 FREE = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels", "eval_episodes", "eval_greedy"}
-FREE |= {"log_every", "eval_every", "checkpoint_every"}
+FREE |= {"log_every", "eval_every", "checkpoint_every", "env.invalid"}
 
 
 class Failure(Exception):
@@ -96,7 +96,8 @@ class Run:
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
-            return make_env(task, block, int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
+            own = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+            return make_env(task, block, own, index=index)
 
         return Envs(make, count, self.config.env.parallel)
 
@@ -343,7 +344,8 @@ class Run:
         for problem in self.episodes.restore(self.replay, state["episodes"], rows):
             self.screen.line(problem)
         self.running_files = [state["running_file"]]
-        self.score = tools.arrays(state["score"])
+        score = tools.arrays(state["score"])  # its log keys may be others: env.invalid may change
+        self.score = {key: score.get(key, zeros) for key, zeros in self.score.items()}
         self.sums, self.agent.metric_names = state["sums"].to(self.device), tuple(state["metric_names"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
         self.explore_rng.bit_generator.state = state["explore_rng"]
