@@ -5,6 +5,7 @@ A suite is a `gymnasium.Env` (class `Suite`); the agent only ever meets the adap
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ from envs.errors import ActionError, BadValue, EnvError, one_line, unknown
 
 __all__ = ["ActionError", "BadValue", "Env", "EnvError", "Suite", "one_line", "plain", "resize", "unknown"]
 
-RESETS = 5  # in a row that give a number that is none, until `env.invalid: truncate` gives up
+RESETS = 5  # in a row that give a NaN or infinity, until `env.invalid: truncate` gives up
 RESERVED = {  # names that no observation may have
     *("reward", "is_first", "is_last", "is_terminal", "prev_action"),  # columns of the replay
     *("action", "discount", "logprob"),  # further entries of an episode's file
@@ -121,7 +122,7 @@ class Env:
                 return self._output(self.suite.reset(seed=seed)[0], logs, 0.0, is_first=True, invalid=invalid)
             except BadValue as error:
                 self._note(error, "the reset of an episode")
-        raise BadValue(f"{self._name}: {RESETS} resets in a row gave a number that is none; fix the environment")
+        raise BadValue(f"{self._name}: {RESETS} resets in a row gave a NaN or an infinity; fix the environment")
 
     def render(self) -> np.ndarray:
         """uint8 (H, W, 3): the present moment, for videos. Raises EnvError where nothing can be drawn."""
@@ -155,14 +156,13 @@ class Env:
 
     def _output(self, obs, logs, reward, is_first=False, is_last=False, is_terminal=False, invalid=0) -> dict[str, Any]:
         """What `step` and `reset` return, of copies: suites may reuse their buffers. Raises BadValue, EnvError."""
-        output = {}
-        for key, space in self.obs_space.items():
-            output[key] = self._observation(key, space, obs[key])
         scalars = {**logs, **({"log_invalid": invalid} if self._truncates else {}), "reward": reward}
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # a float64 that no float32 holds becomes an infinity, which is looked for
+            output = {key: self._observation(key, space, obs[key]) for key, space in self.obs_space.items()}
             scalars = {key: np.float32(value) for key, value in scalars.items()}
         for key, value in scalars.items():
-            check_finite(key, value)
+            if not math.isfinite(value):
+                check_finite(key, value)
         self._obs = output
         flags = {"is_first": is_first, "is_last": bool(is_last), "is_terminal": bool(is_terminal)}
         return {**output, **scalars, **flags}
@@ -178,13 +178,12 @@ class Env:
             return value.copy()
         if value.dtype.kind not in "biuf":
             raise EnvError(f"{self._name}: observation {key!r} is {value.dtype}, not numbers")
-        with np.errstate(over="ignore"):  # becomes an infinity, which is looked for below
-            value = value.astype(np.float32)
+        value = value.astype(np.float32)
         check_finite(f"observation {key!r}", value)
         return value
 
     def _note(self, error: BadValue, when: str) -> None:
-        """Warn of a number that is none, or raise BadValue if it stops the run."""
+        """Warn of a NaN or infinity, or raise BadValue if it stops the run."""
         line = f"{self._name}, {when}: {error}"
         if not self._truncates:
             line += "; fix the environment, or end such episodes early by --env.invalid truncate"

@@ -68,7 +68,7 @@ class Gym(Suite):
         try:
             result = self._env.reset(seed=seed)
         except TypeError as error:
-            if re.search("unexpected keyword argument '(seed|options)'", str(error)):
+            if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
                 raise self._mistake("reset must have the arguments (self, *, seed=None, options=None)") from error
             raise
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
@@ -164,7 +164,9 @@ class Gym(Suite):
         except re.error as error:
             raise EnvError(f"env.gym.keys is {pattern!r}, which is no regular expression: {error}") from error
         if not chosen:
-            raise EnvError(f"no observation matches env.gym.keys {pattern!r}; {self._name} has {', '.join(leaves)}")
+            raise EnvError(
+                f"no observation matches env.gym.keys {pattern!r}; {self._name} has {', '.join(map(str, leaves))}"
+            )
         for key, leaf in chosen.items():
             if readable(leaf):
                 continue
@@ -205,7 +207,10 @@ def _import(module: str) -> None:
             "in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
-        raise EnvError(f"module {module!r} cannot be imported: {_cause(error)}") from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({os.path.basename(place.filename)}:{place.lineno})"
+        cause = f"{type(error).__name__} {one_line(error)}{where}"  # a SyntaxError says itself where it is
+        raise EnvError(f"module {module!r} cannot be imported: {cause}") from error
 
 
 def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
@@ -221,19 +226,15 @@ def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
             except TypeError:  # a constructor that knows no render_mode
                 return make(name, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
-        told = f"; {module!r} was imported but did not register it" if module else ""
-        raise EnvError(f"{unknown('Gymnasium id', short, gymnasium.registry)}{told}") from error
+        hint = f"; {module!r} was imported but did not register it" if module else ""
+        raise EnvError(f"{unknown('Gymnasium id', short, gymnasium.registry)}{hint}") from error
     except TypeError as error:
-        given = f"; env.gym.kwargs is {one_line(kwargs)}" if kwargs else ""
-        raise EnvError(f"gym_{name} cannot be built: {one_line(error)}{given}") from error
+        given = f" with env.gym.kwargs {one_line(kwargs)}" if kwargs else ""
+        cause = one_line(str(error).split(" was raised from the environment creator")[0])
+        raise EnvError(f"gym_{name} cannot be built{given}: {cause}") from error
     except (gymnasium.error.Error, ImportError) as error:
         raise EnvError(f"gym_{name}: {one_line(error)}") from error
 
 
 def _count(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
-
-
-def _cause(error: Exception) -> str:
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} {one_line(error)} ({os.path.basename(place.filename)}:{place.lineno})"

@@ -73,7 +73,7 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
     """
     width = gymnasium.spaces.flatdim(space)
     if width == 0:
-        raise EnvError(f"observation {key!r} is {one_line(space)}, which is empty")
+        raise EnvError(f"observation {key!r} is {one_line(space)}, which is empty (docs/own_environment.md)")
     if found := layout(space):
         box = Box(0, 255, (*size, found.shape[2]), np.uint8)
         return box, functools.partial(_read_picture, key, space, found, size)

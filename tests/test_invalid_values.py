@@ -1,4 +1,4 @@
-"""A number that is none never gets past `Env`: it stops the run, or its episode is closed as truncated."""
+"""A NaN or an infinity never gets past `Env`: it stops the run, or its episode is closed as truncated."""
 
 import contextlib
 import sys
@@ -19,8 +19,8 @@ from envs.vector import Envs
 NAN, INF = float("nan"), float("inf")
 
 
-class Sick(Suite):
-    """Counts; what `sick[(step of the episode, key)]` holds replaces the value, `reset` being step 0."""
+class Faulty(Suite):
+    """Counts; what `faulty[(step of the episode, key)]` holds replaces the value, `reset` being step 0."""
 
     log_keys = ("log_things",)
     observation_space = Dict(
@@ -31,8 +31,8 @@ class Sick(Suite):
     )
     action_space = Discrete(2)
 
-    def __init__(self, sick):
-        self.sick, self.t, self.resets = sick, 0, 0
+    def __init__(self, faulty):
+        self.faulty, self.t, self.resets = faulty, 0, 0
 
     def _look(self):
         obs = {
@@ -41,7 +41,7 @@ class Sick(Suite):
             "image": np.full((4, 4, 1), self.t, np.uint8),
             "grid": np.ones((2, 2, 1), bool),
         }
-        return obs | {key: x for (t, key), x in self.sick.items() if t == self.t and key in obs}
+        return obs | {key: x for (t, key), x in self.faulty.items() if t == self.t and key in obs}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -50,7 +50,7 @@ class Sick(Suite):
 
     def step(self, action):
         self.t += 1
-        value = lambda key, x: self.sick.get((self.t, key), x)
+        value = lambda key, x: self.faulty.get((self.t, key), x)
         return self._look(), value("reward", 1.0), False, False, {"log_things": value("log_things", 2.0)}
 
     def get_state(self):
@@ -60,8 +60,8 @@ class Sick(Suite):
         self.t = state["t"]
 
 
-def sick(values, invalid="truncate", **arguments):
-    return Env(Sick(values), 2, 0, 0, invalid, **arguments)
+def faulty(values, invalid="truncate", **arguments):
+    return Env(Faulty(values), 2, 0, 0, invalid, **arguments)
 
 
 WRONG = {
@@ -81,28 +81,28 @@ def place(name):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_stop_names_environment_step_key_and_remedy(name):
-    value, told = WRONG[name]
-    env = sick({(2, place(name)): value}, "stop", task="gym_sick", index=3)
+    value, expected = WRONG[name]
+    env = faulty({(2, place(name)): value}, "stop", task="gym_faulty", index=3)
     env.reset(), env.step(one_hot(env, 0))
     with pytest.raises(BadValue) as caught:
         env.step(one_hot(env, 0))
     line = str(caught.value)
-    assert line.startswith("gym_sick, environment 3, step 2 (frame 4) of its episode: ") and "\n" not in line
-    assert told in line and "--env.invalid truncate" in line
+    assert line.startswith("gym_faulty, environment 3, step 2 (frame 4) of its episode: ") and "\n" not in line
+    assert expected in line and "--env.invalid truncate" in line
     assert isinstance(caught.value, EnvError) and "log_invalid" not in env.log_keys
 
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.filterwarnings("error")
 def test_truncate_closes_the_episode_with_the_observation_before_it(name):
-    value, told = WRONG[name]
-    env = sick({(2, place(name)): value})
+    value, expected = WRONG[name]
+    env = faulty({(2, place(name)): value})
     env.reset()
     good = env.step(one_hot(env, 0))
     assert good["log_invalid"] == 0 and good["reward"] == 1
     with pytest.warns(RuntimeWarning) as warned:
         bad = env.step(one_hot(env, 0))
-    assert len(warned) == 1 and told in str(warned[0].message)
+    assert len(warned) == 1 and expected in str(warned[0].message)
     flags = {key: bad[key] for key in ("is_first", "is_last", "is_terminal")}
     assert flags == {"is_first": False, "is_last": True, "is_terminal": False}
     assert bad["reward"] == bad["log_things"] == 0 and bad["log_invalid"] == 1
@@ -113,23 +113,23 @@ def test_truncate_closes_the_episode_with_the_observation_before_it(name):
 
 
 def test_a_reset_is_repeated_and_counted():
-    class Wakes(Sick):
+    class FaultyTwice(Faulty):
         def reset(self, **arguments):
             obs, info = super().reset(**arguments)
             return obs | ({"vector": [NAN] * 3} if self.resets < 3 else {}), info
 
-    env = Env(Wakes({}), 1, 0, 7, "truncate")
+    env = Env(FaultyTwice({}), 1, 0, 7, "truncate")
     with pytest.warns(RuntimeWarning, match="the reset of an episode: observation 'vector'") as warned:
         output = env.reset()
     assert output["is_first"] and output["log_invalid"] == 2 == len(warned) and env.suite.resets == 3
     with pytest.raises(BadValue, match="reset of an episode"):
-        Env(Wakes({}), 1, 0, 7, "stop").reset()
+        Env(FaultyTwice({}), 1, 0, 7, "stop").reset()
     with pytest.warns(RuntimeWarning), pytest.raises(BadValue, match="5 resets in a row"):
-        sick({(0, "vector"): [NAN] * 3}).reset()
+        faulty({(0, "vector"): [NAN] * 3}).reset()
 
 
 def test_a_restored_environment_closes_with_what_it_was_restored_to():
-    ours, other = (sick({(3, "reward"): NAN}) for _ in range(2))
+    ours, other = (faulty({(3, "reward"): NAN}) for _ in range(2))
     ours.reset(), ours.step(one_hot(ours, 0)), ours.step(one_hot(ours, 0))
     state = ours.get_state()
     assert is_plain(state)
@@ -139,19 +139,19 @@ def test_a_restored_environment_closes_with_what_it_was_restored_to():
 
 
 def test_values_of_another_kind_than_their_space_are_refused():
-    for key, value, told in (
+    for key, value, expected in (
         ("vector", np.zeros(4), r"shape \(4,\), its space says \(3,\)"),
         ("vector", ["a", "b", "c"], "not numbers"),
         ("image", np.zeros((4, 4, 1)), "is float64, its space says uint8"),
         ("grid", np.zeros((2, 2, 1), np.uint8), "is uint8, its space says bool"),
     ):
         for invalid in ("stop", "truncate"):  # a mistake, not a moment's fault
-            env = sick({(1, key): value}, invalid)
+            env = faulty({(1, key): value}, invalid)
             env.reset()
-            with pytest.raises(EnvError, match=told):
+            with pytest.raises(EnvError, match=expected):
                 env.step(one_hot(env, 0))
     with pytest.raises(EnvError, match=r"env\.invalid"):
-        sick({}, "ignore")
+        faulty({}, "ignore")
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -159,7 +159,7 @@ def test_through_many_environments(parallel):
     """A NaN is no crash: nothing is built anew, and `stop` reaches the caller as it is."""
 
     def make(index, restart):
-        return Env(Sick({(2, "reward"): NAN} if index else {}), 1, 0, 0, kind, task="t", index=index)
+        return Env(Faulty({(2, "reward"): NAN} if index else {}), 1, 0, 0, kind, task="t", index=index)
 
     action = np.eye(2, dtype=np.float32)
     kind = "truncate"
@@ -209,7 +209,7 @@ def fails(tmp_path, monkeypatch):
 QUICK = ["--video", "false", "--eval_episodes", "0", "--log_every", "20", "--checkpoint_every", "20", "--steps", "100"]
 
 
-def test_a_run_stops_in_one_line_and_goes_on_when_told_to_truncate(fails, tmp_path, capsys):
+def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, capsys):
     """As reported: one NaN reward ended a run hundreds of steps later, and every continuation of it."""
     run = ["--configs", "gym", "debug", "--task", fails, *QUICK, "--logdir", str(tmp_path / "run")]
     assert dreamer.main(run) == 1

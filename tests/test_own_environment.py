@@ -1,4 +1,4 @@
-"""Environments of users: the page in docs runs as it stands, and the usual mistakes are told in one line."""
+"""Environments of users: the page in docs runs as it stands, and the usual mistakes get one line."""
 
 import itertools
 import os
@@ -48,13 +48,22 @@ def train(folder, *args, path=None):
 
 
 def test_the_example_of_the_page_trains(tmp_path):
-    """By the page's own command, with videos, and with arguments for the constructor."""
+    """With videos; then with arguments for the constructor, in processes of its own."""
     assert len(CATCH.splitlines()) <= 40
     (tmp_path / "catch.py").write_text(CATCH)
     done = train(tmp_path / "run", "--task", "gym_catch:Catch-v0", *QUICK, path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert list((tmp_path / "run" / "videos").glob("*-agent.mp4"))
-    kwargs = ["--env.gym.kwargs", "{width: 7, height: 10}", "--video", "false"]
+    kwargs = [
+        "--env.gym.kwargs",
+        "{width: 7, height: 10}",
+        "--video",
+        "false",
+        "--env.count",
+        "2",
+        "--env.parallel",
+        "true",
+    ]
     done = train(tmp_path / "wide", "--task", "gym_catch:Catch-v0", *QUICK, *kwargs, path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     with np.load(next((tmp_path / "wide" / "train_eps").glob("*.npz"))) as file:
@@ -116,13 +125,13 @@ MISTAKES = {  # name -> body of the class, a part of the line
 @pytest.mark.parametrize("limit", [None, 9])  # with a limit Gymnasium's own wrapper meets the mistake first
 @pytest.mark.parametrize("name", MISTAKES)
 def test_usual_mistakes_are_one_line(name, limit, module):
-    body, told = MISTAKES[name]
+    body, expected = MISTAKES[name]
     env = build(f"gym_{(task := module(own(body, limit)))}:Own-v0")
     with pytest.raises(EnvError) as caught:
         env.reset(), env.step(one_hot(env, 0))
     line = str(caught.value)
     assert (
-        told in line
+        expected in line
         and line.startswith(f"gym_{task}:Own-v0: ")
         and "docs/own_environment.md" in line
         and "\n" not in line
@@ -175,10 +184,10 @@ SOURCES = {  # name -> source, options, a part of the line
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_cannot_be_built_is_one_line(name, module):
-    source, options, told = SOURCES[name]
+    source, options, expected = SOURCES[name]
     with pytest.raises(EnvError) as caught:
         build(f"gym_{module(source)}:Own-v0", gym=options)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_module_that_is_not_there_names_the_path(tmp_path, capsys):
@@ -250,14 +259,14 @@ def test_renders_become_uint8_rgb(name):
 
 @pytest.mark.parametrize("name", NO_FRAMES)
 def test_what_is_no_picture_is_one_line_that_names_the_way_out(name, module, monkeypatch):
-    frame, told = NO_FRAMES[name]
+    frame, expected = NO_FRAMES[name]
     env = build(f"gym_{module(own('pass'))}:Own-v0")
     env.reset()
     monkeypatch.setattr(type(env.suite._env.unwrapped), "render", lambda self: frame)
     with pytest.raises(EnvError) as caught:
         env.render()
     line = str(caught.value)
-    assert told in line and "cannot be drawn" in line and "--video false" in line and "\n" not in line
+    assert expected in line and "cannot be drawn" in line and "--video false" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("no\ndisplay")])
@@ -265,6 +274,6 @@ def test_a_render_that_fails_is_one_line(error, module):
     env = build(f"gym_{module(own('def render(self): raise self.fault'))}:Own-v0")
     env.reset()
     env.suite._env.unwrapped.fault = error
-    told = rf"Own-v0 cannot be drawn: {type(error).__name__}.*; --video false does without$"
-    with pytest.raises(EnvError, match=told):
+    expected = rf"Own-v0 cannot be drawn: {type(error).__name__}.*; --video false does without$"
+    with pytest.raises(EnvError, match=expected):
         env.render()
