@@ -21,19 +21,24 @@ from hidreamer import distributions as dists
 from hidreamer.nets import EPS, MLP, Block, init_trunc, init_uniform, linear
 
 
-def kinds(obs_space: Mapping[str, spaces.Space], pattern: str) -> dict[str, dict[str, tuple[int, ...]]]:
+def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """Observation keys that match ``pattern``, sorted, by kind: {"image" | "grid" | "vector": {key: shape}}.
 
-    Raises ValueError where nothing matches, or images or grids differ in height or width.
+    ``name`` is the pattern's key in the config. Raises ValueError where it is no regular expression or nothing matches,
+    or images or grids differ in height or width.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {"image": {}, "grid": {}, "vector": {}}
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} is {pattern!r}, which is no regular expression: {error}") from error
     for key in sorted(obs_space):
-        if re.fullmatch(pattern, key):
+        if expression.fullmatch(key):
             space = obs_space[key]
             kind = {(np.uint8, 3): "image", (np.bool_, 3): "grid"}.get((space.dtype.type, len(space.shape)), "vector")
             found[kind][key] = space.shape
     if not any(found.values()):
-        raise ValueError(f"no observation matches keys {pattern!r}; the task has {', '.join(sorted(obs_space))}")
+        raise ValueError(f"no observation matches {name} {pattern!r}; the task has {', '.join(sorted(obs_space))}")
     for kind in ("image", "grid"):
         if len({shape[:2] for shape in found[kind].values()}) > 1:
             raise ValueError(f"{kind}s of one task must have one height and width, not {found[kind]}")
@@ -73,7 +78,8 @@ def stages(size: tuple[int, int], minres: int) -> int:
     n = round(math.log2(size[0] / minres))
     if size[0] != size[1] or n < 1 or minres * 2**n != size[0]:
         raise ValueError(
-            f"images must be square with side {minres} x 2^n, not {size[0]}x{size[1]}: set env.size or minres"
+            f"images must be square with side {minres} x 2^n (n at least 1), not {size[0]}x{size[1]}: set env.size, or "
+            "both encoder.minres and decoder.minres"
         )
     return n
 
@@ -142,7 +148,7 @@ class Encoder(nn.Module):
         self, obs_space: Mapping[str, spaces.Space], *, keys: str, depth: int, minres: int, layers: int, units: int
     ):
         super().__init__()
-        self.kinds = kinds(obs_space, keys)
+        self.kinds = kinds(obs_space, keys, "encoder.keys")
         self.dim = self.places = 0  # numbers of embed; positions of the images' map, where there is one
         if image := self.kinds["image"]:
             self.image = ConvEncoder(joined(image), depth, minres)
@@ -184,7 +190,7 @@ class Decoder(nn.Module):
         units: int,
     ):
         super().__init__()
-        self.kinds = kinds(obs_space, keys)
+        self.kinds = kinds(obs_space, keys, "decoder.keys")
         if image := self.kinds["image"]:
             self.image = ConvDecoder(feat_dim, joined(image), depth, minres)
         self.sizes = {k: math.prod(shape) for kind in ("grid", "vector") for k, shape in self.kinds[kind].items()}

@@ -115,7 +115,8 @@ class Run:
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
-            return make_env(task, block, int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
+            own = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+            return make_env(task, block, own, index=index)
 
         return Envs(make, count, self.config.env.parallel)
 
@@ -364,7 +365,9 @@ class Run:
                 every.last = state["every"][name] * state["config"][f"{name}_every"]
         self.running_files = [state["running_file"]]
         self.copy_from = state.get("copy_from", "")
-        self.scores.sums = checkpoint.arrays(state["score"])
+        for key, saved in checkpoint.arrays(state["score"]).items():
+            if key in self.scores.sums:  # the log keys may be others: env.invalid may change
+                self.scores.sums[key] = saved
         self.agent.metric_names = tuple(state["metric_names"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
         self.explore_rng.bit_generator.state = state["explore_rng"]

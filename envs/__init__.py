@@ -22,11 +22,12 @@ SUITES = {
 EXTRAS = ("crafter", "dmc", "vizdoom")  # suites whose library is not in the base install
 
 
-def make_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
+def make_env(task: str, env: Mapping[str, Any], seed: int, *, index: int | None = None) -> Env:
     """Builds the environment of `task` = SUITE_NAME, for example `atari_pong` or `gym_CartPole-v1`.
 
-    `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in frames (0: none) and,
-    under the suite's own name, the keyword options of its class. Only the suite that is asked for is imported.
+    `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in frames (0: none),
+    `invalid` (see `Env`; without it `stop`) and, under the suite's own name, the keyword options of its class. Only the
+    suite that is asked for is imported. index: its number among the environments of a run, for messages.
     Raises EnvError, in one line, for an unknown suite or name, a bad option value and a missing package.
     """
     suite, _, name = task.partition("_")
@@ -35,10 +36,13 @@ def make_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
     repeat = env["action_repeat"]
     if repeat < 1:
         raise EnvError(f"action_repeat must be at least 1, not {repeat}")
+    size = tuple(env["size"])
+    if len(size) != 2 or min(size) < 1:
+        raise EnvError(f"env.size is height and width in pixels, as 64 64, not {' '.join(map(str, size))}")
     try:
         module = importlib.import_module(f"envs.{suite}")
     except ModuleNotFoundError as error:
         wanted = f".[{suite}]" if suite in EXTRAS else "."
         raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{wanted}'") from error
-    built = getattr(module, SUITES[suite])(name, tuple(env["size"]), repeat, **env.get(suite, {}))
-    return Env(built, repeat, env["time_limit"], seed)
+    built = getattr(module, SUITES[suite])(name, size, repeat, **env.get(suite, {}))
+    return Env(built, repeat, env["time_limit"], seed, env.get("invalid", "stop"), task, index)

@@ -1,10 +1,13 @@
-"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first."""
+"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first. See docs/own_environment.md."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import re
+import traceback
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -16,9 +19,13 @@ from gymnasium.envs.classic_control import (
     MountainCarEnv,
     PendulumEnv,
 )
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.spaces import Dict
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from envs.base import EnvError, Suite, resize, unknown
+from envs.base import Suite
+from envs.errors import BadValue, EnvError, one_line, unknown
+from envs.spaces import kind, readable, reader
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures only: pygame need not look for a display
 
@@ -31,49 +38,61 @@ STATES = {  # what these classes keep between two steps, beside their generator 
 }
 
 
+PAGE = "see docs/own_environment.md"
+STEP = "step must return (observation, reward, terminated, truncated, info)"
+
+
 class Gym(Suite):
     """One Gymnasium id. Observations: the keys of a Dict space, else one key, `image`, `grid` or `vector`.
 
-    uint8 Box of rank 2 or 3: resized image. bool Box of rank 3: grid. float Box, Discrete (one-hot), MultiBinary:
-    flat vector. Other spaces raise EnvError. States are exact for classic control.
+    A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and its shape is (H, W),
+    (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if it is a bool Box of rank 2 or 3. All other
+    Boxes, of any number type and rank, MultiBinary, and Discrete (one-hot) are flat vectors. Values that are not of
+    their space, other spaces and an old API raise EnvError, in one line. States are exact for classic control.
+
+    kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular expression; observations
+    whose whole key does not match are left out.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], repeat: int):
-        self._repeat = repeat
-        self._env = _make(name)
-        space = self._env.observation_space
+    def __init__(self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"):
+        self._name, self._repeat = f"gym_{name}", repeat
+        self._env = _make(name, _mapping(kwargs))
+        space, self.action_space = self._space("observation_space"), self._space("action_space")
         self._nested = isinstance(space, Dict)
-        leaves = space.spaces if self._nested else {_kind(space): space}
-        readers = {key: _reader(leaf, size) for key, leaf in leaves.items()}
-        self.observation_space = Dict({key: reader[0] for key, reader in readers.items()})
-        self._read = {key: reader[1] for key, reader in readers.items()}
-        self.action_space = self._env.action_space
+        leaves = self._chosen(space.spaces if self._nested else {kind(space): space}, keys)
+        readers = {key: reader(key, leaf, size) for key, leaf in leaves.items()}
+        self.observation_space = Dict({key: box for key, (box, _) in readers.items()})
+        self._read = {key: read for key, (_, read) in readers.items()}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        obs, _ = self._env.reset(seed=seed)
-        return self._observe(obs), {}
+        try:
+            result = self._env.reset(seed=seed)
+        except TypeError as error:
+            if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
+                raise self._mistake("reset must have the arguments (self, *, seed=None, options=None)") from error
+            raise
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            raise self._mistake(f"reset must return (observation, info), not {_count(result)}")
+        return self._observe(result[0]), {}
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
         total = 0.0
         for _ in range(self._repeat):
-            obs, reward, terminated, truncated, _ = self._env.step(action)
-            total += float(reward)
+            obs, reward, terminated, truncated = self._frame(action)
+            total += reward
             if terminated or truncated:
                 break
         return self._observe(obs), total, terminated, truncated, {}
 
-    def render(self) -> np.ndarray:
-        """uint8 (H, W, 3), as the environment draws itself."""
+    def render(self) -> Any:
+        """What the environment draws; `Env.render` makes a picture of it."""
         try:
-            image = self._env.render()
-        except Exception as error:  # pygame, OpenGL, ...: whatever the environment draws with
-            hint = " (without a display, set MUJOCO_GL=egl)" if "mujoco" in type(self._env.unwrapped).__module__ else ""
-            raise EnvError(
-                f"{self._env.spec.id} cannot be drawn: {type(error).__name__} {_one_line(error)}{hint}"
-            ) from error
-        if image is None:
-            raise EnvError(f"{self._env.spec.id} has no rgb_array rendering")
-        return image
+            return self._env.render()
+        except Exception as error:
+            if "mujoco" not in type(self._env.unwrapped).__module__:
+                raise
+            cause = f"{type(error).__name__} {one_line(error)}"
+            raise EnvError(f"{cause} (without a display, set MUJOCO_GL=egl)") from error
 
     def close(self) -> None:
         self._env.close()
@@ -96,41 +115,126 @@ class Gym(Suite):
         self._env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
         inner.np_random.bit_generator.state = state["random"]
 
+    def _frame(self, action: Any) -> tuple[Any, float, bool, bool]:
+        """One step of the environment. -> observation, reward, terminated, truncated. Raises EnvError."""
+        try:
+            result = self._env.step(action)
+        except (TypeError, ValueError) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1].filename
+            if "unpack" in str(error) and place.startswith(os.path.dirname(gymnasium.__file__)):
+                raise self._mistake(f"{STEP} ({one_line(error)})") from error  # a wrapper of Gymnasium's met it first
+            raise
+        if not (isinstance(result, tuple) and len(result) == 5):
+            raise self._mistake(f"{STEP}, not {_count(result)}")
+        obs, *scalars, _ = result
+        for i, (name, value) in enumerate(zip(("reward", "terminated", "truncated"), scalars, strict=True)):
+            if type(value) in (bool, float):
+                continue
+            array = np.asarray(value)
+            if array.size != 1 or array.dtype.kind not in "biuf":
+                raise self._mistake(f"{name} must be one number, not {one_line(repr(value), 80)}")
+            scalars[i] = array.item()
+        reward, terminated, truncated = scalars
+        return obs, float(reward), bool(terminated), bool(truncated)
+
     def _observe(self, obs: Any) -> dict[str, np.ndarray]:
-        return {key: read(obs[key] if self._nested else obs) for key, read in self._read.items()}
+        """The agent's observation. Raises EnvError, BadValue for one that is not of its space."""
+        if self._nested:
+            if not isinstance(obs, dict):
+                raise self._mistake(f"the observation must be a dict as its space is, not {_count(obs)}")
+            if missing := sorted(self._read.keys() - obs.keys()):
+                raise self._mistake(f"the observation lacks {missing[0]!r}, which its space has")
+        try:
+            return {key: read(obs[key] if self._nested else obs) for key, read in self._read.items()}
+        except BadValue:
+            raise  # `Env` knows what to do
+        except EnvError as error:
+            raise self._mistake(str(error)) from error
+
+    def _space(self, name: str) -> gymnasium.Space:
+        space = getattr(self._env, name, None)
+        if not isinstance(space, gymnasium.Space):
+            raise self._mistake(f"{name} must be a space of gymnasium.spaces, not {one_line(repr(space), 80)}")
+        return space
+
+    def _chosen(self, leaves: dict[str, gymnasium.Space], pattern: str) -> dict[str, gymnasium.Space]:
+        """Those whose key matches. Raises EnvError where there is none, or one that cannot be read."""
+        try:
+            chosen = {key: leaf for key, leaf in leaves.items() if re.fullmatch(pattern, str(key))}
+        except re.error as error:
+            raise EnvError(f"env.gym.keys is {pattern!r}, which is no regular expression: {error}") from error
+        if not chosen:
+            raise EnvError(
+                f"no observation matches env.gym.keys {pattern!r}; {self._name} has {', '.join(map(str, leaves))}"
+            )
+        for key, leaf in chosen.items():
+            if readable(leaf):
+                continue
+            good = [re.escape(other) for other, space in chosen.items() if readable(space)]
+            remedy = f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate" if good else "translate"
+            raise EnvError(
+                f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read: {remedy} it in a "
+                "wrapper (docs/own_environment.md)"
+            )
+        return chosen
+
+    def _mistake(self, line: str) -> EnvError:
+        """Of the environment's author: no restart would help."""
+        return EnvError(f"{self._name}: {line} ({PAGE})")
 
 
-def _make(name: str) -> gymnasium.Env:
+def _mapping(text: str) -> dict[str, Any]:
+    """The constructor's arguments. Raises EnvError."""
+    try:
+        mapping = YAML(typ="safe").load(text) if text.strip() else {}
+    except YAMLError as error:
+        raise EnvError(f"env.gym.kwargs is {text!r}, which is no YAML: {one_line(error)}") from error
+    if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+        raise EnvError(f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: false}}'")
+    return mapping
+
+
+def _import(module: str) -> None:
+    """Imports the module that registers an id. Raises EnvError."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module != missing and not module.startswith(f"{missing}."):
+            raise EnvError(f"module {module!r} needs the package {missing!r}: install it") from error
+        raise EnvError(
+            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the folder that it lies "
+            "in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
+        ) from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({os.path.basename(place.filename)}:{place.lineno})"
+        cause = f"{type(error).__name__} {one_line(error)}{where}"  # a SyntaxError says itself where it is
+        raise EnvError(f"module {module!r} cannot be imported: {cause}") from error
+
+
+def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
+    module, _, short = name.rpartition(":")
+    if module:
+        _import(module)
+    make = functools.partial(gymnasium.make, disable_env_checker=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*with render_mode")  # `Gym.render` tells those who want pictures
             try:
-                return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
+                return make(name, **{"render_mode": "rgb_array"} | kwargs)
             except TypeError:  # a constructor that knows no render_mode
-                return gymnasium.make(name, disable_env_checker=True)
+                return make(name, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
-        raise unknown("Gymnasium id", name, gymnasium.registry) from error
+        hint = f"; {module!r} was imported but did not register it" if module else ""
+        raise EnvError(f"{unknown('Gymnasium id', short, gymnasium.registry)}{hint}") from error
+    except TypeError as error:
+        given = f" with env.gym.kwargs {one_line(kwargs)}" if kwargs else ""
+        cause = one_line(str(error).split(" was raised from the environment creator")[0])
+        raise EnvError(f"gym_{name} cannot be built{given}: {cause}") from error
     except (gymnasium.error.Error, ImportError) as error:
-        raise EnvError(f"gym_{name}: {_one_line(error)}") from error
+        raise EnvError(f"gym_{name}: {one_line(error)}") from error
 
 
-def _kind(space: gymnasium.Space) -> str:
-    return {"uint8": "image", "bool": "grid"}.get(space.dtype.name, "vector") if isinstance(space, Box) else "vector"
-
-
-def _reader(space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box, Callable[[Any], np.ndarray]]:
-    """-> the agent's space of one leaf, and the function from the environment's value to the agent's."""
-    box = isinstance(space, Box)
-    channels = (*space.shape, 1)[2] if box and len(space.shape) in (2, 3) else 0
-    if box and space.dtype == np.uint8 and channels in (1, 2, 3, 4):  # OpenCV resizes no more than four
-        return Box(0, 255, (*size, channels), np.uint8), lambda image: resize(image, size)
-    if box and space.dtype == np.bool_ and len(space.shape) == 3:
-        return space, lambda grid: grid
-    if isinstance(space, Discrete | MultiBinary) or (box and np.issubdtype(space.dtype, np.floating)):
-        width = gymnasium.spaces.flatdim(space)
-        return Box(-np.inf, np.inf, (width,)), lambda value: gymnasium.spaces.flatten(space, value)
-    raise EnvError(f"observation space {space} is no image, bool grid, float Box, Discrete or MultiBinary")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _count(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"

@@ -140,7 +140,17 @@ WRONG = {
     "wrong choice": (["--dynamics.type", "rsm"], "rssm"),
     "no value": (["--steps"], "needs a value"),
     "stray word": (["train"], "unexpected"),
-    "sizes": (["--env.size", "60", "60"], "minres"),
+    "sizes": (["--env.size", "60", "60"], "both encoder.minres and decoder.minres"),
+    "no square": (["--env.size", "64", "32"], "env.size, or both encoder.minres and decoder.minres"),
+    "one size": (["--env.size", "64"], "env.size is height and width"),
+    "three sizes": (["--env.size", "64", "64", "3"], "env.size is height and width"),
+    "no size": (["--env.size", "0", "64"], "env.size"),
+    "no number": (["--env.size", "64x64"], "env.size"),
+    "no expression": (["--encoder.keys", "image|("], "encoder.keys is 'image|(', which is no regular expression"),
+    "nor here": (["--decoder.keys", "*"], "decoder.keys is '*', which is no regular expression"),
+    "empty expression": (["--encoder.keys", ""], "no observation matches encoder.keys ''"),
+    "nor there": (["--decoder.keys", "pixels"], "no observation matches decoder.keys 'pixels'; the task has image"),
+    "bad policy": (["--env.invalid", "skip"], "stop, truncate"),
     "no device": (["--device", "cuda"], "CUDA"),
     "no checkpoint": (["--resume", "/nowhere/latest.pt"], "/nowhere/latest.pt"),
 }
@@ -212,8 +222,8 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
         assert run(tmp_path / str(i), *args, *QUICK) == 0
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
     # The suites take their own blocks; each of these is an argument of the suite's class, which Python checks.
-    suites = {key for key in keys if key.startswith(("env.atari.", "env.dmc.", "env.minatar."))}
-    assert sorted(keys - read - suites - {"env.size", "env.action_repeat", "env.time_limit"}) == []
+    suites = {key for key in keys if key.startswith(("env.atari.", "env.dmc.", "env.gym.", "env.minatar."))}
+    assert sorted(keys - read - suites - {"env.size", "env.action_repeat", "env.time_limit", "env.invalid"}) == []
 
 
 def test_starting_from_another_run(tmp_path, capsys):

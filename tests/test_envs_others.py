@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from test_envs import build, hold, one_hot, play, same, sample, until
 
 from envs import EnvError
@@ -116,7 +116,7 @@ class Odd(gymnasium.Env):
         return self.reset()[0], 1, False, bool(action), {"is_terminal": True}
 
 
-def test_gym_reads_every_kind_of_leaf(monkeypatch):
+def test_gym_reads_every_kind_of_leaf():
     gymnasium.register("Odd-v0", Odd)
     try:
         env = build("gym_Odd-v0", size=(16, 8))
@@ -132,22 +132,6 @@ def test_gym_reads_every_kind_of_leaf(monkeypatch):
         assert output["is_last"] and not output["is_terminal"]  # infos of strangers mean nothing
         with pytest.raises(EnvError, match="Odd-v0 cannot be drawn: NotImplementedError"):
             env.render()
-        for space in (
-            Text(5),
-            Box(0, 255, (7,), np.uint8),
-            Box(0, 255, (4, 84, 84), np.uint8),
-            Dict(a=Dict(b=Discrete(2))),
-        ):
-            monkeypatch.setattr(Odd, "observation_space", space)
-            with pytest.raises(EnvError, match=r"observation space (Text|Box|Dict)\("):
-                build("gym_Odd-v0")
-        monkeypatch.setattr(Odd, "observation_space", Dict(reward=Discrete(2)))
-        with pytest.raises(EnvError, match="observation 'reward' has a reserved name"):
-            build("gym_Odd-v0")
-        monkeypatch.setattr(Odd, "observation_space", Discrete(2))
-        monkeypatch.setattr(Odd, "action_space", MultiBinary(2))
-        with pytest.raises(EnvError, match=r"action space MultiBinary\(2\) is not supported"):
-            build("gym_Odd-v0")
     finally:
         del gymnasium.registry["Odd-v0"]
 
