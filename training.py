@@ -94,6 +94,8 @@ class Run:
         self.running_files: list[str] = []  # of the last two checkpoints
         self.copy_from = "" if source is None or state else str(source.resolve())  # whose episodes are to be copied
         log_size = self._restore(state, rows) if state else 0
+        if problems:
+            checkpoint.set_aside(self.folder / "latest.pt")
         checkpoint.replace_file(logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree()))
         if not self.finished:
             note_start(logdir, provenance())
@@ -347,7 +349,7 @@ class Run:
                 every.last = state["every"][name] * state["config"][f"{name}_every"]
         self.running_files = [state["running_file"]]
         self.copy_from = state.get("copy_from", "")
-        self.scores.sums = checkpoint.arrays(state["score"])
+        self.scores.sums |= {key: x for key, x in checkpoint.arrays(state["score"]).items() if key in self.scores.sums}
         self.agent.metric_names = tuple(state["metric_names"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
         self.explore_rng.bit_generator.state = state["explore_rng"]
