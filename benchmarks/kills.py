@@ -129,6 +129,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the report to this file")
     args = parser.parse_args()
     rng, runs, done = np.random.default_rng(args.seed), [], 0
+    report: dict[str, Any] = dict(provenance())  # before anybody changes a file
     before: dict[tuple[str, str], dict[str, Any]] = {}
     control: list[bool] = []  # whether runs that only their seed tells apart differ: the comparison is not blind
     for i, (kind, task) in enumerate(itertools.cycle(itertools.product(args.dynamics, args.tasks))):
@@ -147,7 +148,7 @@ def main() -> int:
         done += len(run["kills"])
         print(f"{done} kills; {task} {kind}:", "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal")
     differing = [run for run in runs if run["differs"]]
-    report = provenance() | {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
+    report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
     report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

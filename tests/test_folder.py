@@ -20,11 +20,11 @@ from hidreamer import checkpoint
 
 def test_recorded_episodes_without_a_checkpoint_are_kept(tiny, capsys):
     shutil.rmtree(tiny / "checkpoints")
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
     for _ in range(2):
         assert run(tiny, "--steps", 10) == 2
         one_line(capsys, "train_eps", "metrics.jsonl", "--logdir", "checkpoints")
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in tiny.rglob("*") if path.is_file()} == before
     (tiny / "metrics.jsonl").unlink()
     assert run(tiny, "--steps", 10) == 2
     count = len(list((tiny / "train_eps").glob("*.npz")))
@@ -34,7 +34,7 @@ def test_recorded_episodes_without_a_checkpoint_are_kept(tiny, capsys):
 
 def test_a_run_that_starts_from_another_and_is_killed_goes_on(tiny, tmp_path, monkeypatch):
     """Killed while it copies the other's episodes: nothing is refused, nothing is there twice."""
-    args = ["--steps", 60, "--resume", finished]
+    args = ["--steps", 60, "--resume", tiny]
     assert run(tmp_path / "whole", *args) == 0
     original = training.Episodes.load
 
