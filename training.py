@@ -95,6 +95,8 @@ class Run:
         self.running_files: list[str] = []  # of the last two checkpoints
         self.copy_from = "" if source is None or state else str(source.resolve())  # whose episodes are to be copied
         log_size = self._restore(state, rows) if state else 0
+        if problems:
+            checkpoint.set_aside(self.folder / "latest.pt")
         checkpoint.replace_file(logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree()))
         if not self.finished:
             note_start(logdir, provenance())

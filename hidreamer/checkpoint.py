@@ -144,9 +144,11 @@ def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any]
     """
     problems = []
     for path in (folder / "latest.pt", folder / "previous.pt"):
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder where a checkpoint belongs: move it away")
         try:
             state = load_checkpoint(path, (*fields, "running_file"))
-            rows = read_rows(folder / str(state["running_file"]))
+            rows = read_rows(folder / str(state["running_file"]), path)
         except CheckpointError as error:
             problems.append((path, str(error)))
             continue
@@ -158,15 +160,20 @@ def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any]
     return None, {}, []
 
 
-def read_rows(path: Path) -> Rows:
-    """Arrays of an .npz file that belongs to a checkpoint. Raises CheckpointError."""
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that saving does not put it in the place of the one that is whole."""
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(path.with_suffix(".damaged"))
+
+
+def read_rows(path: Path, owner: Path) -> Rows:
+    """Arrays of an .npz file, a part of the checkpoint ``owner``. Raises CheckpointError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {path}, which is a part of the checkpoint beside it") from None
-    except READ_ERRORS:
-        raise CheckpointError(f"{path}, a part of the checkpoint beside it, is damaged") from None
+    except READ_ERRORS as error:
+        how = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise CheckpointError(f"{owner} cannot be used: its part {path.name} is {how}") from None
 
 
 def size_of_log(path: Path, size: int) -> tuple[int, int]:
