@@ -79,7 +79,7 @@ class WorldModel(nn.Module):
         obs = networks.prepare(batch)
         carry, post, _ = self.observe({k: x[:, :context] for k, x in obs.items()})
         start = self.dynamics.starts(carry, post, 1)
-        dream, _ = self.dynamics.imagine(start, obs["prev_action"][:, context:], obs["reward"].shape[1] - context)
+        _, dream, _ = self.dynamics.imagine(start, obs["prev_action"][:, context:], obs["reward"].shape[1] - context)
         feat = Feat(*(torch.cat([seen, new[:, 1:]], 1) for seen, new in zip(post.feat, dream, strict=True)))
         return [self.shown(obs), *self.show(feat, levels)]
 
@@ -112,7 +112,7 @@ class Behavior(nn.Module):
         """
         with torch.set_grad_enabled(self.backprop):
             policy = lambda feat: self.actor(feat.cat().detach()).sample()
-            feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
+            _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
             x = feat.cat()
             cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
             return Dream(feat, x, action, self.imag.discount * cont)

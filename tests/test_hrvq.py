@@ -96,7 +96,7 @@ def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, grap
     carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
     given = F.one_hot(torch.randint(0, A, (3 * length, horizon)), A).float()  # not the replayed actions
     with torch.set_grad_enabled(graph):
-        feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
+        _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
     stoch, deter = (x.unflatten(0, (3, length)) for x in (feat.stoch, feat.deter))  # (B, T, H+1, .)
     for t in range(length):
         codes = torch.cat([post.feat.stoch[:, : t + 1], stoch[:, t, 1:]], 1)
@@ -126,7 +126,7 @@ def test_teacher_forced_imagination_reproduces_training_features(chain, monkeypa
     )  # step by step, level by level
     asked = []
     monkeypatch.setattr(hrvq.dists, "draw", lambda probs, sample=True: asked.append(probs) or queue[len(asked) - 1])
-    feat, _ = dynamics.imagine(start, action[:, 1:], horizon)
+    _, feat, _ = dynamics.imagine(start, action[:, 1:], horizon)
     assert torch.allclose(feat.deter, post.feat.deter, atol=1e-10)
     assert torch.allclose(feat.stoch, post.feat.stoch, atol=1e-10)
     # What imagination would have drawn from is what training predicted.
@@ -137,7 +137,7 @@ def test_teacher_forced_imagination_reproduces_training_features(chain, monkeypa
 
 def memory_jacobian(dynamics, embed, action, is_first):
     """How each memory (T, D) moves with each code (T, D, 1, T, L, G, d) and with each action (T, D, 1, T, A)."""
-    read = dynamics.quantizer.encode(dynamics._numbers(embed)).code.detach()
+    read = dynamics.quantizer.encode(dynamics._project(embed)).code.detach()
 
     def run(codes, action):
         told, dynamics.quantizer.encode = dynamics.quantizer.encode, Told(dynamics, codes.flatten(2) / 2.0)
@@ -283,7 +283,7 @@ def test_coarse_dreams_ignore_fine_levels_behind_the_barrier(monkeypatch):
         monkeypatch.setattr(
             dynamics.quantizer, "decode", lambda level, x, s=shift, f=original: f(level, x.roll(s * (level > 0), -1))
         )
-        dreams.append(dynamics.imagine(carry, given, 5, sample=False)[0])
+        dreams.append(dynamics.imagine(carry, given, 5, sample=False)[1])
         monkeypatch.undo()
     size = dynamics.stoch_dim // 3
     assert torch.equal(dreams[0].deter, dreams[1].deter)
@@ -299,7 +299,7 @@ def test_temperature_cools_what_is_drawn():
         dynamics = build(temperature=[0.01, fine, fine])
         carry, _ = dynamics.observe(dynamics.initial(64), *inputs(batch=64))
         given = torch.zeros(64, 1, A).double()
-        once, again = (dynamics.imagine(carry, given, 1)[0].stoch[:, 1].unflatten(-1, (3, -1)) for _ in range(2))
+        once, again = (dynamics.imagine(carry, given, 1)[1].stoch[:, 1].unflatten(-1, (3, -1)) for _ in range(2))
         differ.append((once != again).double().mean((0, 2)))  # (3,) by level
     warm, cool = differ
     assert warm[1:].min() > 0.3 and max(warm[0], cool.max()) < 0.2
@@ -313,9 +313,9 @@ def test_spatial_groups_are_the_positions_of_the_map():
     assert dynamics.quantizer.book.shape[1] == 1
     embed = torch.randn(1, 1, agent.world_model.encoder.dim)
     maps = embed.unflatten(-1, (-1, 4, 4)).clone()
-    before = dynamics._numbers(embed)
+    before = dynamics._project(embed)
     maps[..., 2, 1] += 5.0  # position 9
-    moved = dynamics.inp(maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)) - dynamics.inp(
+    moved = dynamics.in_proj(maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)) - dynamics.in_proj(
         embed.unflatten(-1, (-1, 16)).transpose(-1, -2)
     )
     assert moved.abs().amax(-1).flatten().nonzero().flatten().tolist() == [9] and before.shape == (1, 1, 16, 4)
@@ -336,7 +336,7 @@ def test_spatial_trains_on_what_is_no_image_too(obs):
 @pytest.mark.parametrize(
     ("sizes", "hint"),
     [
-        ({"heads": 3}, "width 16"),
+        ({"heads": 3}, r"dynamics\.deter 16 must be dynamics\.hrvq\.heads \(3\)"),
         ({"heads": 16}, "even"),
         ({"posterior": "nearest", "commitment": [0.1, 0.1]}, "commitment has 2 values for 3 levels"),
         ({"spatial": True, "groups": 2}, "spatial"),
@@ -356,7 +356,7 @@ def test_a_dream_can_be_differentiated_by_its_actions(posterior):
     dynamics = build(codes=12, posterior=posterior)
     carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
     given = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
-    feat, _ = dynamics.imagine(carry, given, 2)
+    _, feat, _ = dynamics.imagine(carry, given, 2)
     for x in feat:
         some = (x[:, 1] * torch.randn_like(x[:, 1])).sum()  # the memory is normalised: its plain sum is constant
         (grad,) = torch.autograd.grad(some, given, retain_graph=True)
@@ -370,7 +370,7 @@ def test_a_dream_can_be_differentiated_by_its_actions(posterior):
 def test_any_sizes(sizes):
     dynamics = build(**sizes)
     carry, post = dynamics.observe(dynamics.initial(3), *inputs())
-    feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
+    _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
     assert feat.stoch.shape == (42, 4, dynamics.stoch_dim) and dynamics.loss(post)[0]["dyn"].isfinite().all()
 
 
