@@ -203,9 +203,23 @@ class Explorer(nn.Module):
         return self.config.intr_scale * spread + self.config.extr_scale * extrinsic
 
 
-def part(name: str) -> str:
-    """The layer that a parameter belongs to, for telling."""
-    return name.rpartition(".")[0] or name
+FORMER = {  # former names of parameters, which older checkpoints have: names now
+    "dynamics.begin": "dynamics.bos_token",
+    "dynamics.place": "dynamics.level_emb",
+    "dynamics.inp.weight": "dynamics.in_proj.weight",
+    "dynamics.inp.bias": "dynamics.in_proj.bias",
+}
+
+
+def renamed(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a checkpoint holds by parameter, by the names of today; ``prefix`` is of those that had other names."""
+    names = {prefix + old: prefix + new for old, new in FORMER.items()}
+    return {names.get(name, name): x for name, x in state.items()}
+
+
+def module_name(parameter: str) -> str:
+    """The module that a parameter belongs to, as reports name it."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 class ActState(NamedTuple):
@@ -262,29 +276,31 @@ class Agent(nn.Module):
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
         """The inverse, also for a state whose latent structure can be translated (``Dynamics.adopt``).
 
-        -> {part: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
+        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
         another shape; only an explorer that is not there may start afresh.
         """
         prefix, own = "world_model.dynamics.", self.state_dict()
-        params = {name: x for name, x in state["params"].items() if not name.startswith(prefix)}
-        dynamics = {name.removeprefix(prefix): x for name, x in state["params"].items() if name.startswith(prefix)}
+        given = renamed(state["params"], "world_model.")
+        params = {name: x for name, x in given.items() if not name.startswith(prefix)}
+        dynamics = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
         params |= {prefix + name: x for name, x in self.world_model.dynamics.adopt(dynamics).items()}
-        told = {}
+        report = {}
         for name, x in own.items():
             theirs = params.get(name)
             if theirs is None and name.startswith("explorer."):
-                told[part(name)] = "fresh"
+                report[module_name(name)] = "fresh"
                 continue
             if theirs is None or theirs.shape != x.shape:
                 shape = "nothing" if theirs is None else tuple(theirs.shape)
                 raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
-            told[part(name)] = "mapped" if name in state["params"] else "split"
+            report[module_name(name)] = "mapped" if name in given else "split"
         self.load_state_dict({name: params.get(name, x) for name, x in own.items()})
         for name, opt in self.optimizers.items():
-            moments = state["optim"].get(name, {})
+            moments = renamed(state["optim"].get(name, {}))
             opt.load_state_dict(moments)
-            told |= {f"{name} optimiser, {part(key)}": "fresh" for key in opt.params if key not in moments}
-        return told
+            fresh = (key for key in opt.params if key not in moments)
+            report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
+        return report
 
     def initial(self, n: int) -> ActState:
         device = next(self.parameters()).device
