@@ -5,6 +5,7 @@ The update is a function of tensors: nothing in it reads the host, and metrics s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -94,7 +95,10 @@ class Dream(NamedTuple):
 
 
 class Behavior(nn.Module):
-    """Actor and critic, trained on dreams."""
+    """Actor and critic, trained on dreams.
+
+    ``backprop``: the actor's gradient goes through the dynamics to the returns; otherwise it is REINFORCE's.
+    """
 
     def __init__(self, feat_dim: int, act_space: spaces.Space, config):
         super().__init__()
@@ -103,7 +107,10 @@ class Behavior(nn.Module):
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.norm = ReturnNorm()
         self.imag, self.slow_rate = config.imag, config.critic.slow_rate
-        self.entropy, self.backprop = config.actor.entropy, config.actor.gradient == "dynamics"
+        self.entropy = config.actor.entropy
+        # As both implementations of 2023 have it: continuous actions can be improved through the dynamics.
+        continuous = isinstance(act_space, spaces.Box)
+        self.backprop = config.actor.gradient == "dynamics" or (config.actor.gradient == "auto" and continuous)
 
     def dream(self, model: WorldModel, start: Any, terminal: Tensor) -> Dream:
         """Imagine H steps from N starts; terminal (N,) tells which of them ended their episode.
@@ -340,10 +347,11 @@ class Agent(nn.Module):
         feat = model.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
         return [model.shown(seen), *model.show(feat, levels=True)]
 
-    def autocast(self):
-        on = self.config.precision == "bfloat16"
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.config.precision != "bfloat16":
+            return contextlib.nullcontext()
         # The cache of cast weights would outlive the optimiser step that changes them.
-        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, cache_enabled=False)
 
     def update(self, batch: Batch) -> Tensor:
         """One step of every optimiser. batch: raw, on the device. -> metrics (M,), named by ``metric_names``."""

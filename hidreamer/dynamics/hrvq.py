@@ -87,8 +87,9 @@ class HRVQ(Dynamics):
             raise ValueError(f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions")
         self.register_buffer("rules", rule(mask, levels), persistent=False)
         # By level of a row: it sees nothing of earlier steps behind their first so many positions (A, L0, L1 ..).
-        past = self.rules[0].roll(1, 1)  # (L + 1, L + 1) row level, position
-        self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
+        with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
+            past = rule(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
+            self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
         self.in_proj = linear(embed_dim // groups, code_dim) if spatial else linear(embed_dim, groups * code_dim)
         self.quantizer = Quantizer(posterior, levels, groups, codes, code_dim, unimix=balance.unimix, shared=spatial)
         self.places, self.code_shape = groups if spatial else 0, (groups, code_dim)
