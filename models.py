@@ -5,6 +5,7 @@ The update is a function of tensors: nothing in it reads the host, and metrics s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ class WorldModel(nn.Module):
         obs = networks.prepare(batch)
         carry, post, _ = self.observe({k: x[:, :context] for k, x in obs.items()})
         start = self.dynamics.starts(carry, post, 1)
-        dream, _ = self.dynamics.imagine(start, obs["prev_action"][:, context:], obs["reward"].shape[1] - context)
+        _, dream, _ = self.dynamics.imagine(start, obs["prev_action"][:, context:], obs["reward"].shape[1] - context)
         feat = Feat(*(torch.cat([seen, new[:, 1:]], 1) for seen, new in zip(post.feat, dream, strict=True)))
         return [self.shown(obs), *self.show(feat, levels)]
 
@@ -94,7 +95,10 @@ class Dream(NamedTuple):
 
 
 class Behavior(nn.Module):
-    """Actor and critic, trained on dreams."""
+    """Actor and critic, trained on dreams.
+
+    ``backprop``: the actor's gradient goes through the dynamics to the returns; otherwise it is REINFORCE's.
+    """
 
     def __init__(self, feat_dim: int, act_space: spaces.Space, config):
         super().__init__()
@@ -103,7 +107,10 @@ class Behavior(nn.Module):
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.norm = ReturnNorm()
         self.imag, self.slow_rate = config.imag, config.critic.slow_rate
-        self.entropy, self.backprop = config.actor.entropy, config.actor.gradient == "dynamics"
+        self.entropy = config.actor.entropy
+        # As both implementations of 2023 have it: continuous actions can be improved through the dynamics.
+        continuous = isinstance(act_space, spaces.Box)
+        self.backprop = config.actor.gradient == "dynamics" or (config.actor.gradient == "auto" and continuous)
 
     def dream(self, model: WorldModel, start: Any, terminal: Tensor) -> Dream:
         """Imagine H steps from N starts; terminal (N,) tells which of them ended their episode.
@@ -112,7 +119,7 @@ class Behavior(nn.Module):
         """
         with torch.set_grad_enabled(self.backprop):
             policy = lambda feat: self.actor(feat.cat().detach()).sample()
-            feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
+            _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
             x = feat.cat()
             cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
             return Dream(feat, x, action, self.imag.discount * cont)
@@ -203,9 +210,23 @@ class Explorer(nn.Module):
         return self.config.intr_scale * spread + self.config.extr_scale * extrinsic
 
 
-def part(name: str) -> str:
-    """The layer that a parameter belongs to, for telling."""
-    return name.rpartition(".")[0] or name
+FORMER = {  # former names of parameters, which older checkpoints have: names now
+    "dynamics.begin": "dynamics.bos_token",
+    "dynamics.place": "dynamics.level_emb",
+    "dynamics.inp.weight": "dynamics.in_proj.weight",
+    "dynamics.inp.bias": "dynamics.in_proj.bias",
+}
+
+
+def renamed(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a checkpoint holds by parameter, by the names of today; ``prefix`` is of those that had other names."""
+    names = {prefix + old: prefix + new for old, new in FORMER.items()}
+    return {names.get(name, name): x for name, x in state.items()}
+
+
+def module_name(parameter: str) -> str:
+    """The module that a parameter belongs to, as reports name it."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 class ActState(NamedTuple):
@@ -267,29 +288,31 @@ class Agent(nn.Module):
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
         """The inverse, also for a state whose latent structure can be translated (``Dynamics.adopt``).
 
-        -> {part: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
+        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
         another shape; only an explorer that is not there may start afresh.
         """
         prefix, own = "world_model.dynamics.", self.state_dict()
-        params = {name: x for name, x in state["params"].items() if not name.startswith(prefix)}
-        dynamics = {name.removeprefix(prefix): x for name, x in state["params"].items() if name.startswith(prefix)}
+        given = renamed(state["params"], "world_model.")
+        params = {name: x for name, x in given.items() if not name.startswith(prefix)}
+        dynamics = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
         params |= {prefix + name: x for name, x in self.world_model.dynamics.adopt(dynamics).items()}
-        told = {}
+        report = {}
         for name, x in own.items():
             theirs = params.get(name)
             if theirs is None and name.startswith("explorer."):
-                told[part(name)] = "fresh"
+                report[module_name(name)] = "fresh"
                 continue
             if theirs is None or theirs.shape != x.shape:
                 shape = "nothing" if theirs is None else tuple(theirs.shape)
                 raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
-            told[part(name)] = "mapped" if name in state["params"] else "split"
+            report[module_name(name)] = "mapped" if name in given else "split"
         self.load_state_dict({name: params.get(name, x) for name, x in own.items()})
         for name, opt in self.optimizers.items():
-            moments = state["optim"].get(name, {})
+            moments = renamed(state["optim"].get(name, {}))
             opt.load_state_dict(moments)
-            told |= {f"{name} optimiser, {part(key)}": "fresh" for key in opt.params if key not in moments}
-        return told
+            fresh = (key for key in opt.params if key not in moments)
+            report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
+        return report
 
     def initial(self, n: int) -> ActState:
         device = next(self.parameters()).device
@@ -330,10 +353,11 @@ class Agent(nn.Module):
         with self.autocast():
             return [model.shown(seen), *model.show(feat, levels=True)]
 
-    def autocast(self):
-        on = self.config.precision == "bfloat16"
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.config.precision != "bfloat16":
+            return contextlib.nullcontext()
         # The cache of cast weights would outlive the optimiser step that changes them.
-        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, cache_enabled=False)
 
     def update(self, batch: Batch) -> Tensor:
         """One step of every optimiser. batch: raw, on the device. -> metrics (M,), named by ``metric_names``."""

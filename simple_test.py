@@ -59,7 +59,7 @@ def check(kind: str, folder: Path) -> str:
     state = agent.act(agent.initial(len(obs["image"])), obs)
     horizon = 5
     policy = lambda feat: agent.behavior.actor(feat.cat()).sample()
-    feat, action = agent.world_model.dynamics.imagine(state.carry, policy, horizon)
+    _, feat, action = agent.world_model.dynamics.imagine(state.carry, policy, horizon)
     assert feat.cat().shape == (len(obs["image"]), horizon + 1, agent.world_model.feat_dim)
     assert action.shape[-1] == ACTIONS and torch.isfinite(feat.cat()).all()
     count = sum(p.numel() for p in agent.parameters() if p.requires_grad)

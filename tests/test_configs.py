@@ -4,11 +4,15 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from ruamel.yaml import YAML
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 import tools
+from hidreamer import cost
+from hidreamer.dynamics import TYPES
 
 PRESETS = [name for name in YAML(typ="safe").load(tools.CONFIGS.read_text()) if name != "defaults"]
 IMAGE = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
@@ -98,13 +102,84 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("preset", ["tiny_hidreamer", "hidreamer", "hidreamer_spatial"])
+LATENT = [name for name in PRESETS if "dreamer" in name]  # the presets of a latent state
+
+
+@pytest.mark.parametrize("preset", LATENT)
 @pytest.mark.parametrize("suite", ["atari100k", "minatar", "gym", "crafter"])
-def test_tokens_have_the_sizes_of_their_preset_on_every_suite(suite, preset):
+def test_a_latent_state_has_the_sizes_of_its_preset_on_every_suite(suite, preset):
     """Presets of suites with a small state of their own must not shrink what a preset of a state says it is."""
-    latent = lambda *presets: tools.load_config(list(presets), {}).dynamics
+    latent = lambda *presets: tools.load_config(list(presets), {}).dynamics.tree()
     ours, alone = latent(suite, preset), latent(preset)
-    assert ours.hrvq.tree() == alone.hrvq.tree() and (ours.deter, ours.hidden) == (alone.deter, alone.hidden)
+    kind = alone["type"]
+    assert [ours[key] for key in ("type", "deter", "hidden", kind)] == [
+        alone[key] for key in ("type", "deter", "hidden", kind)
+    ]
+
+
+SPACES = {  # what tasks of a suite show, and what can be done there
+    "minatar": ({"grid": spaces.Box(0, 1, (10, 10, 4), np.bool_)}, spaces.Discrete(3)),
+    "gym": ({"vector": spaces.Box(-9, 9, (4,), np.float32)}, spaces.Discrete(2)),
+    "dmc": ({"image": IMAGE["image"]}, spaces.Box(-1, 1, (6,), np.float32)),
+    "proprio": ({"velocity": spaces.Box(-9, 9, (9,), np.float32)}, spaces.Box(-1, 1, (6,), np.float32)),
+    "games": (IMAGE, spaces.Discrete(6)),
+}
+
+
+def networks():
+    """{(sizes of all networks, suite): names of the presets and latent states that have them}."""
+    found = {}
+    for preset in ["defaults", *PRESETS]:
+        for kind in TYPES:
+            config = tools.load_config([preset] if preset in PRESETS else [], {"dynamics.type": kind})
+            suite = "proprio" if config.env.dmc.proprio else config.task.split("_")[0]
+            used = {key: x for key, x in config.dynamics.tree().items() if key not in TYPES or key == kind}
+            heads = [config[name].tree() for name in ("encoder", "decoder", "reward", "cont", "actor", "critic")]
+            suite = suite if suite in SPACES else "games"
+            found.setdefault((str([used, heads]), suite), []).append((preset, kind))
+    return found
+
+
+@pytest.mark.parametrize(("suite", "names"), [(suite, names) for (_, suite), names in networks().items()], ids=str)
+def test_every_preset_trains_with_every_latent_state(suite, names):
+    """Built, and updated once, at its own widths. Tensors are fake (shapes without numbers): no memory, little time."""
+    preset, kind = names[0]
+    small = {"dynamics.type": kind, "replay.batch": 2, "replay.length": 2, "imag.horizon": 1, "imag.starts": 1}
+    config = tools.load_config([preset] if preset in PRESETS else [], small)
+    obs_space, act_space = SPACES[suite]
+    rows = cost.random_rows(obs_space, act_space, 2, 2)
+    with torch.device("meta"):
+        agent = models.Agent(obs_space, act_space, rows["prev_action"].shape[-1], config)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        agent.to_empty(device="cpu")
+        agent.make_optimizers()
+        batch = {key: mode.from_tensor(torch.from_numpy(x)) for key, x in rows.items()}
+        metrics = agent.update(batch)
+    assert metrics.shape == (len(agent.metric_names),)
+    for optimizer in agent.optimizers.values():
+        assert optimizer.state_dict().keys() == optimizer.params.keys(), "every parameter has moments"
+
+
+def test_heads_that_do_not_divide_the_width_are_told_with_both_keys():
+    config = tools.load_config([], {"dynamics.type": "hrvq", "dynamics.hrvq.heads": 6})
+    with pytest.raises(ValueError) as error, torch.device("meta"):
+        models.Agent(IMAGE, spaces.Discrete(6), 6, config)
+    assert str(error.value) == "dynamics.deter 512 must be dynamics.hrvq.heads (6) times an even number"
+
+
+@pytest.mark.parametrize(
+    ("gradient", "discrete", "continuous"),
+    [("auto", False, True), ("reinforce", False, False), ("dynamics", True, True)],
+)
+def test_which_gradient_the_actor_has(gradient, discrete, continuous):
+    config = tools.load_config(["debug"], {"actor.gradient": gradient, "expl.behavior": "plan2explore"})
+    for space, dim, expected in (
+        (spaces.Discrete(3), 3, discrete),
+        (spaces.MultiDiscrete([2, 3]), 5, discrete),
+        (spaces.Box(-1, 1, (2,), np.float32), 2, continuous),
+    ):
+        agent = models.Agent(SPACES["gym"][0], space, dim, config)
+        assert agent.behavior.backprop == agent.explorer.behavior.backprop == expected
 
 
 def test_preset_sizes():

@@ -1,5 +1,7 @@
 """The laws of a latent state (DESIGN: one interface), for every one of them."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,10 @@ SIZES = {"rssm": {"stoch": 3, "classes": 4}, "hrssm": {"stoch": [2, 3], "classes
 SIZES["hrvq"] = {"levels": 3, "groups": 2, "codes": 5, "code_dim": 4, "layers": 2, "heads": 2, "window": 4}
 
 
-def build(kind, dtype=torch.float64):
+def build(kind, dtype=torch.float64, **overrides):
     """A small dynamics whose zero-initialised layers are random, so that every output depends on every input."""
     config = tools.load_config([], {"dynamics.type": kind}).dynamics.tree() | SMALL
-    config[kind] = config[kind] | SIZES[kind]
+    config[kind] = config[kind] | SIZES[kind] | overrides
     dynamics = make_dynamics(config, E, A)
     for p in dynamics.parameters():
         if not p.abs().sum():
@@ -61,7 +63,7 @@ def test_shapes(dynamics):
     losses, metrics = dynamics.loss(post)
     assert all(loss.shape == (B, T) for loss in losses.values())
     assert all(metric.shape == () and not metric.requires_grad for metric in metrics.values())
-    feat, action = dynamics.imagine(dynamics.starts(carry, post, T), lambda feat: torch.zeros(B * T, A).double(), 5)
+    _, feat, action = dynamics.imagine(dynamics.starts(carry, post, T), lambda feat: torch.zeros(B * T, A).double(), 5)
     assert feat.deter.shape == (B * T, 6, dynamics.deter_dim) and action.shape == (B * T, 6, A)
 
 
@@ -74,7 +76,7 @@ def test_law_chunk(dynamics):
         assert close(flat(post), [torch.cat(pair, 1) for pair in zip(flat(first), flat(second), strict=True)])
         # The carries lead to the same dreams.
         given = torch.randn(B, 4, A).double()
-        assert close(dynamics.imagine(carry_all, given, 4, False)[0], dynamics.imagine(carry, given, 4, False)[0])
+        assert close(dynamics.imagine(carry_all, given, 4, False)[1], dynamics.imagine(carry, given, 4, False)[1])
 
 
 def test_law_acting_is_observing_step_by_step(dynamics):
@@ -115,10 +117,10 @@ def test_law_starts(dynamics):
     embed, action, is_first = inputs()
     carry, post = observe(dynamics, embed, action, is_first)
     given = torch.randn(B * T, 4, A).double()  # other actions than the replayed ones, which must not be peeked at
-    feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), given, 4, sample=False)
+    _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), given, 4, sample=False)
     for t in range(T):
         carry_t, _ = observe(dynamics, embed[:, : t + 1], action[:, : t + 1], is_first[:, : t + 1])
-        feat_t, _ = dynamics.imagine(carry_t, given.unflatten(0, (B, T))[:, t], 4, sample=False)
+        _, feat_t, _ = dynamics.imagine(carry_t, given.unflatten(0, (B, T))[:, t], 4, sample=False)
         assert close(feat_t, [x.unflatten(0, (B, T))[:, t] for x in feat])
 
 
@@ -126,7 +128,7 @@ def test_law_starts(dynamics):
 def test_fewer_starts(dynamics, n, steps):
     carry, post = observe(dynamics, *inputs())
     given = torch.randn(B, len(steps), 2, A).double()
-    some, _ = dynamics.imagine(dynamics.starts(carry, post, n), given.flatten(0, 1), 2, sample=False)
+    _, some, _ = dynamics.imagine(dynamics.starts(carry, post, n), given.flatten(0, 1), 2, sample=False)
     assert list(range(T))[start_steps(T, n)] == list(steps)
     assert torch.allclose(some.deter[:, 0].unflatten(0, (B, -1)), post.feat.deter[:, list(steps)])
 
@@ -142,6 +144,141 @@ def test_law_purity(dynamics):
     dynamics.imagine(starts, lambda feat: torch.ones(B * T, A).double(), 3)
     assert all(torch.equal(x, y) for x, y in zip(kept, (*args, *carry), strict=True))
     assert all(torch.equal(x, y) for x, y in zip(kept_too, (*flat(post), *new, *starts), strict=True))
+
+
+VARIANTS = {
+    "rssm": ("rssm", {}),
+    "hrssm": ("hrssm", {}),
+    "hrvq": ("hrvq", {}),
+    "barrier": ("hrvq", {"mask": "barrier"}),
+    "causal": ("hrvq", {"mask": "causal"}),
+    "no chain": ("hrvq", {"chain": False}),
+    "one level": ("hrvq", {"levels": 1}),
+    "one level, no chain": ("hrvq", {"levels": 1, "chain": False}),
+    "window of one": ("hrvq", {"window": 1}),
+    "long window": ("hrvq", {"window": 30}),
+    "nearest": ("hrvq", {"posterior": "nearest"}),
+    "fsq": ("hrvq", {"posterior": "fsq", "codes": 12}),
+    "frozen": ("hrvq", {"posterior": "frozen"}),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    kind, overrides = VARIANTS[request.param]
+    return build(kind, **overrides)
+
+
+def carries(dynamics):
+    """Every kind of carry that the interface gives out, and what may follow it, by name."""
+    args = inputs()
+    seen, post = dynamics.observe(dynamics.initial(B), *args)
+    starts = dynamics.starts(seen, post, 0)
+    given = torch.randn(B * T, 6, A).double()
+    dreamt, *_ = dynamics.imagine(starts, given, 2)
+    beyond, *_ = dynamics.imagine(starts, given, 6)  # further than the window
+    one, *_ = dynamics.imagine(seen, given[:B], 1)
+    back, _ = dynamics.observe(one, *inputs(firsts=((0, 2),)))
+    of_initial, *_ = dynamics.imagine(dynamics.initial(B), given[:B], 3)
+    after, post = dynamics.observe(one, *inputs(firsts=((1, 3),)))
+    return {
+        "initial": dynamics.initial(B),
+        "observe": seen,
+        "starts": starts,
+        "imagine": dreamt,
+        "imagine beyond the window": beyond,
+        "imagine from initial": of_initial,
+        "observe after imagine": back,
+        "starts after that": dynamics.starts(after, post, 3),
+        "imagine again": dynamics.imagine(dreamt, given, 1)[0],
+    }
+
+
+def glued(parts):
+    """The features of a dream in parts: each begins with the last state of the one before."""
+    for before, after in itertools.pairwise(parts):
+        assert close([x[:, -1] for x in before], [x[:, 0] for x in after])
+    return [torch.cat([x[0], *(y[:, 1:] for y in x[1:])], 1) for x in zip(*parts, strict=True)]
+
+
+def dream(dynamics, carry, actor, lengths, sample):
+    """Imagine ``lengths`` steps one after another. -> features, actions, as of one dream."""
+    torch.manual_seed(5)
+    feats, actions, done = [], [], 0
+    for length in lengths:
+        part = actor[:, done : done + length] if isinstance(actor, torch.Tensor) else actor
+        carry, feat, action = dynamics.imagine(carry, part, length, sample)
+        assert close(dynamics.feat(carry), [x[:, -1] for x in feat])
+        feats.append(feat)
+        actions.append(action[:, :-1])
+        done += length
+    return glued(feats), torch.cat(actions, 1)
+
+
+@torch.no_grad()
+def test_law_a_carry_is_a_carry(variant):
+    """H1 steps and then H2 are H1 + H2 steps: from every carry, drawn or not, with given actions or a policy."""
+    weight = torch.randn(variant.feat_dim, A).double()
+    policy = lambda feat: torch.tanh(feat.cat() @ weight)
+    for name, carry in carries(variant).items():
+        given = torch.randn(len(variant.feat(carry).deter), 6, A).double()
+        for actor, sample, parts in ((given, True, [2, 4]), (policy, False, [1] * 6)):
+            whole, taken = dream(variant, carry, actor, [6], sample)
+            again, actions = dream(variant, carry, actor, parts, sample)
+            assert close(again, whole) and close([actions], [taken]), (name, parts)
+            assert actor is policy or whole[0].std(0).amax() > 1e-3, "this test needs dreams that differ"
+
+
+def test_law_memory_imagined_and_observed_is_one(variant):
+    """An action leads from any carry to the same memory, whether what follows is imagined or observed."""
+    for name, carry in carries(variant).items():
+        count = len(variant.feat(carry).deter)
+        action, embed = torch.randn(count, 1, A).double(), torch.randn(count, 1, E).double()
+        _, feat, _ = variant.imagine(carry, action, 1)
+        _, post = variant.observe(carry, embed, action, torch.zeros(count, 1, dtype=torch.bool))
+        assert close([feat.deter[:, 1]], [post.feat.deter[:, 0]]), name
+
+
+def test_law_observing_from_a_start_is_observing_on(variant):
+    """Starts can be observed from as well: as from the carry that was reached there."""
+    embed, action, is_first = inputs()
+    carry, post = observe(variant, embed, action, is_first)
+    starts = variant.starts(carry, post, 0)
+    again = [x.repeat(T, *(1,) * (x.ndim - 1)).unflatten(0, (T, B)).transpose(0, 1) for x in inputs(firsts=((0, 3),))]
+    _, found = variant.observe(starts, *(x.flatten(0, 1) for x in again), sample=False)
+    for t in range(T):
+        carry_t, _ = observe(variant, embed[:, : t + 1], action[:, : t + 1], is_first[:, : t + 1])
+        _, expected = variant.observe(carry_t, *(x[:, t] for x in again), sample=False)
+        assert close(flat(expected), [x.unflatten(0, (B, T))[:, t] for x in flat(found)])
+
+
+def test_law_purity_of_an_imagined_carry(variant):
+    """Dreams and observations that go on from it leave it as it was."""
+    starts = carries(variant)["starts"]
+    given = torch.randn(B * T, 5, A).double()
+    for graphs in ((False, False), (False, True), (True, False)):
+        with torch.set_grad_enabled(graphs[0]):
+            carry, feat, _ = variant.imagine(starts, given, 2)
+        kept = [x.clone() for x in feat]
+        with torch.set_grad_enabled(graphs[1]):
+            first = variant.imagine(carry, given, 5, sample=False)[1]
+            variant.imagine(carry, 2.0 * given, 3)
+            variant.observe(carry, *(x[:1].repeat(B * T, *(1,) * (x.ndim - 1)) for x in inputs()))
+            again = variant.imagine(carry, given, 5, sample=False)[1]
+        assert close(first, again) and close(feat, kept) and close(variant.feat(carry), [x[:, -1] for x in kept])
+
+
+def test_the_gradient_goes_through_an_imagined_carry(variant):
+    """What ``actor.gradient: dynamics`` follows through one dream it follows through two of half the length."""
+    for name in ("observe", "starts"):
+        found = []
+        carry = carries(variant)[name]
+        given = torch.randn(len(variant.feat(carry).deter), 6, A).double().requires_grad_()
+        for lengths in ([6], [2, 4]):
+            feat, _ = dream(variant, carry, given, lengths, sample=True)
+            weighted = sum((x[:, -1] * torch.arange(1.0, 1.0 + x.shape[-1])).sum() for x in feat)
+            found.append([*feat, *torch.autograd.grad(weighted, given, retain_graph=True)])
+        assert found[0][-1][:, -1].abs().max() > 1e-6 and close(*found)
 
 
 def gradient(loss, xs):
@@ -195,7 +332,7 @@ def test_law_teacher_forcing(dynamics):
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
     carry, post = observe(dynamics, embed, action, is_first)
     following = torch.cat([action[:, 1:], action[:, :1]], 1).reshape(B * T, 1, A)  # the last one leads nowhere
-    feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), following, 1, sample=False)
+    _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), following, 1, sample=False)
     assert close([feat.deter.unflatten(0, (B, T))[:, :-1, 1]], [post.feat.deter[:, 1:]])
 
 
@@ -205,7 +342,7 @@ def test_law_finite_under_bfloat16(dynamics):
     with torch.autocast("cpu", torch.bfloat16):
         carry, post = dynamics.observe(dynamics.initial(B), 100 * embed, action, is_first)
         losses, _ = dynamics.loss(post)
-        feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), action[:, :1].repeat(T, 5, 1), 5)
+        _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), action[:, :1].repeat(T, 5, 1), 5)
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in losses.values())
     assert all(x.isfinite().all() for x in feat)
 

@@ -121,7 +121,7 @@ def coherence(kind, steps=600, classes=8):
         known = [logit.argmax(-1) for logit in read(post.feat.stoch)]
         assert min((guess == label).float().mean().item() for guess in known) > 0.75, "the levels do not code the class"
         start = dynamics.starts(None, post, 0)
-        feat, _ = dynamics.imagine(start, torch.zeros(128, 8, 1), 8)
+        _, feat, _ = dynamics.imagine(start, torch.zeros(128, 8, 1), 8)
         top, bottom = (logit.argmax(-1) for logit in read(feat.stoch[:, 1:]))
         return (top == bottom).float().mean().item()
 

@@ -1,5 +1,7 @@
 """Tokens and transformer: one computation for training, acting and dreaming, and losses that reach what they should."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,6 @@ from test_agent import EVERYTHING, VECTOR, make
 
 import models
 import tools
-from hidreamer import distributions as dists
 from hidreamer.dynamics import hrvq, make_dynamics
 from hidreamer.quantizer import KINDS
 
@@ -73,22 +74,18 @@ def test_the_window_ends_where_it_should():
     assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
 
 
-class Told:
-    """A quantiser's ``encode`` that gives out the codes of states it was told."""
-
-    def __init__(self, dynamics, stoch):
-        groups, dim = dynamics.code_shape
-        self.code = stoch.unflatten(-1, (dynamics.levels, groups, dim)) * dim**0.5
-
-    def __call__(self, z, sample=True):
-        index = torch.zeros(self.code.shape[:-1], dtype=torch.long)
-        logit = tuple(torch.zeros(*index.shape[:2], 2, 5, dtype=z.dtype) for _ in range(self.code.shape[2]))
-        return hrvq.Codes(self.code, index, logit, self.code)
+def codes_of(dynamics, stoch):
+    """States (B, T, Z) as the codes that ``encode`` would have found; their posterior is of no use."""
+    groups, dim = dynamics.code_shape
+    code = stoch.unflatten(-1, (dynamics.levels, groups, dim)) * dim**0.5
+    index = torch.zeros(code.shape[:-1], dtype=torch.long)
+    logit = tuple(stoch.new_zeros(*stoch.shape[:2], groups, 5) for _ in range(dynamics.levels))
+    return hrvq.Codes(code, index, logit, code)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["in place", "with a graph"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, graph, monkeypatch):
+def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, graph):
     """Dream from every step at once; then encode each start's past and its dream as one sequence. Float32, 1e-5."""
     dynamics = build(torch.float32, **variant)
     embed, action, is_first = inputs(dtype=torch.float32)
@@ -96,58 +93,67 @@ def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, grap
     carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
     given = F.one_hot(torch.randint(0, A, (3 * length, horizon)), A).float()  # not the replayed actions
     with torch.set_grad_enabled(graph):
-        feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
+        _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
     stoch, deter = (x.unflatten(0, (3, length)) for x in (feat.stoch, feat.deter))  # (B, T, H+1, .)
     for t in range(length):
         codes = torch.cat([post.feat.stoch[:, : t + 1], stoch[:, t, 1:]], 1)
         actions = torch.cat([action[:, : t + 1], given.unflatten(0, (3, length))[:, t]], 1)
         firsts = torch.cat([is_first[:, : t + 1], torch.zeros(3, horizon, dtype=torch.bool)], 1)
-        monkeypatch.setattr(dynamics.quantizer, "encode", Told(dynamics, codes))
-        blank = torch.zeros(3, t + 1 + horizon, E)
-        _, again = dynamics.observe(dynamics.initial(3), blank, actions, firsts)
+        _, again = dynamics.follow(dynamics.initial(3), codes_of(dynamics, codes), actions, firsts)
         assert torch.allclose(again.feat.deter[:, t:], deter[:, t], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chain", [True, False])
-def test_teacher_forced_imagination_reproduces_training_features(chain, monkeypatch):
-    """Force the replayed codes on the imagination path: it must give the replayed features, every part of them.
+def test_observing_is_encoding_and_following():
+    dynamics = build()
+    embed, action, is_first = inputs()
+    torch.manual_seed(1)
+    carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
+    torch.manual_seed(1)
+    codes = dynamics.encode(embed)
+    again, followed = dynamics.follow(dynamics.initial(3), codes, action, is_first)
+    assert all(torch.equal(a, b) for a, b in zip((*carry, *post.feat), (*again, *followed.feat), strict=True))
+    assert all(torch.equal(a.post, b) for a, b in zip(post.levels, codes.logit, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_training_on_a_dream_finds_what_was_dreamt(variant):
+    """Follow the codes of a dream: the same features, every part of them, and each code is what the prior says there.
 
     The lineage's imagination fed a wrong third of its features for its whole life.
     """
-    dynamics = build(chain=chain)
+    dynamics = build(**variant)
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
-    _, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
-    horizon = embed.shape[1] - 1
-    monkeypatch.setattr(dynamics.quantizer, "encode", Told(dynamics, post.feat.stoch[:, :1]))
-    start = dynamics.observe(dynamics.initial(3), embed[:, :1], action[:, :1], is_first[:, :1])[0]
-    monkeypatch.undo()
-    queue = list(
-        F.one_hot(post.aux.codes.index[:, 1:], 5).double().flatten(1, 2).unbind(1)
-    )  # step by step, level by level
-    asked = []
-    monkeypatch.setattr(hrvq.dists, "draw", lambda probs, sample=True: asked.append(probs) or queue[len(asked) - 1])
-    feat, _ = dynamics.imagine(start, action[:, 1:], horizon)
+    start, _ = dynamics.observe(dynamics.initial(3), embed[:, :1], action[:, :1], is_first[:, :1])
+    _, feat, _ = dynamics.imagine(start, action[:, 1:], embed.shape[1] - 1, sample=False)
+    _, post = dynamics.follow(dynamics.initial(3), codes_of(dynamics, feat.stoch), action, is_first)
     assert torch.allclose(feat.deter, post.feat.deter, atol=1e-10)
     assert torch.allclose(feat.stoch, post.feat.stoch, atol=1e-10)
-    # What imagination would have drawn from is what training predicted.
-    for level in range(3):
-        trained = dists.mix(post.levels[level].prior[:, 1:], dynamics.balance.unimix)
-        assert torch.allclose(torch.stack(asked[level::3], 1), trained, atol=1e-10)
+    likeliest = [F.one_hot(level.prior.argmax(-1), 5).double() for level in post.levels]  # (B, T, G, K) each
+    codes = [dynamics.quantizer.decode(i, onehot).flatten(2) for i, onehot in enumerate(likeliest)]
+    assert torch.allclose(dynamics._stoch(torch.cat(codes, -1))[:, 1:], feat.stoch[:, 1:], atol=1e-10)
+    assert all(onehot.argmax(-1).unique().numel() > 1 for onehot in likeliest), "this test needs codes that differ"
+
+
+@pytest.mark.parametrize(("temperature", "unimix", "share"), [(1.0, 0.0, 0.8), (2.0, 0.0, 0.5), (1.0, 0.5, 0.5)])
+def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
+    """A prior of 0.8 and four times 0.05; cooled and mixed, how often its likeliest code is drawn can be told."""
+    dynamics = build(levels=1, groups=1, temperature=[temperature])
+    dynamics.balance = dynamics.balance._replace(unimix=unimix)
+    torch.nn.init.zeros_(dynamics.prior[0].weight)
+    dynamics.prior[0].bias.data = torch.tensor([0.05, 0.05, 0.8, 0.05, 0.05]).double().log()
+    _, feat, _ = dynamics.imagine(dynamics.initial(4000), torch.zeros(4000, 1, A).double(), 1)
+    likeliest = dynamics._stoch(dynamics.quantizer.book[0, 0, 2])
+    assert (feat.stoch[:, 1] == likeliest).all(-1).double().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def memory_jacobian(dynamics, embed, action, is_first):
     """How each memory (T, D) moves with each code (T, D, 1, T, L, G, d) and with each action (T, D, 1, T, A)."""
-    read = dynamics.quantizer.encode(dynamics._numbers(embed)).code.detach()
+    found = dynamics.encode(embed)
 
-    def run(codes, action):
-        told, dynamics.quantizer.encode = dynamics.quantizer.encode, Told(dynamics, codes.flatten(2) / 2.0)
-        detach, torch.Tensor.detach = torch.Tensor.detach, lambda x: x  # the codes are read detached: look behind that
-        try:
-            return dynamics.observe(dynamics.initial(1), embed, action, is_first)[1].feat.deter[0]
-        finally:
-            dynamics.quantizer.encode, torch.Tensor.detach = told, detach
+    def memory(code, action):
+        return dynamics.follow(dynamics.initial(1), found._replace(code=code), action, is_first)[1].feat.deter[0]
 
-    return torch.autograd.functional.jacobian(run, (read, action))
+    return torch.autograd.functional.jacobian(memory, (found.code.detach(), action))
 
 
 def test_nothing_crosses_a_reset():
@@ -221,6 +227,27 @@ def test_exactly_one_codebook_update_per_training_update(monkeypatch):
         assert len(calls) == n and torch.equal(calls[-1], before) and not torch.equal(quantizer.count, before)
 
 
+def test_checkpoints_with_former_names_are_read():
+    """Parameters and moments alike: the next update is the same to the bit."""
+    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq"})
+    for _ in range(2):
+        agent.update(batch)
+    former = {"dynamics.bos_token": "dynamics.begin", "dynamics.level_emb": "dynamics.place"}
+    former |= {f"dynamics.in_proj.{kind}": f"dynamics.inp.{kind}" for kind in ("weight", "bias")}
+    state = copy.deepcopy(agent.save_state())
+    for name, old in former.items():
+        state["params"][f"world_model.{old}"] = state["params"].pop(f"world_model.{name}")
+        state["optim"]["model"][old] = state["optim"]["model"].pop(name)
+    other, _ = make(EVERYTHING, **{"dynamics.type": "hrvq"})
+    assert set(other.load_state(state).values()) == {"mapped"}
+    results = []
+    for each in (agent, other):
+        torch.manual_seed(1)
+        results.append(each.update(batch))
+    assert torch.equal(*results)
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in agent.state_dict().items())
+
+
 def test_metrics_name_every_level():
     dynamics = build()
     _, post = dynamics.observe(dynamics.initial(3), *inputs())
@@ -272,23 +299,19 @@ def test_level_dropout_hides_fine_codes_from_the_decoder_alone():
     assert build(level_dropout=0.0).decoded(post) is post.feat
 
 
-def test_coarse_dreams_ignore_fine_levels_behind_the_barrier(monkeypatch):
+def test_coarse_dreams_ignore_fine_levels_behind_the_barrier():
     """With ``barrier`` the memory and L0 of a dream are the same whatever the finer levels were."""
     dynamics = build(mask="barrier")
     carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
-    given, dreams = torch.randn(3, 5, A).double(), []
-    for shift in (0, 1):
-        torch.manual_seed(7)
-        original = dynamics.quantizer.decode
-        monkeypatch.setattr(
-            dynamics.quantizer, "decode", lambda level, x, s=shift, f=original: f(level, x.roll(s * (level > 0), -1))
-        )
-        dreams.append(dynamics.imagine(carry, given, 5, sample=False)[0])
-        monkeypatch.undo()
+    given = torch.randn(3, 5, A).double()
+    _, before, _ = dynamics.imagine(carry, given, 5, sample=False)
+    for prior in dynamics.prior[1:]:
+        torch.nn.init.normal_(prior.weight)
+    _, after, _ = dynamics.imagine(carry, given, 5, sample=False)
     size = dynamics.stoch_dim // 3
-    assert torch.equal(dreams[0].deter, dreams[1].deter)
-    assert torch.equal(dreams[0].stoch[..., :size], dreams[1].stoch[..., :size])
-    assert not torch.allclose(dreams[0].stoch[:, 1:, size:], dreams[1].stoch[:, 1:, size:])
+    assert torch.equal(before.deter, after.deter)
+    assert torch.equal(before.stoch[..., :size], after.stoch[..., :size])
+    assert not torch.allclose(before.stoch[:, 1:, size:], after.stoch[:, 1:, size:])
 
 
 def test_temperature_cools_what_is_drawn():
@@ -299,7 +322,7 @@ def test_temperature_cools_what_is_drawn():
         dynamics = build(temperature=[0.01, fine, fine])
         carry, _ = dynamics.observe(dynamics.initial(64), *inputs(batch=64))
         given = torch.zeros(64, 1, A).double()
-        once, again = (dynamics.imagine(carry, given, 1)[0].stoch[:, 1].unflatten(-1, (3, -1)) for _ in range(2))
+        once, again = (dynamics.imagine(carry, given, 1)[1].stoch[:, 1].unflatten(-1, (3, -1)) for _ in range(2))
         differ.append((once != again).double().mean((0, 2)))  # (3,) by level
     warm, cool = differ
     assert warm[1:].min() > 0.3 and max(warm[0], cool.max()) < 0.2
@@ -313,9 +336,9 @@ def test_spatial_groups_are_the_positions_of_the_map():
     assert dynamics.quantizer.book.shape[1] == 1
     embed = torch.randn(1, 1, agent.world_model.encoder.dim)
     maps = embed.unflatten(-1, (-1, 4, 4)).clone()
-    before = dynamics._numbers(embed)
+    before = dynamics._project(embed)
     maps[..., 2, 1] += 5.0  # position 9
-    moved = dynamics.inp(maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)) - dynamics.inp(
+    moved = dynamics.in_proj(maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)) - dynamics.in_proj(
         embed.unflatten(-1, (-1, 16)).transpose(-1, -2)
     )
     assert moved.abs().amax(-1).flatten().nonzero().flatten().tolist() == [9] and before.shape == (1, 1, 16, 4)
@@ -336,7 +359,7 @@ def test_spatial_trains_on_what_is_no_image_too(obs):
 @pytest.mark.parametrize(
     ("sizes", "hint"),
     [
-        ({"heads": 3}, "width 16"),
+        ({"heads": 3}, r"dynamics\.deter 16 must be dynamics\.hrvq\.heads \(3\)"),
         ({"heads": 16}, "even"),
         ({"posterior": "nearest", "commitment": [0.1, 0.1]}, "commitment has 2 values for 3 levels"),
         ({"spatial": True, "groups": 2}, "spatial"),
@@ -356,7 +379,7 @@ def test_a_dream_can_be_differentiated_by_its_actions(posterior):
     dynamics = build(codes=12, posterior=posterior)
     carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
     given = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
-    feat, _ = dynamics.imagine(carry, given, 2)
+    _, feat, _ = dynamics.imagine(carry, given, 2)
     for x in feat:
         some = (x[:, 1] * torch.randn_like(x[:, 1])).sum()  # the memory is normalised: its plain sum is constant
         (grad,) = torch.autograd.grad(some, given, retain_graph=True)
@@ -370,7 +393,7 @@ def test_a_dream_can_be_differentiated_by_its_actions(posterior):
 def test_any_sizes(sizes):
     dynamics = build(**sizes)
     carry, post = dynamics.observe(dynamics.initial(3), *inputs())
-    feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
+    _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
     assert feat.stoch.shape == (42, 4, dynamics.stoch_dim) and dynamics.loss(post)[0]["dyn"].isfinite().all()
 
 

@@ -27,6 +27,7 @@ FLOORS = {
     "hidreamer.dynamics.hrssm": 3,
     "hidreamer.dynamics.hrvq": 3,
     "hidreamer.dynamics.base": 2,
+    "hidreamer.rollout": 2,
     "hidreamer.quantizer": 1,
     "hidreamer.transformer": 1,
     "hidreamer.mask": 1,

@@ -112,7 +112,9 @@ class Dynamics(nn.Module):
         """The carry before an episode's first observation."""
         raise NotImplementedError
 
-    def observe(self, carry: Any, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True):
+    def observe(
+        self, carry: Any, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
+    ) -> tuple[Any, Post]:
         """Follow real observations: embed (B,T,E), prev_action (B,T,A) that led to each, is_first (B,T) bool.
 
         -> (carry after the last step, Post). Where ``is_first``, carry and action are those of an episode's start.
@@ -153,11 +155,16 @@ class Dynamics(nn.Module):
         """Compile what runs once per step: small pieces compile in seconds, an unrolled loop in minutes."""
         raise NotImplementedError
 
-    def imagine(self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True) -> tuple[Feat, Tensor]:
-        """Dream on from a carry for H steps with a policy, or with given actions (N,H,A).
+    def imagine(
+        self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
+    ) -> tuple[Any, Feat, Tensor]:
+        """Continue any carry for H >= 1 steps in imagination, with a policy or with given actions (N,H,A).
 
-        -> Feat (N,H+1,.), the carry's own first; actions (N,H+1,A), the action taken *in* each state
-        (given actions: the last one is zero).
+        Any carry will do: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself. H1 steps and then H2 from
+        the carry that they led to equal H1 + H2 steps.
+
+        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions (N,H+1,A), the action taken
+        *in* each state (given actions: the last one is zero).
         """
         raise NotImplementedError
 
@@ -201,7 +208,9 @@ class Recurrent(Dynamics):
         deter = torch.tanh(self.start).unsqueeze(0)  # (1, D)
         return Carry(*(x.expand(batch, -1) for x in (deter, self.prior_step(deter, sample=False).detach())))
 
-    def observe(self, carry: Carry, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True):
+    def observe(
+        self, carry: Carry, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
+    ) -> tuple[Carry, Post]:
         # All that does not wait for the recurrence is done for T steps at once: what actions and embeddings
         # add to the two input layers, and where episodes start.
         in_stoch, in_action = self.img_in.linear.weight.split([self.stoch_dim, self.act_dim], 1)
@@ -214,7 +223,9 @@ class Recurrent(Dynamics):
         deter, stoch = carry
         for inputs in zip(*(x.unbind(1) for x in (keep, *fresh, action, embed)), strict=True):
             deter, stoch, logit = self.observe_step(deter, stoch, *inputs, in_stoch, out_deter, sample)
-            deters.append(deter), stochs.append(stoch), logits.append(logit)
+            deters.append(deter)
+            stochs.append(stoch)
+            logits.append(logit)
         feat = Feat(torch.stack(deters, 1), torch.stack(stochs, 1))  # (B, T, .)
         post = [torch.stack(level, 1) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
         prior = self.priors(*feat)
@@ -243,13 +254,17 @@ class Recurrent(Dynamics):
         where = start_steps(post.feat.deter.shape[1], n)
         return Carry(*(x[:, where].flatten(0, 1).detach() for x in post.feat))  # (B*n, .)
 
-    def imagine(self, carry: Carry, actor: Policy | Tensor, horizon: int, sample: bool = True) -> tuple[Feat, Tensor]:
+    def imagine(
+        self, carry: Carry, actor: Policy | Tensor, horizon: int, sample: bool = True
+    ) -> tuple[Carry, Feat, Tensor]:
         given = isinstance(actor, Tensor)
         deter, stoch = carry
         feats, actions = [Feat(deter, stoch)], []
         for t in range(horizon):
             action = actor[:, t] if given else actor(feats[-1])  # (N, A)
             deter, stoch = self.imagine_step(deter, stoch, action, sample)
-            feats.append(Feat(deter, stoch)), actions.append(action)
+            feats.append(Feat(deter, stoch))
+            actions.append(action)
         actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        return Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True))), torch.stack(actions, 1)
+        feat = Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True)))  # (N, H+1, .)
+        return Carry(deter, stoch), feat, torch.stack(actions, 1)
