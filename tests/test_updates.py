@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict
 
 import dreamer
 import tools
+from envs.base import Env, Suite
 
 ROWS = 21  # of an episode of the dummy tasks: the first observation and 20 steps
 
@@ -89,3 +91,37 @@ def test_ends_by_time_are_not_terminal(tmp_path):
     finally:
         trained.close()
     assert rows["is_last"].sum() >= 2 and not rows["is_terminal"].any()
+
+
+class Scripted(Suite):
+    """Ends by itself after 4 agent steps; gives the number of the step as reward, and shows the action it got."""
+
+    observation_space = Dict({"vector": Box(-np.inf, np.inf, (2,), np.float32)})
+    action_space = Box(np.array([0, -4], np.float32), np.array([2, 4], np.float32))
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return {"vector": np.zeros(2)}, {}
+
+    def step(self, action):
+        self.steps += 1
+        return {"vector": action}, float(self.steps), self.steps == 4, False, {"is_terminal": self.steps == 2}
+
+
+@pytest.mark.parametrize(("limit", "length", "terminal"), [(0, 4, True), (9, 3, False), (6, 2, True), (3, 1, False)])
+def test_ends_and_time_limits(limit, length, terminal):
+    """The limit counts frames, three a step, and cuts at the first step that reaches it; only real ends are terminal.
+
+    At step 2 the suite itself says that no value follows though the episode goes on (a lost life).
+    """
+    env = Env(Scripted(), 3, limit, 0)
+    for _ in range(2):
+        rows = [env.reset()]
+        while not rows[-1]["is_last"]:
+            rows.append(env.step(np.array([0.5, -0.25], np.float32)))
+        assert [row["is_first"] for row in rows] == [True] + [False] * length
+        assert [row["is_last"] for row in rows] == [False] * length + [True]
+        assert [row["reward"] for row in rows] == list(range(length + 1))
+        assert [row["is_terminal"] for row in rows[:-1]] == [t == 2 for t in range(length)]
+        assert rows[-1]["is_terminal"] == terminal
+        assert all(row["vector"].tolist() == [1.5, -1.0] for row in rows[1:])
