@@ -11,16 +11,20 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import pytest
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 NEEDED = ("benchmarks", "envs", "hidreamer", "legacy", "tests", "*.py", "configs.yaml", "pyproject.toml")
 LIST = Path(__file__).with_suffix(".yaml")
 TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
@@ -54,7 +58,7 @@ class Mutant(NamedTuple):
     new: str
 
 
-def load(path: Path = LIST) -> list[Mutant]:
+def load(path: Path) -> list[Mutant]:
     """Raises ValueError for an entry that is no pair."""
     found = []
     for file, faults in YAML(typ="safe").load(path).items():
@@ -75,24 +79,51 @@ def copy_tree(folder: Path) -> None:
                 shutil.copy(path, folder / path.name)
 
 
-def in_order(mutant: Mutant | None = None) -> list[str]:
-    likely = LIKELY.get(mutant.file, ()) if mutant else ()
-    return [f"tests/test_{name}.py" for name in dict.fromkeys((*likely, *FAST))]
+def in_order(names: Sequence[str], mutant: Mutant | None = None) -> list[str]:
+    """Paths of the test files ``names``, those first that most likely notice the mutant."""
+    likely = [name for name in LIKELY.get(mutant.file, ()) if name in names] if mutant else []
+    return [f"tests/test_{name}.py" for name in dict.fromkeys((*likely, *names))]
 
 
 def run_tests(folder: Path, files: list[str]) -> tuple[bool, str]:
     """-> whether all pass, and the first test that does not ("" where pytest itself broke)."""
-    words = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *files]
-    # No bytecode: it is told apart by second and size, and two mutants may share both.
-    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryFile("w+") as log:
+        child = os.fork()  # a child starts with torch imported: that alone takes longer than most of the tests
+        if not child:
+            run_child(folder, files, log.fileno())
+        done, deadline = 0, time.monotonic() + TIMEOUT
+        while not done and time.monotonic() < deadline:
+            time.sleep(0.05)
+            done, status = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False, "time ran out"
+        log.seek(0)
+        failed = [line.split()[1] for line in log if line.startswith(("FAILED ", "ERROR "))]
+    return status == 0, failed[0] if failed else ""
+
+
+def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
+    """pytest in a process group of its own, everything that it says to the file ``log``.
+
+    The project itself must not have been imported: the child would go on with the whole code.
+    """
+    status = 3
     try:
-        result = subprocess.run(
-            [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return False, "time ran out"
-    failed = [line.split()[1] for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return result.returncode == 0, failed[0] if failed else ""
+        os.setsid()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(folder)
+        # No bytecode: it is told apart by second and size, and two mutants may share both.
+        os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.dont_write_bytecode = True
+        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT))]
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+        status = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *files]))
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
 
 
 def mutated(mutant: Mutant, text: str) -> str:
@@ -116,23 +147,36 @@ def trial(mutant: Mutant, folder: Path, files: list[str]) -> tuple[bool, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="parts of mutants' names; all mutants without any")
+    parser.add_argument("--list", type=Path, default=LIST, help="another list than mutants.yaml")
+    parser.add_argument("--tests", nargs="+", default=FAST, choices=FAST, help="other test files than all quick ones")
     parser.add_argument("--out", type=Path, help="where the JSON goes, too")
     args = parser.parse_args(argv)
-    chosen = [m for m in load() if not args.names or any(part in m.name for part in args.names)]
+    try:
+        listed = load(args.list)
+        for mutant in listed:
+            mutated(mutant, (ROOT / mutant.file).read_text())
+    except (OSError, ValueError, YAMLError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    chosen = [m for m in listed if not args.names or any(part in m.name for part in args.names)]
     if not chosen:
         print(f"error: no mutant's name contains {' or '.join(args.names)}", file=sys.stderr)
         return 2
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import gymnasium  # noqa: F401  what is imported here, children need not import
+    import torch  # noqa: F401
+
     start, survivors, noticed = time.monotonic(), [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "tree"  # its parent holds nothing, so that fixtures beside the repository do not help
         folder.mkdir()
         copy_tree(folder)
-        whole, failed = run_tests(folder, in_order())
+        whole, failed = run_tests(folder, in_order(args.tests))
         if not whole:
             print(f"error: the tests fail without any mutant: {failed}", file=sys.stderr)
             return 2
         for mutant in chosen:
-            survives, by = trial(mutant, folder, in_order(mutant))
+            survives, by = trial(mutant, folder, in_order(args.tests, mutant))
             print(f"{'SURVIVED' if survives else 'killed':<9} {mutant.name:<44} {by}", flush=True)
             survivors += [mutant.name] if survives else []
             noticed[mutant.name] = by

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -20,7 +22,7 @@ def mutants(monkeypatch):
 
 def test_every_mutant_fits_the_code(mutants):
     """What it replaces occurs exactly once, and what comes of it is Python that says something else."""
-    found = mutants.load()
+    found = mutants.load(mutants.LIST)
     assert len(found) >= LEAST and len({mutant.name for mutant in found}) == len(found)
     for mutant in found:
         text = (ROOT / mutant.file).read_text()
@@ -34,30 +36,46 @@ def test_an_entry_that_no_longer_fits_is_named(mutants):
 
 
 def test_every_fast_file_exists(mutants):
-    assert all((ROOT / name).exists() for name in mutants.in_order())
-    files = {mutant.file for mutant in mutants.load()}
+    assert all((ROOT / name).exists() for name in mutants.in_order(mutants.FAST))
+    files = {mutant.file for mutant in mutants.load(mutants.LIST)}
     assert files >= set(mutants.LIKELY) and all(set(x) <= set(mutants.FAST) for x in mutants.LIKELY.values())
 
 
-def test_a_fault_is_noticed_and_what_is_none_survives(mutants, tmp_path):
-    mutants.copy_tree(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.glob("hidreamer/*.py")}
-    fault = next(mutant for mutant in mutants.load() if mutant.name == "return norm ten times as fast")
-    survives, by = mutants.trial(fault, tmp_path, ["tests/test_numerics.py"])
-    assert not survives and by.endswith("test_normaliser_moves_by_a_hundredth")
-    harmless = mutants.Mutant("harmless", "hidreamer/mask.py", "n = levels + 1", "n = 1 + levels")
-    assert mutants.trial(harmless, tmp_path, ["tests/test_mask.py"]) == (True, "")
-    assert before == {path: path.read_bytes() for path in tmp_path.glob("hidreamer/*.py")}
+def run(*words):
+    """-> exit status, lines. In a process of its own: the project must not have been imported."""
+    words = [sys.executable, str(ROOT / "benchmarks" / "mutants.py"), *map(str, words)]
+    result = subprocess.run(words, capture_output=True, text=True)
+    return result.returncode, result.stdout.splitlines(), result.stderr
 
 
-def test_an_unknown_name_is_one_line(mutants, capsys):
-    assert mutants.main(["no such mutant"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_fault_is_noticed_and_what_is_none_survives(tmp_path):
+    before = (ROOT / "hidreamer" / "mask.py").read_bytes()
+    faults = {"fault": ["(ago < window)", "(ago <= window)"], "harmless": ["n = levels + 1", "n = 1 + levels"]}
+    (tmp_path / "list.yaml").write_text(json.dumps({"hidreamer/mask.py": faults}))
+    status, lines, _ = run("--list", tmp_path / "list.yaml", "--tests", "mask", "--out", tmp_path / "out.json")
+    assert status == 1 and [line.split()[:2] for line in lines[:2]] == [["killed", "fault"], ["SURVIVED", "harmless"]]
+    told = json.loads(lines[-1])
+    assert told["survived"] == ["harmless"] and (told["tried"], told["killed"]) == (2, 1)
+    assert json.loads((tmp_path / "out.json").read_text())["noticed_by"]["fault"].endswith("test_window")
+    assert before == (ROOT / "hidreamer" / "mask.py").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["a.py: {x: [only one]}", "models.py: {x: [nowhere to be found, y]}", "a: ["])
+def test_a_bad_list_is_one_line(text, tmp_path):
+    (tmp_path / "list.yaml").write_text(text)
+    status, lines, error = run("--list", tmp_path / "list.yaml")
+    assert (status, lines) == (2, []) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_unknown_name_is_one_line():
+    status, lines, error = run("no such mutant")
+    assert (status, lines) == (2, []) and error.count("\n") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * 3600)
-def test_no_mutant_survives(mutants, capsys):
-    status = mutants.main([])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert status == 0 and told["survived"] == [] and told["tried"] >= LEAST
+def test_no_mutant_survives():
+    status, lines, error = run()
+    assert status == 0, error
+    told = json.loads(lines[-1])
+    assert told["survived"] == [] and told["tried"] >= LEAST
