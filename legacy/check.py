@@ -23,6 +23,7 @@ import networks
 import tools
 from hidreamer import distributions as dists
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
+from hidreamer.dynamics.base import kl_losses
 
 BOUND = 1e-4
 NOT_OBSERVED = ("action", "reward", "is_first", "is_last", "is_terminal", "discount", "logprob")
@@ -52,8 +53,8 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
     wm, behavior = agent.world_model, agent.behavior
     _, post, embed = wm.observe(obs, sample=False)
     x, (level,) = post.feat.cat(), post.levels
-    unimix, balance = wm.dynamics.balance.unimix, wm.dynamics.balance
-    kl = dists.kl(dists.mix(level.post, unimix), dists.mix(level.prior, unimix))
+    losses, _ = wm.dynamics.loss(post)
+    unclipped, _ = kl_losses(post.levels, wm.dynamics.balance._replace(dyn=1.0, rep=0.0, free=0.0))
     policy, reward = behavior.actor(x), wm.reward(x)
     out = {
         "embed": embed,
@@ -69,8 +70,8 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
         "actor_mode": policy.mode(),
         "value_mode": behavior.critic(x).mode().unsqueeze(-1),
         "slow_value_mode": behavior.slow(x).mode().unsqueeze(-1),
-        "kl_value": kl,
-        "kl_loss": (balance.dyn + balance.rep) * kl.clamp(min=balance.free),
+        "kl_value": unclipped["dyn"],
+        "kl_loss": losses["dyn"] + losses["rep"],
     }
     if isinstance(policy, dists.OneHots):
         out["actor_probs"] = torch.cat(policy.probs, -1)

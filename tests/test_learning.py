@@ -1,12 +1,54 @@
-"""Does it learn? Whole runs of a quarter of an hour and more: pytest -m slow. Last results: results/learning/."""
+"""Does it learn? A toy task in half a minute each; whole runs of a quarter of an hour and more: pytest -m slow.
 
+Last results of those: results/learning/.
+"""
+
+import json
 import subprocess
 import sys
 
 import pytest
 
+import dreamer
 from conftest import ROOT
 from hidreamer.dynamics import TYPES
+
+# Tiny networks at thirty times the usual learning rate. Two bits are to be known of each observation, so three nats are
+# free; dreams are short, because each action is answered at the next step.
+TOY = ["--configs", "gym", "debug", "--task", "dummy_vector", "--steps", "2500", "--seed", "0", "--video", "false"]
+TOY += ["--log_every", "2500", "--eval_every", "2500", "--eval_episodes", "10", "--checkpoint_every", "2500"]
+TOY += ["--replay.batch", "8", "--replay.length", "8", "--replay.ratio", "32", "--replay.prefill", "200"]
+TOY += ["--replay.capacity", "3000", "--model.lr", "3e-3", "--actor.lr", "3e-3", "--critic.lr", "3e-3"]
+TOY += ["--actor.entropy", "3e-3", "--imag.horizon", "3", "--imag.discount", "0.9", "--encoder.units", "32"]
+TOY += ["--decoder.units", "32", "--dynamics.deter", "32", "--dynamics.hidden", "32", "--dynamics.free", "3"]
+TOY += ["--dynamics.rssm.stoch", "4", "--dynamics.rssm.classes", "8", "--dynamics.hrssm.stoch", "2", "2"]
+TOY += ["--dynamics.hrssm.classes", "8", "8", "--dynamics.hrvq.codes", "8"]
+
+
+def play_toy(kind, folder):
+    """-> mean return of the episodes played at random, and of ten greedy ones at the end; the best is 20."""
+    assert dreamer.main([*TOY, "--dynamics.type", kind, "--logdir", str(folder)]) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    early = [line["train_return"] for line in lines if "train_return" in line and line["step"] <= 200]
+    return sum(early) / len(early), [line["eval_return"] for line in lines if "eval_return" in line][-1]
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_toy_task_is_learned(kind, tmp_path):
+    """Answer the cue that is shown, one of four: from 5 of 20 at random to 18 and more."""
+    random, learned = play_toy(kind, tmp_path)
+    assert 3.0 < random < 7.0 and learned >= 18.0
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeypatch):
+    """The same run, but for rewards that come in a random order: at best two of four cues are answered by luck."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import learning
+
+    monkeypatch.setattr(dreamer, "Replay", learning.Shuffled)
+    _, learned = play_toy(kind, tmp_path)
+    assert learned < 14.0
 
 
 def status(*words):

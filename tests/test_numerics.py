@@ -5,11 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import nn
 
+import models
+import networks
+import tools
 from hidreamer import distributions as dists
+from hidreamer import nets
 from hidreamer.optim import Optimizer
+from hidreamer.quantizer import Quantizer
 from hidreamer.returns import ReturnNorm, lambda_return
+from hidreamer.transformer import rotary, rotate
 
 
 def test_symlog():
@@ -166,6 +173,14 @@ class TestReturns:
         assert np.allclose(norm.range, np.quantile(x.numpy(), [0.05, 0.95]), atol=1e-4)
         assert norm.scale().item() == pytest.approx((norm.range[1] - norm.range[0]).item())
 
+    def test_normaliser_moves_by_a_hundredth(self):
+        norm, x = ReturnNorm(), torch.arange(101.0)  # its 5th and 95th percentiles are 5 and 95
+        norm.update(x)
+        assert norm.range.tolist() == pytest.approx([0.05, 0.95])
+        norm.update(x)
+        assert norm.range.tolist() == pytest.approx([0.0995, 1.8905])
+        assert norm.scale().item() == pytest.approx(1.791)
+
     def test_normaliser_never_magnifies(self):
         norm = ReturnNorm(rate=1.0)
         norm.update(torch.full((10,), 0.001))
@@ -201,3 +216,139 @@ class TestOptimizer:
         other.load_state_dict(opt.state_dict())
         assert other.adam.param_groups[0]["lr"] == 0.7
         assert torch.equal(other.state_dict()["b.weight"]["exp_avg_sq"], opt.state_dict()["b.weight"]["exp_avg_sq"])
+
+    def test_the_rule_is_adams(self):
+        """Three steps of one number by hand: rate .1, epsilon .5 so that it shows."""
+        layer = nn.Linear(1, 1, bias=False)
+        layer.weight.data.fill_(1.0)
+        opt = Optimizer({"layer": layer}, lr=0.1, eps=0.5, clip=0.0)
+        w, m, v = 1.0, 0.0, 0.0
+        for step in (1, 2, 3):
+            metrics = opt.step((layer.weight**2).sum())
+            grad = 2 * w
+            m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+            w -= 0.1 * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.999**step)) + 0.5)
+            assert layer.weight.item() == pytest.approx(w, abs=1e-6)
+            assert metrics["grad_norm"].item() == pytest.approx(grad, abs=1e-5) and "clipped" not in metrics
+
+
+class TestInitialWeights:
+    """Deviations and limits in numbers: 0.0632 is the root of 2 / (200 + 300)."""
+
+    def test_hidden_layers_are_truncated_normal(self):
+        weight = nets.linear(200, 300).weight.detach()
+        assert weight.std().item() == pytest.approx(0.0632, rel=0.02) and abs(weight.mean()) < 1e-3
+        limit = 2 * 0.0632456 / 0.8796256  # cut at two deviations of the uncut normal
+        assert 0.98 * limit < weight.abs().max() <= limit
+        assert (weight.abs() < 0.0632).float().mean().item() == pytest.approx(0.652, abs=0.01)  # uniform: 0.577
+
+    @pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
+    def test_outputs_are_uniform(self, scale):
+        layer = nets.linear(200, 300, scale)
+        assert layer.weight.std().item() == pytest.approx(0.0632456 * math.sqrt(scale), rel=0.02)
+        limit = 0.1095445 * math.sqrt(scale)  # the root of 3 / 250
+        assert 0.99 * limit <= layer.weight.abs().max() <= limit + 1e-9
+        assert not layer.bias.any()
+
+    def test_convolutions_count_their_kernel(self):
+        inner = networks.conv(nn.Conv2d(20, 30, 4, bias=False)).weight
+        assert inner.std().item() == pytest.approx(math.sqrt(1 / (16 * 25)), rel=0.03)
+        outer = networks.conv(nn.ConvTranspose2d(30, 20, 4), scale=1.0)
+        assert outer.weight.std().item() == pytest.approx(math.sqrt(1 / (16 * 25)), rel=0.03)
+        assert outer.weight.abs().max().item() == pytest.approx(math.sqrt(3 / (16 * 25)), rel=0.01)
+        assert not outer.bias.any()
+
+    def test_which_layer_begins_how(self):
+        """Of every matrix of an agent: zero, uniform with variance 1 / mean fan, or truncated normal with the same."""
+        obs = {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8), "vector": spaces.Box(-np.inf, np.inf, (40,))}
+        wide = {"encoder.units": 100, "decoder.units": 100, "encoder.depth": 16, "decoder.depth": 16}
+        wide |= {"dynamics.deter": 100, "dynamics.hidden": 100, "dynamics.rssm.stoch": 10, "dynamics.rssm.classes": 10}
+        wide |= {f"{head}.units": 100 for head in ("reward", "cont", "actor.net", "critic.net")}
+        agent = models.Agent(obs, spaces.Discrete(30), 30, tools.load_config(["debug"], wide))
+        zero, uniform = set(), set()
+        for name, p in agent.named_parameters():
+            if p.ndim < 2:
+                continue
+            space = p[0, 0].numel()
+            scale = math.sqrt(2 / (space * (p.shape[0] + p.shape[1])))
+            if not p.any():
+                zero.add(name.removesuffix(".weight"))
+                continue
+            assert p.std().item() == pytest.approx(scale, rel=0.15), name
+            if p.abs().max() <= math.sqrt(3) * scale + 1e-9:
+                uniform.add(name.removesuffix(".weight"))
+        assert zero == {"world_model.reward.out", "behavior.critic.out", "behavior.slow.out"}
+        model = ("dynamics.prior_out", "dynamics.post_out", "decoder.image.inp", "decoder.image.layers.3", "cont.out")
+        assert uniform == {f"world_model.{name}" for name in (*model, "decoder.vector.out")} | {"behavior.actor.out"}
+        # A vector's length passes through a bias that begins as the weight of a constant 1 would.
+        bias = agent.world_model.encoder.vector.blocks[0].linear.bias
+        assert bias.std().item() == pytest.approx(math.sqrt(2 / 140), rel=0.25)
+        biases = [name for name, p in agent.named_parameters() if name.endswith("linear.bias")]
+        assert biases == ["world_model.encoder.vector.blocks.0.linear.bias"]
+
+    def test_codes_and_temperatures_by_level(self):
+        book = Quantizer("sampled", 3, 10, 64, 16)
+        for level, scale in enumerate((1.0, 0.7, 0.5)):
+            assert book.book[level].std().item() == pytest.approx(scale, rel=0.03)
+            assert book.log_tau[level].exp().item() == pytest.approx(1.5 * 4.0 * scale**2)
+
+
+class TestGRUCell:
+    def test_by_hand(self):
+        cell = nets.GRUCell(2, 3)
+        x, deter = torch.randn(4, 2), torch.randn(4, 3)
+        parts = torch.cat([x, deter], -1) @ cell.linear.weight.T
+        parts = (parts - parts.mean(-1, keepdim=True)) / (parts.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt()
+        sigmoid = lambda x: 1 / (1 + torch.exp(-x))
+        for b in range(4):
+            for i in range(3):
+                reset, cand, update = parts[b, i], parts[b, 3 + i], parts[b, 6 + i]
+                share = sigmoid(update - 1)
+                expected = share * torch.tanh(sigmoid(reset) * cand) + (1 - share) * deter[b, i]
+                assert cell(x, deter)[b, i].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+class TestRotary:
+    def test_angles_are_time_times_falling_rates(self):
+        turn = rotary(torch.tensor([0, 1, -3]), 6, torch.float64)  # three pairs: rates 1, 10,000^(-1/3), 10,000^(-2/3)
+        for row, time in zip(turn, (0, 1, -3), strict=True):
+            for i, rate in enumerate((1.0, 0.0464158883, 0.00215443469)):
+                assert row[:, i].tolist() == pytest.approx([math.cos(time * rate), math.sin(time * rate)])
+
+    def test_products_depend_on_the_difference_of_times_alone(self):
+        q, k = torch.randn(1, 8, dtype=torch.float64), torch.randn(1, 8, dtype=torch.float64)
+        at = lambda x, time: rotate(x, rotary(torch.tensor(time), 8, torch.float64))
+        score = lambda a, b: (at(q, a) * at(k, b)).sum()
+        assert score(7, 4) == pytest.approx(score(3, 0)) and score(7, 4) != pytest.approx(score(4, 7))
+        a, b = q[0, :4].tolist(), q[0, 4:].tolist()  # pair i is (x_i, x_{i+4}), turned as a complex number
+        turned = [complex(x, y) * complex(math.cos(r), math.sin(r)) for x, y, r in zip(a, b, RATES, strict=True)]
+        assert at(q, 1)[0].tolist() == pytest.approx([z.real for z in turned] + [z.imag for z in turned])
+
+
+RATES = (1.0, 0.1, 0.01, 0.001)  # of heads of 8 numbers
+
+
+class TestCodebookAverages:
+    def test_one_update_by_hand(self):
+        """Rate .02: counts and sums of residuals move by it, codes are their quotient."""
+        quantizer = Quantizer("nearest", 1, 1, 2, 1)
+        quantizer.book.copy_(torch.tensor([0.0, 10.0]).view(1, 1, 2, 1))
+        quantizer.total.copy_(quantizer.book)
+        quantizer.learn(quantizer.encode(torch.tensor([1.0, 2.0, 12.0]).view(3, 1, 1)))
+        count, total = [0.98 + 0.02 * 2, 0.98 + 0.02 * 1], [0.02 * 3.0, 0.98 * 10 + 0.02 * 12]
+        assert quantizer.count.flatten().tolist() == pytest.approx(count)
+        assert quantizer.book.flatten().tolist() == pytest.approx([t / c for t, c in zip(total, count, strict=True)])
+
+    def test_a_code_is_revived_below_a_fifth_of_a_use(self):
+        quantizer = Quantizer("nearest", 2, 1, 2, 1)
+        quantizer.book.copy_(torch.tensor([[0.0, 100.0], [0.5, 100.0]]).view(2, 1, 2, 1))
+        quantizer.total.copy_(quantizer.book)
+        z = torch.full((4, 1, 1), 0.25)
+        steps = next(n for n in range(1, 200) if 0.98**n < 0.2)  # 80
+        for step in range(1, steps + 1):
+            quantizer.learn(quantizer.encode(z))
+            far = quantizer.book[0, 0, 1, 0].item()
+            assert far == pytest.approx(100.0 if step < steps else 0.25, rel=1e-3)
+        # The finer level's unused code comes back on its own level's residual, which is about 0 by now.
+        assert quantizer.book[1, 0, 1, 0].item() == pytest.approx(0.25 - quantizer.book[0, 0, 0, 0].item(), abs=0.05)
+        assert quantizer.count[0, 0, 1] == 1.0
