@@ -26,15 +26,16 @@ import models
 import tools
 from envs import EnvError, make_env
 from envs.vector import Envs
-from hidreamer import cost, evaluation
+from hidreamer import cost, evaluation, memory
+from hidreamer.episodes import DAMAGED, EpisodeError, Episodes, first_line, named_rows, rows_held
 from hidreamer.logger import Logger, Rates, Screen
 from hidreamer.provenance import STARTS, note_start, provenance
-from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
+from hidreamer.replay import Replay, record, row_spec, rows_to_come
 from tools import CheckpointError, Config, ConfigError
 
 # What a run may change when it is continued; everything else makes it another run.
 FREE = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels", "eval_episodes", "eval_greedy"}
-FREE |= {"log_every", "eval_every", "checkpoint_every"}
+FREE |= {"log_every", "eval_every", "checkpoint_every", "replay.store", "replay.keep_episodes"}
 
 
 class Failure(Exception):
@@ -114,10 +115,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile)
-        block = config.replay
-        sizes = {"capacity": block.capacity, "batch": block.batch, "length": block.length}
-        self.replay = Replay(**sizes, streams=n, rng=rngs["replay"])
-        self.episodes = Episodes(logdir / "train_eps", n)
+        self.screen = Screen(config.steps)
+        self.replay = self._make_replay(state, source, rngs["replay"])
+        self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
         self.step = self.agent_steps = self.updates = 0  # environment frames, actions taken, optimiser steps
         self.credit, self.started = 0.0, False  # updates that are due
         self.restarts = 0  # of environments, before this process
@@ -130,13 +130,16 @@ class Run:
         self.evaluated = -1  # the step of the last evaluation
         self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
         self.signal = 0
-        self.screen = Screen(config.steps)
         self.running_files: list[str] = []  # of the last two checkpoints
         log_size = 0
         if state:
             log_size = self._load(state, rows)
         else:
-            self.episodes.restore(self.replay, self.episodes.state(), {})  # an earlier start may have left files
+            if found := self.episodes.present():
+                raise ConfigError(
+                    f"{self.episodes.folder} holds {len(found)} episodes, but {logdir} no checkpoint to go on from: "
+                    "choose another --logdir, or move them away"
+                )
             if source is not None:
                 self._start_from(source)
         (logdir / "config.yaml").write_text(tools.dump_yaml(config.tree()))
@@ -155,20 +158,36 @@ class Run:
 
         return Envs(make, count, self.config.env.parallel)
 
+    def _make_replay(self, state: dict | None, source: Path | None, rng: np.random.Generator) -> Replay:
+        """Empty, as large as this run can come to need. Raises MemoryError where the machine cannot hold that."""
+        config, n, block = self.config, self.config.env.count, self.config.replay
+        done = state["counters"]["step"] if state else 0
+        left = -(-max(0, config.steps - done) // self.envs.repeat)
+        held = rows_held(state["episodes"]) if state else [0] * n
+        imported = sum(named_rows(path) or 0 for path in recorded(source)) if source else 0
+        spec, folder = row_spec(self.envs.obs_space, self.envs.act_dim), self.logdir if block.store == "disk" else None
+        steps = min(block.capacity, sum(held) + imported + left)
+        self.screen.line(memory.check(steps, record(spec).itemsize, folder))
+        # How much is imported shows only when it has been read.
+        capacity = block.capacity if source else min(block.capacity, rows_to_come(max(held), left, n))
+        return Replay(
+            spec, capacity=capacity, batch=block.batch, length=block.length, streams=n, rng=rng, folder=folder
+        )
+
     # ------------------------------------------------------------ collecting and learning
 
     def train(self) -> None:
         """Until ``steps``. Raises Stop, Failure, EnvError, OSError; the run can be saved after a Stop."""
         while self.step < self.config.steps:
             self._heed()
-            while self.credit >= 1.0:
+            while self.credit >= 1.0 and self.replay.ready():
                 self._improve()
                 self._heed()
             self._collect()
             for name, act in (("log", self.log), ("eval", self.evaluate), ("checkpoint", self.save)):
                 if self.every[name].due(self.step):
                     act()
-        while self.credit >= 1.0:
+        while self.credit >= 1.0 and self.replay.ready():
             self._improve()
             self._heed()
 
@@ -204,7 +223,7 @@ class Run:
             self.credit += taken * config.replay.ratio / (config.replay.batch * config.replay.length)
 
     def _filled(self) -> bool:
-        return len(self.replay) >= min(self.config.replay.prefill, self.config.replay.capacity)
+        return len(self.replay) >= min(self.config.replay.prefill, self.replay.capacity)
 
     def _choose(self) -> np.ndarray:
         """(count, A) actions for the last observations."""
@@ -314,7 +333,7 @@ class Run:
                 scores |= {"eval_length": float(np.mean(lengths)), "eval_episodes": len(returns)}
                 self.logger.scalars(self.step, scores)
                 self.screen.line(f"[{self.step}] eval return {scores['eval_return']:.2f} over {len(returns)} episodes")
-                if config.video:
+                if config.video and self.replay.ready():
                     batch = self.replay.sample(np.random.default_rng(entropy))
                     videos["open_loop"] = evaluation.open_loop(self.agent, batch, config.decode_levels)
                 for name, frames in videos.items():
@@ -386,6 +405,7 @@ class Run:
             "log_size": self.logger.flush(),
         }
         tools.save_checkpoint(self.folder / "latest.pt", state)
+        self.episodes.checkpointed(state["episodes"])
         self.running_files = [*self.running_files[-1:], running]
         for path in self.folder.glob("running-*.npz"):
             if path.name not in self.running_files:
@@ -404,7 +424,12 @@ class Run:
             setattr(self, name, value)
         for name, count in state["every"].items():
             self.every[name].count = count
-        for problem in self.episodes.restore(self.replay, state["episodes"], rows):
+        try:
+            problems = self.episodes.restore(self.replay, state["episodes"], rows)
+        except EpisodeError as error:
+            file = self.folder / state["running_file"]
+            raise CheckpointError(f"{file} is not what this run saved: {error}; move {self.folder} away") from None
+        for problem in problems:
             self.screen.line(problem)
         self.running_files = [state["running_file"]]
         self.score = tools.arrays(state["score"])
@@ -433,7 +458,6 @@ class Run:
     def _start_from(self, source: Path) -> None:
         """Begin with another run's weights, optimisers and episodes; ours or dreamerv3-torch's. Raises ConfigError."""
         state = tools.load_checkpoint(source)
-        home = source.parent.parent if source.parent.name == "checkpoints" else source.parent
         if "agent_state_dict" in state:
             import legacy
 
@@ -445,14 +469,18 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"--resume {source}: {error}") from None
         self.screen.line("\n".join(f"  {how:<7} {what}" for what, how in told.items()))
-        paths = sorted((home / "train_eps").glob("*.npz"))
-        keys = {*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal", "prev_action"}
-        for problem in self.episodes.load(self.replay, paths, keys):
+        for problem in self.episodes.load(self.replay, recorded(source)):
             self.screen.line(problem)
         self.screen.line(f"started from {source}, {len(self.replay)} steps of replay")
 
 
 COUNTERS = ("step", "agent_steps", "updates", "credit", "started", "summed", "last_return", "evaluated")
+
+
+def recorded(checkpoint: Path) -> list[Path]:
+    """The episodes beside a checkpoint of ours or dreamerv3-torch's."""
+    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return sorted((home / "train_eps").glob("*.npz"))
 
 
 def write_npz(path: Path, rows: dict[str, np.ndarray]) -> None:
@@ -492,6 +520,9 @@ def main(argv: list[str]) -> int:
     except (ConfigError, CheckpointError, EnvError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Failure) or (run and isinstance(error, EnvError)) else 2
+    except MemoryError as error:
+        print(f"error: memory is full: {error or 'lower replay.capacity, or set --replay.store disk'}", file=sys.stderr)
+        return 1 if run else 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
