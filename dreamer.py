@@ -521,7 +521,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Failure) or (run and isinstance(error, EnvError)) else 2
     except MemoryError as error:
-        print(f"error: memory is full: {error or 'lower replay.capacity, or set --replay.store disk'}", file=sys.stderr)
+        told = str(error) or "memory is full: lower replay.capacity, or set replay.store disk"
+        print(f"error: {told}", file=sys.stderr)
         return 1 if run else 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -337,6 +337,22 @@ def test_no_kill_loses_what_a_checkpoint_needs(seed, tmp_path):
         shutil.rmtree(tmp_path.with_name("copy"))
 
 
+def test_a_resumed_run_keeps_what_it_began_from(tmp_path):
+    """The checkpoint that it began from is the one to fall back on after its first own."""
+    replay, episodes = make(capacity=40), Episodes(tmp_path, 2, keep=False)
+    fill(replay, 42, episodes=episodes)
+    state = episodes.state()
+    other, again = make(capacity=40), Episodes(tmp_path, 2, keep=False)
+    assert again.restore(other, state, {}) == []
+    for _ in range(2):  # the second time another one is the one to fall back on
+        lines = Episodes(shutil.copytree(tmp_path, tmp_path / "copy"), 2).restore(make(capacity=40), state, {})
+        assert lines == []
+        shutil.rmtree(tmp_path / "copy")
+        fill(other, 42, episodes=again)
+        again.checkpointed(again.state())
+    assert Episodes(tmp_path, 2).restore(make(capacity=40), state, {})
+
+
 def test_kept_by_default(tmp_path):
     replay, episodes = make(capacity=40), Episodes(tmp_path, 2)
     fill(replay, 140, episodes=episodes)
