@@ -15,12 +15,13 @@ import models
 import tools
 from envs import make_env
 from envs.vector import Envs
-from hidreamer import checkpoint, cost, evaluation
+from hidreamer import checkpoint, cost, evaluation, memory
 from hidreamer.checkpoint import CheckpointError
+from hidreamer.episodes import EpisodeError, Episodes, named_rows, rows_held
 from hidreamer.logger import VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import STARTS, note_start, provenance
-from hidreamer.replay import Episodes, Replay
+from hidreamer.replay import Replay, record, row_spec, rows_to_come
 from hidreamer.spaces import random_action
 from tools import Config, ConfigError
 
@@ -76,10 +77,10 @@ class Run:
         self.update = self.agent.make_update(config.compile)
         if source is not None and not state:
             self._load_weights(source)
-        block = config.replay
-        sizes = {"capacity": block.capacity, "batch": block.batch, "length": block.length}
-        self.replay = Replay(**sizes, streams=n, rng=rngs["replay"])
-        self.episodes = Episodes(logdir / "train_eps", n)
+        # Of another run, whose episodes are to be copied; a copy that was cut off is made again.
+        self.copy_from = state.get("copy_from", "") if state else "" if source is None else str(source.resolve())
+        self.replay = self._make_replay(state, rngs["replay"])
+        self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
         self.step = self.agent_steps = self.updates = 0  # environment frames, actions taken, optimiser steps
         self.pending_updates, self.started = 0.0, False  # started: there was enough data for a first update
         self.restarts = 0  # of environments, before this process
@@ -93,7 +94,6 @@ class Run:
         self.unsaved = True  # whether anything happened since the last checkpoint
         self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
         self.running_files: list[str] = []  # of the last two checkpoints
-        self.copy_from = "" if source is None or state else str(source.resolve())  # whose episodes are to be copied
         log_size = self._restore(state, rows) if state else 0
         if problems:
             checkpoint.set_aside(self.folder / "latest.pt")
@@ -107,7 +107,7 @@ class Run:
         if not state:
             self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
         if self.copy_from:
-            self._copy_episodes(Path(self.copy_from))
+            self._copy_episodes(self.copy_from)
             self.copy_from = ""
             self.save()
 
@@ -121,6 +121,22 @@ class Run:
             return make_env(task, block, own, index=index)
 
         return Envs(make, count, self.config.env.parallel)
+
+    def _make_replay(self, state: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
+        """Empty, as large as this run can come to need. Raises MemoryError where the machine cannot hold that."""
+        config, n, block = self.config, self.config.env.count, self.config.replay
+        done = state["counters"]["step"] if state else 0
+        left = -(-max(0, config.steps - done) // self.envs.repeat)
+        held = rows_held(state["episodes"]) if state else [0] * n
+        copied = sum(named_rows(path) or 0 for path in recorded(self.copy_from))
+        spec = row_spec(self.envs.obs_space, self.envs.act_dim)
+        folder = self.logdir if block.store == "disk" else None
+        steps = min(block.capacity, sum(held) + copied + left)
+        self.report(memory.check(steps, record(spec).itemsize, folder))
+        # How much is copied shows only when it has been read.
+        needed = block.capacity if self.copy_from else rows_to_come(max(held), left, n)
+        sizes = {"capacity": min(block.capacity, needed), "batch": block.batch, "length": block.length}
+        return Replay(spec, **sizes, streams=n, rng=rng, folder=folder)
 
     # ------------------------------------------------------------ collecting and learning
 
@@ -151,7 +167,7 @@ class Run:
             self.save()
 
     def _catch_up(self) -> None:
-        while self.pending_updates >= 1.0:
+        while self.pending_updates >= 1.0 and self.replay.ready():
             self.poll()
             self._update()
         if self.every["log"].due(self.step):
@@ -187,7 +203,7 @@ class Run:
 
     def _least_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""
-        return min(self.config.replay.prefill, sum(stream.capacity for stream in self.replay.streams))
+        return min(self.config.replay.prefill, self.replay.capacity)
 
     def _filled(self) -> bool:
         return len(self.replay) >= self._least_rows()
@@ -288,8 +304,9 @@ class Run:
     def _film(self, videos: dict[str, evaluation.Frames], rng: np.random.Generator) -> None:
         for name, frames in videos.items():
             self.logger.video(self.step, name, frames)
-        dream = evaluation.open_loop(self.agent, self.replay.sample(rng), self.config.decode_levels)
-        self.logger.video(self.step, "open_loop", dream, fps=5)
+        if self.replay.ready():
+            dream = evaluation.open_loop(self.agent, self.replay.sample(rng), self.config.decode_levels)
+            self.logger.video(self.step, "open_loop", dream, fps=5)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -327,6 +344,7 @@ class Run:
             "wandb_id": self.logger.wandb_id,
         }
         checkpoint.save_checkpoint(self.folder / "latest.pt", state)
+        self.episodes.checkpointed(state["episodes"])
         self.running_files = [*self.running_files[-1:], running]
         for path in self.folder.glob("running-*.npz"):
             if path.name not in self.running_files:
@@ -366,7 +384,6 @@ class Run:
             else:  # before there was a format: how many periods of the old length had passed
                 every.last = state["every"][name] * state["config"][f"{name}_every"]
         self.running_files = [state["running_file"]]
-        self.copy_from = state.get("copy_from", "")
         for key, saved in checkpoint.arrays(state["score"]).items():
             if key in self.scores.sums:  # the log keys may be others: env.invalid may change
                 self.scores.sums[key] = saved
@@ -377,7 +394,12 @@ class Run:
         if state["act"] is not None:
             *carry, action = (x.to(self.device) for x in state["act"])
             self.act = models.ActState(type(self.agent.initial(1).carry)(*carry), action)
-        for problem in self.episodes.restore(self.replay, state["episodes"], rows):
+        try:
+            problems = self.episodes.restore(self.replay, state["episodes"], rows)
+        except EpisodeError as error:
+            file = self.folder / state["running_file"]
+            raise CheckpointError(f"{file} is not what this run saved: {error}; move {self.folder} away") from None
+        for problem in problems:
             self.report(problem)
         if self.obs is not None:
             restored = self.envs.load_state(checkpoint.arrays(state["envs"]))
@@ -406,14 +428,18 @@ class Run:
             raise ConfigError(f"--resume {source}: {error}") from None
         self.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))
 
-    def _copy_episodes(self, source: Path) -> None:
+    def _copy_episodes(self, source: str) -> None:
         """The episodes beside a checkpoint of another run."""
-        home = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-        paths = sorted((home / "train_eps").glob("*.npz"))
-        keys = {*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal", "prev_action"}
-        for problem in self.episodes.load(self.replay, paths, keys):
+        for problem in self.episodes.load(self.replay, recorded(source)):
             self.report(problem)
         self.report(f"started from {source}, {len(self.replay)} steps of replay")
+
+
+def recorded(source: str) -> list[Path]:
+    """The episodes beside a checkpoint of ours or dreamerv3-torch's; none for ""."""
+    folder = Path(source).parent
+    home = folder.parent if folder.name == "checkpoints" else folder
+    return sorted((home / "train_eps").glob("*.npz")) if source else []
 
 
 def write_yaml(path: Path, tree: dict) -> None:

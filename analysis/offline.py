@@ -15,7 +15,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from comparison.runs import config_hash
 from envs import EnvError, make_env
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
+from hidreamer.episodes import DAMAGED, EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
-from hidreamer.replay import DAMAGED, Replay, Rows, load_episode
+from hidreamer.replay import Replay, Rows, Spec, row_spec
 from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out
@@ -38,7 +39,6 @@ LEAST = 2 * EVERY  # episodes that are needed, so that two are held out
 MOST = 50  # held-out episodes that are looked at
 LOG, SAVE = 20, 200  # updates between two records, two checkpoints
 RESULTS = "results.npz"
-ROWS = ("reward", "is_first", "is_last", "is_terminal", "prev_action")
 
 
 def find(folders: list[str]) -> list[Path]:
@@ -54,22 +54,30 @@ def find(folders: list[str]) -> list[Path]:
 
 
 def check(files: list[Path], config: Config) -> None:
-    """Raises ConfigError where the first of the episodes is not of the config's task."""
+    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and of the config's task."""
     env = make_env(config.task, config.env.tree(), 0)
     env.close()
-    load(files[0], {*env.obs_space, *ROWS}, config.task)
+    spec, problems = row_spec(env.obs_space, env.act_dim), []
+    for path in files[:LEAST]:
+        try:
+            load_episode(path, spec, named_rows(path))
+            return
+        except EpisodeError as error:
+            problems.append(f"{path}: {error}")
+    raise ConfigError(f"{problems[0]}; nor is another of the first {LEAST} episodes one of task {config.task}")
 
 
-def load(path: Path, keys: set[str], task: str) -> Rows | None:
-    """The rows of an episode under ``keys``, None if it is damaged. Raises ConfigError if it is another task's."""
-    try:
-        rows = load_episode(path)
-    except DAMAGED as error:
-        print(f"skipped episode {path}: {error}")
-        return None
-    if missing := keys - rows.keys():
-        raise ConfigError(f"{path} has no {', '.join(sorted(missing))}: it is not of task {task}")
-    return {key: rows[key] for key in keys}
+def load(files: Iterable[Path], spec: Spec) -> dict[Path, Rows]:
+    """The rows of the episodes that are whole and have those of ``spec``; a line is printed about the others."""
+    files, found, problems = list(files), {}, []
+    for path in files:
+        try:
+            found[path] = load_episode(path, spec, named_rows(path))
+        except EpisodeError as error:
+            problems.append((path, error))
+    for line in summary(problems, len(files)):
+        print(line)
+    return found
 
 
 def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -101,21 +109,22 @@ class Trainer:
         self.train_files, self.held_files = split(files)
         env = make_env(config.task, config.env.tree(), 0)
         env.close()
-        self.keys = {*env.obs_space, *ROWS}
+        self.spec = row_spec(env.obs_space, env.act_dim)
         rng = tools.seed_all(config.seed)["replay"]  # the same for every model of this seed
         self.agent = models.make_agent(env, config, device)
         self.agent.make_optimizers()
         self.untrained = copy.deepcopy(self.agent.world_model)
-        self.load = functools.partial(load, keys=self.keys, task=config.task)
-        self.episodes = {path: rows for path in self.train_files if (rows := self.load(path)) is not None}
+        self.load = functools.partial(load, spec=self.spec)
+        self.episodes = self.load(self.train_files)
         sizes = {"batch": config.replay.batch, "length": config.replay.length}
-        rows = {key: np.concatenate([x[key] for x in self.episodes.values()]) for key in sorted(self.keys)}
-        self.replay = Replay(capacity=len(rows["reward"]), streams=1, rng=rng, **sizes)
-        for t in range(len(rows["reward"])):
-            self.replay.add({key: x[t : t + 1] for key, x in rows.items()})
+        total = sum(len(rows["reward"]) for rows in self.episodes.values())
+        self.replay = Replay(self.spec, capacity=total, streams=1, rng=rng, **sizes)
+        for rows in self.episodes.values():
+            self.replay.streams[0].extend(rows)
         if not self.replay.ready():
             raise ConfigError(f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}")
         decoder = self.agent.world_model.decoder
+        rows = self.replay.streams[0].slice(0, total)
         self.sceptic = heldout.Sceptic(rows, [*decoder.kinds["image"], *decoder.sizes])
         self.update, self.signal = 0, 0
         names = "\n".join(str(path.resolve()) for path in files)
@@ -183,12 +192,14 @@ class Trainer:
     def held(self) -> dict[Path, Rows]:
         """At most MOST held-out episodes, of all ages of the run."""
         some = np.linspace(0, len(self.held_files) - 1, min(MOST, len(self.held_files))).round().astype(int)
-        return {path: rows for i in some if (rows := self.load(path := self.held_files[i])) is not None}
+        return self.load(self.held_files[i] for i in some)
 
     def judge(self) -> dict[str, np.ndarray]:
-        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}."""
+        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}. Raises ConfigError where none can be read."""
         model, found = self.agent.world_model, []
         held = self.held()
+        if not held:
+            raise ConfigError(f"none of the {len(self.held_files)} held-out episodes can be read")
         for i, rows in enumerate(held.values()):
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
@@ -243,12 +254,12 @@ def main(argv: list[str]) -> int:
         signal.signal(signum, heed)
     try:
         trainer.train(updates)
-    except ArithmeticError as error:
+        if trainer.signal:
+            return 128 + trainer.signal
+        results: Mapping[str, Any] = trainer.judge() | {"updates": updates, "training": len(trainer.episodes)}
+    except (ArithmeticError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if trainer.signal:
-        return 128 + trainer.signal
-    results: Mapping[str, Any] = trainer.judge() | {"updates": updates, "training": len(trainer.episodes)}
     checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
     return 0
 

@@ -21,7 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from envs import make_env
 from envs.base import resize
 from hidreamer import checkpoint
-from hidreamer.replay import DAMAGED, Rows
+from hidreamer.episodes import DAMAGED
+from hidreamer.replay import Rows
 from tools import Config
 
 # Bytes of the RAM (AtariARI, Anand et al. 2019). A ball's byte is 0 while it is not in play.

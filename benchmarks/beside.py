@@ -31,7 +31,7 @@ import tools
 from hidreamer import cost
 from hidreamer.capture import Captured
 from hidreamer.provenance import provenance
-from hidreamer.replay import Replay
+from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_rows
 
 OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
@@ -118,8 +118,10 @@ def replay_figures(config: tools.Config, steps: int = 100_000, repeats: int = 50
     """Seconds to draw one batch from a full ring of random Atari steps, and the ring's resident memory."""
     block, rng = config.replay, np.random.default_rng(0)
     before = resident_mb()
-    ring = Replay(capacity=steps, batch=block.batch, length=block.length, streams=1, rng=rng)
+    spec = row_spec(OBS, ACTIONS)
+    ring = Replay(spec, capacity=steps, batch=block.batch, length=block.length, streams=1, rng=rng)
     rows = random_rows(OBS, spaces.Discrete(ACTIONS), 1, 1000)
+    rows["is_last"] = rows["is_terminal"]
     for i in range(steps):
         ring.add({key: x[:, i % 1000] for key, x in rows.items()})
     times = measure.interleaved({"sample": ring.sample}, repeats, False)["sample"]

@@ -105,7 +105,7 @@ def row_settings(world: str, row: str) -> dict[str, Any]:
 def judge(trainer: offline.Trainer) -> dict[str, Any]:
     """Figures on held-out chunks of whole length, per step; lists are by level, coarse to fine."""
     length, model = trainer.config.replay.length, trainer.agent.world_model
-    held = [rows for path in trainer.held_files if (rows := trainer.load(path)) is not None]
+    held = list(trainer.load(trainer.held_files).values())
     pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
     if not pieces:
         raise tools.ConfigError(f"no held-out episode has the {length} steps of a sequence: record longer ones")

@@ -6,84 +6,165 @@ led to it: nothing ever shifts a sequence. Episodes lie behind each other, so sh
 
 from __future__ import annotations
 
-import os
-import re
-import zipfile
-import zlib
+import mmap
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hidreamer import memory
+
 Rows = dict[str, np.ndarray]
+PIECE = 2**18  # bytes that are put together at a time for a file: what stays in a core's cache
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # {key: (shape, dtype)} of one row
+
+
+def row_spec(obs_space: Mapping[str, Any], act_dim: int) -> Spec:
+    """What a row of replay holds, from observation spaces and the width of the action vector."""
+    spec = {key: (tuple(space.shape), np.dtype(space.dtype)) for key, space in obs_space.items()}
+    spec |= {"prev_action": ((act_dim,), np.dtype(np.float32)), "reward": ((), np.dtype(np.float32))}
+    return spec | {key: ((), np.dtype(bool)) for key in ("is_first", "is_last", "is_terminal")}
+
+
+def record(spec: Spec) -> np.dtype:
+    """A row as it lies in memory: a sequence is one piece of it, and one read where it is on a disk."""
+    formats = [(dtype, shape) for shape, dtype in spec.values()]
+    return np.dtype({"names": list(spec), "formats": formats}, align=True)
+
+
+def rows_to_come(held: int, steps: int, streams: int) -> int:
+    """More rows than ``streams`` with ``held`` each at most can have after ``steps`` further agent steps.
+
+    Episodes of one step have two rows: the streams together take at least one step each in two rows.
+    """
+    return streams * (held + 2 * (-(-steps // streams) + 2))
 
 
 class Stream:
-    """A ring of at most ``capacity`` rows that grows by doubling. Row 0 is the oldest that is kept."""
+    """A ring of at most ``capacity`` rows. Row 0 is the oldest that is kept.
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.rows: Rows = {}
-        self.added = 0  # rows ever added; the newest lies at (added - 1) % allocated
+    Memory is that of the rows added so far. With ``folder`` they lie in a file there, which has no name: it goes with
+    the process, whatever ends that. It is written by calls, for a write to a mapped page that finds the disk full would
+    kill the process, and read as memory. Raises MemoryError, OSError.
+    """
+
+    def __init__(self, capacity: int, spec: Spec, folder: Path | None = None):
+        self.capacity, self.spec = capacity, spec
+        self.added = 0  # rows ever added; the newest lies at (added - 1) % capacity
+        self.record = record(spec)
+        size = capacity * self.record.itemsize
+        if folder is None:
+            self.file, self.buffer = None, memory.anonymous(size)
+        else:
+            self.file = tempfile.TemporaryFile(dir=folder, prefix="replay-", buffering=0)  # noqa: SIM115 open as long as the stream
+            self.file.truncate(size)  # a hole: what was not written takes no space
+            self.buffer = mmap.mmap(self.file.fileno(), size, access=mmap.ACCESS_READ)
+        ring = np.frombuffer(self.buffer, self.record, capacity)
+        self.rows = {key: ring[key] for key in spec}
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
-    @property
-    def allocated(self) -> int:
-        return len(next(iter(self.rows.values()))) if self.rows else 0
+    def extend(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Append rows {key: (N, ...)}; the newest ``capacity`` are kept.
 
-    def add(self, row: Mapping[str, np.ndarray]) -> None:
-        """Append one row {key: (...)}. Raises ValueError where keys, shapes or types differ from the rows before."""
-        if not self.rows:
-            self.rows = {k: np.zeros((0, *np.shape(x)), np.asarray(x).dtype) for k, x in row.items()}
-        if self.added == self.allocated < self.capacity:
-            size = min(max(1024, 2 * self.allocated), self.capacity)
-            for key, old in self.rows.items():
-                # Untouched pages of zeros cost nothing, so doubling never holds much more than the data.
-                self.rows[key] = np.zeros((size, *old.shape[1:]), old.dtype)
-                self.rows[key][: len(old)] = old
-        if row.keys() != self.rows.keys():
-            raise ValueError(f"replay rows have keys {sorted(self.rows)}, not {sorted(row)}")
-        place = self.added % self.allocated
-        for key, x in row.items():
-            ring, x = self.rows[key], np.asarray(x)
-            if x.shape != ring.shape[1:] or x.dtype != ring.dtype:
-                raise ValueError(f"replay key {key} is {ring.dtype}{ring.shape[1:]}, not {x.dtype}{x.shape}")
-            ring[place] = x
-        self.added += 1
+        Raises ValueError, with nothing added, where keys, shapes or types are not the stream's.
+        """
+        if rows.keys() != self.spec.keys():
+            raise ValueError(f"replay rows have keys {sorted(self.spec)}, not {sorted(rows)}")
+        count = len(next(iter(rows.values())))
+        for key, (shape, dtype) in self.spec.items():
+            x = rows[key]
+            if x.shape != (count, *shape) or x.dtype != dtype:
+                raise ValueError(f"replay key {key} is {count} x {dtype}{shape}, not {x.dtype}{x.shape}")
+        done = max(0, count - self.capacity)
+        while done < count:
+            start = (self.added + done) % self.capacity
+            size = min(count - done, self.capacity - start)
+            self._write(start, size, {key: x[done : done + size] for key, x in rows.items()})
+            done += size
+        self.added += count
+
+    def _write(self, start: int, size: int, rows: Rows) -> None:
+        if self.file is None:
+            for key, x in rows.items():
+                self.rows[key][start : start + size] = x
+            return
+        self.file.seek(start * self.record.itemsize)
+        step = max(1, PIECE // self.record.itemsize)
+        block = np.zeros(min(step, size), self.record)
+        for done in range(0, size, step):
+            part = block[: size - done]
+            for key, x in rows.items():
+                part[key] = x[done : done + step]
+            left = memoryview(part).cast("B")
+            while left:  # a call may write a part
+                left = left[self.file.write(left) :]
+
+    def read(self, start: int, out: Rows) -> None:
+        """Copy rows start, start + 1, ..., counted from the oldest, into ``out`` {key: (N, ...)}."""
+        place = (self.added - len(self) + start) % self.capacity
+        for key, x in out.items():
+            ring, size = self.rows[key], self.capacity - place
+            x[:size] = ring[place : place + len(x)]
+            if len(x) > size:
+                x[size:] = ring[: len(x) - size]
+
+    def prefetch(self, start: int, length: int) -> None:
+        """Say that these rows will be read, so that a disk can fetch many sequences at once."""
+        if self.file is not None and hasattr(mmap, "MADV_WILLNEED"):
+            place = (self.added - len(self) + start) % self.capacity
+            first = place * self.record.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            size = min((place + length) * self.record.itemsize, len(self.buffer)) - first
+            self.buffer.madvise(mmap.MADV_WILLNEED, first, size)
 
     def slice(self, start: int, length: int) -> Rows:
         """Copies of rows start .. start + length - 1, counted from the oldest."""
-        first = (self.added - len(self) + start) % max(self.allocated, 1)
-        if first + length <= self.allocated:
-            return {key: ring[first : first + length].copy() for key, ring in self.rows.items()}
-        place = (first + np.arange(length)) % self.allocated
-        return {key: ring[place] for key, ring in self.rows.items()}
+        out = {key: np.empty((length, *shape), dtype) for key, (shape, dtype) in self.spec.items()}
+        self.read(start, out)
+        return out
 
 
 class Replay:
     """Streams, and uniform sampling over every run of ``length`` consecutive rows in them.
 
-    rng is this replay's own; its state and the rows are all that the samples depend on.
+    rng is this replay's own; its state and the rows are all that the samples depend on. capacity is of all streams
+    together, each has an equal share. With ``folder`` the rows lie in files there. Raises MemoryError, OSError.
     """
 
-    def __init__(self, *, capacity: int, batch: int, length: int, streams: int, rng: np.random.Generator):
-        self.batch, self.length, self.rng = batch, length, rng
-        self.streams = [Stream(max(capacity // streams, length)) for _ in range(streams)]
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        capacity: int,
+        batch: int,
+        length: int,
+        streams: int,
+        rng: np.random.Generator,
+        folder: Path | None = None,
+    ):
+        self.spec, self.batch, self.length, self.rng = spec, batch, length, rng
+        share = max(capacity // streams, length)
+        self.streams = [Stream(share, spec, folder) for _ in range(streams)]
 
     def __len__(self) -> int:
         return sum(map(len, self.streams))
 
     @property
+    def capacity(self) -> int:
+        """Rows that fit; not what was asked for where the streams do not divide that."""
+        return sum(stream.capacity for stream in self.streams)
+
+    @property
     def nbytes(self) -> int:
-        return sum(ring[: len(s)].nbytes for s in self.streams for ring in s.rows.values())
+        return len(self) * record(self.spec).itemsize
 
     def add(self, rows: Mapping[str, np.ndarray]) -> None:
         """One row for every stream, {key: (streams, ...)}."""
         for i, stream in enumerate(self.streams):
-            stream.add({key: x[i] for key, x in rows.items()})
+            stream.extend({key: x[i : i + 1] for key, x in rows.items()})
 
     def ready(self) -> bool:
         """Whether any stream is long enough to draw from."""
@@ -98,140 +179,12 @@ class Replay:
             raise ValueError(f"replay holds no {self.length} consecutive steps yet")
         picks = rng.integers(0, ends[-1], self.batch)
         owners = np.searchsorted(ends, picks, side="right")
-        parts = [
-            self.streams[i].slice(pick - (ends[i] - counts[i]), self.length)
-            for i, pick in zip(owners, picks, strict=True)
-        ]
-        batch = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+        places = [(self.streams[i], int(pick - (ends[i] - counts[i]))) for i, pick in zip(owners, picks, strict=True)]
+        for stream, start in places:
+            stream.prefetch(start, self.length)
+        shape = (self.batch, self.length)
+        batch = {key: np.empty((*shape, *rest), dtype) for key, (rest, dtype) in self.spec.items()}
+        for b, (stream, start) in enumerate(places):
+            stream.read(start, {key: x[b] for key, x in batch.items()})
         batch["is_first"][:, 0] = True
         return batch
-
-
-class Episodes:
-    """Episodes on disk in dreamerv3-torch's format, ``COUNT-STREAM-ROWS.npz``, and which ones the replay holds.
-
-    A file has ``action`` (the one that led to each row), ``discount``, the flags, the reward and the observations.
-    An episode longer than its stream's capacity loses its oldest rows.
-    """
-
-    def __init__(self, folder: Path, streams: int):
-        self.folder = folder
-        self.files: list[list[tuple[str, int]]] = [[] for _ in range(streams)]  # (name, rows), oldest first
-        self.running = [0] * streams  # rows of the episode that each stream is in
-        self.count = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, replay: Replay, is_last: np.ndarray) -> None:
-        """Account for the row that every stream just got; write the episodes that it ended. Raises OSError."""
-        for i, stream in enumerate(replay.streams):
-            self.running[i] += 1
-            if is_last[i]:
-                self._write(i, self._tail(stream, i))
-                self.running[i] = 0
-                self._forget(i, len(stream))
-
-    def load(self, replay: Replay, paths: list[Path], keys: set[str]) -> list[str]:
-        """Take copies of finished episodes, ours or upstream's, in turn into every stream. -> a line per damaged file.
-
-        Of their rows ``keys`` are kept.
-        """
-        problems = []
-        for n, path in enumerate(paths):
-            i = n % len(self.files)
-            try:
-                rows = load_episode(path)
-                rows = {key: rows[key] for key in sorted(keys)}
-                for t in range(len(rows["reward"])):
-                    replay.streams[i].add({key: x[t] for key, x in rows.items()})
-            except DAMAGED as error:
-                problems.append(f"skipped episode {path}: {first_line(error)}")
-                continue
-            self._write(i, rows)
-            self._forget(i, len(replay.streams[i]))
-        return problems
-
-    def cut(self, replay: Replay, i: int) -> None:
-        """End the running episode of stream i where it stands."""
-        if self.running[i]:
-            self._write(i, self._tail(replay.streams[i], i))
-            self.running[i] = 0
-
-    def state(self) -> dict[str, Any]:
-        return {"files": self.files, "running": self.running, "count": self.count}
-
-    def running_rows(self, replay: Replay) -> dict[str, np.ndarray]:
-        """Rows of the unfinished episodes, {"STREAM.key": (rows, ...)}."""
-        tails = {i: self._tail(stream, i) for i, stream in enumerate(replay.streams) if self.running[i]}
-        return {f"{i}.{key}": x for i, rows in tails.items() for key, x in rows.items()}
-
-    def restore(self, replay: Replay, state: Mapping[str, Any], running: Mapping[str, np.ndarray]) -> list[str]:
-        """Fill an empty replay as it was; episodes written after ``state`` are removed. -> a line per damaged file."""
-        problems = []
-        self.count, self.running = state["count"], list(state["running"])
-        for path in self.folder.glob("*.npz"):
-            if (match := re.fullmatch(r"(\d{7,})-\d{2,}-\d+", path.stem)) and int(match[1]) >= self.count:
-                path.unlink()
-        for i, stream in enumerate(replay.streams):
-            for name, count in state["files"][i]:
-                try:
-                    rows = load_episode(self.folder / name)
-                    for t in range(count):
-                        stream.add({key: x[t] for key, x in rows.items()})
-                    self.files[i].append((name, count))
-                except DAMAGED as error:
-                    problems.append(f"skipped episode {self.folder / name}: {first_line(error)}")
-            rows = {key.split(".", 1)[1]: x for key, x in running.items() if key.startswith(f"{i}.")}
-            for t in range(self.running[i]):
-                stream.add({key: x[t] for key, x in rows.items()})
-        return problems
-
-    def _tail(self, stream: Stream, i: int) -> Rows:
-        self.running[i] = min(self.running[i], len(stream))
-        return stream.slice(len(stream) - self.running[i], self.running[i])
-
-    def _write(self, i: int, rows: Rows) -> None:
-        count = len(rows["reward"])
-        name = f"{self.count:07d}-{i:02d}-{count}.npz"
-        save_episode(self.folder / name, rows)
-        self.files[i].append((name, count))
-        self.count += 1
-
-    def _forget(self, i: int, held: int) -> None:
-        """Drop the names of files whose rows have all left the ring; the files stay."""
-        while sum(count for _, count in self.files[i][1:]) >= held:
-            del self.files[i][0]
-
-
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def save_episode(path: Path, rows: Rows) -> None:
-    """Write atomically. Raises OSError and leaves nothing behind."""
-    out = {key: x for key, x in rows.items() if key not in ("prev_action", "is_last")}
-    out["action"] = rows["prev_action"]
-    out["discount"] = 1.0 - rows["is_terminal"].astype(np.float32)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **out)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_episode(path: Path) -> Rows:
-    """Rows {key: (T, ...)} of an episode of ours or dreamerv3-torch's; its last row is ``is_last``. Raises DAMAGED."""
-    with np.load(path, allow_pickle=False) as file:
-        rows = {
-            key: file[key] for key in file.files if not key.startswith("log_") and key not in ("discount", "logprob")
-        }
-    rows["prev_action"] = rows.pop("action").astype(np.float32)
-    rows["reward"] = rows["reward"].astype(np.float32)
-    for key in ("is_first", "is_terminal"):
-        rows[key] = rows[key].astype(bool)
-    rows["is_last"] = np.arange(len(rows["reward"])) == len(rows["reward"]) - 1
-    return rows

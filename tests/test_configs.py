@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 import tools
-from hidreamer import cost
 from hidreamer.dynamics import TYPES
+from hidreamer.spaces import random_rows
 
 PRESETS = [name for name in YAML(typ="safe").load(tools.CONFIGS.read_text()) if name != "defaults"]
 IMAGE = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
@@ -147,7 +147,7 @@ def test_every_preset_trains_with_every_latent_state(suite, names):
     small = {"dynamics.type": kind, "replay.batch": 2, "replay.length": 2, "imag.horizon": 1, "imag.starts": 1}
     config = tools.load_config([preset] if preset in PRESETS else [], small)
     obs_space, act_space = SPACES[suite]
-    rows = cost.random_rows(obs_space, act_space, 2, 2)
+    rows = random_rows(obs_space, act_space, 2, 2)
     with torch.device("meta"):
         agent = models.Agent(obs_space, act_space, rows["prev_action"].shape[-1], config)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -15,8 +15,8 @@ from test_agent import ACTIONS, VECTOR
 import models
 import networks
 import tools
-from hidreamer import cost
 from hidreamer.dynamics import TYPES
+from hidreamer.spaces import random_rows
 
 GAMMA, LAM, ETA = 0.9, 0.8, 0.05  # far from 1 and from 0, so that each of them shows
 SETTINGS = {"imag.discount": GAMMA, "imag.lam": LAM, "actor.entropy": ETA, "actor.net.unimix": 0.2, "imag.horizon": 4}
@@ -34,7 +34,7 @@ def build(act="discrete", kind="rssm", **overrides):
     agent = agent.double()
     agent.behavior.norm.float()  # percentiles are kept in float32
     agent.behavior.norm.range.copy_(torch.tensor([LOW, HIGH]))
-    rows = {key: torch.from_numpy(x) for key, x in cost.random_rows(VECTOR, ACTIONS[act], 2, 6).items()}
+    rows = {key: torch.from_numpy(x) for key, x in random_rows(VECTOR, ACTIONS[act], 2, 6).items()}
     rows["is_terminal"][0, 2] = rows["is_terminal"][1, 5] = True
     rows["is_first"][1, 3] = True
     rows["reward"] = 3 * torch.randn_like(rows["reward"])

@@ -20,7 +20,7 @@ from comparison import stats
 from conftest import ROOT
 from envs import make_env
 from hidreamer.distributions import BINS, Bernoulli, TwoHot
-from hidreamer.replay import save_episode
+from hidreamer.episodes import save_episode
 from hidreamer.spaces import random_rows
 
 QUICK = {"task": "dummy_grid", "replay.length": 12, "env.action_repeat": 1}
@@ -211,7 +211,7 @@ def test_held_out_episodes_are_of_all_ages():
     files = [Path(f"{i:05d}.npz") for i in range(5000)]
     train, rest = offline.split(files)
     assert len(train) == 4000 and not set(train) & set(rest)
-    held = list(offline.Trainer.held(SimpleNamespace(held_files=rest, load=lambda path: {})))
+    held = list(offline.Trainer.held(SimpleNamespace(held_files=rest, load=list)))
     assert len(held) == offline.MOST and held[0] == files[4] and held[-1] == files[-1]
     gaps = np.diff([int(path.stem) for path in held])
     assert gaps.min() > 90 and gaps.max() < 115

@@ -7,7 +7,7 @@ import torch
 import tools
 from analysis import offline, probes
 from envs import make_env
-from hidreamer.replay import load_episode, save_episode
+from hidreamer.episodes import load_episode, save_episode
 
 QUICK = {"task": "atari_breakout", "env.time_limit": 240, "replay.length": 16}
 

@@ -1,9 +1,20 @@
-"""Rows stay together, in order, aligned with the actions that led to them; what was saved comes back exactly."""
+"""Rows stay together, in order, aligned with the actions that led to them, in memory and on a disk."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 
-from hidreamer.replay import Episodes, Replay, Stream, load_episode, save_episode
+from conftest import ROOT
+from hidreamer import memory
+from hidreamer.replay import Replay, Stream, record, row_spec, rows_to_come
+
+SPEC = row_spec({"time": Box(-np.inf, np.inf, (1,))}, 1)
 
 
 def row(t, streams=2, last=False, first=False):
@@ -20,8 +31,9 @@ def row(t, streams=2, last=False, first=False):
     }
 
 
-def make(capacity=100, streams=2, length=5, batch=8):
-    return Replay(capacity=capacity, batch=batch, length=length, streams=streams, rng=np.random.default_rng(0))
+def make(capacity=100, streams=2, length=5, batch=8, folder=None):
+    rng = np.random.default_rng(0)
+    return Replay(SPEC, capacity=capacity, batch=batch, length=length, streams=streams, rng=rng, folder=folder)
 
 
 def fill(replay, steps, episode=7, episodes=None):
@@ -67,11 +79,83 @@ def test_every_run_is_drawn_equally_often():
     assert abs(counts / counts.mean() - 1).max() < 0.15
 
 
-def test_growth_keeps_rows():
-    stream = Stream(5000)
-    for t in range(3000):
-        stream.add({"x": np.int64(t)})
-    assert stream.allocated == 4096 and (stream.slice(0, 3000)["x"] == np.arange(3000)).all()
+def block(start, stop):
+    """Rows of one stream, for ``extend``."""
+    rows = [{key: x[:1] for key, x in row(t, 1).items()} for t in range(start, stop)]
+    return {key: np.concatenate([x[key] for x in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+@pytest.mark.parametrize("sizes", [[3, 4, 5], [6, 6, 1, 7], [10, 10], [25], [3, 25, 1], [9, 3, 10, 3]])
+def test_blocks_are_rows(sizes, store, tmp_path, monkeypatch):
+    """Also those that reach over the ring's end or are longer than the ring, and files written in several pieces."""
+    monkeypatch.setattr("hidreamer.replay.PIECE", 2 * record(SPEC).itemsize)
+    one, many = (Stream(10, SPEC, tmp_path if store == "disk" else None) for _ in range(2))
+    start = 0
+    for size in sizes:
+        many.extend(block(start, start + size))
+        for t in range(start, start + size):
+            one.extend(block(t, t + 1))
+        start += size
+    assert len(one) == len(many) == min(10, start)
+    for key, x in many.slice(0, len(many)).items():
+        assert (x == one.slice(0, len(one))[key]).all(), key
+    assert (many.slice(0, len(many))["time"][:, 0] == np.arange(start - len(many), start)).all()
+
+
+def test_the_store_does_not_matter(tmp_path):
+    """The same samples, bit for bit; the file goes with the replay, and nothing of it is left in the folder."""
+    one, other = make(), make(folder=tmp_path)
+    for steps in (30, 43):
+        fill(one, steps), fill(other, steps)
+        for _ in range(20):
+            a, b = one.sample(), other.sample()
+            assert all(a[key].dtype == x.dtype and (a[key] == x).all() for key, x in b.items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_raises(tmp_path):
+    """A file that can hold 64 KB answers as a full disk does: with an error, where a mapping would kill the process."""
+    code = """
+import errno, resource, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_replay import fill, make
+replay = make(capacity=100_000, streams=1, folder=Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    fill(replay, 10_000)
+except OSError as error:
+    assert error.errno == errno.EFBIG, error
+    kept = len(replay)
+    replay.sample()
+    print(kept)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path), str(ROOT), str(ROOT / "tests")]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == 65536 // record(SPEC).itemsize
+
+
+def test_capacity_is_what_the_streams_hold():
+    """100 rows are 3 x 33: whoever waits for 100 would wait for ever."""
+    replay = make(capacity=100, streams=3)
+    assert replay.capacity == 99
+    fill(replay, 50)
+    assert len(replay) == replay.capacity
+    assert make(capacity=4, streams=2, length=5).capacity == 10  # a sequence must fit
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_no_run_has_more_rows_than_were_counted_on(streams):
+    """The worst that can be: episodes of one step, begun at different times."""
+    for steps in range(0, 20):
+        rows, taken, resets = 0, 0, np.arange(streams) % 2 == 0
+        while taken < steps:
+            rows += streams
+            taken += int((~resets).sum())
+            resets = ~resets
+        assert rows + 5 * streams < rows_to_come(5, steps, streams)
 
 
 def test_foreign_rows_are_refused():
@@ -79,6 +163,8 @@ def test_foreign_rows_are_refused():
     fill(replay, 3)
     with pytest.raises(ValueError, match="keys"):
         replay.add({"time": np.zeros((2, 1), np.float32)})
+    with pytest.raises(ValueError, match="time"):
+        replay.add(row(0) | {"time": np.zeros((2, 2), np.float32)})
     with pytest.raises(ValueError, match="time"):
         replay.add(row(0) | {"time": np.zeros((2, 1), np.float64)})
 
@@ -91,97 +177,119 @@ def test_too_short():
         replay.sample()
 
 
-class TestEpisodes:
-    def test_restore_is_exact(self, tmp_path):
-        replay, episodes = make(), Episodes(tmp_path, 2)
-        fill(replay, 66, episodes=episodes)  # 50 rows a stream are kept; the last episode is unfinished
-        state, running = episodes.state(), episodes.running_rows(replay)
-        other, restored = make(), Episodes(tmp_path, 2)
-        assert restored.restore(other, state, running) == []
-        other.rng.bit_generator.state = replay.rng.bit_generator.state
-        for _ in range(30):
-            a, b = replay.sample(), other.sample()
-            assert all((a[key] == b[key]).all() for key in a)
-        # and both go on alike
-        for store, record in ((replay, episodes), (other, restored)):
-            for t in range(66, 80):
-                rows = row(t, last=t % 7 == 6, first=t % 7 == 0)
-                store.add(rows)
-                record.add(store, rows["is_last"])
-        assert restored.state() == episodes.state()
-        assert all((replay.sample()[k] == other.sample()[k]).all() for k in ("time",))
-
-    def test_episodes_after_the_checkpoint_are_forgotten(self, tmp_path):
-        replay, episodes = make(), Episodes(tmp_path, 2)
-        fill(replay, 14, episodes=episodes)
-        state = {**episodes.state(), "files": [list(files) for files in episodes.files], "running": [0, 0]}
-        fill(replay, 14, episodes=episodes)
-        (tmp_path / "20230101T000000-abc-5.npz").write_bytes(b"upstream's own")
-        assert len(list(tmp_path.glob("*.npz"))) == 9
-        Episodes(tmp_path, 2).restore(make(), state, {})
-        assert len(list(tmp_path.glob("*.npz"))) == 5
-
-    def test_a_damaged_file_is_reported_and_skipped(self, tmp_path):
-        replay, episodes = make(), Episodes(tmp_path, 2)
-        fill(replay, 14, episodes=episodes)
-        victim = tmp_path / episodes.files[0][0][0]
-        victim.write_bytes(victim.read_bytes()[:100])
-        other = make()
-        problems = Episodes(tmp_path, 2).restore(other, episodes.state(), {})
-        assert len(problems) == 1 and victim.name in problems[0]
-        assert len(other) == 21
-
-    def test_format_is_upstreams(self, tmp_path):
-        replay, episodes = make(), Episodes(tmp_path, 2)
-        fill(replay, 7, episodes=episodes)
-        path = tmp_path / "0000000-00-7.npz"  # upstream takes the number of rows from the name's end
-        with np.load(path) as file:
-            assert set(file) == {"time", "action", "reward", "discount", "is_first", "is_terminal"}
-            assert (file["action"][:, 0] == -np.arange(7)).all()
-        rows = load_episode(path)
-        assert rows["is_last"].tolist() == [False] * 6 + [True]
-
-    def test_upstreams_extra_keys_are_left_out(self, tmp_path):
-        path = tmp_path / "20230101T000000-abc-3.npz"
-        extra = {
-            "logprob": np.zeros(3),
-            "discount": np.ones(3),
-            "log_x": np.zeros(3),
-            "image": np.zeros((3, 4, 4, 3), np.uint8),
-        }
-        flags = {"is_first": np.array([True, False, False]), "is_terminal": np.zeros(3, bool)}
-        np.savez_compressed(path, action=np.zeros((3, 2)), reward=np.zeros(3), **flags, **extra)
-        replay, episodes = make(length=2), Episodes(tmp_path / "ours", 2)
-        keys = {"image", "prev_action", "reward", "is_first", "is_last", "is_terminal"}
-        assert episodes.load(replay, [path], keys) == []
-        assert set(replay.sample()) == keys and len(replay) == 3
-        assert len(episodes.load(replay, [path], keys | {"velocity"})) == 1  # one line, not a crash
-
-    def test_a_failed_write_leaves_nothing(self, tmp_path):
-        class Full(OSError):
-            pass
-
-        class Breaks:
-            def __array__(self, *args, **kwargs):
-                raise Full
-
-        rows = {"prev_action": Breaks(), "is_last": np.ones(1), "is_terminal": np.zeros(1), "reward": np.zeros(1)}
-        with pytest.raises(Full):
-            save_episode(tmp_path / "x.npz", rows)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_cut_ends_the_running_episode(self, tmp_path):
-        replay, episodes = make(), Episodes(tmp_path, 2)
-        fill(replay, 10, episodes=episodes)
-        episodes.cut(replay, 1)
-        assert episodes.running == [3, 0] and episodes.files[1][-1][1] == 3
+def peak_of(code, *words):
+    """Bytes that a fresh process came to hold while ``code`` ran."""
+    code = f"""
+import re, sys
+from pathlib import Path
+import numpy as np
+from gymnasium.spaces import Box
+from hidreamer.replay import Stream, row_spec
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = peak()
+{code}
+print(peak() - before)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
 
 
-def test_memory_of_100k_atari_steps():
-    """64x64 RGB rows cost little more than their pixels: 100,000 of them stay under 2 GB, also while the ring grows."""
-    stream = Stream(1_000_000)
-    stream.add(
-        {"image": np.zeros((64, 64, 3), np.uint8), "prev_action": np.zeros(18, np.float32), "reward": np.float32(0)}
-    )
-    bytes_per_row = sum(ring.nbytes for ring in stream.rows.values()) / stream.allocated
-    assert 100_000 * bytes_per_row < 1.3e9
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_the_data():
+    """20,000 Atari rows in a ring for a million: the peak is within 3% of the data, so nothing is held twice."""
+    peak = peak_of("""
+spec = row_spec({"image": Box(0, 255, (64, 64, 3), np.uint8)}, 18)
+stream, rows = Stream(1_000_000, spec), {key: np.ones((1, *shape), dtype) for key, (shape, dtype) in spec.items()}
+for _ in range(20_000):
+    stream.extend(rows)
+""")
+    spec = row_spec({"image": Box(0, 255, (64, 64, 3), np.uint8)}, 18)
+    data = 20_000 * record(spec).itemsize
+    assert data < peak + 2**21 and peak < 1.03 * data
+    assert 100_000 * record(spec).itemsize < 1.25e9
+
+
+# ---------------------------------------------------------------- what is said of memory
+
+
+def machine(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+GB = 10**9
+MEMINFO = "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\nSwapTotal: 1000000 kB\nSwapFree: 500000 kB\n"
+GROUPS = {
+    "bare": ({}, 17_000_000 * 1024, 8_500_000 * 1024),
+    "v2": (
+        {
+            "proc/self/cgroup": "0::/job/task\n",
+            "sys/fs/cgroup/job/memory.max": f"{4 * GB}",
+            "sys/fs/cgroup/job/memory.current": f"{3 * GB}",
+            "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GB}\n",
+            "sys/fs/cgroup/job/task/memory.max": "max\n",
+            "sys/fs/cgroup/job/task/memory.current": "5\n",
+        },
+        4 * GB,
+        2 * GB,
+    ),
+    "v2 in a container": (
+        {
+            "proc/self/cgroup": "0::/docker/abc\n",
+            "sys/fs/cgroup/memory.max": f"{GB}",
+            "sys/fs/cgroup/memory.current": "0",
+        },
+        GB,
+        GB,
+    ),
+    "v1": (
+        {
+            "proc/self/cgroup": "4:memory:/job\n3:cpuset:/\n0::/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "0",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{2 * GB}\n",
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": f"{2 * GB}\n",
+            "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 7\ntotal_inactive_file 1000\n",
+        },
+        2 * GB,
+        1000,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_available_memory_is_what_the_group_allows(kind, tmp_path):
+    files, total, free = GROUPS[kind]
+    root = machine(tmp_path, {"proc/meminfo": MEMINFO, **files})
+    assert memory.available_memory(root) == (total, free)
+    assert memory.available_memory(tmp_path / "nothing") is None
+
+
+def test_memory_is_told_before_it_is_spent(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(16 * GB, 8 * GB))
+    assert memory.check(1000, 12_000, None) == "replay: up to 1,000 steps of 12 kB, 12 MB of memory"
+    told = memory.check(600_000, 12_000, None)  # 7.2 of 8 GB
+    assert re.search(r"7\.2 GB of memory, of which 8 GB are free.*replay\.capacity.*env\.size.*store disk", told)
+    with pytest.raises(MemoryError, match=r"18 GB of memory, but there are only 16 GB.*replay\.capacity.*store disk"):
+        memory.check(1_500_000, 12_000, None)
+    assert "\n" not in told and "on the disk of" in memory.check(1000, 12_000, tmp_path)
+    with pytest.raises(MemoryError, match=r"on the disk.*only.*replay\.capacity") as error:
+        memory.check(10**9, 10**9, tmp_path)
+    assert "store disk" not in str(error.value)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    assert memory.check(10**9, 10**9, None)  # nobody knows: nothing is refused
+
+
+def test_memory_that_the_system_refuses_is_one_kind_of_error(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="2 GB"):
+        memory.anonymous(2 * GB)
