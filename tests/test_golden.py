@@ -20,6 +20,7 @@ from hidreamer.spaces import random_rows
 
 GAMMA, LAM, ETA = 0.9, 0.8, 0.05  # far from 1 and from 0, so that each of them shows
 SETTINGS = {"imag.discount": GAMMA, "imag.lam": LAM, "actor.entropy": ETA, "actor.net.unimix": 0.2, "imag.horizon": 4}
+SETTINGS["actor.gradient"] = "reinforce"  # or what a test names
 SIZES = {"discrete": 3, "multi": 5, "continuous": 2}
 LOW, HIGH = -3.0, 7.0  # percentiles before the update
 
