@@ -96,9 +96,11 @@ class Run:
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
-            return make_env(task, block, int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
+            number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+            return make_env(task, block, number, evaluation=role == 1)
 
-        return Envs(make, count, self.config.env.parallel)
+        env = self.config.env
+        return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
     # ------------------------------------------------------------ collecting and learning
 

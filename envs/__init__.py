@@ -22,11 +22,12 @@ SUITES = {
 EXTRAS = ("crafter", "dmc", "vizdoom")  # suites whose library is not in the base install
 
 
-def make_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
+def make_env(task: str, env: Mapping[str, Any], seed: int, evaluation: bool = False) -> Env:
     """Builds the environment of `task` = SUITE_NAME, for example `atari_pong` or `gym_CartPole-v1`.
 
     `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in frames (0: none) and,
     under the suite's own name, the keyword options of its class. Only the suite that is asked for is imported.
+    evaluation: options that are meant for learning only are replaced, as the suite's `evaluation` says.
     Raises EnvError, in one line, for an unknown suite or name, a bad option value and a missing package.
     """
     suite, _, name = task.partition("_")
@@ -40,5 +41,7 @@ def make_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
     except ModuleNotFoundError as error:
         wanted = f".[{suite}]" if suite in EXTRAS else "."
         raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{wanted}'") from error
-    built = getattr(module, SUITES[suite])(name, tuple(env["size"]), repeat, **env.get(suite, {}))
+    kind = getattr(module, SUITES[suite])
+    options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})
+    built = kind(name, tuple(env["size"]), repeat, **options)
     return Env(built, repeat, env["time_limit"], seed)
