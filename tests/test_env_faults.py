@@ -88,19 +88,18 @@ def test_a_hung_environment_is_ended_and_replaced(method, parallel, fault, signa
 
 
 def test_all_that_hang_at_once_are_waited_for_once():
-    vector = Envs(lambda index, restart: faulty("step", sleep, index=index)(index, restart), 4, True, timeout=60)
-    impatient(vector, 1.0).step(None)
+    vector = Envs(lambda index, restart: faulty("step", sleep, index=index)(index, restart), 4, True)
+    vector.step(None)
+    workers = pids(vector)
+    os.kill(workers[3], signal.SIGSTOP)
+    for worker in impatient(vector, 1.0)._workers:
+        worker.send("step", np.eye(4, dtype=np.float32)[0])
     started = time.monotonic()
-    with pytest.warns(RuntimeWarning):
-        assert vector.step(np.eye(4, dtype=np.float32))["is_last"].all()
-    replaced = time.monotonic() - started  # the replacements are built one after the other
-    assert vector.restarts == 4 and replaced < 3.0 + 4 * 3.0
     for worker in vector._workers:
-        os.kill(worker._process.pid, signal.SIGSTOP)
-    impatient(vector, 0.2)
-    with pytest.warns(RuntimeWarning, match="no answer within 0.2 s"):
-        assert vector.step(None)["is_first"].all()
+        assert str(worker.answer()) == "no answer within 1 s (env.timeout)"
+    assert time.monotonic() - started < 3.0
     vector.close()
+    assert gone(workers)
 
 
 @BOTH
@@ -157,9 +156,8 @@ def test_somebody_elses_alarm_rings_after_the_call(signals_as_before):
 # ----------------------------------------------------------------------------- what no Exception is, and is ours
 
 
-@BOTH
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("handler", ["python", "run"])
+@pytest.mark.parametrize(("parallel", "handler"), [(False, "python"), (False, "run"), (True, "run")])
 def test_an_environment_may_not_interrupt_us(kind, handler, parallel, signals_as_before, request):
     if handler == "run":  # as dreamer.py
         before = signal.signal(signal.SIGINT, lambda *_: None)
@@ -374,7 +372,8 @@ def test_a_run_with_a_broken_environment_ends_with_one_line(tmp_path, fault, wor
 
 def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
     run = command(tmp_path, "step hang", "--env.timeout", "0")
-    assert "hangs" in run.stdout.readline() + run.stdout.readline()
+    while "hangs" not in (line := run.stdout.readline()):
+        assert line, "it ended"
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
     time.sleep(1.0)
@@ -389,7 +388,7 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
 
 def games(ancestor):
     """{pid: instance} of the ViZDoom games below a process."""
-    rows = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    rows = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     parents = {int(row.split()[0]): int(row.split()[1]) for row in rows}
     found = {}
     for row in rows:
@@ -400,6 +399,11 @@ def games(ancestor):
         if above == ancestor and "+viz_instance_id" in row:
             found[pid] = row.split("+viz_instance_id")[1].split()[0]
     return found
+
+
+def shared(found):
+    """Files of the games' shared memory."""
+    return [path for path in Path("/dev/shm").iterdir() if path.name.endswith(tuple(found.values()))]
 
 
 @pytest.mark.parametrize("parallel", ["false", "true"])
@@ -414,15 +418,15 @@ def test_a_killed_run_leaves_no_game_and_no_shared_memory_behind(parallel, tmp_p
     )
     try:
         end = time.monotonic() + 120
-        while len(found := games(run.pid)) < 4 and time.monotonic() < end:  # two that train, two that evaluate
+        found = games(run.pid)
+        while (len(found) < 4 or shared(found)) and time.monotonic() < end:  # two that train, two that evaluate
             time.sleep(0.2)
+            found = games(run.pid)
         assert len(found) == 4
     finally:
         run.kill()
         run.wait()
-    assert gone(found)
-    files = [path.name for path in Path("/dev/shm").iterdir()]
-    assert not [name for name in files if name.endswith(tuple(found.values()))]
+    assert gone(found) and shared(found) == []
 
 
 def test_a_game_does_not_heed_the_terminal_and_ends_with_its_process():
@@ -437,12 +441,11 @@ def test_a_game_does_not_heed_the_terminal_and_ends_with_its_process():
     assert vector.restarts == 0
     for pid in pids(vector):
         os.kill(pid, signal.SIGKILL)  # nobody closes anything: the kernel ends the games
-    assert gone(found)
+    assert gone(found) and shared(found) == []
 
 
 def test_shared_memory_of_killed_starts_goes_with_the_next_one():
     pytest.importorskip("vizdoom")
-    import mmap
 
     def leave(name, age):
         path = Path("/dev/shm", f"ViZDoomSM{name}{os.getpid()}")
@@ -451,10 +454,14 @@ def test_shared_memory_of_killed_starts_goes_with_the_next_one():
         return path
 
     old, used, young = leave("old", 3600), leave("used", 3600), leave("young", 0)
+    code = f"import mmap; m = mmap.mmap(open({str(used)!r}, 'r+b').fileno(), 0); print('mapped', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        with open(used, "r+b") as file, mmap.mmap(file.fileno(), 0):
-            maker("vizdoom_basic")(0, 0).close()
+        assert other.stdout.readline() == b"mapped\n"
+        maker("vizdoom_basic")(0, 0).close()
         assert not old.exists() and used.exists() and young.exists()
     finally:
+        other.kill()
+        other.communicate()
         for path in (old, used, young):
             path.unlink(missing_ok=True)
