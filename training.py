@@ -117,10 +117,11 @@ class Run:
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
-            own = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-            return make_env(task, block, own, index=index)
+            number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+            return make_env(task, block, number, index=index, evaluation=role == 1)
 
-        return Envs(make, count, self.config.env.parallel)
+        env = self.config.env
+        return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
     def _make_replay(self, state: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
         """Empty, as large as this run can come to need. Raises MemoryError where the machine cannot hold that."""

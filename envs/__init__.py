@@ -22,12 +22,15 @@ SUITES = {
 EXTRAS = ("crafter", "dmc", "vizdoom")  # suites whose library is not in the base install
 
 
-def make_env(task: str, env: Mapping[str, Any], seed: int, *, index: int | None = None) -> Env:
+def make_env(
+    task: str, env: Mapping[str, Any], seed: int, *, index: int | None = None, evaluation: bool = False
+) -> Env:
     """Builds the environment of `task` = SUITE_NAME, for example `atari_pong` or `gym_CartPole-v1`.
 
     `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in frames (0: none),
     `invalid` (see `Env`; without it `stop`) and, under the suite's own name, the keyword options of its class. Only the
     suite that is asked for is imported. index: its number among the environments of a run, for messages.
+    evaluation: options that are meant for learning only are replaced, as the suite's `evaluation` says.
     Raises EnvError, in one line, for an unknown suite or name, a bad option value and a missing package.
     """
     suite, _, name = task.partition("_")
@@ -44,5 +47,7 @@ def make_env(task: str, env: Mapping[str, Any], seed: int, *, index: int | None 
     except ModuleNotFoundError as error:
         wanted = f".[{suite}]" if suite in EXTRAS else "."
         raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{wanted}'") from error
-    built = getattr(module, SUITES[suite])(name, size, repeat, **env.get(suite, {}))
+    kind = getattr(module, SUITES[suite])
+    options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})
+    built = kind(name, size, repeat, **options)
     return Env(built, repeat, env["time_limit"], seed, env.get("invalid", "stop"), task, index)

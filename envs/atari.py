@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import ale_py
 import numpy as np
@@ -22,7 +22,12 @@ class Atari(Suite):
     noops: each episode starts after 0 to `noops` frames of doing nothing. sticky: chance that a frame keeps the action
     of the frame before. actions: `needed` by this game or `all` of the console's. grayscale: (H, W, 1) in place of RGB.
     lives: a lost life is `unused`, or ends value but not the episode (`discount`), or is the end of it (`reset`).
+    After `reset` the game goes on: the next episode starts with a no-op in the next life, and only after game over (or
+    out of time) from the beginning, as with OpenAI baselines' EpisodicLifeEnv. A last life that the game counts as none
+    left belongs to the episode of the life before, as there. Evaluation plays whole games.
     """
+
+    evaluation: ClassVar[dict[str, Any]] = {"lives": "unused"}  # see `make_env`
 
     def __init__(
         self,
@@ -53,10 +58,17 @@ class Atari(Suite):
         self.observation_space = Dict(image=Box(0, 255, (*size, 1 if grayscale else 3), np.uint8))
         self._held = NOOP  # the action that the console saw last
         self._lives_left = 0
+        self._goes_on = False  # the episode is over and the game is not
         self._picture: np.ndarray | None = None  # what `render` shows right after `set_state`
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
+        if self._goes_on and seed is None:
+            image, _, over, _ = self._frames(0)
+            if not over:
+                self._goes_on = False
+                return {"image": image}, {}
+        self._goes_on = False
         if seed is not None:  # ALE reads its own seed when a cartridge is inserted
             self.ale.setInt("random_seed", int(self.np_random.integers(2**31)))
             self.ale.loadROM(self._rom)
@@ -69,6 +81,13 @@ class Atari(Suite):
         return {"image": resize(self._screen(), self._size)}, {}
 
     def step(self, action: int) -> tuple[dict, float, bool, bool, dict]:
+        image, reward, over, lost = self._frames(action)
+        self._goes_on = self._lives == "reset" and lost and not over and self._lives_left > 0
+        is_terminal = lost if self._lives == "discount" else self._goes_on
+        return {"image": image}, reward, over or self._goes_on, False, {"is_terminal": is_terminal}
+
+    def _frames(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        """`repeat` frames, or until the game or a life that counts ends. -> image, reward, game over, life lost."""
         reward, screens, self._picture = 0.0, [], None
         for frame in range(self._repeat):
             if self.np_random.random() >= self._sticky:
@@ -81,8 +100,7 @@ class Atari(Suite):
                 screens.append(self._screen())
             if over or lost:
                 break
-        image = resize(np.maximum.reduce(screens), self._size)
-        return {"image": image}, reward, over or (lost and self._lives == "reset"), False, {"is_terminal": lost}
+        return resize(np.maximum.reduce(screens), self._size), reward, over, lost
 
     def render(self) -> np.ndarray:
         """uint8 (210, 160, 3), up to 250 rows in some games: the last frame alone."""
@@ -99,6 +117,7 @@ class Atari(Suite):
             "picture": self.render(),  # ALE does not restore its screen
             "held": self._held.value,
             "lives": self._lives_left,
+            "goes_on": self._goes_on,
             "random": self.np_random.bit_generator.state,
         }
 
@@ -106,4 +125,5 @@ class Atari(Suite):
         self.ale.restoreState(ale_py.ALEState(state["console"].tobytes()))
         self._picture, self._lives_left = state["picture"], state["lives"]
         self._held = ale_py.Action(state["held"])
+        self._goes_on = state.get("goes_on", False)  # older checkpoints lack it
         self.np_random.bit_generator.state = state["random"]

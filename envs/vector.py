@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import traceback
 import warnings
 import weakref
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import numpy as np
 
-from envs.base import ActionError, Env, EnvError, plain
+from envs.base import Env, EnvError, plain
+from envs.worker import Crash, Inside, Outside, close
 
 CRASHES = 5  # of one environment, without a good step in between, until we give up
-PATIENCE = 5.0  # seconds for a worker to close its environment
-# A plain child, not multiprocessing's: that one would import the parent's main module, and torch with it.
-WORKER = "import sys; fd, *sys.path = sys.argv[1:]; from envs.vector import serve; serve(int(fd))"
-
-
-class Crash(Exception):
-    """An environment raised, or its process died. The message is the cause, in one line."""
 
 
 class Envs:
@@ -36,35 +23,48 @@ class Envs:
     obs_space, act_space, act_dim, log_keys, repeat: as of one `Env`. restarts: how many were replaced so far.
     With `parallel`, `make` is pickled by cloudpickle and each environment lives in a process of its own.
 
-    An environment that raises or whose process dies is replaced by `make(index, its number of restarts so far)`, with a
-    RuntimeWarning. Its episode is closed as truncated: for this step it returns its previous observation, reward 0.
-    Raises EnvError where an environment cannot be built, or crashes 5 times without a good step in between.
+    An environment crashes when it raises, when its process dies, and when it does not answer within `timeout` seconds
+    (0: it may take any time; `Inside` says what cannot be interrupted without a process). It is then replaced by
+    `make(index, its number of restarts so far)`, with a RuntimeWarning. Its episode is closed as truncated: for this
+    step it returns its previous observation, reward 0. The traceback of each new error is appended to `error_log`.
+    Raises EnvError where an environment cannot be built, and where it crashes without a good step in between: twice in
+    a row with the same error at the same line, or 5 times with whatever.
     """
 
-    def __init__(self, make: Callable[[int, int], Env], count: int, parallel: bool):
+    def __init__(
+        self,
+        make: Callable[[int, int], Env],
+        count: int,
+        parallel: bool,
+        timeout: float = 0.0,
+        error_log: Path | None = None,
+    ):
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
         self.count = count
         self.restarts = 0
-        self._start = _Outside if parallel else _Inside
+        self._timeout, self._error_log = timeout, error_log
+        self._start = Outside if parallel else Inside
         self._make = cloudpickle.dumps(make) if parallel else make
         self._replaced = [0] * count
         self._crashes = [0] * count  # since the last good step
+        self._errors: list[tuple[str, str] | None] = [None] * count  # that of the last crash since then
+        self._logged: set[tuple[str, str]] = set()
         self._outputs: list[dict[str, Any] | None] = [None] * count  # the last of each; None: not started
-        self._workers: list[_Inside | _Outside] = []
-        self._finalizer = weakref.finalize(self, _close, self._workers)  # also at the interpreter's exit
+        self._workers: list[Inside | Outside] = []
+        self._finalizer = weakref.finalize(self, close, self._workers)  # also at the interpreter's exit
         try:
             for index in range(count):
-                self._workers.append(self._start(self._make, index, 0))
+                self._workers.append(self._start(self._make, index, 0, timeout))
             for index, born in enumerate([worker.answer() for worker in self._workers]):
                 if isinstance(born, Crash):
-                    raise EnvError(f"environment {index} cannot be built: {born}") from born
+                    raise EnvError(f"environment {index} cannot be built: {born}{self._log(index, born)}") from born
                 if isinstance(born, Exception):
                     raise born
         except BaseException:
             self.close()
             raise
-        self.obs_space, self.act_space, self.act_dim, self.log_keys, self.repeat = born
+        self.obs_space, self.act_space, self.act_dim, self.log_keys, self.repeat, self._summary = born
 
     def step(self, action: np.ndarray | None) -> dict[str, np.ndarray]:
         """Steps all; an environment that has not started or was at is_last is reset instead, its action ignored.
@@ -119,6 +119,13 @@ class Envs:
             raise reply if isinstance(reply, EnvError) else EnvError(f"environment {index} cannot be drawn: {reply}")
         return reply
 
+    def summary(self, episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """What the suite says of several episodes together, such as Crafter's score; most suites say nothing.
+
+        episodes: for each the sums over it of all `log_keys`. -> names without a prefix, and their values.
+        """
+        return self._summary(episodes) if self._summary is not None and episodes else {}
+
     def close(self) -> None:
         """Ends all environments and their processes. Garbage collection and the interpreter's exit do so as well."""
         self._finalizer()
@@ -136,116 +143,40 @@ class Envs:
         if isinstance(reply, Exception):
             raise reply
         if not reset:
-            self._crashes[index] = 0
+            self._crashes[index], self._errors[index] = 0, None
         return reply
 
     def _replace(self, index: int, cause: Exception) -> None:
         while isinstance(cause, Crash):
             self._crashes[index] += 1
-            if self._crashes[index] == CRASHES:
-                raise EnvError(f"environment {index} crashed {CRASHES} times without a good step: {cause}") from cause
+            why = ""
+            if cause.error is not None and cause.error == self._errors[index]:
+                why = "fails in the same way as before its restart"
+            elif self._crashes[index] == CRASHES:
+                why = f"crashed {CRASHES} times without a good step"
+            self._errors[index] = cause.error
+            trace = self._log(index, cause)
+            if why:
+                raise EnvError(f"environment {index} {why}: {cause}{trace}") from cause
             self.restarts += 1
             self._replaced[index] += 1
             warnings.warn(f"environment {index} crashed and is replaced: {cause}", RuntimeWarning, stacklevel=4)
-            _close([self._workers[index]])
-            self._workers[index] = self._start(self._make, index, self._replaced[index])
+            close([self._workers[index]])
+            self._workers[index] = self._start(self._make, index, self._replaced[index], self._timeout)
             cause = self._workers[index].answer()
         if isinstance(cause, Exception):
             raise cause
 
-
-class _Inside:
-    """An environment in this process. Calls are sent, then answered; the first answer is that of its construction."""
-
-    def __init__(self, make: Callable[[int, int], Env], index: int, restart: int):
-        self._env: Env | None = None
-        self._task = lambda: self._build(make, index, restart)
-
-    def send(self, method: str, *args: Any) -> None:
-        self._task = lambda: getattr(self._env, method)(*args)
-
-    def answer(self) -> Any:
-        """The value, or the exception, never raised: EnvError and ActionError as they are, all others as a Crash."""
-        try:
-            return self._task()
-        except (EnvError, ActionError) as error:
-            return error
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{os.path.basename(place.filename)}:{place.lineno}"
-            crash = Crash(f"{type(error).__name__}: {' '.join(str(error).split())} ({where})")
-            crash.__cause__ = error
-            return crash
-
-    def hang_up(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if self._env is not None:
-            with contextlib.suppress(Exception):  # a broken environment may not close either
-                self._env.close()
-
-    def _build(self, make: Callable[[int, int], Env], index: int, restart: int) -> tuple:
-        env = self._env = make(index, restart)
-        return env.obs_space, env.act_space, env.act_dim, env.log_keys, env.repeat
-
-
-class _Outside:
-    """The same in a process of its own, at the other end of a pipe."""
-
-    def __init__(self, make: bytes, index: int, restart: int):
-        self._pipe, theirs = multiprocessing.Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(theirs.fileno()), *sys.path],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C, and one group with all it starts
-        )
-        theirs.close()
-        self.send(make, index, restart)
-
-    def send(self, *message: Any) -> None:
-        with contextlib.suppress(OSError):  # it is dead: `answer` will tell
-            self._pipe.send(message)
-
-    def answer(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            return Crash(f"its process {self._fate()}")
-
-    def hang_up(self) -> None:
-        self._pipe.close()  # for the worker this is the end
-
-    def close(self) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(PATIENCE)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # also what it leaves behind: Doom is a process of its own
-        self._process.wait()
-
-    def _fate(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(PATIENCE)
-            return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return "closed its pipe"
-
-
-def serve(fd: int) -> None:
-    """The worker: answers calls from the pipe `fd` until the parent hangs up or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.set_inheritable(fd, False)  # a child of the environment must not hold the pipe open when we die
-    pipe = Connection(fd)
-    with contextlib.suppress(EOFError, OSError):
-        make, index, restart = pipe.recv()
-        with contextlib.closing(_Inside(lambda *names: cloudpickle.loads(make)(*names), index, restart)) as host:
-            while True:
-                pipe.send(host.answer())
-                host.send(*pipe.recv())
-
-
-def _close(workers: list[_Inside | _Outside]) -> None:
-    for worker in workers:
-        worker.hang_up()
-    for worker in workers:
-        worker.close()
+    def _log(self, index: int, crash: Crash) -> str:
+        """Keeps the traceback of an error that was not seen before. -> where it is, to end a message with."""
+        if self._error_log is None or crash.error is None:
+            return ""
+        if crash.error not in self._logged:
+            try:
+                self._error_log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._error_log, "a") as file:
+                    file.write(f"environment {index}, restart {self._replaced[index]}\n{crash.trace}\n")
+            except OSError:  # a full disk is no reason to stop for
+                return ""
+            self._logged.add(crash.error)
+        return f"; traceback: {self._error_log}"

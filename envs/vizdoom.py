@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import vizdoom
@@ -18,6 +22,16 @@ VARIABLES = [
     *(V.HEALTH, V.AMMO2, V.KILLCOUNT, V.DAMAGE_TAKEN),
     *(V.POSITION_X, V.POSITION_Y, V.POSITION_Z, V.ANGLE, V.VELOCITY_X, V.VELOCITY_Y, V.VELOCITY_Z),
 ]
+SHARED = Path("/dev/shm")  # where Linux keeps the memory that ViZDoom shares with its games
+# The game is a process of its own that waits for its controller for ever. Started through this, it is killed by the
+# kernel when we are gone, whatever ended us (PR_SET_PDEATHSIG is 1, SIGKILL is 9).
+LAUNCH = """
+import ctypes, os, sys
+parent, *command = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(parent):  # else we were gone before
+    os.execv(command[0], command)
+"""
 
 
 class ViZDoom(Suite):
@@ -38,7 +52,12 @@ class ViZDoom(Suite):
         game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)  # twice the speed of the usual 320 x 240
         game.set_doom_config_path(os.devnull)  # Doom would read and save an ini file where it starts,
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # and makes a folder there
+            if sys.platform == "linux":
+                game.set_vizdoom_path(_launcher(Path(folder, "doom")))
+                _remove_shared(_abandoned())
             game.init()
+        if sys.platform == "linux":  # now that both have it mapped it needs no name, and ends with the two of them
+            _remove_shared(_mapped(os.getpid()))
         self.buttons = ("NOTHING", *(button.name for button in game.get_available_buttons()))
         self.action_space = Discrete(len(self.buttons))
         self.observation_space = Dict(image=Box(0, 255, (*size, 3), np.uint8))
@@ -73,3 +92,43 @@ class ViZDoom(Suite):
         if state is not None:
             self._screen = state.screen_buffer
         return {"image": resize(self._screen, self._size)}
+
+
+def _launcher(path: Path) -> str:
+    """-> what to start the game with: a script at `path`, or the game itself where no script may be run."""
+    game = os.path.join(os.path.dirname(vizdoom.__file__), "vizdoom")
+    command = shlex.join([sys.executable, "-IS", "-c", LAUNCH, str(os.getpid()), game])
+    # The terminal's Ctrl-C is for us: the game ends with its controller, not before.
+    path.write_text(f"#!/bin/sh\ntrap '' INT\nexec {command} \"$@\"\n")
+    path.chmod(0o700)
+    return str(path) if os.access(path, os.X_OK) else game  # a folder for temporary files may be mounted noexec
+
+
+def _mapped(pid: int | str) -> set[str]:
+    """Paths of ViZDoom's shared memory that a process uses."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # it ended meanwhile, or is another user's
+        return set()
+    prefix = str(SHARED / "ViZDoom")
+    return {line[line.index("/") :] for line in lines if prefix in line and not line.endswith(" (deleted)")}
+
+
+def _abandoned(age: float = 60.0) -> set[str]:
+    """Paths of the shared memory that a killed start left: this user's, unused, and no start of now (`age` seconds)."""
+    found = set()
+    for path in SHARED.glob("ViZDoom*"):
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            if stat.st_uid == os.geteuid() and time.time() - stat.st_mtime > age:
+                found.add(str(path))
+    if found:  # it is rare, and to ask every process takes a while
+        for process in Path("/proc").glob("[0-9]*"):
+            found -= _mapped(process.name)
+    return found
+
+
+def _remove_shared(paths: set[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

@@ -1,10 +1,14 @@
 """Atari, MinAtar and ViZDoom: their actions, ends, pictures and private readings."""
 
+import types
+
 import numpy as np
 import pytest
-from test_envs import build, hold, one_hot, play, sample, until
+from test_envs import build, hold, one_hot, play, same, sample, until
 
-from envs import EnvError
+import tools
+from envs import EnvError, make_env
+from training import Run
 
 # ------------------------------------------------------------------------------------------------------------ Atari
 
@@ -69,10 +73,63 @@ def test_atari_lives(lives):
         return
     output = until(env, 0, "is_terminal")
     assert output["is_terminal"] and output["is_last"] == (lives == "reset") and env.suite.ale.lives() == 4
-    if lives == "reset":
-        assert env.reset()["is_first"] and env.suite.ale.lives() == 5
-    else:
+    if lives == "discount":
         assert not hold(env, 0, 1)[0]["is_terminal"]  # once a life
+
+
+def test_atari_lives_that_reset_go_on_with_the_next_life():
+    env, whole = atari("breakout", 1, lives="reset"), atari("breakout", 1)
+    env.reset(), whole.reset()
+    rng, lives, returns = np.random.default_rng(0), [], []
+    for _ in range(6):  # the fifth is game over, the sixth begins another game
+        lives.append(env.suite.ale.lives())
+        total, output = 0.0, {"is_last": False}
+        while not output["is_last"]:
+            action = one_hot(env, rng.integers(env.act_dim))
+            output, other = env.step(action), whole.step(action)
+            assert np.array_equal(output["image"], other["image"]) and output["reward"] == other["reward"]
+            total += output["reward"]
+        assert output["is_terminal"] and other["is_last"] == (len(lives) == 5)
+        returns.append(total)
+        first = env.reset()
+        other = whole.reset() if other["is_last"] else whole.step(one_hot(whole, 0))  # a no-op begins the next life
+        assert first["is_first"] and not first["reward"] and np.array_equal(first["image"], other["image"])
+    assert lives == [5, 4, 3, 2, 1, 5] and sum(returns[:5]) > 0
+    limited = atari("breakout", 1, time_limit=10, lives="reset")
+    limited.reset()
+    hold(limited, 0, 10)
+    assert limited.reset()["is_first"] and limited.suite.ale.getEpisodeFrameNumber() == 0  # out of time: a new game
+
+
+def test_atari_state_between_two_lives():
+    env = atari("breakout", lives="reset", sticky=0.25)
+    env.reset(), env.step(one_hot(env, 1))
+    assert until(env, 0, "is_last")["is_terminal"]
+    other = atari("breakout", lives="reset", sticky=0.25, seed=5)
+    other.set_state(env.get_state())
+    assert same([env.reset()], [other.reset()]) and other.suite.ale.lives() == 4
+    assert same(play(env, 100, output={"is_last": False}), play(other, 100, output={"is_last": False}))
+    state = env.get_state()
+    del state["suite"]["goes_on"]  # as checkpoints were before
+    other.set_state(state)
+
+
+def test_atari_evaluation_plays_whole_games(tmp_path):
+    config = {"size": [64, 64], "action_repeat": 4, "time_limit": 0, "atari": {"noops": 0, "lives": "reset"}}
+    assert make_env("atari_breakout", config, 0).suite._lives == "reset" == config["atari"]["lives"]
+    run = tools.load_config(["debug"], {"task": "atari_breakout", "env.atari.lives": "reset", "env.action_repeat": "4"})
+    home = types.SimpleNamespace(config=run, logdir=tmp_path)
+    for role, ends in ((0, 5), (1, 1)):
+        envs = Run._make_envs(home, 1, role, 0)
+        episodes, over, output = 0, False, envs.step(None)
+        for step in range(2000):
+            output = envs.step(np.eye(4, dtype=np.float32)[[int(step % 20 == 0)]])
+            episodes += int(output["is_last"][0])
+            over = envs._workers[0]._env.suite.ale.game_over()
+            if over:
+                break
+        assert over and episodes == ends
+        envs.close()
 
 
 def test_atari_game_over_is_terminal_and_sticky_actions_stick():

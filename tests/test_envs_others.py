@@ -11,8 +11,9 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from test_envs import build, hold, one_hot, play, same, sample, until
 
-from envs import EnvError
+from envs import EnvError, make_env
 from envs.base import ActionError
+from envs.vector import Envs
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,15 +56,35 @@ def test_dmc_without_opengl_does_physics_and_says_what_pictures_need():
     assert all("no OpenGL to draw with: apt install libegl1" in error for error in errors)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_crafter_score_is_the_geometric_mean_of_success_rates(parallel):
+    build("crafter_reward")  # or skip
+    from envs.crafter import ACHIEVEMENTS, crafter_score
+
+    assert crafter_score([0.07, 0.01]) == pytest.approx(3.0)  # sqrt((1 + 7) (1 + 1)) - 1, in percent
+    assert crafter_score([0.0] * 22) == 0.0 and crafter_score([1.0] * 22) == pytest.approx(100.0)
+    config = {"size": [64, 64], "action_repeat": 1, "time_limit": 0}
+    envs = Envs(lambda index, restart: make_env("crafter_reward", config, index), 1, parallel)
+    episode = dict.fromkeys((f"log_success_{name}" for name in ACHIEVEMENTS), 0.0)
+    better = episode | {"log_success_collect_coal": 1.0}
+    # One of 22 in half of the episodes: 51^(1/22) - 1
+    assert envs.summary([episode, better]) == {"score": pytest.approx(np.exp(np.log(51) / 22) - 1)}
+    assert envs.summary([]) == {}
+    envs.close()
+    assert Envs(lambda index, restart: make_env("dummy_vector", config, 0), 1, parallel).summary([{}]) == {}
+
+
 def test_crafter_counts_achievements_and_tells_death_from_time():
     env = build("crafter_reward")
     env.reset()
     inner = env.suite._env
-    logs = []
+    logs, first = [], []
     for times in (0, 1, 0, 2, 0):
         inner._player.achievements["collect_wood"] += times
-        logs.append(env.step(one_hot(env, 0))["log_achievement_collect_wood"])
-    assert logs == [0, 1, 0, 2, 0] and len(env.log_keys) == 22
+        output = env.step(one_hot(env, 0))
+        logs.append(output["log_achievement_collect_wood"])
+        first.append(output["log_success_collect_wood"])
+    assert logs == [0, 1, 0, 2, 0] and first == [0, 1, 0, 0, 0] and len(env.log_keys) == 44
     assert env.reset()["log_achievement_collect_wood"] == 0 == hold(env, 0, 1)[0]["log_achievement_collect_wood"]
     inner._length = 4
     assert [(output["is_last"], output["is_terminal"]) for output in hold(env, 0, 3)][1:] == [
