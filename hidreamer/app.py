@@ -72,7 +72,11 @@ def run(main: Callable[[list[str]], int]) -> int:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is buffered still
-        os.dup2(nowhere, sys.stdout.fileno())
+        hide_stdout()
         return 1
     return status
+
+
+def hide_stdout() -> None:
+    """What is printed from here on, and what is buffered still, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
