@@ -192,9 +192,10 @@ def test_help_shows_every_key_with_its_sentence(capsys):
     assert all(name in out for name in ("atari100k", "tiny_dreamerv3", "--resume PATH"))
 
 
-def test_a_reader_that_leaves_is_no_error():
+@pytest.mark.parametrize("script", ["dreamer.py", "run_comparison.py"])
+def test_a_reader_that_leaves_is_no_error(script):
     """As with --help | head."""
-    command = [sys.executable, str(ROOT / "dreamer.py"), "--help"]
+    command = [sys.executable, str(ROOT / script), "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 1

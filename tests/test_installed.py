@@ -72,9 +72,9 @@ def test_it_trains_and_reports_beside_modules_of_the_same_names(site, tmp_path):
     compare = [site / "bin" / "hidreamer", "compare", *words]
     done = start(site, work, *compare, path=[theirs])
     run = work / "out" / "dummy_vector" / "tiny_dreamerv3" / "0"
-    assert done.returncode == 0, done.stdout + done.stderr + run.with_suffix(".log").read_text()
-    assert "200 steps" in (log := run.with_suffix(".log").read_text())
-    assert "continue:   hidreamer train" in log
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = run.with_suffix(".log").read_text()
+    assert "done: 200 steps" in log and "continue:   hidreamer train" in log
     assert "hidreamer compare" in (work / "out" / "report.md").read_text()
     notes = (run / "starts.jsonl").read_text()
     assert '"commit": "version ' in notes  # and not that of the repository around
