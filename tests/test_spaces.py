@@ -250,7 +250,7 @@ def test_what_episodes_and_updates_hold_is_reserved(tmp_path):
     """The list is right: whatever the loop adds to the observations of a row, of a file or of the losses is in it."""
     import models
     import tools
-    from hidreamer.replay import save_episode
+    from hidreamer.episodes import save_episode
 
     rows = {"x": np.zeros((3, 2), FLOAT), "prev_action": np.zeros((3, 2), FLOAT), "reward": np.zeros(3, FLOAT)}
     rows |= {key: np.zeros(3, bool) for key in ("is_first", "is_last", "is_terminal")}
