@@ -107,10 +107,8 @@ class Behavior(nn.Module):
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.norm = ReturnNorm()
         self.imag, self.slow_rate = config.imag, config.critic.slow_rate
-        self.entropy = config.actor.entropy
-        # As both implementations of 2023 have it: continuous actions can be improved through the dynamics.
-        continuous = isinstance(act_space, spaces.Box)
-        self.backprop = config.actor.gradient == "dynamics" or (config.actor.gradient == "auto" and continuous)
+        gradient, self.entropy = config.actor.gradient, config.actor.entropy
+        self.backprop = gradient == "dynamics" or (gradient == "auto" and isinstance(act_space, spaces.Box))
 
     def dream(self, model: WorldModel, start: Any, terminal: Tensor) -> Dream:
         """Imagine H steps from N starts; terminal (N,) tells which of them ended their episode.
@@ -210,17 +208,9 @@ class Explorer(nn.Module):
         return self.config.intr_scale * spread + self.config.extr_scale * extrinsic
 
 
-FORMER = {  # former names of parameters, which older checkpoints have: names now
-    "dynamics.begin": "dynamics.bos_token",
-    "dynamics.place": "dynamics.level_emb",
-    "dynamics.inp.weight": "dynamics.in_proj.weight",
-    "dynamics.inp.bias": "dynamics.in_proj.bias",
-}
-
-
-def renamed(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What a checkpoint holds by parameter, by the names of today; ``prefix`` is of those that had other names."""
-    names = {prefix + old: prefix + new for old, new in FORMER.items()}
+def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
+    """``state`` by parameter, with those of ``names``, which are below ``prefix``, under their new names."""
+    names = {prefix + old: prefix + new for old, new in names.items()}
     return {names.get(name, name): x for name, x in state.items()}
 
 
@@ -291,8 +281,8 @@ class Agent(nn.Module):
         -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
         another shape; only an explorer that is not there may start afresh.
         """
-        prefix, own = "world_model.dynamics.", self.state_dict()
-        given = renamed(state["params"], "world_model.")
+        prefix, own, former = "world_model.dynamics.", self.state_dict(), self.world_model.dynamics.former_names
+        given = renamed(state["params"], prefix, former)
         params = {name: x for name, x in given.items() if not name.startswith(prefix)}
         dynamics = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
         params |= {prefix + name: x for name, x in self.world_model.dynamics.adopt(dynamics).items()}
@@ -308,7 +298,7 @@ class Agent(nn.Module):
             report[module_name(name)] = "mapped" if name in given else "split"
         self.load_state_dict({name: params.get(name, x) for name, x in own.items()})
         for name, opt in self.optimizers.items():
-            moments = renamed(state["optim"].get(name, {}))
+            moments = renamed(state["optim"].get(name, {}), "dynamics.", former)
             opt.load_state_dict(moments)
             fresh = (key for key in opt.params if key not in moments)
             report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}

@@ -63,10 +63,10 @@ def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], -2)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the halves of x (..., h, d) by the angles in ``turn`` (..., 2, d / 2), in the precision of these."""
-    cos, sin = turn.unsqueeze(-3).unbind(-2)  # (..., 1, d / 2) each
-    a, b = x.to(turn.dtype).chunk(2, -1)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the halves of x (..., h, d) by the angles in ``rope`` (..., 2, d / 2), in the precision of these."""
+    cos, sin = rope.unsqueeze(-3).unbind(-2)  # (..., 1, d / 2) each
+    a, b = x.to(rope.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
 
 
@@ -79,11 +79,11 @@ class Layer(nn.Module):
         self.out = linear(width, width, bias=False)
         self.up, self.down = linear(width, hidden), linear(hidden, width)
 
-    def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,n,Q,W) -> queries and keys, rotated, and values: (B,h,n,Q,d) each."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # (B, n, Q, 3h, d)
         qk, v = qkv.split([2 * self.heads, self.heads], -2)
-        q, k = rotate(qk, turn).chunk(2, -2)  # (B, n, Q, h, d)
+        q, k = rotate(qk, rope).chunk(2, -2)  # (B, n, Q, h, d)
         return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -95,21 +95,21 @@ class Layer(nn.Module):
 HIDDEN = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
 
 
-def attend(q: Tensor, own: KV, seen_own: Tensor, prefix: KV | None, seen_prefix: Tensor | None) -> Tensor:
+def attend(q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None) -> Tensor:
     """(B,h,n,Q,d): softmax attention over a shared prefix (B,h,P,d) and a branch's own positions (B,h,n,O,d).
 
-    seen_prefix (B,n,Q,P) and seen_own (.., Q, O) are True where a row may look; every row sees at least itself.
+    prefix_mask (B,n,Q,P) and own_mask (.., Q, O) are True where a row may look; every row sees at least itself.
     The prefix is multiplied with all branches' queries at once and never copied for them.
     """
     if prefix is None:
-        seen = seen_own.flatten(0, 1).unsqueeze(1) if seen_own.ndim == 4 else seen_own  # (B * n, 1, Q, O)
+        mask = own_mask.flatten(0, 1).unsqueeze(1) if own_mask.ndim == 4 else own_mask  # (B * n, 1, Q, O)
         each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
-        return F.scaled_dot_product_attention(*each, seen).unflatten(0, (len(q), -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(*each, mask).unflatten(0, (len(q), -1)).transpose(1, 2)
     q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
-    seen_own = seen_own.unsqueeze(1) if seen_own.ndim == 4 else seen_own
-    scores = torch.where(seen_own, q @ own.keys.transpose(-1, -2), HIDDEN)  # (B, h, n, Q, O)
+    own_mask = own_mask.unsqueeze(1) if own_mask.ndim == 4 else own_mask
+    scores = torch.where(own_mask, q @ own.keys.transpose(-1, -2), HIDDEN)  # (B, h, n, Q, O)
     shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)  # (B, h, n, Q, P)
-    scores = torch.cat([torch.where(seen_prefix.unsqueeze(1), shared, HIDDEN), scores], -1)
+    scores = torch.cat([torch.where(prefix_mask.unsqueeze(1), shared, HIDDEN), scores], -1)
     weight = torch.softmax(wide(scores), -1).to(q.dtype)
     shared, rest = weight.split([prefix.keys.shape[-2], own.keys.shape[-2]], -1)
     return (shared.flatten(2, 3) @ prefix.values).unflatten(2, shape) + rest @ own.values
@@ -129,25 +129,25 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Tensor,
+        rope: Tensor,
         own: list[Branch],
-        seen_own: Tensor,
+        own_mask: Tensor,
         prefix: list[KV] | None = None,
-        seen_prefix: Tensor | None = None,
-        wanted: slice = slice(None),
+        prefix_mask: Tensor | None = None,
+        out_index: slice = slice(None),
     ) -> Tensor:
-        """x (B,n,Q,W), its rotations ``turn`` (..,Q,2,d/2) -> outputs (B,n,R,W) of the R positions ``wanted``.
+        """x (B,n,Q,W), its rotations ``rope`` (..,Q,2,d/2) -> outputs (B,n,R,W) of the R positions ``out_index``.
 
-        seen_own (..,Q,O) is about the branches' positions, the new ones last, seen_prefix (B,n,Q,P) about the prefix.
+        own_mask (..,Q,O) is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about the prefix.
         ``own`` grows by all Q.
         """
         for i, layer in enumerate(self.layers):
-            q, k, v = layer.project(x, turn)
+            q, k, v = layer.project(x, rope)
             kv = own[i].add(k, v)
             if layer is self.layers[-1]:  # of the others, all that anybody reads is their keys and values
-                x, q, seen_own = x[:, :, wanted], q[:, :, :, wanted], seen_own[..., wanted, :]
-                seen_prefix = seen_prefix[:, :, wanted] if prefix else None
-            x = layer.finish(x, attend(q, kv, seen_own, prefix[i] if prefix else None, seen_prefix))
+                x, q, own_mask = x[:, :, out_index], q[:, :, :, out_index], own_mask[..., out_index, :]
+                prefix_mask = prefix_mask[:, :, out_index] if prefix else None
+            x = layer.finish(x, attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask))
         return self.norm(x)
 
     def branches(self, room: int) -> list[Branch]:

@@ -6,7 +6,7 @@ Shapes: B sequences, T steps, N = B * n imagined ones, H imagined steps, E embed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,7 @@ class Dynamics(nn.Module):
     deter_dim: int
     stoch_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
+    former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
     places: int = 0  # positions that the encoder's map of images must have; 0 where that does not matter
 
     @property

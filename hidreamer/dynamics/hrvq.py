@@ -11,7 +11,7 @@ Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t tha
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ class Attention(NamedTuple):
 
 class HRVQ(Dynamics):
     """``deter`` is the transformer's width, ``hidden`` that of its feed-forward layers."""
+
+    former_names: ClassVar = {
+        "begin": "bos_token",
+        "place": "level_emb",
+        "inp.weight": "in_proj.weight",
+        "inp.bias": "in_proj.bias",
+    }
 
     def __init__(
         self,
@@ -206,23 +213,23 @@ class HRVQ(Dynamics):
         losses, metrics = kl_losses(post.levels, self.balance, self.level_weights)
         codes, is_first, _ = post.aux
         if self.quantizer.kind == "nearest":
-            away = (codes.residual - codes.code.detach()).square().sum((-2, -1))  # (B, T, L), summed over G and d
-            losses["commit"] = (away * self.commitment).sum(-1)
-            metrics |= {f"commit_{i}": away[..., i].detach().mean() for i in range(self.levels)}
+            error = (codes.residual - codes.code.detach()).square().sum((-2, -1))  # (B, T, L), summed over G and d
+            losses["commit"] = (error * self.commitment).sum(-1)
+            metrics |= {f"commit_{i}": error[..., i].detach().mean() for i in range(self.levels)}
         return losses, metrics | self.quantizer.usage(codes.index) | self._accuracy(post.levels, codes.index, is_first)
 
     @torch.no_grad()
     def _accuracy(self, levels: tuple[Level, ...], index: Tensor, is_first: Tensor) -> dict[str, Tensor]:
         """How often the likeliest code is right: of all, beside repeating the last one, and of those that changed."""
-        metrics, going = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
-        going = going.expand(-1, -1, index.shape[-1]).float()
+        metrics, same_episode = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
+        same_episode = same_episode.expand(-1, -1, index.shape[-1]).float()
         share = lambda x, among: (x.float() * among).sum() / among.sum().clamp(min=1.0)
         for i, level in enumerate(levels):
             now, before = index[:, 1:, i], index[:, :-1, i]  # (B, T-1, G)
             right = level.prior[:, 1:].argmax(-1) == now
-            changed = going * (now != before).float()
-            metrics[f"accuracy_{i}"] = share(right, going)
-            metrics[f"accuracy_copy_{i}"] = share(now == before, going)
+            changed = same_episode * (now != before).float()
+            metrics[f"accuracy_{i}"] = share(right, same_episode)
+            metrics[f"accuracy_copy_{i}"] = share(now == before, same_episode)
             metrics[f"accuracy_changed_{i}"] = share(right, changed)
         return metrics
 
