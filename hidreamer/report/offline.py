@@ -25,12 +25,14 @@ import torch
 import models
 import tools
 from envs import EnvError, make_env
-from hidreamer.episodes import DAMAGED, EpisodeError, load_episode, named_rows, summary
+from hidreamer import checkpoint
+from hidreamer.checkpoint import READ_ERRORS, CheckpointError
+from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
 from hidreamer.replay import Replay, Rows, Spec, row_spec
 from hidreamer.report import heldout, probes
 from hidreamer.report.runs import config_hash
-from tools import CheckpointError, Config, ConfigError
+from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out
 LEAST = 2 * EVERY  # episodes that are needed, so that two are held out
@@ -89,7 +91,7 @@ def finished(folder: Path, updates: int) -> bool:
     try:
         with np.load(folder / RESULTS) as file:
             return int(file["updates"]) == updates
-    except DAMAGED:
+    except READ_ERRORS:
         return False
 
 
@@ -164,7 +166,7 @@ class Trainer:
     def save(self) -> None:
         state = {"update": self.update, "same": self.same, "agent": self.agent.save_state()}
         state |= {"torch_rng": torch.get_rng_state(), "replay_rng": self.replay.rng.bit_generator.state}
-        tools.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
+        checkpoint.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
 
     def resume(self, updates: int) -> None:
         """Go on towards ``updates`` from the folder's checkpoint, if there is one.
@@ -174,7 +176,7 @@ class Trainer:
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
             return
-        state = tools.load_checkpoint(path)
+        state = checkpoint.load_checkpoint(path, ("update", "same", "agent", "torch_rng", "replay_rng"))
         if state["same"] != self.same:
             raise ConfigError(f"{self.logdir} was trained on other episodes or with another config: choose a --logdir")
         if state["update"] > updates:
@@ -256,7 +258,7 @@ def main(argv: list[str]) -> int:
     except (ArithmeticError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    tools.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+    checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
     return 0
 
 
