@@ -226,7 +226,8 @@ def resource(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
     elif isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or "allocate memory" in cause:
-        what = f"the memory is full ({cause}): ask for less with replay.capacity, or replay.batch and env.count"
+        less = "replay.capacity or replay.store disk, replay.batch, env.count"
+        what = f"the memory is full ({cause}): ask for less with {less}"
     elif isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = f"the disk is full ({error})" if full else f"a file cannot be used ({error})"

@@ -15,13 +15,13 @@ import models
 import tools
 from envs import make_env
 from envs.vector import Envs
-from hidreamer import checkpoint, cost, evaluation, memory
+from hidreamer import checkpoint, cost, evaluation
 from hidreamer.checkpoint import CheckpointError
-from hidreamer.episodes import EpisodeError, Episodes, named_rows, rows_held
+from hidreamer.episodes import EpisodeError, Episodes, make_replay, recorded
 from hidreamer.logger import VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import STARTS, note_start, provenance
-from hidreamer.replay import Replay, record, row_spec, rows_to_come
+from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_action
 from tools import Config, ConfigError
 
@@ -77,9 +77,6 @@ class Run:
         self.update = self.agent.make_update(config.compile)
         if source is not None and not state:
             self._load_weights(source)
-        # Of another run, whose episodes are to be copied; a copy that was cut off is made again.
-        self.copy_from = state.get("copy_from", "") if state else "" if source is None else str(source.resolve())
-        self.replay = self._make_replay(state, rngs["replay"])
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
         self.step = self.agent_steps = self.updates = 0  # environment frames, actions taken, optimiser steps
         self.pending_updates, self.started = 0.0, False  # started: there was enough data for a first update
@@ -94,7 +91,12 @@ class Run:
         self.unsaved = True  # whether anything happened since the last checkpoint
         self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
         self.running_files: list[str] = []  # of the last two checkpoints
-        log_size = self._restore(state, rows) if state else 0
+        self.copy_from = "" if source is None else str(source.resolve())  # whose episodes are to be copied
+        self.replay: Replay
+        if state:
+            log_size = self._restore(state, rows)
+        else:
+            log_size, self.replay = 0, self._make_replay(None, rngs["replay"])
         if problems:
             checkpoint.set_aside(self.folder / "latest.pt")
         checkpoint.replace_file(logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree()))
@@ -107,7 +109,7 @@ class Run:
         if not state:
             self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
         if self.copy_from:
-            self._copy_episodes(self.copy_from)
+            self._copy_episodes(Path(self.copy_from))
             self.copy_from = ""
             self.save()
 
@@ -123,21 +125,15 @@ class Run:
         env = self.config.env
         return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
-    def _make_replay(self, state: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
-        """Empty, as large as this run can come to need. Raises MemoryError where the machine cannot hold that."""
-        config, n, block = self.config, self.config.env.count, self.config.replay
-        done = state["counters"]["step"] if state else 0
-        left = -(-max(0, config.steps - done) // self.envs.repeat)
-        held = rows_held(state["episodes"]) if state else [0] * n
-        copied = sum(named_rows(path) or 0 for path in recorded(self.copy_from))
-        spec = row_spec(self.envs.obs_space, self.envs.act_dim)
-        folder = self.logdir if block.store == "disk" else None
-        steps = min(block.capacity, sum(held) + copied + left)
-        self.report(memory.check(steps, record(spec).itemsize, folder))
-        # How much is copied shows only when it has been read.
-        needed = block.capacity if self.copy_from else rows_to_come(max(held), left, n)
-        sizes = {"capacity": min(block.capacity, needed), "batch": block.batch, "length": block.length}
-        return Replay(spec, **sizes, streams=n, rng=rng, folder=folder)
+    def _make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
+        copies = recorded(Path(self.copy_from)) if self.copy_from else []
+        left = -(-max(0, self.config.steps - self.step) // self.envs.repeat)
+        plan = {"steps": left, "state": episodes, "copies": copies}
+        spec, block = row_spec(self.envs.obs_space, self.envs.act_dim), self.config.replay
+        try:
+            return make_replay(spec, block, self.envs.count, rng, **plan, folder=self.logdir, report=self.report)
+        except MemoryError as error:
+            raise ConfigError(str(error)) from None
 
     # ------------------------------------------------------------ collecting and learning
 
@@ -168,7 +164,7 @@ class Run:
             self.save()
 
     def _catch_up(self) -> None:
-        while self.pending_updates >= 1.0 and self.replay.ready():
+        while self.pending_updates >= 1.0 and self.replay.ready():  # a replay that lost its episodes is not
             self.poll()
             self._update()
         if self.every["log"].due(self.step):
@@ -385,11 +381,14 @@ class Run:
             else:  # before there was a format: how many periods of the old length had passed
                 every.last = state["every"][name] * state["config"][f"{name}_every"]
         self.running_files = [state["running_file"]]
+        self.copy_from = state.get("copy_from", "")
+        rng = np.random.default_rng()
+        rng.bit_generator.state = state["replay_rng"]
+        self.replay = self._make_replay(state["episodes"], rng)
         for key, saved in checkpoint.arrays(state["score"]).items():
             if key in self.scores.sums:  # the log keys may be others: env.invalid may change
                 self.scores.sums[key] = saved
         self.agent.metric_names = tuple(state["metric_names"])
-        self.replay.rng.bit_generator.state = state["replay_rng"]
         self.explore_rng.bit_generator.state = state["explore_rng"]
         self.obs = checkpoint.arrays(state["obs"])
         if state["act"] is not None:
@@ -398,8 +397,8 @@ class Run:
         try:
             problems = self.episodes.restore(self.replay, state["episodes"], rows)
         except EpisodeError as error:
-            file = self.folder / state["running_file"]
-            raise CheckpointError(f"{file} is not what this run saved: {error}; move {self.folder} away") from None
+            told = f"{self.folder / state['running_file']} is not what this run saved ({error})"
+            raise CheckpointError(f"{told}: put it back, or move {self.logdir} away to start anew") from None
         for problem in problems:
             self.report(problem)
         if self.obs is not None:
@@ -429,18 +428,11 @@ class Run:
             raise ConfigError(f"--resume {source}: {error}") from None
         self.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))
 
-    def _copy_episodes(self, source: str) -> None:
+    def _copy_episodes(self, source: Path) -> None:
         """The episodes beside a checkpoint of another run."""
         for problem in self.episodes.load(self.replay, recorded(source)):
             self.report(problem)
         self.report(f"started from {source}, {len(self.replay)} steps of replay")
-
-
-def recorded(source: str) -> list[Path]:
-    """The episodes beside a checkpoint of ours or dreamerv3-torch's; none for ""."""
-    folder = Path(source).parent
-    home = folder.parent if folder.name == "checkpoints" else folder
-    return sorted((home / "train_eps").glob("*.npz")) if source else []
 
 
 def write_yaml(path: Path, tree: dict) -> None:

@@ -28,8 +28,8 @@ from analysis import heldout, probes
 from comparison.runs import config_hash
 from envs import EnvError, make_env
 from hidreamer import checkpoint
-from hidreamer.checkpoint import CheckpointError
-from hidreamer.episodes import DAMAGED, EpisodeError, load_episode, named_rows, summary
+from hidreamer.checkpoint import READ_ERRORS, CheckpointError
+from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
 from hidreamer.replay import Replay, Rows, Spec, row_spec
 from tools import Config, ConfigError
@@ -91,7 +91,7 @@ def finished(folder: Path, updates: int) -> bool:
     try:
         with np.load(folder / RESULTS) as file:
             return int(file["updates"]) == updates
-    except DAMAGED:
+    except READ_ERRORS:
         return False
 
 

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from envs import make_env
 from envs.base import resize
 from hidreamer import checkpoint
-from hidreamer.episodes import DAMAGED
+from hidreamer.checkpoint import READ_ERRORS
 from hidreamer.replay import Rows
 from tools import Config
 
@@ -79,7 +79,7 @@ def cached(path: Path, rows: Rows, config: Config, folder: Path) -> np.ndarray |
     file = folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.npy"
     try:
         found = np.load(file)
-    except DAMAGED:
+    except READ_ERRORS:
         found = recover(rows, config)
         found = np.zeros((0, 128), np.uint8) if found is None else found
         folder.mkdir(parents=True, exist_ok=True)

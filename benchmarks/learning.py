@@ -19,8 +19,8 @@ import torch
 from measure import ROOT
 
 import dreamer
+import hidreamer.episodes
 import tools
-import training
 from comparison.runs import records
 from envs import make_env
 from hidreamer import checkpoint
@@ -71,7 +71,7 @@ def bars(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
 
 def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
     """One run, in this process; finished runs are kept."""
-    training.Replay = Shuffled if twin else Replay
+    hidreamer.episodes.Replay = Shuffled if twin else Replay  # what a run makes its replay of
     words = ["--configs", *TASKS[task]["configs"], "--logdir", str(folder), "--eval_episodes", "0", *words]
     status = dreamer.main(words)
     if status:

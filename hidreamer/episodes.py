@@ -7,14 +7,14 @@ import os
 import re
 import uuid
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hidreamer.replay import Replay, Rows, Spec, Stream
+from hidreamer import memory
+from hidreamer.replay import Replay, Rows, Spec, Stream, record, rows_to_come
 
 OURS = re.compile(r"(\d{7,})-\d{2,}-(\d+)\.npz")  # COUNT-STREAM-ROWS
 UPSTREAM = re.compile(r"\d{8}T\d{6}-.+-(\d+)\.npz")  # TIME-NAME-ROWS
@@ -208,13 +208,41 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
     return lines
 
 
+def make_replay(
+    spec: Spec,
+    block: Any,
+    streams: int,
+    rng: np.random.Generator,
+    *,
+    steps: int,
+    state: Mapping[str, Any] | None = None,
+    copies: Sequence[Path] = (),
+    folder: Path,
+    report: Callable[[str], None],
+) -> Replay:
+    """An empty replay, no larger than a run can come to need, after a line about the memory that this will be.
+
+    block: the config's ``replay``. steps: agent steps that are still to come. state: what the episodes are restored
+    from. copies: episodes that will be loaded. folder: where the rows lie if not in memory. Raises MemoryError where
+    there is no room for them.
+    """
+    where = folder if block.store == "disk" else None
+    held = rows_held(state) if state else [0] * streams
+    copied = sum(named_rows(path) or 0 for path in copies)
+    report(memory.check(min(block.capacity, sum(held) + copied + steps), record(spec).itemsize, where))
+    # A name may be wrong about the rows of what is copied.
+    capacity = block.capacity if copies else min(block.capacity, rows_to_come(max(held), steps, streams))
+    sizes = {"capacity": capacity, "batch": block.batch, "length": block.length, "streams": streams}
+    return Replay(spec, **sizes, rng=rng, folder=where)
+
+
 # ---------------------------------------------------------------- files
 
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def recorded(checkpoint: Path) -> list[Path]:
+    """The episodes beside a checkpoint of ours or dreamerv3-torch's, oldest first."""
+    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return sorted((home / "train_eps").glob("*.npz"))
 
 
 def save_episode(path: Path, rows: Rows, run: str = "") -> None:

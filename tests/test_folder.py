@@ -38,8 +38,8 @@ def test_a_run_that_starts_from_another_and_is_killed_goes_on(tiny, tmp_path, mo
     assert run(tmp_path / "whole", *args) == 0
     original = training.Episodes.load
 
-    def crash(self, replay, paths, keys):
-        original(self, replay, paths[:2], keys)
+    def crash(self, replay, paths):
+        original(self, replay, paths[:2])
         raise ZeroDivisionError
 
     monkeypatch.setattr(training.Episodes, "load", crash)

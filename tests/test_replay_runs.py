@@ -1,6 +1,5 @@
 """Runs whose replay lies on a disk, loses its files, does not fit, or deletes what it no longer needs."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from small_runs import one_line, records
 
 import dreamer
 from conftest import ROOT
@@ -19,19 +19,8 @@ ARGS += ["--env.count", "2", "--env.action_repeat", "1", "--replay.capacity", "1
 ARGS += ["--log_every", "20", "--checkpoint_every", "60"]
 
 
-@pytest.fixture(autouse=True)
-def own_signals(monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own
-
-
 def run(logdir, *more, steps=400):
     return dreamer.main([*ARGS, "--logdir", str(logdir), "--steps", str(steps), *map(str, more)])
-
-
-def records(logdir):
-    """All that was logged, except what the clock says."""
-    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +65,15 @@ def test_store_and_kept_files_may_change_and_change_nothing(store, whole, tmp_pa
     assert not [path for path in folder.rglob("*") if path.name.startswith(("replay-", "tmp"))]
 
 
-def test_a_capacity_that_the_environments_do_not_divide_trains(tmp_path):
-    assert run(tmp_path / "run", "--env.count", 3, "--replay.prefill", 2500, steps=300) == 0
-    assert any("model_loss" in record for record in records(tmp_path / "run"))
-
-
 def test_what_does_not_fit_is_one_line_before_anything_is_spent(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(3_900, 3_000))
     assert run(tmp_path / "run") == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "replay.capacity" in err and "replay.store disk" in err
+    one_line(capsys, "replay.capacity", "replay.store disk")
     monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(100_000, 2_900))
     assert run(tmp_path / "run", steps=60) == 0
     captured = capsys.readouterr()
     (line,) = [line for line in captured.out.splitlines() if line.startswith("replay:")]
     assert "60 steps" in line and "replay.capacity" in line
-
-
-def test_memory_that_ends_on_the_way_is_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(dreamer.Run, "_improve", full)
-    assert run(tmp_path / "run") == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "memory" in err and "replay.capacity" in err
 
 
 @pytest.mark.parametrize("lost", ["all", "some"])
@@ -128,17 +101,8 @@ def test_unfinished_rows_of_another_kind_are_refused(finished, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run(finished, steps=700) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and path.name in err and "move" in err
+    one_line(capsys, path.name, "move")
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-
-
-def test_episodes_without_a_checkpoint_are_not_touched(whole, tmp_path, capsys):
-    shutil.copytree(whole / "train_eps", tmp_path / "run" / "train_eps")
-    before = {path: path.read_bytes() for path in (tmp_path / "run" / "train_eps").iterdir()}
-    assert run(tmp_path / "run") == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run" / "train_eps").iterdir()}
 
 
 def test_imported_episodes_fill_the_replay_up_to_its_capacity(finished, tmp_path, capsys):
