@@ -179,7 +179,7 @@ def test_dreamt_actions_are_the_policys_in_their_own_state():
 
 @pytest.mark.parametrize("act", ["discrete", "multi", "continuous"])
 def test_reinforce(act):
-    agent, obs = build(act)
+    agent, obs = build(act, **{"actor.gradient": "reinforce"})
     behavior = agent.behavior
     _, terminal, dream = dreamt(agent, obs)
     rew = 2 * torch.randn(dream.disc.shape, dtype=torch.float64)
@@ -251,6 +251,26 @@ def test_what_the_update_feeds_the_actor_critic(starts, monkeypatch):
     assert torch.equal(start.deter, post.feat.deter[:, steps].flatten(0, 1))
     assert found["used"] is found["dream"]
     assert torch.allclose(found["rew"], decode(logits(agent.world_model.reward, found["dream"].x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("explorer", [False, True])
+@pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
+def test_what_the_update_pays_has_a_gradient_only_through_the_dynamics(gradient, explorer, monkeypatch):
+    behaves = {"actor.gradient": gradient, "expl.behavior": "plan2explore" if explorer else "greedy"}
+    agent, obs = build("continuous", **behaves)
+    agent, batch = trainable(agent, obs)
+    behavior = agent.explorer.behavior if explorer else agent.behavior
+    losses, found = behavior.losses, []
+
+    def look(dream, rew):
+        through = rew.requires_grad and dream.x.requires_grad
+        grads = torch.autograd.grad(rew.sum(), [dream.x], allow_unused=True, retain_graph=True) if through else [None]
+        found.append(grads[0] is not None and bool(grads[0].any()))
+        return losses(dream, rew)
+
+    monkeypatch.setattr(behavior, "losses", look)
+    agent.update(batch)
+    assert found == [gradient == "dynamics"]
 
 
 def test_one_update_moves_the_slow_critic_after_the_critic():
