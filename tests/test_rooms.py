@@ -8,9 +8,10 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
-    "run_comparison": 7,
-    "simple_test": 7,
-    "dreamer": 7,
+    "run_comparison": 8,
+    "simple_test": 8,
+    "dreamer": 8,
+    "training": 7,
     "models": 6,
     "networks": 5,
     "hidreamer.dynamics": 4,
