@@ -10,31 +10,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_agent import ACTIONS, VECTOR
+from test_agent import VECTOR, make
 
-import models
 import networks
-import tools
-from hidreamer import cost
 from hidreamer.dynamics import TYPES
 
 GAMMA, LAM, ETA = 0.9, 0.8, 0.05  # far from 1 and from 0, so that each of them shows
 SETTINGS = {"imag.discount": GAMMA, "imag.lam": LAM, "actor.entropy": ETA, "actor.net.unimix": 0.2, "imag.horizon": 4}
-SIZES = {"discrete": 3, "multi": 5, "continuous": 2}
 LOW, HIGH = -3.0, 7.0  # percentiles before the update
 
 
 def build(act="discrete", kind="rssm", **overrides):
     """-> agent in float64 with random weights everywhere, prepared observations (B,T,.) with some terminal steps."""
-    config = {"replay.batch": 2, "replay.length": 6, "dynamics.type": kind, **SETTINGS, **overrides}
-    agent = models.Agent(VECTOR, ACTIONS[act], SIZES[act], tools.load_config(["debug"], config))
+    agent, rows = make(VECTOR, act, length=6, **{"dynamics.type": kind, **SETTINGS, **overrides})
     for name, p in agent.named_parameters():
         if ".norm" not in name and "quantizer" not in name:
             torch.nn.init.normal_(p, std=0.6)
     agent = agent.double()
     agent.behavior.norm.float()  # percentiles are kept in float32
     agent.behavior.norm.range.copy_(torch.tensor([LOW, HIGH]))
-    rows = {key: torch.from_numpy(x) for key, x in cost.random_rows(VECTOR, ACTIONS[act], 2, 6).items()}
     rows["is_terminal"][0, 2] = rows["is_terminal"][1, 5] = True
     rows["is_first"][1, 3] = True
     rows["reward"] = 3 * torch.randn_like(rows["reward"])
