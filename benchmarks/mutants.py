@@ -34,7 +34,7 @@ FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates"
 FAST += ("hrvq", "agent")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
-    "dreamer.py": ("updates",),
+    "training.py": ("updates",),
     "envs/base.py": ("updates",),
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),

@@ -10,32 +10,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_agent import ACTIONS, VECTOR
+from test_agent import VECTOR, make
 
-import models
 import networks
-import tools
 from hidreamer.dynamics import TYPES
-from hidreamer.spaces import random_rows
 
 GAMMA, LAM, ETA = 0.9, 0.8, 0.05  # far from 1 and from 0, so that each of them shows
 SETTINGS = {"imag.discount": GAMMA, "imag.lam": LAM, "actor.entropy": ETA, "actor.net.unimix": 0.2, "imag.horizon": 4}
 SETTINGS["actor.gradient"] = "reinforce"  # or what a test names
-SIZES = {"discrete": 3, "multi": 5, "continuous": 2}
 LOW, HIGH = -3.0, 7.0  # percentiles before the update
 
 
 def build(act="discrete", kind="rssm", **overrides):
     """-> agent in float64 with random weights everywhere, prepared observations (B,T,.) with some terminal steps."""
-    config = {"replay.batch": 2, "replay.length": 6, "dynamics.type": kind, **SETTINGS, **overrides}
-    agent = models.Agent(VECTOR, ACTIONS[act], SIZES[act], tools.load_config(["debug"], config))
+    agent, rows = make(VECTOR, act, length=6, **{"dynamics.type": kind, **SETTINGS, **overrides})
     for name, p in agent.named_parameters():
         if ".norm" not in name and "quantizer" not in name:
             torch.nn.init.normal_(p, std=0.6)
     agent = agent.double()
     agent.behavior.norm.float()  # percentiles are kept in float32
     agent.behavior.norm.range.copy_(torch.tensor([LOW, HIGH]))
-    rows = {key: torch.from_numpy(x) for key, x in random_rows(VECTOR, ACTIONS[act], 2, 6).items()}
     rows["is_terminal"][0, 2] = rows["is_terminal"][1, 5] = True
     rows["is_first"][1, 3] = True
     rows["reward"] = 3 * torch.randn_like(rows["reward"])
@@ -180,7 +174,7 @@ def test_dreamt_actions_are_the_policys_in_their_own_state():
 
 @pytest.mark.parametrize("act", ["discrete", "multi", "continuous"])
 def test_reinforce(act):
-    agent, obs = build(act)
+    agent, obs = build(act, **{"actor.gradient": "reinforce"})
     behavior = agent.behavior
     _, terminal, dream = dreamt(agent, obs)
     rew = 2 * torch.randn(dream.disc.shape, dtype=torch.float64)
@@ -252,6 +246,26 @@ def test_what_the_update_feeds_the_actor_critic(starts, monkeypatch):
     assert torch.equal(start.deter, post.feat.deter[:, steps].flatten(0, 1))
     assert found["used"] is found["dream"]
     assert torch.allclose(found["rew"], decode(logits(agent.world_model.reward, found["dream"].x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("explorer", [False, True])
+@pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
+def test_what_the_update_pays_has_a_gradient_only_through_the_dynamics(gradient, explorer, monkeypatch):
+    behaves = {"actor.gradient": gradient, "expl.behavior": "plan2explore" if explorer else "greedy"}
+    agent, obs = build("continuous", **behaves)
+    agent, batch = trainable(agent, obs)
+    behavior = agent.explorer.behavior if explorer else agent.behavior
+    losses, found = behavior.losses, []
+
+    def look(dream, rew):
+        through = rew.requires_grad and dream.x.requires_grad
+        grads = torch.autograd.grad(rew.sum(), [dream.x], allow_unused=True, retain_graph=True) if through else [None]
+        found.append(grads[0] is not None and bool(grads[0].any()))
+        return losses(dream, rew)
+
+    monkeypatch.setattr(behavior, "losses", look)
+    agent.update(batch)
+    assert found == [gradient == "dynamics"]
 
 
 def test_one_update_moves_the_slow_critic_after_the_critic():
