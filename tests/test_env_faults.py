@@ -454,7 +454,8 @@ def test_shared_memory_of_killed_starts_goes_with_the_next_one():
         return path
 
     old, used, young = leave("old", 3600), leave("used", 3600), leave("young", 0)
-    code = f"import mmap; m = mmap.mmap(open({str(used)!r}, 'r+b').fileno(), 0); print('mapped', flush=True); input()"
+    code = f"import mmap; f = open({str(used)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print('mapped', flush=True)"
+    code += "; input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"mapped\n"
