@@ -7,6 +7,7 @@ The same command again continues the run.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -14,41 +15,55 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import models
 import tools
 from envs import EnvError, make_env
-from hidreamer import cost
-from tools import CheckpointError, Config, ConfigError
-from training import Failure, Run, Stop
+from hidreamer import checkpoint, cost
+from hidreamer.checkpoint import FolderError
+from hidreamer.logger import Rates, Screen
+from tools import Config, ConfigError
+from training import Failure, Run
 
 # ---------------------------------------------------------------- command line
 
 
 def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     """-> config, folder of the run, checkpoint of another run to start from. Raises ConfigError."""
-    source = Path(args.resume) if args.resume else None
+    source = Path(args.resume).expanduser() if args.resume else None
     if source is not None and source.is_dir():
-        found = [p for p in (source / "checkpoints" / "latest.pt", source / "latest.pt") if p.exists()]
+        names = ("checkpoints/latest.pt", "checkpoints/previous.pt", "latest.pt")
+        found = [source / name for name in names if (source / name).exists()]
         source = found[0] if found else source / "checkpoints" / "latest.pt"
     if source is not None and not source.exists():
         raise ConfigError(f"--resume: there is no checkpoint {source}")
     home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
     alone = home is not None and not args.presets and "logdir" not in args.overrides  # it goes on as it was
-    saved = {}
-    if alone:
-        known = tools.load_config([], {}).flat().keys() - {"logdir"}  # what no longer exists is told as a change, later
-        saved = {key: x for key, x in tools.saved_config(home).items() if key in known}
+    saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
     logdir = Path(config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()
     own = home is not None and logdir.resolve() == home.resolve()
     return config, logdir, None if own else source
+
+
+def read_config(home: Path) -> dict[str, Any]:
+    """{"group.key": value} of a run's config.yaml, each value checked. Raises ConfigError, naming the file."""
+    saved = tools.saved_config(home)
+    saved.pop("logdir", None)  # a run may be moved
+    try:
+        tools.load_config([], saved)
+    except ConfigError as error:
+        told = "correct it, or continue the run by its --configs and keys"
+        raise ConfigError(f"{home / 'config.yaml'}: {error}; {told}") from None
+    return saved
 
 
 def capacity(args: tools.Args) -> str:
@@ -67,13 +82,117 @@ def capacity(args: tools.Args) -> str:
     return cost.table(columns)
 
 
+# ---------------------------------------------------------------- the loop
+
+
+class Stop(BaseException):
+    """A signal asked the program to end. No Exception, like KeyboardInterrupt: nobody may take it for a fault."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+class Signals:
+    """SIGTERM and SIGINT, in the ``with`` block, raise Stop: at once, or, after ``defer``, at the next ``check``.
+
+    When one has come, a second Ctrl-C ends the process on the spot; a second SIGTERM does not cut off what the first
+    began.
+    """
+
+    def __init__(self):
+        self.signum, self.deferred, self.before = 0, False, {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+    def defer(self) -> None:
+        self.deferred = True
+        self.check()
+
+    def check(self) -> None:
+        if self.signum:
+            raise Stop(self.signum)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.deferred else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.deferred:
+            raise Stop(signum)
+
+
+def train(run: Run, screen: Screen, signals: Signals) -> None:
+    """Bring ``run`` to its end, showing it on ``screen``. Raises Stop, when it can be saved, and what Run raises."""
+    screen.rates, shown = Rates(run.step, run.updates), run.every["log"].last
+
+    def poll() -> None:
+        nonlocal shown
+        signals.check()
+        if screen.due() or run.every["log"].last != shown:
+            shown = run.every["log"].last
+            metrics = run.metrics() or run.logged
+            names = [name for name in ("model_loss", "actor_loss", "critic_loss") if name in metrics]
+            losses = {name.removesuffix("_loss"): metrics[name] for name in names}
+            screen.update(run.step, run.updates, losses, run.last_return)
+
+    run.poll = poll
+    while run.step < run.config.steps:
+        run.advance()
+    run.finish()
+    poll()
+
+
+def start(argv: list[str], signals: Signals) -> int:
+    """Train as the command line says. -> exit status. Raises what ``main`` turns into a line."""
+    args = tools.parse(argv)
+    if args.capacity:
+        print(capacity(args))
+        return 0
+    config, logdir, source = prepare(args)
+    with checkpoint.locked(logdir):
+        screen = Screen(config.steps)
+        screen.console.on_broken_pipe = functools.partial(go_on_unseen, screen)
+        run = Run(config, logdir, source, models.pick_device(config), screen.line)
+        with contextlib.closing(run):
+            try:
+                signals.defer()
+                with screen:
+                    train(run, screen, signals)
+            except Stop as stop:
+                name = signal.Signals(stop.signum).name
+                screen.line(f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is")
+                run.save()
+                screen.line(f"stopped by {name} at step {run.step}; checkpoint {run.folder / 'latest.pt'}")
+                return 128 + stop.signum
+            except EnvError as error:
+                raise Failure(f"{error}; the last checkpoint is {run.folder / 'latest.pt'}") from error
+            screen.line(summary(run, argv))
+            return 0
+
+
+def go_on_unseen(screen: Screen) -> None:
+    """Nobody reads the screen any more (rich would exit): a run of days goes on, and metrics.jsonl has all of it."""
+    screen.console.quiet = True
+    hide_stdout()
+
+
+def hide_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # ---------------------------------------------------------------- main
 
 
 def summary(run: Run, argv: list[str]) -> str:
     """Where everything is, and which command goes on."""
     videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
-    kept = [word for i, word in enumerate(argv) if not word.startswith("--steps") and argv[i - 1] != "--steps"]
+    kept = [word for i, word in enumerate(argv) if word.partition("=")[0] != "--steps" and argv[i - 1] != "--steps"]
     again = shlex.join(["python", "dreamer.py", *kept, "--steps", str(2 * run.config.steps)])
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
@@ -81,45 +200,43 @@ def summary(run: Run, argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """-> exit status: 0 done, 2 bad arguments, 1 failure, 128 + signal after a signal."""
+    """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal after a signal."""
     if not argv or "--help" in argv or "-h" in argv:
         print(tools.help_text(__doc__))
         return 0 if argv else 2
-    run = None
     try:
-        args = tools.parse(argv)
-        if args.capacity:
-            print(capacity(args))
-            return 0
-        config, logdir, source = prepare(args)
-        run = Run(config, logdir, source, models.pick_device(config))
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, run.heed)
-        with run.screen:
-            run.train()
-            run.finish()
-        print(summary(run, argv))
-        return 0
+        with Signals() as signals:
+            return start(argv, signals)
     except Stop as stop:
-        run.save()
-        print(
-            f"stopped by {signal.Signals(stop.signum).name} at step {run.step}; checkpoint {run.folder / 'latest.pt'}"
-        )
+        print(f"stopped by {signal.Signals(stop.signum).name} before the first step")
         return 128 + stop.signum
-    except (ConfigError, CheckpointError, EnvError, Failure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Failure) or (run and isinstance(error, EnvError)) else 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (ConfigError, FolderError, EnvError) as error:
+        status, told = 2, str(error)
+    except Failure as error:
+        status, told = 1, str(error)
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        status, told = 1, resource(error)
+        if not told:
             raise
-        print(
-            f"error: the disk is full ({error}); the last checkpoint in {logdir / 'checkpoints'} is whole",
-            file=sys.stderr,
-        )
-        return 1
-    finally:
-        if run is not None:
-            run.close()
+    print(f"error: {told}", file=sys.stderr)
+    return status
+
+
+def resource(error: Exception) -> str:
+    """What ran out, and which keys ask for less of it; "" where that was no disk and no memory."""
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
+    elif isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or "allocate memory" in cause:
+        what = f"the memory is full ({cause}): ask for less with replay.capacity, or replay.batch and env.count"
+    elif isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"the disk is full ({error})" if full else f"a file cannot be used ({error})"
+    else:
+        return ""
+    return f"{what}; the last checkpoint is whole, and the same command continues from it"
 
 
 if __name__ == "__main__":
@@ -128,6 +245,6 @@ if __name__ == "__main__":
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # of --help | head: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hide_stdout()
         status = 1
     sys.exit(status)

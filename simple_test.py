@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 import models
 import tools
+from hidreamer import checkpoint
 from hidreamer.dynamics import TYPES
 
 OBS = {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8), "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
@@ -49,8 +50,8 @@ def check(kind: str, folder: Path) -> str:
         metrics = agent.update(data)
         assert metrics.isfinite().all(), "an update gave numbers that are not finite"
 
-    tools.save_checkpoint(folder / "latest.pt", agent.save_state())
-    other.load_state(tools.load_checkpoint(folder / "latest.pt"))
+    checkpoint.save_checkpoint(folder / "latest.pt", agent.save_state())
+    other.load_state(checkpoint.load_checkpoint(folder / "latest.pt"))
     results = [torch.manual_seed(1) and a.update(data) for a in agents]
     assert torch.equal(*results), "a restored agent goes on differently"
 

@@ -1,15 +1,12 @@
-"""Config and command line, seeding, schedules, checkpoints: nothing else."""
+"""Config and command line, seeding, schedules: nothing else."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import io
 import json
 import math
-import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +17,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 CONFIGS = Path(__file__).parent / "configs.yaml"
+# What a run may change when it is continued; everything else makes it another run.
+CHANGEABLE_KEYS = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels"}
+CHANGEABLE_KEYS |= {"log_every", "eval_every", "checkpoint_every", "eval_episodes", "eval_greedy", "eval_time_limit"}
+CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
 
 
 # ---------------------------------------------------------------- config
@@ -150,10 +151,27 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
 def saved_config(folder: Path) -> dict[str, Any]:
     """{"group.key": value} of a run's config.yaml, as it was written. Raises ConfigError."""
     try:
-        return flatten(YAML(typ="safe").load((folder / "config.yaml").read_text()))
-    except (OSError, UnicodeError, YAMLError, AttributeError) as error:
-        told = f"{str(error).splitlines()[0]}; mend it, or go on with the run by its --configs and keys"
+        tree = YAML(typ="safe").load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(tree, Mapping):
+            raise ValueError("it has no keys")
+        return flatten(tree)
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        told = f"{reason}; correct it, or continue the run by its --configs and keys"
         raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {told}") from None
+
+
+def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
+    """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be continued as ``new``."""
+    before, now = flatten(old), new.flat()
+    # A key that the old config lacks is younger than the run.
+    changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
+    if changed:
+        told = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
+        raise ConfigError(
+            f"{folder} holds a run with another config ({told}{', ...' if len(changed) > 3 else ''}): "
+            f"choose another --logdir, with --resume {folder} to start from its weights"
+        )
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
@@ -233,88 +251,13 @@ def seed_all(seed: int) -> dict[str, np.random.Generator]:
 
 
 class Every:
-    """Due whenever ``step`` has passed another multiple of ``every`` since it was last ``done``."""
+    """Due whenever a step has passed another multiple of ``every`` since ``last``, the step of the last time."""
 
     def __init__(self, every: int):
-        self.every, self.count = every, 0
+        self.every, self.last = every, 0
 
     def due(self, step: int) -> bool:
-        return step // self.every > self.count
+        return step // self.every > self.last // self.every
 
     def done(self, step: int) -> None:
-        self.count = step // self.every
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def plain(value: Any) -> Any:
-    """``value`` with arrays as tensors and containers plain, so that it loads with ``weights_only=True``."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value).copy())
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {key: plain(x) for key, x in value.items()}
-    return [plain(x) for x in value] if isinstance(value, list | tuple) else value
-
-
-def arrays(value: Any) -> Any:
-    """The inverse of ``plain`` for consumers that want arrays."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
-    if isinstance(value, dict):
-        return {key: arrays(x) for key, x in value.items()}
-    return [arrays(x) for x in value] if isinstance(value, list) else value
-
-
-def replace_file(path: Path, write: Any, keep: Path | None = None) -> None:
-    """``write(temporary path)``, then put it in place of ``path`` in one step; what was there becomes ``keep``.
-
-    A crash at any moment leaves ``path`` whole, old or new. Raises OSError, with the temporary file removed.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            link = keep.with_name(keep.name + ".tmp")
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, keep)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, state: Mapping) -> None:
-    """Write ``state`` atomically; the checkpoint before it stays as ``previous.pt`` beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, functools.partial(write_tensors, state=plain(state)), path.with_name("previous.pt"))
-
-
-def write_tensors(path: Path, state: Any) -> None:
-    with open(path, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's complaint about the archive hides what the disk said
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Tensors and plain values only: a checkpoint never executes code. Raises CheckpointError, one line."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():  # torch itself does not check the sums of what it maps
-                raise ValueError(f"{bad} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # whatever a damaged or foreign file makes zipfile, pickle and torch raise
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot load {path}: {told}") from None
-
-
-class CheckpointError(Exception):
-    """One line that says which checkpoint cannot be read and why."""
+        self.last = step

@@ -1,10 +1,10 @@
-"""A training run: all that a checkpoint holds, and the loop that moves it. ``dreamer.py`` is its command line."""
+"""A training run: all that a checkpoint holds, and what moves it. ``dreamer.py`` is its command line and its loop."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,86 +15,104 @@ import models
 import tools
 from envs import make_env
 from envs.vector import Envs
-from hidreamer import cost, evaluation
-from hidreamer.logger import VIDEO, Logger, Rates, Screen
+from hidreamer import checkpoint, cost, evaluation
+from hidreamer.checkpoint import CheckpointError
+from hidreamer.logger import RENDER, VIDEO, Logger, Rates
+from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import STARTS, note_start, provenance
-from hidreamer.replay import DAMAGED, Episodes, Replay, first_line
-from tools import CheckpointError, Config, ConfigError
+from hidreamer.replay import Episodes, Replay
+from tools import Config, ConfigError
 
-# What a run may change when it is continued; everything else makes it another run.
-FREE = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels", "eval_episodes", "eval_greedy"}
-FREE |= {"eval_time_limit", "log_every", "eval_every", "checkpoint_every"}
+# Attributes of a run, by their names in a checkpoint.
+COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return", "evaluated")
+OLD_COUNTERS = {"credit": "pending_updates"}  # names that checkpoints without a format have
+FIELDS = ("config", "generation", "counters", "step", "agent", "act", "obs", "envs", "episodes", "score", "sums")
+FIELDS += ("metric_names", "torch_rng", "cuda_rng", "replay_rng", "explore_rng", "log_size")
 
 
 class Failure(Exception):
     """One line: the run cannot go on, and why."""
 
 
-class Stop(Exception):
-    """A signal asked the run to end."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
 class Run:
-    """Everything that a checkpoint holds, and the loop that moves it.
+    """The state of one training run, and what moves it: ``advance`` until ``steps``, then ``finish``.
 
     On CPU a run that was killed and continued logs, from its last checkpoint on, what one that was never killed logs.
     So nothing here reads the clock or a global random state, except what goes to the names ``perf/...``.
+
+    config: of all keys. logdir: its folder, which the caller keeps for it (``checkpoint.locked``). source: a checkpoint
+    of another run to start from. report: takes lines for people. ``poll`` may be replaced: it is called between two
+    updates and two steps, where an exception leaves a state that can be saved and continued.
+    Raises ConfigError, FolderError, EnvError where the run cannot be; nothing was written then, or it can be continued.
     """
 
-    def __init__(self, config: Config, logdir: Path, source: Path | None, device: torch.device):
-        self.config, self.logdir, self.device = config, logdir, device
+    def __init__(
+        self,
+        config: Config,
+        logdir: Path,
+        source: Path | None,
+        device: torch.device,
+        report: Callable[[str], None] = print,
+    ):
+        self.config, self.logdir, self.device, self.report = config, logdir, device, report
+        self.poll: Callable[[], None] = lambda: None
         self.folder = logdir / "checkpoints"
-        state, rows = self._find_checkpoint()
+        state, rows, problems = checkpoint.find_checkpoint(self.folder, FIELDS)
+        for problem in problems:
+            report(problem)
         if state:
-            self._check_same(state["config"])
-        self.generation = state["generation"] + 1 if state else 0  # how often the run was continued
+            tools.check_same_run(logdir, state["config"], config)
+        else:
+            checkpoint.refuse_used_folder(logdir)
+        # How often the run was continued after its first step.
+        self.generation = state["generation"] + (state["obs"] is not None) if state else 0
         rngs = tools.seed_all(config.seed)
         self.explore_rng = rngs["explore"]
         n = config.env.count
         self.envs = self._make_envs(n, 0, self.generation)
         self.agent = models.make_agent(self.envs, config, device)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile)
+        if source is not None and not state:
+            self._load_weights(source)
         block = config.replay
         sizes = {"capacity": block.capacity, "batch": block.batch, "length": block.length}
         self.replay = Replay(**sizes, streams=n, rng=rngs["replay"])
         self.episodes = Episodes(logdir / "train_eps", n)
         self.step = self.agent_steps = self.updates = 0  # environment frames, actions taken, optimiser steps
-        self.credit, self.started = 0.0, False  # updates that are due
+        self.pending_updates, self.started = 0.0, False  # started: there was enough data for a first update
         self.restarts = 0  # of environments, before this process
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
-        self.score = {key: np.zeros(n) for key in ("return", "length", *self.envs.log_keys)}
-        self.sums, self.summed = torch.zeros(0, device=device), 0
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # metrics of the first update that went wrong
+        self.scores = EpisodeScores(n, self.envs.log_keys)
+        self.window = Means(device)  # of the updates since the last record
+        self.logged: dict[str, float] = {}  # the training metrics of the last record
         self.last_return: float | None = None
         self.evaluated = -1  # the step of the last evaluation
+        self.unsaved = True  # whether anything happened since the last checkpoint
         self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
-        self.signal = 0
-        self.screen = Screen(config.steps)
         self.running_files: list[str] = []  # of the last two checkpoints
-        log_size = 0
-        if state:
-            log_size = self._load(state, rows)
-        else:
-            self.episodes.restore(self.replay, self.episodes.state(), {})  # an earlier start may have left files
-            if source is not None:
-                self._start_from(source)
-        (logdir / "config.yaml").write_text(tools.dump_yaml(config.tree()))
-        if self.step < config.steps:
+        self.copy_from = "" if source is None or state else str(source.resolve())  # whose episodes are to be copied
+        log_size = self._restore(state, rows) if state else 0
+        if problems:
+            checkpoint.set_aside(self.folder / "latest.pt")
+        checkpoint.replace_file(logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree()))
+        if not self.finished:
             note_start(logdir, provenance())
+            self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
-        self.screen.rates = Rates(self.step, self.updates)
-        wandb_config, wandb_id = config.tree() if config.logger == "wandb" else None, (state or {}).get("wandb_id")
-        self.logger = Logger(logdir, self.step, log_size, wandb_config, wandb_id)
+        wandb = config.tree() if config.logger == "wandb" else None
+        self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
+        if not state:
+            self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
+        if self.copy_from:
+            self._copy_episodes(Path(self.copy_from))
+            self.copy_from = ""
+            self.save()
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        block |= {"time_limit": evaluation.time_limit(self.config)} if role == 1 else {}
+        block["time_limit"] = evaluation.time_limit(self.config) if role == 1 else block["time_limit"]
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
@@ -104,37 +122,50 @@ class Run:
 
     # ------------------------------------------------------------ collecting and learning
 
-    def train(self) -> None:
-        """Until ``steps``. Raises Stop, Failure, EnvError, OSError; the run can be saved after a Stop."""
-        while self.step < self.config.steps:
-            self._heed()
-            while self.credit >= 1.0:
-                self._improve()
-                self._heed()
-            self._collect()
-            for name, act in (("log", self.log), ("eval", self.evaluate), ("checkpoint", self.save)):
-                if self.every[name].due(self.step):
-                    act()
-        while self.credit >= 1.0:
-            self._improve()
-            self._heed()
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do, not even the last evaluation."""
+        return self.step >= self.config.steps and self.evaluated == self.step and self.pending_updates < 1.0
 
-    def heed(self, signum: int, frame: Any) -> None:
-        """Signal handler: stop at the next safe moment; a second signal stops at once."""
-        self.signal = signum
-        signal.signal(signum, signal.SIG_DFL)
+    def advance(self) -> None:
+        """What is due (updates, log, checkpoint, evaluation), then one step of every environment.
 
-    def _heed(self) -> None:
-        if self.signal:
-            raise Stop(self.signal)
-        if self.screen.due():
-            self._show()
+        In this order a checkpoint of any moment, also during an evaluation, continues with what was still due.
+        Raises Failure, EnvError, OSError, and what ``poll`` raises.
+        """
+        self._catch_up()
+        self.poll()
+        self._collect()
+
+    def finish(self) -> None:
+        """The updates that are owed, the last record, evaluation and checkpoint, as far as they are not there yet."""
+        self._catch_up()
+        if self.window.count:
+            self.log()
+        if self.evaluated != self.step:
+            self.unsaved = True
+            self.evaluate()
+        if self.unsaved:
+            self.save()
+
+    def _catch_up(self) -> None:
+        while self.pending_updates >= 1.0:
+            self.poll()
+            self._update()
+        if self.every["log"].due(self.step):
+            self.log()
+        if self.every["checkpoint"].due(self.step):  # before the evaluation, so that this cannot cost more than itself
+            self.save()
+        if self.every["eval"].due(self.step):
+            self.unsaved = True
+            self.evaluate()
 
     def _collect(self) -> None:
         """One step of every environment into the replay."""
         config = self.config
-        action = None if self.obs is None else self._choose()
+        action = None if self.obs is None else self._policy()
         self.obs = obs = self.envs.step(action)
+        self.unsaved = True
         first = obs["is_first"]
         prev = np.zeros((len(first), self.envs.act_dim), np.float32) if action is None else action
         row = {key: obs[key] for key in (*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal")}
@@ -144,16 +175,30 @@ class Run:
         taken = int((~first).sum())
         self.agent_steps += taken
         self.step += taken * self.envs.repeat
-        self._count(obs)
+        for scores in self.scores.add(obs):
+            self.last_return = scores.get("train_return", self.last_return)
+            self.logger.scalars(self.step, scores)
         if self._filled() and self.replay.ready():
             if not self.started:
-                self.started, self.credit = True, float(config.replay.pretrain)
-            self.credit += taken * config.replay.ratio / (config.replay.batch * config.replay.length)
+                self.started, self.pending_updates = True, float(config.replay.pretrain)
+            self.pending_updates += taken * config.replay.ratio / (config.replay.batch * config.replay.length)
+
+    def _least_rows(self) -> int:
+        """Rows of replay before the first update: ``prefill``, but not more than fit."""
+        return min(self.config.replay.prefill, sum(stream.capacity for stream in self.replay.streams))
 
     def _filled(self) -> bool:
-        return len(self.replay) >= min(self.config.replay.prefill, self.config.replay.capacity)
+        return len(self.replay) >= self._least_rows()
 
-    def _choose(self) -> np.ndarray:
+    def _warn_if_too_short(self) -> None:
+        """A line where a run of this length never updates."""
+        steps = -(-self.config.steps // self.envs.repeat)
+        rows = max(self._least_rows(), self.config.replay.length)
+        if not self.started and self.config.replay.ratio and 2 * steps < rows:  # a step brings at most two rows
+            told = f"steps {self.config.steps} are too few for an update: replay.prefill and replay.length ask for"
+            self.report(f"{told} {rows} rows first")
+
+    def _policy(self) -> np.ndarray:
         """(count, A) actions for the last observations."""
         expl = self.config.expl
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
@@ -168,73 +213,42 @@ class Run:
         self.act = self.agent.act(self.act, self.agent.tensors(obs), "explore" if exploring else "train")
         return self.act.action.cpu().numpy()
 
-    def _count(self, obs: dict[str, np.ndarray]) -> None:
-        """Sum up episodes and record the finished ones."""
-        for key, score in self.score.items():
-            score *= ~obs["is_first"]
-            score += {"return": obs["reward"], "length": ~obs["is_first"]}.get(key, obs.get(key))
-        for i in np.flatnonzero(obs["is_last"]):
-            done = {f"train_{key.removeprefix('log_')}": float(score[i]) for key, score in self.score.items()}
-            self.last_return = done["train_return"]
-            self.logger.scalars(self.step, done)
-
-    def _improve(self) -> None:
+    def _update(self) -> None:
         batch = self.replay.sample()
         del batch["is_last"]
-        metrics = self.update(self.agent.tensors(batch))
-        self.sums = self.sums + metrics if self.summed else metrics.clone()
-        self.summed += 1
-        self.broken = torch.where(self.broken.any(), self.broken, ~metrics.isfinite())
+        self.window.add(self.update(self.agent.tensors(batch)))
         self.updates += 1
-        self.credit -= 1.0
-
-    def finish(self) -> None:
-        """The last evaluation and checkpoint, unless this run had them already."""
-        if self.evaluated != self.step:
-            self.evaluate()
-            self.save()
+        self.pending_updates -= 1.0
+        self.unsaved = True
 
     def close(self) -> None:
         self.envs.close()
         self.logger.close()
 
-    # ------------------------------------------------------------ telling
+    # ------------------------------------------------------------ metrics and evaluation
 
     def metrics(self) -> dict[str, float]:
         """Means of the training metrics since the last record. Raises Failure where one is not finite."""
-        values = (self.sums / max(self.summed, 1)).tolist() if self.summed else []
-        metrics = dict(zip(self.agent.metric_names, values, strict=False))
-        if not np.isfinite(values).all():
-            # One NaN makes all metrics NaN an update later: tell the one that it began with.
-            broken = self.broken.expand(len(values)).tolist()
-            culprits = [name for name, bad in zip(metrics, broken, strict=True) if bad]
-            name = (culprits or [name for name, value in metrics.items() if not np.isfinite(value)])[0]
-            last = self.logdir / "checkpoints" / "latest.pt"
-            good = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-            raise Failure(f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); {good}")
+        metrics = self.window.read(self.agent.metric_names)
+        if name := self.window.first_broken(metrics):
+            last = f"the last good checkpoint is {self.folder / 'latest.pt'}"
+            raise Failure(f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); {last}")
         return metrics
 
     def log(self) -> None:
+        """Record the training metrics and begin a new window."""
+        self.logged = self.metrics()
         frames, updates = self.rates(self.step, self.updates)
         counts = {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self._restarts()}
         rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": cost.peak_mb(self.device)}
-        self.logger.scalars(self.step, self.metrics() | counts | rates)
+        self.logger.scalars(self.step, self.logged | counts | rates)
         self.logger.flush()
-        self._show()
-        self.sums, self.summed = torch.zeros(0, device=self.device), 0
+        self.window.reset()
         self.every["log"].done(self.step)
+        self.unsaved = True
 
     def _restarts(self) -> int:
         return self.restarts + self.envs.restarts
-
-    def _show(self) -> None:
-        metrics = self.metrics()
-        losses = {
-            key.removesuffix("_loss"): metrics[key]
-            for key in ("model_loss", "actor_loss", "critic_loss")
-            if key in metrics
-        }
-        self.screen.update(self.step, self.updates, losses, self.last_return)
 
     def evaluate(self) -> None:
         """Episodes in fresh environments, and videos. Leaves the run's own state and random numbers alone."""
@@ -243,69 +257,25 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                film = config.video and VIDEO not in self.logger.best_effort.off
-                videos = self._play(film)
-                if film:
-                    self._heed()
-                    self.logger.best_effort(VIDEO, self._film, videos, np.random.default_rng(entropy))
+                optional = self.logger.best_effort
+                count = min(config.env.count, config.eval_episodes)
+                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+                    scores, played = evaluation.evaluate(
+                        self.agent, envs, config, RENDER not in optional.off, self.poll
+                    )
+                self.logger.scalars(self.step, scores)
+                self.report(f"[{self.step}] {evaluation.line(scores)}")
+                if played.problem:
+                    optional.failed(RENDER, played.problem)
+                if config.video:
+                    self.poll()
+                    shown = played, self.replay.sample(np.random.default_rng(entropy)), config.decode_levels
+                    optional(VIDEO, evaluation.record, self.logger, self.step, self.agent, *shown)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
 
-    def _play(self, film: bool) -> dict[str, evaluation.Frames]:
-        """Play and log the episodes of an evaluation. -> videos of the first one, if ``film``."""
-        config, limit = self.config, evaluation.time_limit(self.config)
-        mode = "greedy" if config.eval_greedy else "train"
-        shown = {"video": film, "levels": config.decode_levels, "check": self._heed}
-        count = min(config.env.count, config.eval_episodes)
-        with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-            played = evaluation.play(self.agent, envs, config.eval_episodes, mode, limit=limit, **shown)
-            scores = evaluation.scores(played.episodes, getattr(envs, "summary", None))
-        if played.problem:
-            self.logger.best_effort.failed(VIDEO, played.problem)
-        self.logger.scalars(self.step, scores)
-        cut = f", {scores['eval_truncated']} cut after {limit} frames" if scores["eval_truncated"] else ""
-        told = f"eval return {scores['eval_return']:.2f} over {scores['eval_episodes']} episodes"
-        self.screen.line(f"[{self.step}] {told}{cut}")
-        return played.videos
-
-    def _film(self, videos: dict[str, evaluation.Frames], rng: np.random.Generator) -> None:
-        for name, frames in videos.items():
-            self.logger.video(self.step, name, frames)
-        dream = evaluation.open_loop(self.agent, self.replay.sample(rng), self.config.decode_levels)
-        self.logger.video(self.step, "open_loop", dream, fps=5)
-
     # ------------------------------------------------------------ checkpoints
-
-    def _find_checkpoint(self) -> tuple[dict | None, dict[str, np.ndarray]]:
-        """The newest checkpoint of this run that can be read, and the rows of its unfinished episodes."""
-        problems = []
-        for name in ("latest.pt", "previous.pt"):
-            path = self.folder / name
-            try:
-                state = tools.load_checkpoint(path)
-                with np.load(self.folder / state["running_file"]) as file:
-                    rows = dict(file)
-            except (CheckpointError, *DAMAGED) as error:
-                problems += [first_line(error)] if path.exists() else []
-                continue
-            for problem in problems:
-                print(f"{problem}; continuing from {path} at step {state['step']}")
-            return state, rows
-        if problems:
-            raise CheckpointError(f"{'; '.join(problems)}; move {self.folder} away to start anew")
-        return None, {}
-
-    def _check_same(self, old: dict) -> None:
-        old, new = tools.flatten(old), self.config.flat()
-        # A key that the old config lacks is younger than the run.
-        changed = [key for key in old if key not in FREE and old[key] != new.get(key)]
-        if changed:
-            told = ", ".join(f"{key} {old[key]} -> {new.get(key)}" for key in changed[:3])
-            raise ConfigError(
-                f"{self.logdir} holds a run with another config ({told}{', ...' if len(changed) > 3 else ''}): "
-                f"choose another --logdir, with --resume {self.logdir} to start from its weights"
-            )
 
     def save(self) -> None:
         """Write a checkpoint; the last one becomes previous.pt and stays whole if this fails (OSError, Failure)."""
@@ -313,100 +283,121 @@ class Run:
         self.every["checkpoint"].done(self.step)
         running = f"running-{self.step:012d}.npz"
         rows = self.episodes.running_rows(self.replay)
-        tools.replace_file(self.folder / running, functools.partial(write_npz, rows=rows))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace_file(self.folder / running, functools.partial(checkpoint.write_npz, rows=rows))
         cuda = self.device.type == "cuda"
         state = {
             "config": self.config.tree(),
             "generation": self.generation,
-            "counters": {name: getattr(self, name) for name in COUNTERS} | {"restarts": self._restarts()},
+            "counters": {name: getattr(self, name) for name in COUNTERS}
+            | {"restarts": self._restarts(), "summed": self.window.count},
             "step": self.step,
             "agent": self.agent.save_state(),
             "act": None if self.act is None else [*self.act.carry, self.act.action],
             "obs": self.obs,
-            "envs": self.envs.state(),
+            "envs": None if self.obs is None else self.envs.state(),
             "episodes": self.episodes.state(),
             "running_file": running,
-            "score": self.score,
-            "sums": self.sums,
+            "score": self.scores.sums,
+            "sums": self.window.sums,
             "metric_names": self.agent.metric_names,
-            "every": {name: every.count for name, every in self.every.items()},
+            "last": {name: every.last for name, every in self.every.items()},
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "replay_rng": self.replay.rng.bit_generator.state,
             "explore_rng": self.explore_rng.bit_generator.state,
             "log_size": self.logger.flush(),
             "wandb_id": self.logger.wandb_id,
+            "copy_from": self.copy_from,
         }
-        tools.save_checkpoint(self.folder / "latest.pt", state)
+        checkpoint.save_checkpoint(self.folder / "latest.pt", state)
         self.running_files = [*self.running_files[-1:], running]
         for path in self.folder.glob("running-*.npz"):
             if path.name not in self.running_files:
                 path.unlink()
+        self.unsaved = False
 
-    def _load(self, state: dict, rows: dict[str, np.ndarray]) -> int:
-        """Be what ``state`` says. -> size of metrics.jsonl at that moment."""
+    def _restore(self, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:
+        """Become what ``state`` says. -> size of metrics.jsonl at that moment. Raises ConfigError, CheckpointError."""
+        instead = f"choose another --logdir, or go on with the commit that {STARTS} in it names"
         try:
-            self.agent.load_state(state["agent"])
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.logdir} is of another version of this code ({error}): choose another --logdir, or go on with "
-                f"the commit that {STARTS} in it names"
-            ) from None
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        for name, count in state["every"].items():
-            self.every[name].count = count
-        for problem in self.episodes.restore(self.replay, state["episodes"], rows):
-            self.screen.line(problem)
+            try:
+                self.agent.load_state(state["agent"])
+            except ValueError as error:
+                raise ConfigError(f"{self.logdir} is of another version of this code ({error}): {instead}") from None
+            self._restore_state(state, rows)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            told = f"the checkpoint in {self.folder} does not fit this program ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{told}: {instead}") from None
+        self.unsaved = False
+        self.report(f"continuing {self.logdir} at step {self.step} of {self.config.steps}")
+        old = tools.flatten(state["config"])
+        asked = old.keys() & {"eval_episodes", "eval_greedy", "eval_time_limit"}
+        if self.finished and any(old[key] != self.config[key] for key in asked):
+            self.evaluated = -1  # it is over, and asked for another evaluation than it had
+        size, lost = checkpoint.size_of_log(self.logdir / "metrics.jsonl", state["log_size"])
+        if lost:
+            self.report(f"{self.logdir / 'metrics.jsonl'} lost its last {lost} bytes; the log has a gap there")
+        return size
+
+    def _restore_state(self, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
+        counters = {OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()}
+        for name in (*COUNTERS, "restarts"):
+            setattr(self, name, counters[name])
+        self.window.sums, self.window.count = state["sums"].to(self.device), counters["summed"]
+        for name, every in self.every.items():
+            if "last" in state:
+                every.last = state["last"][name]
+            else:  # before there was a format: how many periods of the old length had passed
+                every.last = state["every"][name] * state["config"][f"{name}_every"]
         self.running_files = [state["running_file"]]
-        self.score = tools.arrays(state["score"])
-        self.sums, self.agent.metric_names = state["sums"].to(self.device), tuple(state["metric_names"])
+        self.copy_from = state.get("copy_from", "")
+        self.scores.sums |= {key: x for key, x in checkpoint.arrays(state["score"]).items() if key in self.scores.sums}
+        self.agent.metric_names = tuple(state["metric_names"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
         self.explore_rng.bit_generator.state = state["explore_rng"]
-        self.obs = tools.arrays(state["obs"])
+        self.obs = checkpoint.arrays(state["obs"])
         if state["act"] is not None:
             *carry, action = (x.to(self.device) for x in state["act"])
             self.act = models.ActState(type(self.agent.initial(1).carry)(*carry), action)
-        restored = self.envs.load_state(tools.arrays(state["envs"]))
+        for problem in self.episodes.restore(self.replay, state["episodes"], rows):
+            self.report(problem)
         if self.obs is not None:
-            self._cut(~restored & ~self.obs["is_last"])
+            restored = self.envs.load_state(checkpoint.arrays(state["envs"]))
+            for i in np.flatnonzero(~restored & ~self.obs["is_last"]):
+                self.episodes.cut(self.replay, i)  # truncated where it stood
+                self.obs["is_last"][i] = True
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.screen.line(f"continuing {self.logdir} at step {self.step} of {self.config.steps}")
-        return state["log_size"]
 
-    def _cut(self, lost: np.ndarray) -> None:
-        """Close the running episodes of environments that could not be restored: truncated where they stood."""
-        for i in np.flatnonzero(lost):
-            self.episodes.cut(self.replay, i)
-            self.obs["is_last"][i] = True
+    # ------------------------------------------------------------ starting from another run
 
-    def _start_from(self, source: Path) -> None:
-        """Begin with another run's weights, optimisers and episodes; ours or dreamerv3-torch's. Raises ConfigError."""
-        state = tools.load_checkpoint(source)
-        home = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-        if "agent_state_dict" in state:
-            import legacy
-
-            weights = legacy.convert(state)
-        else:
-            weights = state["agent"]
+    def _load_weights(self, source: Path) -> None:
+        """Weights and optimisers of another run, ours or dreamerv3-torch's. Raises ConfigError, CheckpointError."""
+        state = checkpoint.load_checkpoint(source)
         try:
-            told = self.agent.load_state(weights)
-        except ValueError as error:
+            if "agent_state_dict" in state:
+                import legacy
+
+                state = {"agent": legacy.convert(state)}
+            if "agent" not in state:
+                told = "is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
+                raise CheckpointError(f"--resume: {source} {told}")
+            moved = self.agent.load_state(state["agent"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"--resume {source}: {error}") from None
-        self.screen.line("\n".join(f"  {how:<7} {what}" for what, how in told.items()))
+        self.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))
+
+    def _copy_episodes(self, source: Path) -> None:
+        """The episodes beside a checkpoint of another run."""
+        home = source.parent.parent if source.parent.name == "checkpoints" else source.parent
         paths = sorted((home / "train_eps").glob("*.npz"))
         keys = {*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal", "prev_action"}
         for problem in self.episodes.load(self.replay, paths, keys):
-            self.screen.line(problem)
-        self.screen.line(f"started from {source}, {len(self.replay)} steps of replay")
+            self.report(problem)
+        self.report(f"started from {source}, {len(self.replay)} steps of replay")
 
 
-COUNTERS = ("step", "agent_steps", "updates", "credit", "started", "summed", "last_return", "evaluated")
-
-
-def write_npz(path: Path, rows: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **rows)
+def write_yaml(path: Path, tree: dict) -> None:
+    path.write_text(tools.dump_yaml(tree), encoding="utf-8")

@@ -20,8 +20,9 @@ from measure import ROOT
 
 import dreamer
 import tools
+import training
 from envs import make_env
-from hidreamer import cost
+from hidreamer import checkpoint, cost
 from hidreamer.provenance import STARTS, provenance
 from hidreamer.replay import Replay
 from hidreamer.report.runs import records
@@ -69,7 +70,7 @@ def bars(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
 
 def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
     """One run, in this process; finished runs are kept."""
-    dreamer.Replay = Shuffled if twin else Replay
+    training.Replay = Shuffled if twin else Replay
     words = ["--configs", *TASKS[task]["configs"], "--logdir", str(folder), "--eval_episodes", "0", *words]
     status = dreamer.main(words)
     if status:
@@ -112,7 +113,7 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
 
     ``copy`` is what the ball's last seen cell would score.
     """
-    state = tools.load_checkpoint(folder / "checkpoints" / "latest.pt")
+    state = checkpoint.load_checkpoint(folder / "checkpoints" / "latest.pt")
     config = tools.Config(state["config"])
     env = make_env(config.task, config.env.tree(), 987_654_321)
     agent = dreamer.models.Agent(env.obs_space, env.act_space, env.act_dim, config)

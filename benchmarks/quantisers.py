@@ -29,6 +29,7 @@ import models
 import tools
 from envs import EnvError
 from hidreamer import evaluation
+from hidreamer.checkpoint import CheckpointError
 from hidreamer.dynamics.base import kl_losses
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
@@ -329,7 +330,7 @@ def main() -> int:
         else:
             report = made_by | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT}
             report["rows"] = figures(args, rows)
-    except (tools.ConfigError, tools.CheckpointError, EnvError) as error:
+    except (tools.ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = report["rows"]

@@ -38,6 +38,8 @@ def provenance() -> dict[str, str]:
 
 
 def note_start(folder: Path, facts: dict[str, Any]) -> None:
-    """Add a line to the starts of the run in ``folder``."""
-    with open(folder / STARTS, "a") as file:
-        file.write(json.dumps(facts) + "\n")
+    """Add a line to the starts of the run in ``folder``, also below half a line of a process that was killed."""
+    with open(folder / STARTS, "ab+") as file:
+        file.seek(max(0, file.seek(0, 2) - 1))
+        broken = file.read() not in (b"", b"\n")
+        file.write(b"\n" * broken + json.dumps(facts).encode() + b"\n")

@@ -22,6 +22,7 @@ import models
 import networks
 import tools
 from hidreamer import distributions as dists
+from hidreamer.checkpoint import CheckpointError, load_checkpoint
 
 BOUND = 1e-4
 NOT_OBSERVED = ("action", "reward", "is_first", "is_last", "is_terminal", "discount", "logprob")
@@ -38,7 +39,7 @@ def build(checkpoint: Path, config: Path, batch: dict[str, np.ndarray]) -> model
     act_space = spaces.Discrete(actions) if theirs["actor"]["dist"] == "onehot" else spaces.Box(-1, 1, (actions,))
     ours = tools.load_config([], legacy.config(theirs, {k: x.shape[2:] for k, x in obs.items()}))
     agent = models.Agent({k: box(x) for k, x in obs.items()}, act_space, actions, ours)
-    state = tools.load_checkpoint(checkpoint)
+    state = load_checkpoint(checkpoint)
     agent.load_state_dict(legacy.convert(state)["params"])
     return agent
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         batch, expected = (dict(np.load(path, allow_pickle=False)) for path in (args.batch, args.expected))
         ours = outputs(build(args.checkpoint, args.config, batch), batch)
-    except (OSError, ValueError, KeyError, RuntimeError, tools.ConfigError, tools.CheckpointError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, tools.ConfigError, CheckpointError) as error:
         print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 2
     worst = 0.0

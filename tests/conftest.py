@@ -1,6 +1,7 @@
 """Tests run from anywhere, on one thread, and never touch the network."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,22 @@ import torch  # noqa: E402
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A finished run of 60 steps, with checkpoints at 45 and 60; ``tiny`` is a copy of it to change."""
+    from small_runs import run
+
+    folder = tmp_path_factory.mktemp("made") / "run"
+    assert run(folder, "--steps", 60, "--checkpoint_every", 45) == 0
+    return folder
+
+
+@pytest.fixture
+def tiny(made, tmp_path):
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 import dreamer
 import tools
 from conftest import ROOT
+from hidreamer import checkpoint
 from hidreamer.dynamics import TYPES
 
 QUICK = ["--steps", "60", "--log_every", "30", "--eval_every", "60", "--checkpoint_every", "60", "--eval_episodes", "1"]
@@ -51,7 +52,7 @@ def test_every_suite_trains_evaluates_and_saves(task, tmp_path, capsys):
     assert all(np.isfinite(value) for record in found for value in record.values())
     assert [record["step"] for record in found] == sorted(record["step"] for record in found)
     assert list((tmp_path / "videos").glob("*-agent.mp4"))
-    assert tools.load_checkpoint(tmp_path / "checkpoints" / "latest.pt")["step"] >= 60
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoints" / "latest.pt")["step"] >= 60
 
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
@@ -220,7 +221,7 @@ def test_starting_from_another_run(tmp_path, capsys):
     assert run(tmp_path / "a", *first) == 0
     assert run(tmp_path / "b", *first, "--actor.lr", "1e-3", "--resume", tmp_path / "a") == 0
     assert "started from" in capsys.readouterr().out
-    a, b = (tools.load_checkpoint(tmp_path / d / "checkpoints" / "latest.pt") for d in "ab")
+    a, b = (checkpoint.load_checkpoint(tmp_path / d / "checkpoints" / "latest.pt") for d in "ab")
     assert b["step"] < 2 * a["step"]  # its count starts at 0
     files = [len(list((tmp_path / d / "train_eps").glob("*.npz"))) for d in "ab"]
     assert files[1] > files[0]  # a's episodes and its own
@@ -236,7 +237,7 @@ def test_resuming_a_run_by_its_folder(tmp_path, capsys):
     assert run(tmp_path / "a", *args) == 0
     args[args.index("--steps") + 1] = "90"
     assert dreamer.main(["--configs", "debug", *args, "--resume", str(tmp_path / "a")]) == 0
-    step = lambda folder: tools.load_checkpoint(folder / "checkpoints" / "latest.pt")["step"]
+    step = lambda folder: checkpoint.load_checkpoint(folder / "checkpoints" / "latest.pt")["step"]
     assert step(tmp_path / "a") >= 90
     assert "continuing" in capsys.readouterr().out
     # The folder alone says what run it is, wherever it was moved.

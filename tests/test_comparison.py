@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import run_comparison
-import tools
 from conftest import ROOT
+from hidreamer import checkpoint
 from hidreamer.provenance import provenance
 
 MODELS = ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"]
@@ -104,14 +104,14 @@ def test_ctrl_c_leaves_everything_resumable(tmp_path, capsys):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     first = folder / "dummy_vector" / "tiny_dreamerv3" / "0"
     deadline = time.monotonic() + 60
-    while not (first / "checkpoints" / "latest.pt").exists() and time.monotonic() < deadline:
+    while not (first / "checkpoints" / "running-000000000080.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in out, out
     assert "tiny_hdreamer/0: stopped" in out and "the same command continues" in out
     assert "stopped by SIGINT" in first.with_suffix(".log").read_text()
-    state = tools.load_checkpoint(first / "checkpoints" / "latest.pt")
+    state = checkpoint.load_checkpoint(first / "checkpoints" / "latest.pt")
     assert state["step"] >= 40 and starts(folder) == {"tiny_dreamerv3/0": 1}
     # What there is can be reported on, and says what it is.
     assert run_comparison.main(["--from", str(folder), "--logdir", str(tmp_path / "report")]) == 0

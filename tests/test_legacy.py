@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import legacy
-import tools
 from conftest import ROOT
+from hidreamer import checkpoint
 from legacy import check
 
 GOLDEN = ROOT / "tests" / "golden" / "dreamerv3_torch_vector"
@@ -53,7 +53,7 @@ def test_a_wrong_weight_is_noticed(folder, tmp_path, capsys):
 
 @each
 def test_optimiser_states_arrive(folder):
-    state = tools.load_checkpoint(folder / "latest.pt")
+    state = checkpoint.load_checkpoint(folder / "latest.pt")
     converted = legacy.convert(state)
     with np.load(folder / "batch.npz") as batch:
         agent = check.build(folder / "latest.pt", folder / "config.json", dict(batch))

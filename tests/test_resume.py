@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import dreamer
-import tools
 from conftest import ROOT
+from hidreamer import checkpoint
+from hidreamer.checkpoint import CheckpointError
 
 DEBUG = ["--log_every", "25", "--eval_every", "100000", "--eval_episodes", "0", "--checkpoint_every", "60"]
 # What each environment needs to be quick here, and its number of steps.
@@ -110,7 +111,7 @@ def test_a_signal_saves_first(signum, whole, tmp_path):
     status, out = kill_when("minatar", tmp_path / "run", lambda: length(tmp_path / "run") > len(expected) / 2, signum)
     assert status == 128 + signum, out
     assert "Traceback" not in out and signal.Signals(signum).name in out
-    state = tools.load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
     assert state["step"] > 60 and str(state["step"]) in out
     assert run("minatar", tmp_path / "run").returncode == 0
     assert records(tmp_path / "run") == expected
@@ -187,7 +188,7 @@ def test_a_finished_run_stays_as_it_is(finished):
     assert result.returncode == 0 and records(finished) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoints/latest.pt.tmp", "config.yaml"])
+@pytest.mark.parametrize("name", ["checkpoints/latest.pt.tmp", "config.yaml.tmp"])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(finished, name):
     """/dev/full answers every write with "no space left on device"."""
     before = (finished / "checkpoints" / "latest.pt").read_bytes()
@@ -208,7 +209,6 @@ def test_a_nan_names_itself(finished, looked_at_once, monkeypatch, capsys):
     torch.save(state, path)
     before = path.read_bytes()
     monkeypatch.setattr(dreamer.Screen, "due", lambda self: looked_at_once)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own
     words = command("minatar", finished, "--steps", "600")[2:]
     assert dreamer.main(words) == 1
     error = capsys.readouterr().err
@@ -225,23 +225,23 @@ def test_a_checkpoint_never_executes_code(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = finished / "checkpoints" / "latest.pt"
     torch.save({"config": Malicious()}, path)
-    with pytest.raises(tools.CheckpointError, match=r"latest\.pt"):
-        tools.load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"latest\.pt"):
+        checkpoint.load_checkpoint(path)
     assert not (tmp_path / "owned").exists()
 
 
 def test_writes_are_atomic(tmp_path):
     """A crash while writing leaves the old file, and the previous one is kept on success."""
     path = tmp_path / "latest.pt"
-    tools.save_checkpoint(path, {"x": np.arange(3)})
-    tools.save_checkpoint(path, {"x": np.arange(4)})
-    assert tools.load_checkpoint(tmp_path / "previous.pt")["x"].tolist() == [0, 1, 2]
+    checkpoint.save_checkpoint(path, {"x": np.arange(3)})
+    checkpoint.save_checkpoint(path, {"x": np.arange(4)})
+    assert checkpoint.load_checkpoint(tmp_path / "previous.pt")["x"].tolist() == [0, 1, 2]
 
     def crash(file):
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tools.replace_file(path, crash)
-    assert tools.load_checkpoint(path)["x"].tolist() == [0, 1, 2, 3]
+        checkpoint.replace_file(path, crash)
+    assert checkpoint.load_checkpoint(path)["x"].tolist() == [0, 1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.pt", "previous.pt"]

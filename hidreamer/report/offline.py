@@ -25,11 +25,13 @@ import torch
 import models
 import tools
 from envs import EnvError, make_env
+from hidreamer import checkpoint
+from hidreamer.checkpoint import CheckpointError
 from hidreamer.logger import Rates
 from hidreamer.replay import DAMAGED, Replay, Rows, load_episode
 from hidreamer.report import heldout, probes
 from hidreamer.report.runs import config_hash
-from tools import CheckpointError, Config, ConfigError
+from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out
 LEAST = 2 * EVERY  # episodes that are needed, so that two are held out
@@ -155,7 +157,7 @@ class Trainer:
     def save(self) -> None:
         state = {"update": self.update, "same": self.same, "agent": self.agent.save_state()}
         state |= {"torch_rng": torch.get_rng_state(), "replay_rng": self.replay.rng.bit_generator.state}
-        tools.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
+        checkpoint.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
 
     def resume(self, updates: int) -> None:
         """Go on towards ``updates`` from the folder's checkpoint, if there is one.
@@ -165,7 +167,7 @@ class Trainer:
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
             return
-        state = tools.load_checkpoint(path)
+        state = checkpoint.load_checkpoint(path, ("update", "same", "agent", "torch_rng", "replay_rng"))
         if state["same"] != self.same:
             raise ConfigError(f"{self.logdir} was trained on other episodes or with another config: choose a --logdir")
         if state["update"] > updates:
@@ -247,7 +249,7 @@ def main(argv: list[str]) -> int:
     if trainer.signal:
         return 128 + trainer.signal
     results: Mapping[str, Any] = trainer.judge() | {"updates": updates, "training": len(trainer.episodes)}
-    tools.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+    checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
     return 0
 
 

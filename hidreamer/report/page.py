@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-import tools
+from hidreamer import checkpoint
 from hidreamer.report import fairness, figures, stats, words
 from hidreamer.report.words import estimate, number
 
@@ -54,7 +54,7 @@ def write(report: Report, folder: Path) -> None:
     for kind in ("html", "md"):
         pages[f"report.{kind}"] = templates.get_template(f"page.{kind}").render(context)
     for name, text in pages.items():
-        tools.replace_file(folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        checkpoint.replace_file(folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
     if report["runs"]:
         figures.save_curves(report, folder / "curves.png")
 

@@ -18,9 +18,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import tools
 from envs import make_env
 from envs.base import resize
+from hidreamer import checkpoint
 from hidreamer.replay import DAMAGED, Rows
 from tools import Config
 
@@ -82,7 +82,7 @@ def cached(path: Path, rows: Rows, config: Config, folder: Path) -> np.ndarray |
         found = recover(rows, config)
         found = np.zeros((0, 128), np.uint8) if found is None else found
         folder.mkdir(parents=True, exist_ok=True)
-        tools.replace_file(file, functools.partial(save, found=found))
+        checkpoint.replace_file(file, functools.partial(save, found=found))
     return found if len(found) == len(rows["reward"]) else None
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.provenance import STARTS
-from tools import CheckpointError, ConfigError, load_checkpoint, saved_config
+from tools import ConfigError, saved_config
 
 # Settings that change neither what a run learns nor how its figures are measured.
 HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
@@ -79,8 +80,8 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
 def finished(folder: Path, steps: int) -> bool:
     """Whether the run's checkpoint, read whole, says that ``steps`` frames are done and evaluated."""
     try:
-        counters = load_checkpoint(folder / "checkpoints" / "latest.pt")["counters"]
-    except (CheckpointError, KeyError):
+        counters = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))["counters"]
+    except CheckpointError:
         return False
     return counters["step"] >= steps and counters["evaluated"] == counters["step"]
 

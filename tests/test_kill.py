@@ -1,0 +1,34 @@
+"""A few kills by default; ``benchmarks/kills.py`` does 200 of them and its results are in results/kills.json."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kills
+
+KINDS = [("dummy_vector", "rssm"), ("gym_CartPole-v1", "hrvq"), ("dummy_vector", "hrssm")]
+
+
+@pytest.mark.parametrize(("task", "dynamics"), KINDS)
+def test_a_run_that_is_killed_logs_what_one_that_is_not_logs(task, dynamics, tmp_path):
+    out = tmp_path / "kills.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--tasks", task, "--dynamics", dynamics]
+    command += ["--kills", "2", "--each", "1", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    report = json.loads(out.read_text())
+    assert result.returncode == 0 and report["differing"] == 0, result.stdout + result.stderr
+    assert report["kills"] == 2 and all(run["records"] > 20 for run in report["runs"])
+    assert report["other_seeds_differ"] == f"{len(report['runs']) - 1} of {len(report['runs']) - 1}"
+
+
+def test_every_difference_is_seen():
+    whole = {"records": [{"step": 1}], "episodes": {"a": b"1"}, "counters": {"step": 1}, "agent": {"w": torch.ones(2)}}
+    assert kills.differences(whole, whole) == []
+    for name, other in {"records": [], "episodes": {}, "counters": {"step": 2}, "agent": {"w": torch.zeros(2)}}.items():
+        assert kills.differences(whole, whole | {name: other}) == [name]
