@@ -19,8 +19,8 @@ from ruamel.yaml.error import YAMLError
 CONFIGS = Path(__file__).parent / "configs.yaml"
 # What a run may change when it is continued; everything else makes it another run.
 CHANGEABLE_KEYS = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels"}
-CHANGEABLE_KEYS |= {"log_every", "eval_every", "checkpoint_every", "eval_episodes", "eval_greedy"}
-CHANGEABLE_KEYS |= {"eval_time_limit", "env.invalid"}
+CHANGEABLE_KEYS |= {"log_every", "eval_every", "checkpoint_every", "eval_episodes", "eval_greedy", "eval_time_limit"}
+CHANGEABLE_KEYS |= {"env.invalid"}
 CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
 
 

@@ -18,7 +18,7 @@ from envs.vector import Envs
 from hidreamer import checkpoint, cost, evaluation
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.episodes import EpisodeError, Episodes, make_replay, recorded
-from hidreamer.logger import VIDEO, Logger, Rates
+from hidreamer.logger import RENDER, VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import STARTS, note_start, provenance
 from hidreamer.replay import Replay, row_spec
@@ -104,8 +104,8 @@ class Run:
             note_start(logdir, provenance())
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
-        wandb_config, wandb_id = config.tree() if config.logger == "wandb" else None, (state or {}).get("wandb_id")
-        self.logger = Logger(logdir, self.step, log_size, wandb_config, wandb_id)
+        wandb = config.tree() if config.logger == "wandb" else None
+        self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
         if not state:
             self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
         if self.copy_from:
@@ -115,7 +115,7 @@ class Run:
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        block |= {"time_limit": evaluation.time_limit(self.config)} if role == 1 else {}
+        block["time_limit"] = evaluation.time_limit(self.config) if role == 1 else block["time_limit"]
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
@@ -272,38 +272,23 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                film = config.video and VIDEO not in self.logger.best_effort.off
-                videos = self._play(film)
-                if film:
+                optional = self.logger.best_effort
+                count = min(config.env.count, config.eval_episodes)
+                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+                    scores, played = evaluation.evaluate(
+                        self.agent, envs, config, RENDER not in optional.off, self.poll
+                    )
+                self.logger.scalars(self.step, scores)
+                self.report(f"[{self.step}] {evaluation.line(scores)}")
+                if played.problem:
+                    optional.failed(RENDER, played.problem)
+                if config.video and self.replay.ready():
                     self.poll()
-                    self.logger.best_effort(VIDEO, self._film, videos, np.random.default_rng(entropy))
+                    shown = played, self.replay.sample(np.random.default_rng(entropy)), config.decode_levels
+                    optional(VIDEO, evaluation.record, self.logger, self.step, self.agent, *shown)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
-
-    def _play(self, film: bool) -> dict[str, evaluation.Frames]:
-        """Play and log the episodes of an evaluation. -> videos of the first one, if ``film``."""
-        config, limit = self.config, evaluation.time_limit(self.config)
-        mode = "greedy" if config.eval_greedy else "train"
-        shown = {"video": film, "levels": config.decode_levels, "check": self.poll}
-        count = min(config.env.count, config.eval_episodes)
-        with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-            played = evaluation.play(self.agent, envs, config.eval_episodes, mode, limit=limit, **shown)
-            scores = evaluation.scores(played.episodes, getattr(envs, "summary", None))
-        if played.problem:
-            self.logger.best_effort.failed(VIDEO, played.problem)
-        self.logger.scalars(self.step, scores)
-        cut = f", {scores['eval_truncated']} cut after {limit} frames" if scores["eval_truncated"] else ""
-        told = f"eval return {scores['eval_return']:.2f} over {scores['eval_episodes']} episodes"
-        self.report(f"[{self.step}] {told}{cut}")
-        return played.videos
-
-    def _film(self, videos: dict[str, evaluation.Frames], rng: np.random.Generator) -> None:
-        for name, frames in videos.items():
-            self.logger.video(self.step, name, frames)
-        if self.replay.ready():
-            dream = evaluation.open_loop(self.agent, self.replay.sample(rng), self.config.decode_levels)
-            self.logger.video(self.step, "open_loop", dream, fps=5)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -337,8 +322,8 @@ class Run:
             "replay_rng": self.replay.rng.bit_generator.state,
             "explore_rng": self.explore_rng.bit_generator.state,
             "log_size": self.logger.flush(),
-            "copy_from": self.copy_from,
             "wandb_id": self.logger.wandb_id,
+            "copy_from": self.copy_from,
         }
         checkpoint.save_checkpoint(self.folder / "latest.pt", state)
         self.episodes.checkpointed(state["episodes"])
@@ -363,7 +348,8 @@ class Run:
         self.unsaved = False
         self.report(f"continuing {self.logdir} at step {self.step} of {self.config.steps}")
         old = tools.flatten(state["config"])
-        if any(old.get(key) != self.config[key] for key in ("eval_episodes", "eval_greedy")) and self.finished:
+        asked = old.keys() & {"eval_episodes", "eval_greedy", "eval_time_limit"}
+        if self.finished and any(old[key] != self.config[key] for key in asked):
             self.evaluated = -1  # it is over, and asked for another evaluation than it had
         size, lost = checkpoint.size_of_log(self.logdir / "metrics.jsonl", state["log_size"])
         if lost:

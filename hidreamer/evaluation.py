@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hidreamer.metrics import EpisodeScores
+
 Frames = list[np.ndarray]  # (H,W,3) uint8 each
 LONGEST = 1000  # frames of a video
 STEPS = 10_000  # agent steps of an evaluation episode that no key limits
@@ -52,12 +54,12 @@ def play(
     count = envs.count
     quota = np.array([episodes // count + (i < episodes % count) for i in range(count)])
     ended, videos, problem = [], {"agent": [], "levels": []}, None
-    totals = {key: np.zeros(count) for key in ("return", "length", *envs.log_keys)}
+    running = EpisodeScores(count, envs.log_keys)
     state, action = agent.initial(count), None
     while quota.any():
         check()
         obs = envs.step(action)
-        add_step(totals, obs)
+        running.add(obs)
         inputs = agent.tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
         state = agent.act(state, inputs, mode)
         action = state.action.cpu().numpy()
@@ -69,23 +71,11 @@ def play(
             except Exception as error:  # a renderer may raise anything
                 video, problem = False, error
             video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST
-        cut = ~obs["is_terminal"] & (totals["length"] * envs.repeat >= limit)
+        cut = ~obs["is_terminal"] & (running.sums["length"] * envs.repeat >= limit)
         for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
-            ended.append({key: float(total[i]) for key, total in totals.items()} | {"truncated": float(cut[i])})
+            ended.append({key: float(total[i]) for key, total in running.sums.items()} | {"truncated": float(cut[i])})
             quota[i] -= 1
     return Played(ended, videos, problem)
-
-
-def add_step(totals: Mapping[str, np.ndarray], obs: Mapping[str, np.ndarray]) -> None:
-    """Add one step of N environments to the totals (N,) of their running episodes, in place.
-
-    totals: by the names "return", "length" and those of log keys. A first step begins anew.
-    """
-    first = obs["is_first"]
-    step = {**obs, "return": obs["reward"], "length": ~first}
-    for key, total in totals.items():
-        total[first] = 0.0
-        total += step[key]
 
 
 def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = None) -> dict[str, float]:
@@ -99,6 +89,33 @@ def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = No
     named |= {"length": means["length"], "episodes": len(episodes)}
     named["truncated"] = sum(int(episode["truncated"]) for episode in episodes)
     return {f"eval_{name}": value for name, value in named.items()}
+
+
+def evaluate(
+    agent: Any, envs: Any, config: Any, drawable: bool, check: Callable[[], None]
+) -> tuple[dict[str, float], Played]:
+    """Play as the run's ``config`` asks for, in environments that cut an episode at ``time_limit``. -> scores, Played.
+
+    drawable: whether the environments can be drawn, as far as is known. check: see ``play``.
+    """
+    mode, shown = "greedy" if config.eval_greedy else "train", {"levels": config.decode_levels, "check": check}
+    shown["video"] = config.video and drawable
+    played = play(agent, envs, config.eval_episodes, mode, limit=time_limit(config), **shown)
+    return scores(played.episodes, getattr(envs, "summary", None)), played
+
+
+def line(found: Mapping[str, float]) -> str:
+    """The ``scores`` as a line on the screen."""
+    told = f"eval return {found['eval_return']:.2f} over {found['eval_episodes']} episodes"
+    cut = found["eval_truncated"]
+    return f"{told}, {cut} of them cut by the limit (eval_time_limit)" if cut else told
+
+
+def record(logger: Any, step: int, agent: Any, played: Played, batch: Mapping[str, np.ndarray], levels: bool) -> None:
+    """Log the videos of an evaluation, and what the agent predicts of replayed sequences, a raw ``batch`` (B,T,...)."""
+    for name, frames in played.videos.items():
+        logger.video(step, name, frames)
+    logger.video(step, "open_loop", open_loop(agent, batch, levels), fps=5)
 
 
 def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context: int = 5) -> np.ndarray:

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # What a run can do without, and what a user may do where it fails.
-VIDEO, TENSORBOARD, WANDB = "video", "TensorBoard", "Weights & Biases"
+RENDER, VIDEO, TENSORBOARD, WANDB = "drawing the environment", "video", "TensorBoard", "Weights & Biases"
 REMEDIES = {
-    VIDEO: "--video false records none",
+    RENDER: "--video false does not try",
+    VIDEO: "--video false does not try",
     TENSORBOARD: "metrics.jsonl has the same scalars",
     WANDB: "--logger tensorboard does without",
 }
