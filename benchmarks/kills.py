@@ -146,13 +146,13 @@ def main() -> int:
         before[kind, task] = found
         runs.append(run)
         done += len(run["kills"])
+        differing = [run for run in runs if run["differs"]]
+        report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
+        report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
+        if args.out:  # each time: what was seen is kept if this process is ended
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{done} kills; {task} {kind}:", "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal")
-    differing = [run for run in runs if run["differs"]]
-    report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
-    report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill")
     return int(bool(differing))
 

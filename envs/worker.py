@@ -11,6 +11,10 @@ import sys
 import threading
 import time
 import traceback
+
+# The module `signal` makes enums of all that passes, which takes longer than a step of a small game.
+from _signal import getsignal as get_handler
+from _signal import signal as set_handler
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -202,11 +206,9 @@ class _Signals:
 
     def install(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            if get_handler(signal.SIGINT) is signal.default_int_handler:
                 self._set(signal.SIGINT, self._press)
-            if (
-                self._seconds and signal.getsignal(signal.SIGALRM) is not None
-            ):  # None: set by C, it could not be restored
+            if self._seconds and get_handler(signal.SIGALRM) is not None:  # None: set by C, it could not be restored
                 self._began = time.monotonic()
                 self._alarm = signal.setitimer(signal.ITIMER_REAL, 0)
                 self._set(signal.SIGALRM, self._expire)
@@ -217,13 +219,13 @@ class _Signals:
         if self._alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self._changed:
-            signal.signal(signum, handler)
+            set_handler(signum, handler)
         if self._alarm is not None and self._alarm[0]:
             left = self._alarm[0] - (time.monotonic() - self._began)
             signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), self._alarm[1])
 
     def _set(self, signum: int, handler: Callable) -> None:
-        self._changed.append((signum, signal.signal(signum, handler)))
+        self._changed.append((signum, set_handler(signum, handler)))
 
     def _press(self, *_: Any) -> None:
         self.pressed = True

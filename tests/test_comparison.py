@@ -95,6 +95,15 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert report["capacity"]["tiny_hdreamer"]["bits"] == 60.0
 
 
+def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path):
+    """The last evaluation falls on the last step, and no checkpoint does."""
+    folder = tmp_path / "matrix"
+    periods = ["--eval_every", 80, "--checkpoint_every", 1000]
+    for _ in range(2):
+        assert compare("--models", MODELS[0], "--seeds", 1, "--logdir", folder, *periods) == 0
+        assert starts(folder) == {"tiny_dreamerv3/0": 1}
+
+
 def test_ctrl_c_leaves_everything_resumable(tmp_path, capsys):
     """In a process of its own, as a terminal would do it."""
     folder = tmp_path / "matrix"
