@@ -272,12 +272,10 @@ class Run:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                optional = self.logger.best_effort
-                count = min(config.env.count, config.eval_episodes)
+                optional, count = self.logger.best_effort, min(config.env.count, config.eval_episodes)
+                drawable = RENDER not in optional.off
                 with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    scores, played = evaluation.evaluate(
-                        self.agent, envs, config, RENDER not in optional.off, self.poll
-                    )
+                    scores, played = evaluation.evaluate(self.agent, envs, config, drawable, self.poll)
                 self.logger.scalars(self.step, scores)
                 self.report(f"[{self.step}] {evaluation.line(scores)}")
                 if played.problem:
