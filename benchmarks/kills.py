@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ def outcome(folder: Path) -> dict[str, Any]:
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         records.append({key: x for key, x in json.loads(line).items() if not key.startswith("perf/")})
-    episodes = {path.name: path.read_bytes() for path in (folder / "train_eps").glob("*.npz")}
+    episodes = {path.name: members(path) for path in (folder / "train_eps").glob("*.npz")}
     return {"records": records, "episodes": episodes, "counters": state["counters"], "agent": state["agent"]["params"]}
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """Of an archive; its comment names the run, which is another one in each folder."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -146,13 +153,13 @@ def main() -> int:
         before[kind, task] = found
         runs.append(run)
         done += len(run["kills"])
-        differing = [run for run in runs if run["differs"]]
-        report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
-        report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
-        if args.out:  # each time: what was seen is kept if this process is ended
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{done} kills; {task} {kind}:", "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal")
+    differing = [run for run in runs if run["differs"]]
+    report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
+    report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill")
     return int(bool(differing))
 

@@ -31,10 +31,11 @@ TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
 # Test files in the order in which they are tried, the quick ones first.
 FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates", "dynamics", "legacy", "hrssm")
-FAST += ("hrvq", "agent")
+FAST += ("hrvq", "agent", "episodes", "spaces")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
     "training.py": ("updates",),
+    "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
@@ -42,6 +43,7 @@ LIKELY = {
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
     "hidreamer/mask.py": ("mask",),
     "hidreamer/quantizer.py": ("numerics", "quantizer"),
+    "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),
     "hidreamer/transformer.py": ("numerics", "dynamics", "hrvq"),
     "models.py": ("golden", "wiring"),

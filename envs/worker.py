@@ -177,7 +177,7 @@ def _call(task: Callable[[], Any], seconds: float) -> Any:
             signals.running = False
     except (EnvError, ActionError) as error:
         value = error
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt, SystemExit, _TimeUp) as error:  # others end the program, not a call
         value = Crash(_late(seconds)) if signals.late else _crash(error)
     finally:
         signals.restore()

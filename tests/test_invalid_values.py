@@ -11,10 +11,10 @@ from gymnasium.spaces import Box, Dict, Discrete
 from test_envs import build, is_plain, one_hot, same
 
 import dreamer
-import tools
 from envs import EnvError, make_env
 from envs.base import BadValue, Env, Suite
 from envs.vector import Envs
+from hidreamer.checkpoint import load_checkpoint
 
 NAN, INF = float("nan"), float("inf")
 
@@ -216,7 +216,7 @@ def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith(f"error: {fails}, environment 0, step 10 (frame 10) of its episode: reward is nan")
     assert error.count("\n") == 1
-    checkpoint = tools.load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
     assert checkpoint["step"] == 40
     with pytest.warns(RuntimeWarning, match="closed as truncated"):
         assert dreamer.main([*run, "--env.invalid", "truncate"]) == 0

@@ -213,7 +213,7 @@ def test_a_signal_while_a_metric_is_nan_is_one_line(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_it_is_set_up_ends_it_cleanly(signum, tmp_path, capsys, monkeypatch):
-    def slow(*args):
+    def slow(*args, **kwargs):
         os.kill(os.getpid(), signum)
         time.sleep(10)
 
