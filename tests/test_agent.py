@@ -166,7 +166,7 @@ def actor_gradient(agent, dreamt, rew):
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 def test_return_normalisation_is_used(act):
     """Upstream computes the normalised advantage and lets REINFORCE use the raw one."""
-    agent, batch = make(act=act, **{"actor.entropy": 0})
+    agent, batch = make(act=act, **{"actor.entropy": 0, "actor.gradient": "reinforce"})
     dreamt = dream(agent, batch)
     agent.behavior.norm.rate = 1.0
     rew = 10 * torch.randn(dreamt.disc.shape)
