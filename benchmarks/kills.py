@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ def outcome(folder: Path) -> dict[str, Any]:
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         records.append({key: x for key, x in json.loads(line).items() if not key.startswith("perf/")})
-    episodes = {path.name: path.read_bytes() for path in (folder / "train_eps").glob("*.npz")}
+    episodes = {path.name: members(path) for path in (folder / "train_eps").glob("*.npz")}
     return {"records": records, "episodes": episodes, "counters": state["counters"], "agent": state["agent"]["params"]}
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """Of an archive; its comment names the run, which is another one in each folder."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
