@@ -1,4 +1,7 @@
-"""Who is asked with what, and how often something is drawn: one step off, and nothing crashes but the results."""
+"""Which step goes with which, how often draws happen, and which settings reach which optimiser.
+
+An error of one step raises nothing: only the results are worse.
+"""
 
 import math
 
@@ -88,7 +91,7 @@ def test_a_saturated_policy_still_explores():
     assert agent.act(state, obs, "greedy").action.mean(0).tolist() == [0.0, 1.0, 0.0]
 
 
-def test_the_explorer_acts_where_it_is_asked_to():
+def test_the_explorer_acts_in_mode_explore():
     agent, _ = make(**{"expl.behavior": "plan2explore", "actor.net.unimix": 0})
     saturate(agent.behavior.actor.out, 3, choice=1)
     saturate(agent.explorer.behavior.actor.out, 3, choice=2)
@@ -100,7 +103,7 @@ def test_the_explorer_acts_where_it_is_asked_to():
 MODES = ("train", "greedy", "explore")
 
 
-def test_acting_is_told_the_last_action_and_the_carry():
+def test_acting_uses_the_last_action_and_the_carry():
     agent, batch = make()
     seen, observe = [], agent.world_model.observe
     agent.world_model.observe = lambda obs, carry: seen.append((obs, carry)) or observe(obs, carry)
@@ -138,7 +141,7 @@ def test_the_open_loop_follows_each_action_at_its_own_step(kind):
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_the_explorers_loss_and_bonus(conditioned):
-    """Against a loop: the ensemble foretells t + 1 from state t and the action between; its spread pays for that."""
+    """Against a loop: the ensemble predicts step t + 1 from state t and the action between; its spread is the bonus."""
     scales = {"expl.intr_scale": 2.0, "expl.extr_scale": 0.5, "expl.models": 3, "expl.units": 16, "expl.log": "false"}
     agent, batch = make(**scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()})
     explorer = agent.explorer
@@ -159,7 +162,7 @@ def test_the_explorers_loss_and_bonus(conditioned):
         paid = explorer.reward(found, extrinsic)
         for n in range(16):
             for t in range(4):
-                of = t - 1 if conditioned else t  # the step whose consequence is foretold
+                of = t - 1 if conditioned else t  # the step that the prediction is made from
                 spread = 0.0
                 if of >= 0:
                     guesses = [net(join(found.x[n, of], found.action[n, of])) for net in explorer.ensemble]
