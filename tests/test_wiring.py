@@ -240,3 +240,19 @@ def test_vectors_enter_through_symlog():
     agent.world_model.encoder.vector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.world_model.encoder(networks.prepare(batch | {"vector": torch.full((2, 8, 5), math.e - 1)}))
     assert torch.allclose(seen[0], torch.ones(2, 8, 5))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.75])
+def test_level_dropout_hides_the_finest_codes_of_its_share_of_steps(share):
+    """Of three levels, L2 or L1 and L2 are hidden, each as often; L0 never."""
+    sizes = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.level_dropout": share}
+    config = tools.load_config(["debug"], {"dynamics.type": "hrvq", **sizes})
+    dynamics = make_dynamics(config.dynamics, 5, 3)
+    with torch.no_grad():
+        first = torch.ones(DRAWS, 1, dtype=torch.bool)
+        _, post = dynamics.observe(dynamics.initial(DRAWS), torch.randn(DRAWS, 1, 5), torch.zeros(DRAWS, 1, 3), first)
+        codes = dynamics.decoded(post).stoch.unflatten(-1, (3, -1))  # (B, 1, L, G * d)
+    hidden = (codes == 0).all(-1).float().mean((0, 1)).tolist()
+    assert hidden[0] == 0.0 and hidden[1:] == pytest.approx([share / 2, share], abs=TOLERANCE)
+    kept = codes != 0
+    assert torch.equal(codes[kept], post.feat.stoch.unflatten(-1, (3, -1))[kept])
