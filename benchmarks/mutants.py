@@ -25,7 +25,18 @@ from ruamel.yaml.error import YAMLError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-NEEDED = ("benchmarks", "envs", "hidreamer", "legacy", "tests", "*.py", "configs.yaml", "pyproject.toml")
+NEEDED = (
+    "analysis",
+    "benchmarks",
+    "comparison",
+    "envs",
+    "hidreamer",
+    "legacy",
+    "tests",
+    "*.py",
+    "configs.yaml",
+    "pyproject.toml",
+)
 LIST = Path(__file__).with_suffix(".yaml")
 TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
@@ -117,7 +128,7 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        # No bytecode: it is told apart by second and size, and two mutants may share both.
+        # No bytecode: Python compares its time in seconds and its size, and two mutants may share both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT))]
@@ -136,7 +147,7 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def trial(mutant: Mutant, folder: Path, files: list[str]) -> tuple[bool, str]:
-    """Run tests against a copy of the tree with this fault. -> whether it survives, and what noticed it."""
+    """Run tests against a copy of the tree with this fault. -> what ``run_tests`` returns."""
     path = folder / mutant.file
     text = path.read_text()
     path.write_text(mutated(mutant, text))
@@ -178,15 +189,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: the tests fail without any mutant: {failed}", file=sys.stderr)
             return 2
         for mutant in chosen:
-            survives, by = trial(mutant, folder, in_order(args.tests, mutant))
+            passed, by = trial(mutant, folder, in_order(args.tests, mutant))
+            survives = passed or not by  # without a test that failed, something else was wrong
             print(f"{'SURVIVED' if survives else 'killed':<9} {mutant.name:<44} {by}", flush=True)
             survivors += [mutant.name] if survives else []
             noticed[mutant.name] = by
-    told = {"tried": len(chosen), "killed": len(chosen) - len(survivors), "survived": survivors}
-    told["seconds"] = round(time.monotonic() - start)
+    summary = {"tried": len(chosen), "killed": len(chosen) - len(survivors), "survived": survivors}
+    summary["seconds"] = round(time.monotonic() - start)
     if args.out:
-        args.out.write_text(json.dumps(told | {"noticed_by": noticed}, indent=1) + "\n")
-    print(json.dumps(told))
+        args.out.write_text(json.dumps(summary | {"noticed_by": noticed}, indent=1) + "\n")
+    print(json.dumps(summary))
     return int(bool(survivors))
 
 

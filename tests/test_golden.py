@@ -223,11 +223,11 @@ def test_backpropagation_through_the_dynamics(act):
 
 
 @pytest.mark.parametrize("starts", [0, 2])
-def test_what_the_update_feeds_the_actor_critic(starts, monkeypatch):
+def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     """Rewards of the states arrived in, terminal flags of the very steps that dreams start from."""
     agent, obs = build(**{"imag.starts": starts})
     agent, batch = trainable(agent, obs)
-    agent.optimizers["model"].adam.param_groups[0]["lr"] = 0.0  # so that heads can be asked afterwards
+    agent.optimizers["model"].adam.param_groups[0]["lr"] = 0.0  # so that the heads can be evaluated afterwards
     found = {}
     behavior, step = agent.behavior, agent.world_model.loss
     dream, losses = behavior.dream, behavior.losses
@@ -250,7 +250,7 @@ def test_what_the_update_feeds_the_actor_critic(starts, monkeypatch):
 
 @pytest.mark.parametrize("explorer", [False, True])
 @pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
-def test_what_the_update_pays_has_a_gradient_only_through_the_dynamics(gradient, explorer, monkeypatch):
+def test_rewards_have_a_gradient_only_through_the_dynamics(gradient, explorer, monkeypatch):
     behaves = {"actor.gradient": gradient, "expl.behavior": "plan2explore" if explorer else "greedy"}
     agent, obs = build("continuous", **behaves)
     agent, batch = trainable(agent, obs)

@@ -16,7 +16,7 @@ from hidreamer import nets
 from hidreamer.optim import Optimizer
 from hidreamer.quantizer import Quantizer
 from hidreamer.returns import ReturnNorm, lambda_return
-from hidreamer.transformer import rotary, rotate
+from hidreamer.transformer import Transformer, rotary, rotate
 
 
 def test_symlog():
@@ -352,3 +352,38 @@ class TestCodebookAverages:
         # The finer level's unused code comes back on its own level's residual, which is about 0 by now.
         assert quantizer.book[1, 0, 1, 0].item() == pytest.approx(0.25 - quantizer.book[0, 0, 0, 0].item(), abs=0.05)
         assert quantizer.count[0, 0, 1] == 1.0
+
+
+def layer_norm(x, layer):
+    """x (W,)."""
+    return (x - x.mean()) / (x.var(unbiased=False) + 1e-3).sqrt() * layer.weight + layer.bias
+
+
+def test_transformer_by_hand():
+    """Two layers, row by row: norms, queries, keys and values of each head, rotation, softmax, both residuals."""
+    width, heads, steps = 8, 2, 5
+    net = Transformer(width, layers=2, heads=heads, hidden=12).double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5)
+    x, causal = torch.randn(steps, width).double(), torch.ones(steps, steps).tril().bool()
+    turn = rotary(torch.arange(steps), width // heads, torch.float64)
+    with torch.no_grad():
+        found = net(x[None, None], turn, net.branches(steps), causal)[0, 0]
+        rotated = lambda x, t: rotate(x[None], rotary(torch.tensor(t), 4, torch.float64))[0]
+        for layer in net.layers:
+            qkv = [layer.qkv.weight @ layer_norm(row, layer.norm1) for row in x]
+            qkv = [row.view(3, heads, 4) for row in qkv]
+            rows = []
+            for t in range(steps):
+                gathered = []
+                for head in range(heads):
+                    q = rotated(qkv[t][0, head], t)
+                    scores = torch.stack([q @ rotated(qkv[s][1, head], s) / 2.0 for s in range(t + 1)])  # root of 4
+                    weight = torch.exp(scores) / torch.exp(scores).sum()
+                    gathered.append(sum(weight[s] * qkv[s][2, head] for s in range(t + 1)))
+                row = x[t] + layer.out.weight @ torch.cat(gathered)
+                up = layer.up.weight @ layer_norm(row, layer.norm2) + layer.up.bias
+                rows.append(row + layer.down.weight @ (up * torch.sigmoid(up)) + layer.down.bias)
+            x = torch.stack(rows)
+        expected = torch.stack([layer_norm(row, net.norm) for row in x])
+    assert torch.allclose(found, expected, atol=1e-10)

@@ -1,4 +1,7 @@
-"""Who is asked with what, and how often something is drawn: one step off, and nothing crashes but the results."""
+"""Which step goes with which, how often draws happen, and which settings reach which optimiser.
+
+An error of one step raises nothing: only the results are worse.
+"""
 
 import math
 
@@ -88,7 +91,7 @@ def test_a_saturated_policy_still_explores():
     assert agent.act(state, obs, "greedy").action.mean(0).tolist() == [0.0, 1.0, 0.0]
 
 
-def test_the_explorer_acts_where_it_is_asked_to():
+def test_the_explorer_acts_in_mode_explore():
     agent, _ = make(**{"expl.behavior": "plan2explore", "actor.net.unimix": 0})
     saturate(agent.behavior.actor.out, 3, choice=1)
     saturate(agent.explorer.behavior.actor.out, 3, choice=2)
@@ -100,7 +103,7 @@ def test_the_explorer_acts_where_it_is_asked_to():
 MODES = ("train", "greedy", "explore")
 
 
-def test_acting_is_told_the_last_action_and_the_carry():
+def test_acting_uses_the_last_action_and_the_carry():
     agent, batch = make()
     seen, observe = [], agent.world_model.observe
     agent.world_model.observe = lambda obs, carry: seen.append((obs, carry)) or observe(obs, carry)
@@ -138,7 +141,7 @@ def test_the_open_loop_follows_each_action_at_its_own_step(kind):
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_the_explorers_loss_and_bonus(conditioned):
-    """Against a loop: the ensemble foretells t + 1 from state t and the action between; its spread pays for that."""
+    """Against a loop: the ensemble predicts step t + 1 from state t and the action between; its spread is the bonus."""
     scales = {"expl.intr_scale": 2.0, "expl.extr_scale": 0.5, "expl.models": 3, "expl.units": 16, "expl.log": "false"}
     agent, batch = make(**scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()})
     explorer = agent.explorer
@@ -159,7 +162,7 @@ def test_the_explorers_loss_and_bonus(conditioned):
         paid = explorer.reward(found, extrinsic)
         for n in range(16):
             for t in range(4):
-                of = t - 1 if conditioned else t  # the step whose consequence is foretold
+                of = t - 1 if conditioned else t  # the step that the prediction is made from
                 spread = 0.0
                 if of >= 0:
                     guesses = [net(join(found.x[n, of], found.action[n, of])) for net in explorer.ensemble]
@@ -237,3 +240,19 @@ def test_vectors_enter_through_symlog():
     agent.world_model.encoder.vector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.world_model.encoder(networks.prepare(batch | {"vector": torch.full((2, 8, 5), math.e - 1)}))
     assert torch.allclose(seen[0], torch.ones(2, 8, 5))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.75])
+def test_level_dropout_hides_the_finest_codes_of_its_share_of_steps(share):
+    """Of three levels, L2 or L1 and L2 are hidden, each as often; L0 never."""
+    sizes = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.level_dropout": share}
+    config = tools.load_config(["debug"], {"dynamics.type": "hrvq", **sizes})
+    dynamics = make_dynamics(config.dynamics, 5, 3)
+    with torch.no_grad():
+        first = torch.ones(DRAWS, 1, dtype=torch.bool)
+        _, post = dynamics.observe(dynamics.initial(DRAWS), torch.randn(DRAWS, 1, 5), torch.zeros(DRAWS, 1, 3), first)
+        codes = dynamics.decoded(post).stoch.unflatten(-1, (3, -1))  # (B, 1, L, G * d)
+    hidden = (codes == 0).all(-1).float().mean((0, 1)).tolist()
+    assert hidden[0] == 0.0 and hidden[1:] == pytest.approx([share / 2, share], abs=TOLERANCE)
+    kept = codes != 0
+    assert torch.equal(codes[kept], post.feat.stoch.unflatten(-1, (3, -1))[kept])
