@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 	$(RUN) dreamer.py --configs demo tiny_dreamerv3 --logdir runs/demo
 
 test: setup
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile  # every file in one process: two share no port and no folder
 
 lint: setup
 	$(VENV)/bin/ruff check .
