@@ -25,8 +25,9 @@ $(VENV)/ready-all: $(VENV)/ready
 demo: $(VENV)/ready
 	$(RUN) dreamer.py --configs demo tiny_dreamerv3 --logdir runs/demo
 
+# Two processes, a file at a time in each.
 test: setup
-	$(RUN) -m pytest -q -n 2 --dist loadfile  # every file in one process: two share no port and no folder
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .
