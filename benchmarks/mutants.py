@@ -56,6 +56,7 @@ LIKELY = {
     "hidreamer/quantizer.py": ("numerics", "quantizer"),
     "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),
+    "hidreamer/rollout.py": ("dynamics", "hrvq"),
     "hidreamer/transformer.py": ("numerics", "dynamics", "hrvq"),
     "models.py": ("golden", "wiring"),
     "networks.py": ("numerics", "wiring", "legacy"),
