@@ -1,6 +1,7 @@
 """Train a DreamerV3 agent whose latent state is chosen by config.
 
-    python dreamer.py --configs PRESET [PRESET ...] --task SUITE_NAME --logdir FOLDER [--key value | --group.key value]
+    python dreamer.py --configs PRESET [PRESET ...] --task SUITE_NAME --logdir FOLDER [--key value
+    | --group.key value]
 
 The same command again continues the run.
 """
@@ -43,19 +44,26 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         source = found[0] if found else source / "checkpoints" / "latest.pt"
     if source is not None and not source.exists():
         raise ConfigError(f"--resume: there is no checkpoint {source}")
-    home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
-    alone = home is not None and not args.presets and "logdir" not in args.overrides  # it goes on as it was
+    home = (
+        source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
+    )
+    # it goes on as it was
+    alone = home is not None and not args.presets and "logdir" not in args.overrides
     saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
-    logdir = Path(config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()
+    logdir = Path(
+        config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
+    ).expanduser()
     own = home is not None and logdir.resolve() == home.resolve()
     return config, logdir, None if own else source
 
 
 def read_config(home: Path) -> dict[str, Any]:
-    """{"group.key": value} of a run's config.yaml, each value checked. Raises ConfigError, naming the file."""
+    """{"group.key": value} of a run's config.yaml, each value checked. Raises ConfigError, naming
+    the file.
+    """
     saved = tools.saved_config(home)
     saved.pop("logdir", None)  # a run may be moved
     try:
@@ -78,7 +86,9 @@ def capacity(args: tools.Args) -> str:
         batch = {key: torch.from_numpy(x) for key, x in rows.items()}
         update = functools.partial(agent.update, batch)
         update()  # the first one allocates the optimisers' states
-        columns[name] = cost.sizes(agent) | {"FLOPs per update": cost.flops(update)} | cost.operators(update)
+        columns[name] = (
+            cost.sizes(agent) | {"FLOPs per update": cost.flops(update)} | cost.operators(update)
+        )
     return cost.table(columns)
 
 
@@ -86,17 +96,20 @@ def capacity(args: tools.Args) -> str:
 
 
 class Stop(BaseException):
-    """A signal asked the program to end. No Exception, like KeyboardInterrupt: nobody may take it for a fault."""
+    """A signal asked the program to end. No Exception, like KeyboardInterrupt: nobody may take it
+    for a fault.
+    """
 
     def __init__(self, signum: int):
         self.signum = signum
 
 
 class Signals:
-    """SIGTERM and SIGINT, in the ``with`` block, raise Stop: at once, or, after ``defer``, at the next ``check``.
+    """SIGTERM and SIGINT, in the ``with`` block, raise Stop: at once, or, after ``defer``, at the
+    next ``check``.
 
-    When one has come, a second Ctrl-C ends the process on the spot; a second SIGTERM does not cut off what the first
-    began.
+    When one has come, a second Ctrl-C ends the process on the spot; a second SIGTERM does not cut
+    off what the first began.
     """
 
     def __init__(self):
@@ -104,7 +117,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                signum: signal.signal(signum, self._on_signal)
+                for signum in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -128,7 +144,9 @@ class Signals:
 
 
 def train(run: Run, screen: Screen, signals: Signals) -> None:
-    """Bring ``run`` to its end, showing it on ``screen``. Raises Stop, when it can be saved, and what Run raises."""
+    """Bring ``run`` to its end, showing it on ``screen``. Raises Stop, when it can be saved, and
+    what Run raises.
+    """
     screen.rates, shown = Rates(run.step, run.updates), run.every["log"].last
 
     def poll() -> None:
@@ -137,7 +155,9 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
         if screen.due() or run.every["log"].last != shown:
             shown = run.every["log"].last
             metrics = run.metrics() or run.logged
-            names = [name for name in ("model_loss", "actor_loss", "critic_loss") if name in metrics]
+            names = [
+                name for name in ("model_loss", "actor_loss", "critic_loss") if name in metrics
+            ]
             losses = {name.removesuffix("_loss"): metrics[name] for name in names}
             screen.update(run.step, run.updates, losses, run.last_return)
 
@@ -166,18 +186,27 @@ def start(argv: list[str], signals: Signals) -> int:
                     train(run, screen, signals)
             except Stop as stop:
                 name = signal.Signals(stop.signum).name
-                screen.line(f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is")
+                screen.line(
+                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as"
+                    " it is"
+                )
                 run.save()
-                screen.line(f"stopped by {name} at step {run.step}; checkpoint {run.folder / 'latest.pt'}")
+                screen.line(
+                    f"stopped by {name} at step {run.step}; checkpoint {run.folder / 'latest.pt'}"
+                )
                 return 128 + stop.signum
             except EnvError as error:
-                raise Failure(f"{error}; the last checkpoint is {run.folder / 'latest.pt'}") from error
+                raise Failure(
+                    f"{error}; the last checkpoint is {run.folder / 'latest.pt'}"
+                ) from error
             screen.line(summary(run, argv))
             return 0
 
 
 def go_on_unseen(screen: Screen) -> None:
-    """Nobody reads the screen any more (rich would exit): a run of days goes on, and metrics.jsonl has all of it."""
+    """Nobody reads the screen any more (rich would exit): a run of days goes on, and metrics.jsonl
+    has all of it.
+    """
     screen.console.quiet = True
     app.hide_stdout()
 
@@ -188,7 +217,11 @@ def go_on_unseen(screen: Screen) -> None:
 def summary(run: Run, argv: list[str]) -> str:
     """Where everything is, and which command goes on."""
     videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
-    kept = [word for i, word in enumerate(argv) if word.partition("=")[0] != "--steps" and argv[i - 1] != "--steps"]
+    kept = [
+        word
+        for i, word in enumerate(argv)
+        if word.partition("=")[0] != "--steps" and argv[i - 1] != "--steps"
+    ]
     again = shlex.join([*app.command("dreamer"), *kept, "--steps", str(2 * run.config.steps)])
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
@@ -198,7 +231,9 @@ def summary(run: Run, argv: list[str]) -> str:
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal after a signal."""
     if not argv or "--help" in argv or "-h" in argv:
-        print(tools.help_text(__doc__.replace("python dreamer.py", " ".join(app.command("dreamer")))))
+        print(
+            tools.help_text(__doc__.replace("python dreamer.py", " ".join(app.command("dreamer"))))
+        )
         return 0 if argv else 2
     try:
         with Signals() as signals:
@@ -224,8 +259,15 @@ def resource(error: Exception) -> str:
     """What ran out, and which keys ask for less of it; "" where that was no disk and no memory."""
     cause = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
-        what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
-    elif isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or "allocate memory" in cause:
+        what = (
+            f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or"
+            " imag.starts"
+        )
+    elif (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", 0) == errno.ENOMEM
+        or "allocate memory" in cause
+    ):
         less = "replay.capacity or replay.store disk, replay.batch, env.count"
         what = f"the memory is full ({cause}): ask for less with {less}"
     elif isinstance(error, OSError):

@@ -19,7 +19,10 @@ import tools
 from hidreamer import checkpoint
 from hidreamer.dynamics import TYPES
 
-OBS = {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8), "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
+OBS = {
+    "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+    "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32),
+}
 ACTIONS = 4
 
 
@@ -31,7 +34,9 @@ def batch(config: tools.Config) -> dict[str, torch.Tensor]:
     return {
         "image": torch.randint(0, 256, (*shape, 16, 16, 3), dtype=torch.uint8),
         "vector": torch.randn(*shape, 5),
-        "prev_action": torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS).float(),
+        "prev_action": (
+            torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS).float()
+        ),
         "reward": torch.randn(shape),
         "is_first": first,
         "is_terminal": torch.zeros(shape, dtype=torch.bool),

@@ -19,7 +19,14 @@ from ruamel.yaml.error import YAMLError
 CONFIGS = Path(__file__).parent / "configs.yaml"
 # What a run may change when it is continued; everything else makes it another run.
 CHANGEABLE_KEYS = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels"}
-CHANGEABLE_KEYS |= {"log_every", "eval_every", "checkpoint_every", "eval_episodes", "eval_greedy", "eval_time_limit"}
+CHANGEABLE_KEYS |= {
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "eval_episodes",
+    "eval_greedy",
+    "eval_time_limit",
+}
 CHANGEABLE_KEYS |= {"env.invalid"}
 CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
 
@@ -32,7 +39,9 @@ class ConfigError(Exception):
 
 
 class Config(Mapping):
-    """A frozen tree of settings: ``config.actor.lr``, ``**config.encoder``. Remembers which leaves were read."""
+    """A frozen tree of settings: ``config.actor.lr``, ``**config.encoder``. Remembers which leaves
+    were read.
+    """
 
     def __init__(self, tree: dict, reads: set[str] | None = None, path: str = ""):
         object.__setattr__(self, "_tree", tree)
@@ -72,14 +81,20 @@ class Config(Mapping):
 def flatten(tree: Mapping, path: str = "") -> dict[str, Any]:
     out = {}
     for key, value in tree.items():
-        out |= flatten(value, f"{path}{key}.") if isinstance(value, Mapping) else {path + str(key): value}
+        out |= (
+            flatten(value, f"{path}{key}.")
+            if isinstance(value, Mapping)
+            else {path + str(key): value}
+        )
     return out
 
 
 def nearest(name: str, names: Any) -> str:
     """', did you mean x or y?', or the whole list where nothing is near."""
     close = difflib.get_close_matches(name, list(names), 3, 0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
+    return (
+        f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
+    )
 
 
 def sentences() -> dict[str, str]:
@@ -94,7 +109,9 @@ def sentences() -> dict[str, str]:
 
 
 def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
-    """``value`` (a string, or what YAML made of it) as the type of ``default`` and within what ``sentence`` allows."""
+    """``value`` (a string, or what YAML made of it) as the type of ``default`` and within what
+    ``sentence`` allows.
+    """
     if value is True and not isinstance(default, bool):
         raise ConfigError(f"--{key} needs a value")
     if isinstance(default, list):
@@ -128,7 +145,8 @@ def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
 def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
     """Presets stacked left to right over ``defaults``, then {"group.key": value} on top.
 
-    Raises ConfigError for names that do not exist (with the nearest ones) and values of the wrong type.
+    Raises ConfigError for names that do not exist (with the nearest ones) and values of the wrong
+    type.
     """
     try:
         blocks = YAML(typ="safe").load(CONFIGS.read_text())
@@ -163,15 +181,18 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
-    """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be continued as ``new``."""
+    """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be
+    continued as ``new``.
+    """
     before, now = flatten(old), new.flat()
     # A key that the old config lacks is younger than the run.
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
     if changed:
         told = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
         raise ConfigError(
-            f"{folder} holds a run with another config ({told}{', ...' if len(changed) > 3 else ''}): "
-            f"choose another --logdir, with --resume {folder} to start from its weights"
+            f"{folder} holds a run with another config"
+            f" ({told}{', ...' if len(changed) > 3 else ''}): choose another --logdir, with"
+            f" --resume {folder} to start from its weights"
         )
 
 
@@ -193,7 +214,9 @@ def dump_yaml(tree: Mapping) -> str:
 
 
 class Args(NamedTuple):
-    """A command line: --configs NAME ..., --resume PATH, --capacity NAME ..., --key value or --flag."""
+    """A command line: --configs NAME ..., --resume PATH, --capacity NAME ..., --key value or
+    --flag.
+    """
 
     presets: list[str]
     overrides: dict[str, Any]
@@ -208,7 +231,10 @@ def parse(argv: list[str]) -> Args:
     while i < len(argv):
         word = argv[i]
         if not word.startswith("--"):
-            raise ConfigError(f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key value")
+            raise ConfigError(
+                f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key"
+                " value"
+            )
         key, has_value, value = word[2:].partition("=")
         key, values = key.replace("-", "_"), [value] if has_value else []
         i += 1
@@ -230,9 +256,22 @@ def help_text(usage: str) -> str:
     says = sentences()
     defaults = load_config([], {}).flat()
     lines = [usage.strip(), "", "Presets, stacked left to right over the defaults:"]
-    lines += [f"  {name:<22} {text}" for name, text in says.items() if "." not in name and name != "defaults"]
-    lines += ["", "  --resume PATH          Go on with a run, or start from another's weights, optimiser and episodes."]
-    lines += ["  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."]
+    lines += [
+        f"  {name:<22} {text}"
+        for name, text in says.items()
+        if "." not in name and name != "defaults"
+    ]
+    lines += [
+        "",
+        (
+            "  --resume PATH          Go on with a run, or start from another's weights, optimiser"
+            " and episodes."
+        ),
+    ]
+    lines += [
+        "  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these"
+        " presets'."
+    ]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -252,7 +291,9 @@ def seed_all(seed: int) -> dict[str, np.random.Generator]:
 
 
 class Every:
-    """Due whenever a step has passed another multiple of ``every`` since ``last``, the step of the last time."""
+    """Due whenever a step has passed another multiple of ``every`` since ``last``, the step of the
+    last time.
+    """
 
     def __init__(self, every: int):
         self.every, self.last = every, 0

@@ -1,4 +1,6 @@
-"""A training run: all that a checkpoint holds, and what moves it. ``dreamer.py`` is its command line and its loop."""
+"""A training run: all that a checkpoint holds, and what moves it. ``dreamer.py`` is its command
+line and its loop.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,29 @@ from hidreamer.spaces import random_action
 from tools import Config, ConfigError
 
 # Attributes of a run, by their names in a checkpoint.
-COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return", "evaluated")
+COUNTERS = (
+    "step",
+    "agent_steps",
+    "updates",
+    "pending_updates",
+    "started",
+    "last_return",
+    "evaluated",
+)
 OLD_COUNTERS = {"credit": "pending_updates"}  # names that checkpoints without a format have
-FIELDS = ("config", "generation", "counters", "step", "agent", "act", "obs", "envs", "episodes", "score", "sums")
+FIELDS = (
+    "config",
+    "generation",
+    "counters",
+    "step",
+    "agent",
+    "act",
+    "obs",
+    "envs",
+    "episodes",
+    "score",
+    "sums",
+)
 FIELDS += ("metric_names", "torch_rng", "cuda_rng", "replay_rng", "explore_rng", "log_size")
 
 
@@ -37,15 +59,20 @@ class Failure(Exception):
 
 
 class Run:
-    """The state of one training run, and what moves it: ``advance`` until ``steps``, then ``finish``.
+    """The state of one training run, and what moves it: ``advance`` until ``steps``, then
+    ``finish``.
 
-    On CPU a run that was killed and continued logs, from its last checkpoint on, what one that was never killed logs.
-    So nothing here reads the clock or a global random state, except what goes to the names ``perf/...``.
+    On CPU a run that was killed and continued logs, from its last checkpoint on, what one that was
+    never killed logs.
+    So nothing here reads the clock or a global random state, except what goes to the names
+    ``perf/...``.
 
-    config: of all keys. logdir: its folder, which the caller keeps for it (``checkpoint.locked``). source: a checkpoint
-    of another run to start from. report: takes lines for people. ``poll`` may be replaced: it is called between two
-    updates and two steps, where an exception leaves a state that can be saved and continued.
-    Raises ConfigError, FolderError, EnvError where the run cannot be; nothing was written then, or it can be continued.
+    config: of all keys. logdir: its folder, which the caller keeps for it (``checkpoint.locked``).
+    source: a checkpoint of another run to start from. report: takes lines for people. ``poll`` may
+    be replaced: it is called between two updates and two steps, where an exception leaves a state
+    that can be saved and continued.
+    Raises ConfigError, FolderError, EnvError where the run cannot be; nothing was written then, or
+    it can be continued.
     """
 
     def __init__(
@@ -78,8 +105,10 @@ class Run:
         if source is not None and not state:
             self._load_weights(source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
-        self.step = self.agent_steps = self.updates = 0  # environment frames, actions taken, optimiser steps
-        self.pending_updates, self.started = 0.0, False  # started: there was enough data for a first update
+        # environment frames, actions taken, optimiser steps
+        self.step = self.agent_steps = self.updates = 0
+        # started: there was enough data for a first update
+        self.pending_updates, self.started = 0.0, False
         self.restarts = 0  # of environments, before this process
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
@@ -89,9 +118,12 @@ class Run:
         self.last_return: float | None = None
         self.evaluated = -1  # the step of the last evaluation
         self.unsaved = True  # whether anything happened since the last checkpoint
-        self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
+        self.every = {
+            name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")
+        }
         self.running_files: list[str] = []  # of the last two checkpoints
-        self.copy_from = "" if source is None else str(source.resolve())  # whose episodes are to be copied
+        # whose episodes are to be copied
+        self.copy_from = "" if source is None else str(source.resolve())
         self.replay: Replay
         if state:
             log_size = self._restore(state, rows)
@@ -99,7 +131,9 @@ class Run:
             log_size, self.replay = 0, self._make_replay(None, rngs["replay"])
         if problems:
             checkpoint.set_aside(self.folder / "latest.pt")
-        checkpoint.replace_file(logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree()))
+        checkpoint.replace_file(
+            logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree())
+        )
         if not self.finished:
             note_start(logdir, provenance())
             self._warn_if_too_short()
@@ -107,7 +141,8 @@ class Run:
         wandb = config.tree() if config.logger == "wandb" else None
         self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
         if not state:
-            self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
+            # from now on the folder is this run's, and killed at any moment it can be continued
+            self.save()
         if self.copy_from:
             self._copy_episodes(Path(self.copy_from))
             self.copy_from = ""
@@ -115,7 +150,9 @@ class Run:
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        block["time_limit"] = evaluation.time_limit(self.config) if role == 1 else block["time_limit"]
+        block["time_limit"] = (
+            evaluation.time_limit(self.config) if role == 1 else block["time_limit"]
+        )
 
         def make(index: int, restart: int):
             entropy = [seed, role, generation, index, restart]
@@ -131,7 +168,9 @@ class Run:
         plan = {"steps": left, "state": episodes, "copies": copies}
         spec, block = row_spec(self.envs.obs_space, self.envs.act_dim), self.config.replay
         try:
-            return make_replay(spec, block, self.envs.count, rng, **plan, folder=self.logdir, report=self.report)
+            return make_replay(
+                spec, block, self.envs.count, rng, **plan, folder=self.logdir, report=self.report
+            )
         except MemoryError as error:
             raise ConfigError(str(error)) from None
 
@@ -140,12 +179,17 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do, not even the last evaluation."""
-        return self.step >= self.config.steps and self.evaluated == self.step and self.pending_updates < 1.0
+        return (
+            self.step >= self.config.steps
+            and self.evaluated == self.step
+            and self.pending_updates < 1.0
+        )
 
     def advance(self) -> None:
         """What is due (updates, log, checkpoint, evaluation), then one step of every environment.
 
-        In this order a checkpoint of any moment, also during an evaluation, continues with what was still due.
+        In this order a checkpoint of any moment, also during an evaluation, continues with what
+        was still due.
         Raises Failure, EnvError, OSError, and what ``poll`` raises.
         """
         self._catch_up()
@@ -153,7 +197,9 @@ class Run:
         self._collect()
 
     def finish(self) -> None:
-        """The updates that are owed, the last record, evaluation and checkpoint, as far as they are not there yet."""
+        """The updates that are owed, the last record, evaluation and checkpoint, as far as they
+        are not there yet.
+        """
         self._catch_up()
         if self.window.count:
             self.log()
@@ -164,12 +210,14 @@ class Run:
             self.save()
 
     def _catch_up(self) -> None:
-        while self.pending_updates >= 1.0 and self.replay.ready():  # a replay that lost its episodes is not
+        # a replay that lost its episodes is not
+        while self.pending_updates >= 1.0 and self.replay.ready():
             self.poll()
             self._update()
         if self.every["log"].due(self.step):
             self.log()
-        if self.every["checkpoint"].due(self.step):  # before the evaluation, so that this cannot cost more than itself
+        # before the evaluation, so that this cannot cost more than itself
+        if self.every["checkpoint"].due(self.step):
             self.save()
         if self.every["eval"].due(self.step):
             self.unsaved = True
@@ -183,7 +231,10 @@ class Run:
         self.unsaved = True
         first = obs["is_first"]
         prev = np.zeros((len(first), self.envs.act_dim), np.float32) if action is None else action
-        row = {key: obs[key] for key in (*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal")}
+        row = {
+            key: obs[key]
+            for key in (*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal")
+        }
         row["prev_action"] = np.where(first[:, None], np.float32(0), prev)
         self.replay.add(row)
         self.episodes.add(self.replay, obs["is_last"])
@@ -196,7 +247,9 @@ class Run:
         if self._filled() and self.replay.ready():
             if not self.started:
                 self.started, self.pending_updates = True, float(config.replay.pretrain)
-            self.pending_updates += taken * config.replay.ratio / (config.replay.batch * config.replay.length)
+            self.pending_updates += (
+                taken * config.replay.ratio / (config.replay.batch * config.replay.length)
+            )
 
     def _least_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""
@@ -209,8 +262,12 @@ class Run:
         """A line where a run of this length never updates."""
         steps = -(-self.config.steps // self.envs.repeat)
         rows = max(self._least_rows(), self.config.replay.length)
-        if not self.started and self.config.replay.ratio and 2 * steps < rows:  # a step brings at most two rows
-            told = f"steps {self.config.steps} are too few for an update: replay.prefill and replay.length ask for"
+        # a step brings at most two rows
+        if not self.started and self.config.replay.ratio and 2 * steps < rows:
+            told = (
+                f"steps {self.config.steps} are too few for an update: replay.prefill and"
+                " replay.length ask for"
+            )
             self.report(f"{told} {rows} rows first")
 
     def _policy(self) -> np.ndarray:
@@ -225,7 +282,9 @@ class Run:
             # What came before was not followed: begin as a replayed chunk begins.
             self.act = self.agent.initial(self.envs.count)
             obs["is_first"] = np.ones_like(obs["is_first"])
-        self.act = self.agent.act(self.act, self.agent.tensors(obs), "explore" if exploring else "train")
+        self.act = self.agent.act(
+            self.act, self.agent.tensors(obs), "explore" if exploring else "train"
+        )
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
@@ -243,19 +302,31 @@ class Run:
     # ------------------------------------------------------------ metrics and evaluation
 
     def metrics(self) -> dict[str, float]:
-        """Means of the training metrics since the last record. Raises Failure where one is not finite."""
+        """Means of the training metrics since the last record. Raises Failure where one is not
+        finite.
+        """
         metrics = self.window.read(self.agent.metric_names)
         if name := self.window.first_broken(metrics):
             last = f"the last good checkpoint is {self.folder / 'latest.pt'}"
-            raise Failure(f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); {last}")
+            raise Failure(
+                f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); {last}"
+            )
         return metrics
 
     def log(self) -> None:
         """Record the training metrics and begin a new window."""
         self.logged = self.metrics()
         frames, updates = self.rates(self.step, self.updates)
-        counts = {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self._restarts()}
-        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": cost.peak_mb(self.device)}
+        counts = {
+            "updates": self.updates,
+            "replay_steps": len(self.replay),
+            "env_restarts": self._restarts(),
+        }
+        rates = {
+            "perf/frames_per_s": frames,
+            "perf/updates_per_s": updates,
+            "perf/peak_mb": cost.peak_mb(self.device),
+        }
         self.logger.scalars(self.step, self.logged | counts | rates)
         self.logger.flush()
         self.window.reset()
@@ -266,23 +337,34 @@ class Run:
         return self.restarts + self.envs.restarts
 
     def evaluate(self) -> None:
-        """Episodes in fresh environments, and videos. Leaves the run's own state and random numbers alone."""
+        """Episodes in fresh environments, and videos. Leaves the run's own state and random
+        numbers alone.
+        """
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                optional, count = self.logger.best_effort, min(config.env.count, config.eval_episodes)
+                optional, count = (
+                    self.logger.best_effort,
+                    min(config.env.count, config.eval_episodes),
+                )
                 drawable = RENDER not in optional.off
                 with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    scores, played = evaluation.evaluate(self.agent, envs, config, drawable, self.poll)
+                    scores, played = evaluation.evaluate(
+                        self.agent, envs, config, drawable, self.poll
+                    )
                 self.logger.scalars(self.step, scores)
                 self.report(f"[{self.step}] {evaluation.line(scores)}")
                 if played.problem:
                     optional.failed(RENDER, played.problem)
                 if config.video and self.replay.ready():
                     self.poll()
-                    shown = played, self.replay.sample(np.random.default_rng(entropy)), config.decode_levels
+                    shown = (
+                        played,
+                        self.replay.sample(np.random.default_rng(entropy)),
+                        config.decode_levels,
+                    )
                     optional(VIDEO, evaluation.record, self.logger, self.step, self.agent, *shown)
             self.logger.flush()
         self.evaluated = self.step
@@ -291,19 +373,25 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint; the last one becomes previous.pt and stays whole if this fails (OSError, Failure)."""
+        """Write a checkpoint; the last one becomes previous.pt and stays whole if this fails
+        (OSError, Failure).
+        """
         self.metrics()
         self.every["checkpoint"].done(self.step)
         running = f"running-{self.step:012d}.npz"
         rows = self.episodes.running_rows(self.replay)
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_file(self.folder / running, functools.partial(checkpoint.write_npz, rows=rows))
+        checkpoint.replace_file(
+            self.folder / running, functools.partial(checkpoint.write_npz, rows=rows)
+        )
         cuda = self.device.type == "cuda"
         state = {
             "config": self.config.tree(),
             "generation": self.generation,
-            "counters": {name: getattr(self, name) for name in COUNTERS}
-            | {"restarts": self._restarts(), "summed": self.window.count},
+            "counters": (
+                {name: getattr(self, name) for name in COUNTERS}
+                | {"restarts": self._restarts(), "summed": self.window.count}
+            ),
             "step": self.step,
             "agent": self.agent.save_state(),
             "act": None if self.act is None else [*self.act.carry, self.act.action],
@@ -332,16 +420,23 @@ class Run:
         self.unsaved = False
 
     def _restore(self, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:
-        """Become what ``state`` says. -> size of metrics.jsonl at that moment. Raises ConfigError, CheckpointError."""
+        """Become what ``state`` says. -> size of metrics.jsonl at that moment. Raises ConfigError,
+        CheckpointError.
+        """
         instead = f"choose another --logdir, or go on with the commit that {STARTS} in it names"
         try:
             try:
                 self.agent.load_state(state["agent"])
             except ValueError as error:
-                raise ConfigError(f"{self.logdir} is of another version of this code ({error}): {instead}") from None
+                raise ConfigError(
+                    f"{self.logdir} is of another version of this code ({error}): {instead}"
+                ) from None
             self._restore_state(state, rows)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-            told = f"the checkpoint in {self.folder} does not fit this program ({type(error).__name__}: {error})"
+            told = (
+                f"the checkpoint in {self.folder} does not fit this program"
+                f" ({type(error).__name__}: {error})"
+            )
             raise CheckpointError(f"{told}: {instead}") from None
         self.unsaved = False
         self.report(f"continuing {self.logdir} at step {self.step} of {self.config.steps}")
@@ -351,11 +446,16 @@ class Run:
             self.evaluated = -1  # it is over, and asked for another evaluation than it had
         size, lost = checkpoint.size_of_log(self.logdir / "metrics.jsonl", state["log_size"])
         if lost:
-            self.report(f"{self.logdir / 'metrics.jsonl'} lost its last {lost} bytes; the log has a gap there")
+            self.report(
+                f"{self.logdir / 'metrics.jsonl'} lost its last {lost} bytes; the log has a gap"
+                " there"
+            )
         return size
 
     def _restore_state(self, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
-        counters = {OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()}
+        counters = {
+            OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()
+        }
         for name in (*COUNTERS, "restarts"):
             setattr(self, name, counters[name])
         self.window.sums, self.window.count = state["sums"].to(self.device), counters["summed"]
@@ -382,7 +482,9 @@ class Run:
             problems = self.episodes.restore(self.replay, state["episodes"], rows)
         except EpisodeError as error:
             told = f"{self.folder / state['running_file']} is not what this run saved ({error})"
-            raise CheckpointError(f"{told}: put it back, or move {self.logdir} away to start anew") from None
+            raise CheckpointError(
+                f"{told}: put it back, or move {self.logdir} away to start anew"
+            ) from None
         for problem in problems:
             self.report(problem)
         if self.obs is not None:
@@ -397,7 +499,9 @@ class Run:
     # ------------------------------------------------------------ starting from another run
 
     def _load_weights(self, source: Path) -> None:
-        """Weights and optimisers of another run, ours or dreamerv3-torch's. Raises ConfigError, CheckpointError."""
+        """Weights and optimisers of another run, ours or dreamerv3-torch's. Raises ConfigError,
+        CheckpointError.
+        """
         state = checkpoint.load_checkpoint(source)
         try:
             if "agent_state_dict" in state:
@@ -405,7 +509,10 @@ class Run:
 
                 state = {"agent": legacy.convert(state)}
             if "agent" not in state:
-                told = "is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
+                told = (
+                    "is a checkpoint neither of this program nor of dreamerv3-torch: it has no"
+                    " 'agent'"
+                )
                 raise CheckpointError(f"--resume: {source} {told}")
             moved = self.agent.load_state(state["agent"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -1,4 +1,6 @@
-"""What a world model says of episodes that it was not trained on, beside what can be said without a model."""
+"""What a world model says of episodes that it was not trained on, beside what can be said without
+a model.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,15 @@ from hidreamer.replay import Rows
 from models import WorldModel
 
 CONTEXT = 5  # steps that are seen before dreaming on
-HORIZONS = (1, 5, 15, 30)  # dreamt steps after which a prediction is judged, as far as a chunk reaches
+# dreamt steps after which a prediction is judged, as far as a chunk reaches
+HORIZONS = (1, 5, 15, 30)
 CHUNKS = 8  # pieces of an episode that are looked at, at most
 SCEPTIC = "without a model"
 NOTE = (
-    "Squared errors of pixels in [0, 1], of binary planes and of symlog vectors, and nats a step. Moving: where the "
-    "truth differs from the step before. Without a model: the mean observation of the training episodes, the last "
-    f"one seen (of {CONTEXT}) for the open loop, and the frequencies of rewards and ends."
+    "Squared errors of pixels in [0, 1], of binary planes and of symlog vectors, and nats a step."
+    " Moving: where the truth differs from the step before. Without a model: the mean observation"
+    f" of the training episodes, the last one seen (of {CONTEXT}) for the open loop, and the"
+    " frequencies of rewards and ends."
 )
 
 
@@ -36,7 +40,9 @@ class Said(NamedTuple):
 
 
 def chunks(rows: Rows, length: int) -> Rows:
-    """Pieces (n, T, ...) of an episode, evenly spaced, together all of it if they can; each begins as in training."""
+    """Pieces (n, T, ...) of an episode, evenly spaced, together all of it if they can; each begins
+    as in training.
+    """
     total = len(rows["reward"])
     size = min(length, total)
     starts = np.linspace(0, total - size, min(CHUNKS, math.ceil(total / size))).round().astype(int)
@@ -58,10 +64,13 @@ class Sceptic:
     """Knows only averages of the training rows (N, ...)."""
 
     def __init__(self, rows: Rows, keys: list[str]):
-        self.means = {key: rows[key].mean(0) / (255.0 if rows[key].dtype == np.uint8 else 1.0) for key in keys}
+        self.means = {
+            key: rows[key].mean(0) / (255.0 if rows[key].dtype == np.uint8 else 1.0) for key in keys
+        }
         reward = torch.from_numpy(rows["reward"])
         logit = torch.zeros(dists.BINS, requires_grad=True)
-        # The gradient of a two-hot likelihood is its target minus the softmax: the mean target, without coding it anew.
+        # The gradient of a two-hot likelihood is its target minus the softmax: the mean target,
+        # without coding it anew.
         dists.TwoHot(logit.expand(len(reward), -1)).log_prob(reward).mean().backward()
         self.reward = (logit.grad + 1.0 / dists.BINS).clamp(min=1e-8).log()
         ends = float(rows["is_terminal"].sum())
@@ -69,12 +78,16 @@ class Sceptic:
 
     def say(self, truth: Mapping[str, Tensor]) -> Said:
         """truth: (B, T, ...), images in [0, 1]."""
-        now = {key: torch.from_numpy(self.means[key]).to(x).expand_as(x) for key, x in truth.items()}
+        now = {
+            key: torch.from_numpy(self.means[key]).to(x).expand_as(x) for key, x in truth.items()
+        }
         shape = next(iter(truth.values())).shape[:2]
         later = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
         move = lambda x: x.to(next(iter(truth.values())))
         reward, cont = move(self.reward).expand(*shape, -1), move(self.cont).expand(shape)
-        return Said(now, later if shape[1] > CONTEXT else {}, dists.TwoHot(reward), dists.Bernoulli(cont))
+        return Said(
+            now, later if shape[1] > CONTEXT else {}, dists.TwoHot(reward), dists.Bernoulli(cont)
+        )
 
 
 # ---------------------------------------------------------------- judging
@@ -85,7 +98,9 @@ def horizons(length: int) -> list[int]:
     return sorted({min(h, length - CONTEXT) for h in HORIZONS if length > CONTEXT})
 
 
-def score(said: Said, truth: Mapping[str, Tensor], batch: Mapping[str, Tensor], length: int) -> dict[str, float]:
+def score(
+    said: Said, truth: Mapping[str, Tensor], batch: Mapping[str, Tensor], length: int
+) -> dict[str, float]:
     """Means over an episode's chunks; NaN where it is too short, or nothing moves."""
     out = {}
     every = slice(1, None)  # the first step has nothing to have moved from
@@ -99,12 +114,18 @@ def score(said: Said, truth: Mapping[str, Tensor], batch: Mapping[str, Tensor], 
         if "reconstruction, moving" in out:
             out[f"open loop, {h}, moving"] = moving
     out["reward log-likelihood"] = said.reward.log_prob(batch["reward"]).mean().item()
-    out["continue log-likelihood"] = said.cont.log_prob(1.0 - batch["is_terminal"].float()).mean().item()
+    out["continue log-likelihood"] = (
+        said.cont.log_prob(1.0 - batch["is_terminal"].float()).mean().item()
+    )
     return out
 
 
-def errors(said: Mapping[str, Tensor], truth: Mapping[str, Tensor], at: slice) -> tuple[float, float | None]:
-    """Squared error at some steps, mean over all keys; and over moving pixels, None if nothing has pixels."""
+def errors(
+    said: Mapping[str, Tensor], truth: Mapping[str, Tensor], at: slice
+) -> tuple[float, float | None]:
+    """Squared error at some steps, mean over all keys; and over moving pixels, None if nothing has
+    pixels.
+    """
     total, moving, count = [], 0.0, 0
     pixels = [key for key, x in truth.items() if x.ndim == 5]
     for key, x in truth.items():

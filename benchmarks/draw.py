@@ -1,10 +1,11 @@
 """Pictures of what was measured.
 
     python benchmarks/draw.py learning results/learning/*.json --out results/learning/curves.png
-    python benchmarks/draw.py run FOLDER kl_0 kl_1 --note 'commit, command' --out results/hrssm/pong.png
-    python benchmarks/draw.py masks --out docs/masks.png
+    python benchmarks/draw.py run FOLDER kl_0 kl_1 --note 'commit, command' --out
+    results/hrssm/pong.png python benchmarks/draw.py masks --out docs/masks.png
 
-The second also writes the drawn numbers beside the picture, as JSON; the third draws the masks that hrvq trains with.
+The second also writes the drawn numbers beside the picture, as JSON; the third draws the masks
+that hrvq trains with.
 Needs matplotlib: pip install -e ".[compare]"
 """
 
@@ -23,22 +24,37 @@ import tools
 from hidreamer.mask import KINDS, visible
 
 COLOURS = {"rssm": "#444444", "hrssm": "#0072b2", "hrvq": "#d55e00"}
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "0"}
+plt.rcParams |= {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.hashsalt": "0",
+}
 
 
 def learning(paths: list[Path], out: Path) -> None:
-    """One panel a task: every seed's line, the bars as ticks, random play; broken twins dotted, variants dashed."""
+    """One panel a task: every seed's line, the bars as ticks, random play; broken twins dotted,
+    variants dashed.
+    """
     reports = [json.loads(path.read_text()) for path in paths]
     tasks = sorted({report["task"] for report in reports})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained"
+    )
     for ax, task in zip(axes[0], tasks, strict=True):
         mine = [report for report in reports if report["task"] == task]
         usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
         for report in mine:
             name, twin, seeds = report["dynamics"], report["twin"], len(report["runs"])
-            variant = " ".join(x for key, x in latent(report["more"]).items() if x != str(usual[key]))
+            variant = " ".join(
+                x for key, x in latent(report["more"]).items() if x != str(usual[key])
+            )
             for i, run in enumerate(report["runs"].values()):
-                words = f"{name}, rewards shuffled" if twin else f"{name} {variant}".strip() + f", {seeds} seeds"
+                words = (
+                    f"{name}, rewards shuffled"
+                    if twin
+                    else f"{name} {variant}".strip() + f", {seeds} seeds"
+                )
                 label, dash = None if i else words, ":" if twin else "--" if variant else "-"
                 style = {"ls": dash, "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
                 ax.plot(*zip(*run["curve"], strict=True), label=label, **style)
@@ -55,13 +71,20 @@ def learning(paths: list[Path], out: Path) -> None:
 
 
 def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
-    """One panel a metric of one run's log. ``note`` says what run it was: commit, command, hardware."""
+    """One panel a metric of one run's log. ``note`` says what run it was: commit, command,
+    hardware.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {key: [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key in keys}
+    found = {
+        key: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        for key in keys
+    }
     missing = [key for key, points in found.items() if not points]
     if missing:
         sys.exit(f"error: {folder / 'metrics.jsonl'} has no {', '.join(missing)}")
-    figure, axes = plt.subplots(1, len(keys), figsize=(3 * len(keys), 2.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(3 * len(keys), 2.4), squeeze=False, layout="constrained"
+    )
     for ax, (key, points) in zip(axes[0], found.items(), strict=True):
         ax.plot(*zip(*points, strict=True), color=COLOURS["hrssm"], lw=1.2)
         ax.set(title=key, xlabel="environment frames")
@@ -71,7 +94,9 @@ def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
 
 def masks(out: Path, steps: int = 2, levels: int = 3) -> None:
     figure, axes = plt.subplots(1, len(KINDS), figsize=(12, 4.2), layout="constrained")
-    names = [f"{name}$_{t}$" for t in range(steps) for name in (*(f"L{i}" for i in range(levels)), "A")]
+    names = [
+        f"{name}$_{t}$" for t in range(steps) for name in (*(f"L{i}" for i in range(levels)), "A")
+    ]
     for ax, kind in zip(axes, KINDS, strict=True):
         ax.imshow(visible(kind, steps, levels), cmap="Blues", vmin=0, vmax=1.4)
         ax.set(title=kind, xlabel="is seen", xticks=range(len(names)), yticks=range(len(names)))
@@ -92,7 +117,9 @@ def save(figure: plt.Figure, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     many = kinds.add_parser("learning", help="learning curves from learning.py's files")
     many.add_argument("paths", nargs="+", type=Path)

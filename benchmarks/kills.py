@@ -2,10 +2,12 @@
 
     python benchmarks/kills.py --kills 200 --out results/kills.json
 
-Short runs of every latent state on two tasks. Each is made once without a kill, then again with kills at uniformly
-random moments of that time (set-up, updates, checkpoints, evaluations alike), continued by the same command. Compared
-bit for bit: every record of metrics.jsonl but ``perf/``, the files of all episodes, weights and counters at the end.
-Exit status 1 if anything differs. A process is forked for each start, so that torch is imported once.
+Short runs of every latent state on two tasks. Each is made once without a kill, then again with
+kills at uniformly random moments of that time (set-up, updates, checkpoints, evaluations alike),
+continued by the same command. Compared bit for bit: every record of metrics.jsonl but ``perf/``,
+the files of all episodes, weights and counters at the end.
+Exit status 1 if anything differs. A process is forked for each start, so that torch is imported
+once.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ from hidreamer.dynamics import TYPES
 from hidreamer.provenance import provenance
 
 TASKS = ("dummy_vector", "gym_CartPole-v1")
-WORDS = "--configs debug --env.action_repeat 1 --env.count 2 --steps 160 --log_every 10 --eval_every 50 --video false"
+WORDS = (
+    "--configs debug --env.action_repeat 1 --env.count 2 --steps 160 --log_every 10 --eval_every 50"
+    " --video false"
+)
 WORDS += " --eval_episodes 2 --checkpoint_every 15 --replay.ratio 8 --device cpu"
 
 
@@ -56,7 +61,9 @@ def wait(pid: int, log: Path) -> None:
     _, status = os.waitpid(pid, 0)
     if status:
         told = log.read_text().strip().splitlines()[-3:]
-        raise RuntimeError(f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(told)}")
+        raise RuntimeError(
+            f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(told)}"
+        )
 
 
 def kill_once(argv: list[str], log: Path, seconds: float) -> bool:
@@ -80,9 +87,16 @@ def outcome(folder: Path) -> dict[str, Any]:
     state = load_checkpoint(folder / "checkpoints" / "latest.pt")
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        records.append({key: x for key, x in json.loads(line).items() if not key.startswith("perf/")})
+        records.append(
+            {key: x for key, x in json.loads(line).items() if not key.startswith("perf/")}
+        )
     episodes = {path.name: path.read_bytes() for path in (folder / "train_eps").glob("*.npz")}
-    return {"records": records, "episodes": episodes, "counters": state["counters"], "agent": state["agent"]["params"]}
+    return {
+        "records": records,
+        "episodes": episodes,
+        "counters": state["counters"],
+        "agent": state["agent"]["params"],
+    }
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -99,7 +113,9 @@ def checkpoint_step(folder: Path) -> int | None:
         return None
 
 
-def one_run(task: str, kind: str, seed: int, folder: Path, rng: np.random.Generator, most: int) -> dict[str, Any]:
+def one_run(
+    task: str, kind: str, seed: int, folder: Path, rng: np.random.Generator, most: int
+) -> dict[str, Any]:
     """A run that is never killed, and the same with at most ``most`` kills."""
     words = [*WORDS.split(), "--task", task, "--dynamics.type", kind, "--seed", str(seed)]
     log, began = folder / "log", time.monotonic()
@@ -114,16 +130,29 @@ def one_run(task: str, kind: str, seed: int, folder: Path, rng: np.random.Genera
         kills.append({"seconds": round(seconds, 3), "checkpoint": step})
     wait(begin(argv, log), log)
     found = outcome(folder / "whole")
-    report = {"task": task, "dynamics": kind, "seed": seed, "seconds": round(took, 2), "kills": kills}
-    report |= {"records": len(found["records"]), "differs": differences(outcome(folder / "killed"), found)}
+    report = {
+        "task": task,
+        "dynamics": kind,
+        "seed": seed,
+        "seconds": round(took, 2),
+        "kills": kills,
+    }
+    report |= {
+        "records": len(found["records"]),
+        "differs": differences(outcome(folder / "killed"), found),
+    }
     return report | {"outcome": found}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--each", type=int, default=5, help="kills of one run at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; the runs count theirs from here")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments; the runs count theirs from here"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--dynamics", nargs="+", default=list(TYPES))
     parser.add_argument("--out", type=Path, help="write the report to this file")
@@ -131,7 +160,8 @@ def main() -> int:
     rng, runs, done = np.random.default_rng(args.seed), [], 0
     report: dict[str, Any] = dict(provenance())  # before anybody changes a file
     before: dict[tuple[str, str], dict[str, Any]] = {}
-    control: list[bool] = []  # whether runs that only their seed tells apart differ: the comparison is not blind
+    # whether runs that only their seed tells apart differ: the comparison is not blind
+    control: list[bool] = []
     for i, (kind, task) in enumerate(itertools.cycle(itertools.product(args.dynamics, args.tasks))):
         if done >= args.kills:
             break
@@ -152,8 +182,14 @@ def main() -> int:
         if args.out:  # each time: what was seen is kept if this process is ended
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{done} kills; {task} {kind}:", "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal")
-    print(f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill")
+        print(
+            f"{done} kills; {task} {kind}:",
+            "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal",
+        )
+    print(
+        f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a"
+        " kill"
+    )
     return int(bool(differing))
 
 

@@ -1,8 +1,11 @@
-"""Would the tests notice? One-line faults in the core's maths, each put into a copy of the tree and run against tests.
+"""Would the tests notice? One-line faults in the core's maths, each put into a copy of the tree
+and run against tests.
 
-    python benchmarks/mutants.py [NAME ...] [--out FILE.json]      # all of them, or those whose name contains a NAME
+    python benchmarks/mutants.py [NAME ...] [--out FILE.json]      # all of them, or those whose
+    name contains a NAME
 
-Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests fail without any.
+Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests
+fail without any.
 """
 
 from __future__ import annotations
@@ -25,12 +28,32 @@ from ruamel.yaml.error import YAMLError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-NEEDED = ("benchmarks", "envs", "hidreamer", "legacy", "tests", "*.py", "configs.yaml", "pyproject.toml")
+NEEDED = (
+    "benchmarks",
+    "envs",
+    "hidreamer",
+    "legacy",
+    "tests",
+    "*.py",
+    "configs.yaml",
+    "pyproject.toml",
+)
 LIST = Path(__file__).with_suffix(".yaml")
 TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
 # Test files in the order in which they are tried, the quick ones first.
-FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates", "dynamics", "legacy", "hrssm")
+FAST = (
+    "numerics",
+    "golden",
+    "wiring",
+    "mask",
+    "quantizer",
+    "replay",
+    "updates",
+    "dynamics",
+    "legacy",
+    "hrssm",
+)
 FAST += ("hrvq", "agent")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
@@ -74,7 +97,9 @@ def copy_tree(folder: Path) -> None:
     for pattern in NEEDED:
         for path in ROOT.glob(pattern):
             if path.is_dir():
-                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy(path, folder / path.name)
 
@@ -88,7 +113,8 @@ def in_order(names: Sequence[str], mutant: Mutant | None = None) -> list[str]:
 def run_tests(folder: Path, files: list[str]) -> tuple[bool, str]:
     """-> whether all pass, and the first test that does not ("" where pytest itself broke)."""
     with tempfile.TemporaryFile("w+") as log:
-        child = os.fork()  # a child starts with torch imported: that alone takes longer than most of the tests
+        # a child starts with torch imported: that alone takes longer than most of the tests
+        child = os.fork()
         if not child:
             run_child(folder, files, log.fileno())
         done, deadline = 0, time.monotonic() + TIMEOUT
@@ -118,7 +144,10 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         # No bytecode: it is told apart by second and size, and two mutants may share both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
-        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT))]
+        sys.path[:] = [
+            str(folder),
+            *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT)),
+        ]
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
         status = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *files]))
         sys.stdout.flush()
@@ -129,12 +158,16 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
 def mutated(mutant: Mutant, text: str) -> str:
     """Raises ValueError where ``old`` does not occur exactly once."""
     if (count := text.count(mutant.old)) != 1:
-        raise ValueError(f"mutant {mutant.name!r}: {mutant.file} has {mutant.old!r} {count} times, not once")
+        raise ValueError(
+            f"mutant {mutant.name!r}: {mutant.file} has {mutant.old!r} {count} times, not once"
+        )
     return text.replace(mutant.old, mutant.new)
 
 
 def trial(mutant: Mutant, folder: Path, files: list[str]) -> tuple[bool, str]:
-    """Run tests against a copy of the tree with this fault. -> whether it survives, and what noticed it."""
+    """Run tests against a copy of the tree with this fault. -> whether it survives, and what
+    noticed it.
+    """
     path = folder / mutant.file
     text = path.read_text()
     path.write_text(mutated(mutant, text))
@@ -148,7 +181,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="parts of mutants' names; all mutants without any")
     parser.add_argument("--list", type=Path, default=LIST, help="another list than mutants.yaml")
-    parser.add_argument("--tests", nargs="+", default=FAST, choices=FAST, help="other test files than all quick ones")
+    parser.add_argument(
+        "--tests",
+        nargs="+",
+        default=FAST,
+        choices=FAST,
+        help="other test files than all quick ones",
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes, too")
     args = parser.parse_args(argv)
     try:
@@ -168,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
 
     start, survivors, noticed = time.monotonic(), [], {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "tree"  # its parent holds nothing, so that fixtures beside the repository do not help
+        # its parent holds nothing, so that fixtures beside the repository do not help
+        folder = Path(name) / "tree"
         folder.mkdir()
         copy_tree(folder)
         whole, failed = run_tests(folder, in_order(args.tests))

@@ -1,9 +1,12 @@
-"""Replay in memory and on a disk: CPU time, page faults and peak memory of adding, sampling and resuming.
+"""Replay in memory and on a disk: CPU time, page faults and peak memory of adding, sampling and
+resuming.
 
-    python benchmarks/replay.py [--store memory disk] [--steps 100000] [--folder FOLDER] [--out FILE]
+    python benchmarks/replay.py [--store memory disk] [--steps 100000] [--folder FOLDER] [--out
+    FILE]
 
-Each store has a process of its own. Rows are Atari Pong's, 64 x 64 x 3; a batch is 16 x 64. Sampling from a disk is
-measured twice: as it is in a run, where the system keeps what was read lately, and after it has been made to forget.
+Each store has a process of its own. Rows are Atari Pong's, 64 x 64 x 3; a batch is 16 x 64.
+Sampling from a disk is measured twice: as it is in a run, where the system keeps what was read
+lately, and after it has been made to forget.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
 
     def make() -> Replay:
         rng = np.random.default_rng(0)
-        return Replay(spec, capacity=1_000_000, batch=16, length=64, streams=1, rng=rng, folder=disk)
+        return Replay(
+            spec, capacity=1_000_000, batch=16, length=64, streams=1, rng=rng, folder=disk
+        )
 
     def fill(replay: Replay, episodes: Episodes) -> None:
         last = np.zeros(1, bool)
@@ -72,7 +77,10 @@ def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
     replay.streams.clear()  # this memory goes before as much is taken again
     found["resume"] = [spent(lambda: Episodes(episodes.folder, 1).restore(make(), state, {}))]
     # Means of all: a fault or a write-back that a few pay for belongs to the rest.
-    out = {name: dict(zip(UNITS, np.mean(times, 0).round(2).tolist(), strict=True)) for name, times in found.items()}
+    out = {
+        name: dict(zip(UNITS, np.mean(times, 0).round(2).tolist(), strict=True))
+        for name, times in found.items()
+    }
     return {key: round(x) for key, x in memory.items()} | out
 
 
@@ -85,11 +93,17 @@ def spent(fn: Callable[[], object]) -> tuple[float, float, int]:
     faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     cpu, wall, before = measure.cpu_seconds(), time.perf_counter(), faults()
     fn()
-    return 1e3 * (measure.cpu_seconds() - cpu), 1e3 * (time.perf_counter() - wall), faults() - before
+    return (
+        1e3 * (measure.cpu_seconds() - cpu),
+        1e3 * (time.perf_counter() - wall),
+        faults() - before,
+    )
 
 
 def recorded(replay: Replay, episodes: Episodes) -> dict:
-    """The state of a run whose episodes of EPISODE steps fill this replay: one file, and links to it."""
+    """The state of a run whose episodes of EPISODE steps fill this replay: one file, and links to
+    it.
+    """
     steps, episodes.running[0] = len(replay), EPISODE
     episodes.cut(replay, 0)
     name, count = episodes.files[0][0]
@@ -101,7 +115,9 @@ def recorded(replay: Replay, episodes: Episodes) -> dict:
 
 
 def forget(replay: Replay) -> None:
-    """Write the rows out and let the system drop them from its cache, so that they come from the disk again."""
+    """Write the rows out and let the system drop them from its cache, so that they come from the
+    disk again.
+    """
     for stream in replay.streams:
         os.fsync(stream.file.fileno())
         stream.buffer.madvise(mmap.MADV_DONTNEED)
@@ -109,8 +125,12 @@ def forget(replay: Replay) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", nargs="+", choices=("memory", "disk"), default=["memory", "disk"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--store", nargs="+", choices=("memory", "disk"), default=["memory", "disk"]
+    )
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
     parser.add_argument("--out", type=Path)

@@ -1,8 +1,8 @@
 """Three ways to start a job and wait for it: processes of this machine, a Ray cluster, Slurm.
 
-A backend has ``slots``, how many jobs it takes at once, and ``start(job)``, which gives a handle with ``poll()`` (the
-exit status, None while it runs) and ``stop(signum)``, or None where the job is running already. Ray and Slurm need the
-job's folder on a disk that all nodes share.
+A backend has ``slots``, how many jobs it takes at once, and ``start(job)``, which gives a handle
+with ``poll()`` (the exit status, None while it runs) and ``stop(signum)``, or None where the job
+is running already. Ray and Slurm need the job's folder on a disk that all nodes share.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class Handle(Protocol):
 class Process:
     """A command on the machine where this object lives; its output is appended to ``log``.
 
-    The log is locked as long as the command runs, so that no two runners ever write to one folder: the lock belongs to
-    the command itself and outlives a runner that was killed. Each start is noted in ``folder``.
+    The log is locked as long as the command runs, so that no two runners ever write to one folder:
+    the lock belongs to the command itself and outlives a runner that was killed. Each start is
+    noted in ``folder``.
     """
 
-    def __init__(self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]):
+    def __init__(
+        self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]
+    ):
         self.command, self.folder, self.log, self.note, self.env = command, folder, log, note, env
         self.popen: subprocess.Popen | None = None
         self.signals: deque[int] = deque()  # that came and the command has not got yet
@@ -62,7 +65,9 @@ class Process:
             env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
             # A session of its own: Ctrl-C in a terminal must reach the command through us, once.
             command = [*SHIELD, *self.command]
-            self.popen = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+            self.popen = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+            )
         self._pass_on()
         return True
 
@@ -74,7 +79,9 @@ class Process:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Each signal once, also one that comes, in another thread, while the command is being started."""
+        """Each signal once, also one that comes, in another thread, while the command is being
+        started.
+        """
         while self.popen is not None and self.signals:
             with contextlib.suppress(IndexError):  # the other thread was first
                 signum = self.signals.popleft()
@@ -98,13 +105,17 @@ class Process:
             return self.popen.wait() if self.popen else 128 + signal.SIGINT
 
     def checkpoint(self) -> Any:
-        """What submitit calls before a preemption or at the end of its time: the job is queued again and goes on."""
+        """What submitit calls before a preemption or at the end of its time: the job is queued
+        again and goes on.
+        """
         import submitit
 
         self.stop(signal.SIGTERM)
         if self.popen is not None:
             self.popen.wait()
-        return submitit.helpers.DelayedSubmission(Process(self.command, self.folder, self.log, self.note, self.env))
+        return submitit.helpers.DelayedSubmission(
+            Process(self.command, self.folder, self.log, self.note, self.env)
+        )
 
 
 # ---------------------------------------------------------------- this machine
@@ -137,7 +148,11 @@ class Local:
 
 def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(torch.cuda.device_count())] if named is None else [x for x in named.split(",") if x]
+    return (
+        [str(i) for i in range(torch.cuda.device_count())]
+        if named is None
+        else [x for x in named.split(",") if x]
+    )
 
 
 # ---------------------------------------------------------------- clusters
@@ -148,13 +163,23 @@ def extra(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--backend {name} needs its extra: pip install -e '.[{name}]' ({error})") from None
+        raise ConfigError(
+            f"--backend {name} needs its extra: pip install -e '.[{name}]' ({error})"
+        ) from None
 
 
 class Remote:
-    """A job elsewhere: ``ready`` says whether it is over, ``result`` gives its status or raises, ``stop`` ends it."""
+    """A job elsewhere: ``ready`` says whether it is over, ``result`` gives its status or raises,
+    ``stop`` ends it.
+    """
 
-    def __init__(self, ready: Callable[[], bool], result: Callable[[], int], stop: Callable[[int], Any], log: Path):
+    def __init__(
+        self,
+        ready: Callable[[], bool],
+        result: Callable[[], int],
+        stop: Callable[[int], Any],
+        log: Path,
+    ):
         self.ready, self.result, self.stop, self.log = ready, result, stop, log
 
     def poll(self) -> int | None:
@@ -186,16 +211,22 @@ class Ray:
         self.actor = self.ray.remote(max_concurrency=2)(Process)
 
     def start(self, job: Any) -> Remote:
-        actor = self.actor.options(**self.options).remote(job.command, job.folder, job.log, job.note, {})
+        actor = self.actor.options(**self.options).remote(
+            job.command, job.folder, job.log, job.note, {}
+        )
         status = actor.run.remote()
         ready = lambda: bool(self.ray.wait([status], timeout=0)[0])
-        return Remote(ready, lambda: self.ray.get(status), lambda signum: actor.stop.remote(signum), job.log)
+        return Remote(
+            ready, lambda: self.ray.get(status), lambda signum: actor.stop.remote(signum), job.log
+        )
 
 
 class Slurm:
-    """Jobs of a Slurm cluster through submitit; on a machine without Slurm submitit runs them there.
+    """Jobs of a Slurm cluster through submitit; on a machine without Slurm submitit runs them
+    there.
 
-    resources: what submitit's ``update_parameters`` takes (``slurm_partition``, ``timeout_min``, ...).
+    resources: what submitit's ``update_parameters`` takes (``slurm_partition``, ``timeout_min``,
+    ...).
     """
 
     def __init__(self, jobs: int, device: str, resources: Mapping[str, Any], folder: Path):
@@ -204,7 +235,11 @@ class Slurm:
         self.executor = submitit.AutoExecutor(folder)
         os.environ["PYTHONPATH"] = python_path()
         # submitit's own limit is 5 minutes.
-        known = {"timeout_min": 24 * 60, "gpus_per_node": int(device == "cuda"), "name": "hidreamer"}
+        known = {
+            "timeout_min": 24 * 60,
+            "gpus_per_node": int(device == "cuda"),
+            "name": "hidreamer",
+        }
         try:
             self.executor.update_parameters(**known | dict(resources))
         except (NameError, TypeError, ValueError, AssertionError) as error:
@@ -212,4 +247,6 @@ class Slurm:
 
     def start(self, job: Any) -> Remote:
         submitted = self.executor.submit(Process(job.command, job.folder, job.log, job.note, {}))
-        return Remote(submitted.done, submitted.result, lambda signum: submitted.cancel(check=False), job.log)
+        return Remote(
+            submitted.done, submitted.result, lambda signum: submitted.cancel(check=False), job.log
+        )

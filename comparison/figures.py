@@ -15,7 +15,8 @@ from matplotlib.ticker import EngFormatter
 
 from comparison import stats
 
-COLOURS = ("#3b4252", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # after Okabe and Ito
+# after Okabe and Ito
+COLOURS = ("#3b4252", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STYLES = ("-", "--", ":", "-.")  # of levels, coarse -> fine
 WIDTH, HEIGHT = 4.6, 2.7  # inches
 SOFT = "#8a8f98"
@@ -38,12 +39,16 @@ def picture(draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
         figure = Figure(figsize=(WIDTH, height))
         draw(figure.subplots())
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
 def panels(summary: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Axes], None]]]:
-    """(name, drawing) of the learning curves: over all tasks where there are several, then each task's."""
+    """(name, drawing) of the learning curves: over all tasks where there are several, then each
+    task's.
+    """
     if len(summary["tasks"]) > 1:
         yield "all tasks", lambda ax: mean_curves(ax, summary)
     for task in summary["tasks"]:
@@ -63,7 +68,8 @@ def save_curves(summary: Mapping[str, Any], path: Any) -> None:
         for ax in axes[len(drawings) :]:
             ax.set_axis_off()
         lines = [
-            matplotlib.lines.Line2D([], [], color=c, lw=2.2, label=m) for m, c in colours(summary["models"]).items()
+            matplotlib.lines.Line2D([], [], color=c, lw=2.2, label=m)
+            for m, c in colours(summary["models"]).items()
         ]
         figure.legend(handles=lines, loc="outside upper center", ncols=len(lines))
         figure.savefig(path)
@@ -75,7 +81,9 @@ def save_curves(summary: Mapping[str, Any], path: Any) -> None:
 def band(ax: Axes, x: np.ndarray, found: Mapping[str, Any], colour: str) -> None:
     ax.plot(x, np.array(found["value"], float), color=colour, lw=2.2)
     if found["low"] is not None:
-        ax.fill_between(x, *(np.array(found[k], float) for k in ("low", "high")), color=colour, alpha=0.14, lw=0)
+        ax.fill_between(
+            x, *(np.array(found[k], float) for k in ("low", "high")), color=colour, alpha=0.14, lw=0
+        )
 
 
 def mean_curves(ax: Axes, summary: Mapping[str, Any]) -> None:
@@ -83,7 +91,11 @@ def mean_curves(ax: Axes, summary: Mapping[str, Any]) -> None:
     for model, colour in colours(summary["models"]).items():
         if model in summary["curves"]:
             band(ax, x, summary["curves"][model], colour)
-    ax.set(title=f"all {len(summary['tasks'])} tasks", xlabel="% of the run", ylabel="normalised score (IQM)")
+    ax.set(
+        title=f"all {len(summary['tasks'])} tasks",
+        xlabel="% of the run",
+        ylabel="normalised score (IQM)",
+    )
 
 
 def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
@@ -98,25 +110,52 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         if model in summary["per_task"][task]:
             band(ax, x, summary["per_task"][task][model]["curve"], colour)
     ax.axhline(facts["random_play"], color=SOFT, lw=0.9, ls=":")
-    ax.annotate("random play", (0.995, facts["random_play"]), (0, 2), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", va="bottom", fontsize=7, color=SOFT)  # fmt: skip
+    ax.annotate(
+        "random play",
+        (0.995, facts["random_play"]),
+        (0, 2),
+        xycoords=("axes fraction", "data"),
+        # fmt: skip
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=7,
+        color=SOFT,
+    )
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set(title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"]))
+    ax.set(
+        title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"])
+    )
 
 
 def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     """When each run reached the threshold; an open triangle at the edge is one that never did."""
     facts = summary["tasks"][task]
     for i, (model, colour) in enumerate(colours(summary["models"]).items()):
-        rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == (task, model, "complete")]
-        times = np.array([r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float)
-        shift = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2) if len(times) < 6 else np.zeros(len(times))
+        rows = [
+            r
+            for r in summary["runs"]
+            if (r["task"], r["model"], r["status"]) == (task, model, "complete")
+        ]
+        times = np.array(
+            [r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float
+        )
+        shift = (
+            0.12 * (np.arange(len(times)) - (len(times) - 1) / 2)
+            if len(times) < 6
+            else np.zeros(len(times))
+        )
         never = ~np.isfinite(times)
         ax.plot(times[~never], i + shift[~never], "o", color=colour, ms=6, alpha=0.8)
         edge = np.full(never.sum(), facts["steps"] * 1.04)
         ax.plot(edge, i + shift[never], ">", color=colour, ms=7, mfc="none", clip_on=False)
     names = summary["models"]
-    ax.set(title=task, xlabel="frames to the threshold", xlim=(0, facts["steps"] * 1.06), ylim=(len(names) - 0.5, -0.5))
+    ax.set(
+        title=task,
+        xlabel="frames to the threshold",
+        xlim=(0, facts["steps"] * 1.06),
+        ylim=(len(names) - 0.5, -0.5),
+    )
     ax.axvline(facts["steps"], color=SOFT, lw=0.9, ls=":")
     ax.set_yticks(range(len(names)), names)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -126,8 +165,15 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
 # ---------------------------------------------------------------- aggregates
 
 
-def forest(ax: Axes, rows: list[tuple[str, str, float, float | None, float | None]], zero: float, label: str) -> None:
-    """Points with their intervals beside a line of no difference. rows: name, colour, value, low, high."""
+def forest(
+    ax: Axes,
+    rows: list[tuple[str, str, float, float | None, float | None]],
+    zero: float,
+    label: str,
+) -> None:
+    """Points with their intervals beside a line of no difference. rows: name, colour, value, low,
+    high.
+    """
     for i, (_, colour, value, low, high) in enumerate(rows):
         if low is not None:
             ax.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="round")
@@ -140,7 +186,9 @@ def forest(ax: Axes, rows: list[tuple[str, str, float, float | None, float | Non
 
 def differences(ax: Axes, summary: Mapping[str, Any]) -> None:
     colour = colours(summary["models"])
-    rows = [(m, colour[m], d["value"], d["low"], d["high"]) for m, d in summary["comparisons"].items()]
+    rows = [
+        (m, colour[m], d["value"], d["low"], d["high"]) for m, d in summary["comparisons"].items()
+    ]
     forest(ax, rows, 0.0, f"score minus that of {summary['models'][0]}")
     ax.set_title("difference of normalised final returns")
 
@@ -156,13 +204,22 @@ def improvements(ax: Axes, summary: Mapping[str, Any]) -> None:
 def profiles(ax: Axes, summary: Mapping[str, Any]) -> None:
     for model, colour in colours(summary["models"]).items():
         if model in summary["profile"]["models"]:
-            band(ax, np.array(summary["profile"]["tau"]), summary["profile"]["models"][model], colour)
-    ax.set(title="performance profile", xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
+            band(
+                ax, np.array(summary["profile"]["tau"]), summary["profile"]["models"][model], colour
+            )
+    ax.set(
+        title="performance profile",
+        xlabel="normalised score τ",
+        ylabel="share of runs above τ",
+        ylim=(-0.02, 1.02),
+    )
 
 
 def level_kinds(summary: Mapping[str, Any]) -> list[str]:
     """Which per-level figures the runs logged: "kl", "perplexity"."""
-    return sorted({name.rpartition("_")[0] for found in summary["levels"].values() for name in found})
+    return sorted(
+        {name.rpartition("_")[0] for found in summary["levels"].values() for name in found}
+    )
 
 
 def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:
@@ -173,9 +230,21 @@ def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:
                 level = int(name.rpartition("_")[2])
                 label = f"{model}, level {level}"
                 style = STYLES[level % len(STYLES)]
-                ax.plot(x, np.array(curves["curve"], float), style, color=colour[model], lw=1.8, label=label)
+                ax.plot(
+                    x,
+                    np.array(curves["curve"], float),
+                    style,
+                    color=colour[model],
+                    lw=1.8,
+                    label=label,
+                )
     ax.legend(fontsize=7)
-    ax.set(title=f"{kind} per level", xlabel="% of the run", ylabel="nats" if kind == "kl" else kind, ylim=(0, None))
+    ax.set(
+        title=f"{kind} per level",
+        xlabel="% of the run",
+        ylabel="nats" if kind == "kl" else kind,
+        ylim=(0, None),
+    )
 
 
 def offline(ax: Axes, found: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
-"""The matrix of jobs: what runs, what is done, what failed. One state machine, whatever starts the processes.
+"""The matrix of jobs: what runs, what is done, what failed. One state machine, whatever starts the
+processes.
 
-waiting -> running -> done | waiting again, once -> failed; a signal makes stopped of all that is not over.
-What is done is read from the jobs' own checkpoints, so the same command again goes on where the last one ended.
+waiting -> running -> done | waiting again, once -> failed; a signal makes stopped of all that is
+not over.
+What is done is read from the jobs' own checkpoints, so the same command again goes on where the
+last one ended.
 """
 
 from __future__ import annotations
@@ -25,7 +28,13 @@ from comparison.runs import records
 ATTEMPTS = 2
 LINES = 15  # of a failed job's log that are shown
 ORDER = ("running", "failed", "stopped", "waiting", "done")
-COLOURS = {"running": "cyan", "failed": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
+COLOURS = {
+    "running": "cyan",
+    "failed": "red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "done": "green",
+}
 
 
 @dataclass
@@ -43,7 +52,8 @@ class Job:
     attempts: int = 0
     handle: Handle | None = None
     reason: str = ""  # of the last failure
-    seen: dict[str, float] = field(default_factory=dict)  # step, rate and return that were last logged
+    # step, rate and return that were last logged
+    seen: dict[str, float] = field(default_factory=dict)
 
     @property
     def log(self) -> Path:
@@ -54,7 +64,8 @@ class Job:
         names = {f"perf/{self.unit}_per_s": "rate", "train_return": "return"}
         for record in records(self.folder / "metrics.jsonl", last=65536):
             self.seen["step"] = record["step"]
-            training = record.get("perf/updates_per_s", 1.0) > 0.0  # acting at random says nothing about the rest
+            # acting at random says nothing about the rest
+            training = record.get("perf/updates_per_s", 1.0) > 0.0
             found = {short: record.get(name) for name, short in names.items() if training}
             self.seen |= {short: value for short, value in found.items() if value is not None}
 
@@ -123,8 +134,16 @@ class Matrix:
             if done or self.signum:
                 self._enter(job, "done" if done else "stopped")
                 continue
-            killed = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            job.reason = killed if status else "it ended well, but its last checkpoint is not that of a finished run"
+            killed = (
+                f"killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"exit status {status}"
+            )
+            job.reason = (
+                killed
+                if status
+                else "it ended well, but its last checkpoint is not that of a finished run"
+            )
             self._enter(job, "waiting" if job.attempts < ATTEMPTS else "failed", job.reason)
 
     def _start(self) -> None:
@@ -136,7 +155,9 @@ class Matrix:
                 self._enter(job, "running")
 
     def _look(self) -> None:
-        """Every two seconds see how far the running jobs are; without a terminal tell it every minute."""
+        """Every two seconds see how far the running jobs are; without a terminal tell it every
+        minute.
+        """
         now = time.monotonic()
         if now - self.looked < 2.0:
             return
@@ -170,8 +191,12 @@ class Matrix:
             title += f", about {clock(max(left))} left"
         table = Table(title=title, title_justify="left", expand=False)
         for name in ("run", "state", "step", f"{self.jobs[0].unit}/s", "last return", "left"):
-            table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
-        for job in sorted(self.jobs, key=lambda job: ORDER.index(job.state))[: max(5, self.console.height - 6)]:
+            table.add_column(
+                name, justify="left" if name in ("run", "state") else "right", no_wrap=True
+            )
+        for job in sorted(self.jobs, key=lambda job: ORDER.index(job.state))[
+            : max(5, self.console.height - 6)
+        ]:
             table.add_row(*cells(job), style=COLOURS[job.state])
         return table
 

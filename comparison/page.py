@@ -29,7 +29,9 @@ class Table:
 
 @dataclass
 class Section:
-    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``: only its title shows at first."""
+    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``: only its
+    title shows at first.
+    """
 
     title: str
     text: list[str] = field(default_factory=list)
@@ -54,7 +56,9 @@ def write(report: Report, folder: Path) -> None:
     for kind in ("html", "md"):
         pages[f"report.{kind}"] = templates.get_template(f"page.{kind}").render(context)
     for name, text in pages.items():
-        checkpoint.replace_file(folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        checkpoint.replace_file(
+            folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
+        )
     if report["runs"]:
         figures.save_curves(report, folder / "curves.png")
 
@@ -66,15 +70,28 @@ def headline(report: Report) -> str:
         lengths = sorted({f"{task['steps']:,}" for task in report["tasks"].values()})
         seeds = {row["seed"] for row in report["runs"]}
         facts += [words.count(len(seeds), "seed"), words.count(len(report["tasks"]), "task")]
-        facts += [f"{' / '.join(lengths)} frames", f"{done} of {words.count(len(report['runs']), 'run')} complete"]
+        facts += [
+            f"{' / '.join(lengths)} frames",
+            f"{done} of {words.count(len(report['runs']), 'run')} complete",
+        ]
     if report["offline"]:
         found = report["offline"]
-        facts.append(f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline")
+        facts.append(
+            f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates"
+            " offline"
+        )
     return " · ".join(facts)
 
 
 def sections(report: Report) -> list[Section]:
-    online: list[Callable[[Report], Section | None]] = [support, learning, aggregate, speed, tasks, levels]
+    online: list[Callable[[Report], Section | None]] = [
+        support,
+        learning,
+        aggregate,
+        speed,
+        tasks,
+        levels,
+    ]
     found = [fairness_section(report)]
     found += [build(report) for build in online] if report["runs"] else []
     found += [offline(report)] if report["offline"] else []
@@ -90,7 +107,10 @@ def fairness_section(report: Report) -> Section:
     columns = report["capacity"]
     known = {model: column for model, column in columns.items() if "error" not in column}
     rows = {label: key for key, label in fairness.SIZES.items()}
-    rows |= {f"parameters of the {part}": part for part in ("dynamics", "encoder", "decoder", "actor", "critic")}
+    rows |= {
+        f"parameters of the {part}": part
+        for part in ("dynamics", "encoder", "decoder", "actor", "critic")
+    }
     rows |= {label: key for key, label in fairness.COSTS.items()}
     base = next(iter(known.values()), {})
     value = lambda column, key: column.get(key, column.get("parts", {}).get(key))
@@ -107,16 +127,29 @@ def fairness_section(report: Report) -> Section:
         ratio = f" ({x / first:.3f})" if column is not base and first and x != first else ""
         return shown.get(key, lambda: f"{x:,.0f}")() + ratio
 
-    rows = {label: key for label, key in rows.items() if any(value(x, key) is not None for x in known.values())}
-    cells = [[label, *(cell(column, key) for column in known.values())] for label, key in rows.items()]
+    rows = {
+        label: key
+        for label, key in rows.items()
+        if any(value(x, key) is not None for x in known.values())
+    }
+    cells = [
+        [label, *(cell(column, key) for column in known.values())] for label, key in rows.items()
+    ]
     medians = "; updates/s and memory are medians over the runs" if "updates/s" in rows else ""
     note = f"Counted on {report['counted_on']}{medians}. In brackets: the ratio to the first model."
-    section = Section("Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else [])
-    section.warnings = report["warnings"] + [f"{m}: {c['error']}" for m, c in columns.items() if "error" in c]
+    section = Section(
+        "Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else []
+    )
+    section.warnings = report["warnings"] + [
+        f"{m}: {c['error']}" for m, c in columns.items() if "error" in c
+    ]
     if report["differences"]:
         told = [[key, fairness.told({key: by})] for key, by in report["differences"].items()]
         section.tables.append(
-            Table(["config key", "differs besides the latent state (allowed on the command line)"], told)
+            Table(
+                ["config key", "differs besides the latent state (allowed on the command line)"],
+                told,
+            )
         )
     elif report["runs"] or report["offline"]:
         section.text.append("The configs are the same in everything but the latent state.")
@@ -127,17 +160,33 @@ def provenance(report: Report) -> Section:
     made, rows = report["made"], report["runs"]
     commits = sorted({(row["commit"], row["hardware"]) for row in rows})
     methods = [
-        f"Final return: mean return of the training episodes that ended in the last {stats.LAST:.0%} of a run. The "
-        "last checkpoint and the last window count, never the best.",
-        f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal parts of a run; the area "
-        "under it is its mean.",
-        "Normalised score: (return − random) / (human − random) for the games of Atari 100k; for other tasks 0 is "
-        "random play and ±1 the final return of the run that got furthest from it.",
-        f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe.",
-        f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out 0, and so does a test "
-        f"that shuffles the runs of each task between the two models ({stats.SHUFFLES:,} shuffles), at the same level.",
-        "Threshold: half way from random play to the mean final return of all runs of the task; parts of a run that "
-        "began at random do not count.",
+        (
+            "Final return: mean return of the training episodes that ended in the last"
+            f" {stats.LAST:.0%} of a run. The last checkpoint and the last window count, never the"
+            " best."
+        ),
+        (
+            f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal"
+            " parts of a run; the area under it is its mean."
+        ),
+        (
+            "Normalised score: (return − random) / (human − random) for the games of Atari 100k;"
+            " for other tasks 0 is random play and ±1 the final return of the run that got furthest"
+            " from it."
+        ),
+        (
+            f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They"
+            " describe."
+        ),
+        (
+            f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out"
+            " 0, and so does a test that shuffles the runs of each task between the two models"
+            f" ({stats.SHUFFLES:,} shuffles), at the same level."
+        ),
+        (
+            "Threshold: half way from random play to the mean final return of all runs of the task;"
+            " parts of a run that began at random do not count."
+        ),
         "Wall time: from the logged rates, of the work that was kept.",
     ]
     table = Table(["commit of the runs", "hardware"], [list(pair) for pair in commits])
@@ -146,7 +195,9 @@ def provenance(report: Report) -> Section:
     pre = [made["command"]]
     if not rows:
         return Section("How this was made", text, pre=pre)
-    return Section("How this was made", text, lists={"Definitions": methods}, tables=[table], pre=pre)
+    return Section(
+        "How this was made", text, lists={"Definitions": methods}, tables=[table], pre=pre
+    )
 
 
 def failures(report: Report) -> Section | None:
@@ -154,11 +205,19 @@ def failures(report: Report) -> Section | None:
     if not unfinished and not report["failed"]:
         return None
     rows = [
-        [f"{r['task']}/{r['model']}/{r['seed']}", r["status"], f"{r['steps']:,} of {r['steps_asked']:,}"]
+        [
+            f"{r['task']}/{r['model']}/{r['seed']}",
+            r["status"],
+            f"{r['steps']:,} of {r['steps_asked']:,}",
+        ]
         for r in unfinished
     ]
-    section = Section("What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else [])
-    section.pre = [f"{failed['name']}: {failed['reason']}\n{failed['log']}" for failed in report["failed"]]
+    section = Section(
+        "What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else []
+    )
+    section.pre = [
+        f"{failed['name']}: {failed['reason']}\n{failed['log']}" for failed in report["failed"]
+    ]
     return section
 
 
@@ -179,7 +238,11 @@ def runs(report: Report) -> Section:
     for r in report["runs"]:
         last = r["eval_returns"][-1][1] if r["eval_returns"] else None
         wall = f"{r['wall_s'] / 60:,.1f} min" if r["wall_s"] else "–"
-        cells = [r["status"], f"{r['steps']:,}", *map(number, (r["final_return"], r["normalised"], r["area"], last))]
+        cells = [
+            r["status"],
+            f"{r['steps']:,}",
+            *map(number, (r["final_return"], r["normalised"], r["area"], last)),
+        ]
         cells += [number(r["frames_per_s"]), number(r["updates_per_s"]), wall]
         cells += [f"{r['peak_mb']:,.0f} MB" if r["peak_mb"] else "–", r["config_hash"], r["commit"]]
         rows.append([f"{r['task']}/{r['model']}/{r['seed']}", *cells])
@@ -191,14 +254,28 @@ def runs(report: Report) -> Section:
 
 
 def support(report: Report) -> Section:
-    drawing = figures.picture(lambda ax: figures.differences(ax, report), 0.9 + 0.35 * len(report["comparisons"]))
-    lists = {"Is there a difference?": words.verdicts(report), "What this cannot show": words.limits(report)}
-    return Section("What the data support", lists=lists, figures=[drawing] if report["comparisons"] else [])
+    drawing = figures.picture(
+        lambda ax: figures.differences(ax, report), 0.9 + 0.35 * len(report["comparisons"])
+    )
+    lists = {
+        "Is there a difference?": words.verdicts(report),
+        "What this cannot show": words.limits(report),
+    }
+    return Section(
+        "What the data support", lists=lists, figures=[drawing] if report["comparisons"] else []
+    )
 
 
 def learning(report: Report) -> Section:
-    text = ["Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."]
-    return Section("Learning curves", text, figures=[figures.picture(draw) for _, draw in figures.panels(report)])
+    text = [
+        "Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with"
+        " its 95% band."
+    ]
+    return Section(
+        "Learning curves",
+        text,
+        figures=[figures.picture(draw) for _, draw in figures.panels(report)],
+    )
 
 
 def aggregate(report: Report) -> Section | None:
@@ -207,14 +284,21 @@ def aggregate(report: Report) -> Section | None:
         return None
     names = list(next(iter(found.values())))
     rows = [[name, *(estimate(by[name]) for by in found.values())] for name in names]
-    better = {model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()}
+    better = {
+        model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()
+    }
     if better:
         rows.append(["probability of improvement", *(better.get(model, "–") for model in found)])
     rows.append(["seeds", *(str(report["seeds"][model]) for model in found)])
     drawings = [figures.picture(lambda ax: figures.profiles(ax, report))]
     if better:
-        drawings.append(figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better)))
-    note = "Normalised scores. With few seeds these intervals are too narrow: they describe, and claim nothing."
+        drawings.append(
+            figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better))
+        )
+    note = (
+        "Normalised scores. With few seeds these intervals are too narrow: they describe, and claim"
+        " nothing."
+    )
     return Section("Over all tasks", figures=drawings, tables=[Table(["", *found], rows, note)])
 
 
@@ -227,13 +311,17 @@ def speed(report: Report) -> Section | None:
         facts, steps = report["tasks"][task], report["tasks"][task]["steps"]
         for model, entry in report["per_task"][task].items():
             rows.append(
-                [f"{task}, {model}", f"{entry['reached']} of {entry['runs']}", median(entry["steps_to"], steps)]
+                [
+                    f"{task}, {model}",
+                    f"{entry['reached']} of {entry['runs']}",
+                    median(entry["steps_to"], steps),
+                ]
             )
         rows[-len(report["per_task"][task])][0] += f" (threshold {number(facts['threshold'])})"
     text = [
-        "Frames until a part of the run first averages the threshold, half way from random play to the mean final "
-        "return of all runs. An open triangle at the edge is a run that never reached it: all that is known is that "
-        "it takes longer."
+        "Frames until a part of the run first averages the threshold, half way from random play to"
+        " the mean final return of all runs. An open triangle at the edge is a run that never"
+        " reached it: all that is known is that it takes longer."
     ]
     draw = lambda task: figures.picture(
         lambda ax: figures.reaching(ax, report, task), 0.9 + 0.35 * len(report["models"])
@@ -273,10 +361,27 @@ def tasks(report: Report) -> Section:
             )
         chance = report["tasks"][task]["random_play"]
         rows.append(
-            [f"{task}, random play", f"{report['tasks'][task]['random_episodes']} episodes", number(chance), "", "", ""]
+            [
+                f"{task}, random play",
+                f"{report['tasks'][task]['random_episodes']} episodes",
+                number(chance),
+                "",
+                "",
+                "",
+            ]
         )
-    header = ["", "runs", "final return", "normalised", "last evaluation", f"normalised, minus {base}"]
-    note = "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not corrected for the number "
+    header = [
+        "",
+        "runs",
+        "final return",
+        "normalised",
+        "last evaluation",
+        f"normalised, minus {base}",
+    ]
+    note = (
+        "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not"
+        " corrected for the number "
+    )
     note += "of tasks: not claims."
     return Section("Task by task", tables=[Table(header, rows, note)])
 
@@ -290,11 +395,17 @@ def levels(report: Report) -> Section | None:
         for model, found in report["levels"].items()
         for name, entry in found.items()
     ]
-    drawings = [figures.picture(lambda ax, kind=kind: figures.level_curves(ax, report, kind)) for kind in kinds]
-    text = [
-        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its prior, before free bits."
+    drawings = [
+        figures.picture(lambda ax, kind=kind: figures.level_curves(ax, report, kind))
+        for kind in kinds
     ]
-    return Section("Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)])
+    text = [
+        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its"
+        " prior, before free bits."
+    ]
+    return Section(
+        "Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)]
+    )
 
 
 def offline(report: Report) -> Section:
@@ -306,17 +417,21 @@ def offline(report: Report) -> Section:
         for model in others:
             cells += [
                 number(metric["values"][model]),
-                estimate(dict(zip(("value", "low", "high"), metric["differences"][model], strict=True)), sign=True),
+                estimate(
+                    dict(zip(("value", "low", "high"), metric["differences"][model], strict=True)),
+                    sign=True,
+                ),
             ]
         rows.append([name, number(metric["sceptic"]), *cells])
     header = ["", found["sceptic"], base]
     for model in others:
         header += [model, f"{model} − {base}"]
     text = [
-        f"Every model's world model was trained for {found['updates']:,} updates on the same "
-        f"{found['train_episodes']} recorded episodes with the same batches, {words.count(found['seeds'], 'seed')} "
-        f"each; differences are paired on {found['held_out']} held-out "
-        f"episodes. No luck in exploration enters. Intervals: {found['method']}."
+        f"Every model's world model was trained for {found['updates']:,} updates on the same"
+        f" {found['train_episodes']} recorded episodes with the same batches,"
+        f" {words.count(found['seeds'], 'seed')} each; differences are paired on"
+        f" {found['held_out']} held-out episodes. No luck in exploration enters. Intervals:"
+        f" {found['method']}."
     ]
     drawn = len(others) * sum(metric["better"] == "lower" for metric in found["metrics"].values())
     drawing = figures.picture(lambda ax: figures.offline(ax, found), 0.9 + 0.2 * drawn)

@@ -1,4 +1,6 @@
-"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl, wherever they were copied to."""
+"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl, wherever they were copied
+to.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Run:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Of a flat config without seed and housekeeping: runs with one hash differ in nothing but their seed."""
+    """Of a flat config without seed and housekeeping: runs with one hash differ in nothing but
+    their seed.
+    """
     kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING | {"seed"}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -80,16 +84,22 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
 def finished(folder: Path, steps: int) -> bool:
     """Whether the run's checkpoint, read whole, says that ``steps`` frames are done and evaluated."""
     try:
-        counters = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))["counters"]
+        counters = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))[
+            "counters"
+        ]
     except CheckpointError:
         return False
     return counters["step"] >= steps and counters["evaluated"] == counters["step"]
 
 
 def read(folder: Path) -> Run:
-    """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if its log is."""
+    """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if
+    its log is.
+    """
     config = saved_config(folder)
-    if missing := [key for key in ("steps", "log_every", "task", "seed", "dynamics.type") if key not in config]:
+    if missing := [
+        key for key in ("steps", "log_every", "task", "seed", "dynamics.type") if key not in config
+    ]:
         raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {missing[0]!r}")
     steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
@@ -97,37 +107,55 @@ def read(folder: Path) -> Run:
     for record in records(folder / "metrics.jsonl"):
         step = record.pop("step")
         for name, value in record.items():
-            if value is not None and math.isfinite(value):  # null, or NaN in older logs: there was no number
+            # null, or NaN in older logs: there was no number
+            if value is not None and math.isfinite(value):
                 values.setdefault(name, []).append((step, value))
-    whole = finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
+    whole = (
+        finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
+    )
     starts = records(folder / STARTS)
     start = {key: value for facts in starts for key, value in facts.items()}
-    start |= {key: ", ".join(dict.fromkeys(x[key] for x in starts if key in x)) for key in start if key in SEVERAL}
+    start |= {
+        key: ", ".join(dict.fromkeys(x[key] for x in starts if key in x))
+        for key in start
+        if key in SEVERAL
+    }
     series = {name: np.array(pairs, float) for name, pairs in values.items()}
     return Run(folder, start.get("model", ""), config, start, step, whole, series)
 
 
 def find(folders: Iterable[Path]) -> list[Run]:
-    """Every run in or below ``folders``. Raises ConfigError where a folder holds none, or two runs are one."""
+    """Every run in or below ``folders``. Raises ConfigError where a folder holds none, or two runs
+    are one.
+    """
     runs: dict[Path, Run] = {}
     for folder in folders:
         inside = [path.parent for path in sorted(folder.rglob("metrics.jsonl"))]
         inside = [path for path in inside if (path / "config.yaml").exists()]
         if not inside:
-            raise ConfigError(f"there is no run in {folder}: a run is a folder with config.yaml and metrics.jsonl")
+            raise ConfigError(
+                f"there is no run in {folder}: a run is a folder with config.yaml and metrics.jsonl"
+            )
         runs |= {path.resolve(): read(path) for path in inside}
     named = name_models(list(runs.values()))
     seen: dict[str, Run] = {}
     for run in named:
         if run.name in seen:
-            raise ConfigError(f"{run.folder} and {seen[run.name].folder} are both {run.name}: leave one of them out")
+            raise ConfigError(
+                f"{run.folder} and {seen[run.name].folder} are both {run.name}: leave one of"
+                " them out"
+            )
         seen[run.name] = run
     return named
 
 
 def name_models(runs: list[Run]) -> list[Run]:
-    """Runs that no comparison started are named after their latent state, and its settings where two share a type."""
-    block = lambda run: config_hash({k: v for k, v in run.config.items() if k.startswith("dynamics.")})
+    """Runs that no comparison started are named after their latent state, and its settings where
+    two share a type.
+    """
+    block = lambda run: config_hash(
+        {k: v for k, v in run.config.items() if k.startswith("dynamics.")}
+    )
     kinds: dict[str, set[str]] = {}
     for run in runs:
         if not run.model:
@@ -142,4 +170,8 @@ def name_models(runs: list[Run]) -> list[Run]:
 
 def levels(run: Run) -> dict[str, np.ndarray]:
     """The per-level curves: {"kl_0": (n, 2), ...}."""
-    return {key: run.series[key] for key in sorted(run.series) if re.fullmatch(r"(kl|perplexity)_\d+", key)}
+    return {
+        key: run.series[key]
+        for key in sorted(run.series)
+        if re.fullmatch(r"(kl|perplexity)_\d+", key)
+    }

@@ -1,4 +1,6 @@
-"""Every number of a comparison, each aggregate with its interval and method: the content of summary.json."""
+"""Every number of a comparison, each aggregate with its interval and method: the content of
+summary.json.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import numpy as np
 from comparison import stats
 from comparison.runs import Run, config_hash, levels
 
-# Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's result files, which
-# are those of the DreamerV3 repository).
+# Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's
+# result files, which are those of the DreamerV3 repository).
 HUMAN = {
     "alien": (227.8, 7128.0), "amidar": (5.8, 1720.0), "assault": (222.4, 742.0), "asterix": (210.0, 8503.0),
     "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37188.0), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5),
@@ -37,18 +39,28 @@ def summarise(runs: Sequence[Run], models: Sequence[str]) -> dict[str, Any]:
     rows.sort(key=lambda row: (row["task"], models.index(row["model"]), row["seed"]))
     done: Matrix = {
         task: {
-            model: [r for r in rows if (r["task"], r["model"], r["status"]) == (task, model, "complete")]
+            model: [
+                r for r in rows if (r["task"], r["model"], r["status"]) == (task, model, "complete")
+            ]
             for model in models
         }
         for task in tasks
     }
     scales = {
-        task: scale(task, steps[task], [r for group in done[task].values() for r in group], runs) for task in tasks
+        task: scale(task, steps[task], [r for group in done[task].values() for r in group], runs)
+        for task in tasks
     }
     for row in rows:
         rate(row, scales[row["task"]])
     out = {"models": list(models), "tasks": scales, "runs": rows}
-    return out | aggregates(done, models) | {"per_task": per_task(done, models, scales), "costs": costs(rows, models)}
+    return (
+        out
+        | aggregates(done, models)
+        | {
+            "per_task": per_task(done, models, scales),
+            "costs": costs(rows, models),
+        }
+    )
 
 
 # ---------------------------------------------------------------- one run
@@ -102,18 +114,26 @@ def median_late(series: np.ndarray) -> float | None:
 
 
 def rate(row: dict, scale: Mapping[str, Any]) -> None:
-    """Add what depends on the other runs of the task: the normalised scores and the time to its threshold."""
+    """Add what depends on the other runs of the task: the normalised scores and the time to its
+    threshold.
+    """
     normal = lambda x: (np.asarray(x, float) - scale["zero"]) / scale["unit"]
     row["normalised"] = float(normal(row["final_return"]))
     row["normalised_curve"] = normal(row["curve"]).tolist()
     threshold = scale["threshold"]
-    found = lambda: stats.steps_to(np.array(row["curve"]), threshold, scale["steps"], row["random_until"])
+    found = lambda: stats.steps_to(
+        np.array(row["curve"]), threshold, scale["steps"], row["random_until"]
+    )
     row["steps_to"] = None if threshold is None else found()
 
 
 def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[str, Any]:
-    """How the returns of a task are normalised, the same for all models, and the threshold of its learning speed."""
-    at_random = np.concatenate([random_returns(run) for run in runs if run.task == task] or [np.zeros(0)])
+    """How the returns of a task are normalised, the same for all models, and the threshold of its
+    learning speed.
+    """
+    at_random = np.concatenate(
+        [random_returns(run) for run in runs if run.task == task] or [np.zeros(0)]
+    )
     finals = np.array([row["final_return"] for row in rows])
     chance = float(at_random.mean()) if len(at_random) else 0.0
     zero, unit, how = chance, float(np.abs(finals - chance).max(initial=0.0)) or 1.0, "run"
@@ -132,7 +152,9 @@ def random_until(run: Run) -> int:
 
 
 def random_returns(run: Run) -> np.ndarray:
-    """Returns of the episodes that ended while the run still acted at random; of its first one if none did."""
+    """Returns of the episodes that ended while the run still acted at random; of its first one if
+    none did.
+    """
     episodes = run.get("train_return")
     early = episodes[episodes[:, 0] <= random_until(run)]
     return (early if len(early) else episodes[:1])[:, 1]
@@ -149,23 +171,35 @@ def matrix(done: Matrix, model: str, key: str) -> np.ndarray:
 
 
 def aggregates(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
-    """Over all tasks, on normalised scores. What a model without a seed that finished every task has is left out."""
+    """Over all tasks, on normalised scores. What a model without a seed that finished every task
+    has is left out.
+    """
     scores = {model: x for model in models if len(x := matrix(done, model, "normalised"))}
     base = models[0]
     taus = np.linspace(*span(list(scores.values())), TAUS)
     out: dict[str, Any] = {
         "seeds": {model: len(scores.get(model, ())) for model in models},
-        "aggregates": {m: {k: stats.estimate(x, f) for k, f in stats.AGGREGATES.items()} for m, x in scores.items()},
-        "profile": {"tau": taus.tolist(), "models": {m: stats.profile(x, taus) for m, x in scores.items()}},
+        "aggregates": {
+            m: {k: stats.estimate(x, f) for k, f in stats.AGGREGATES.items()}
+            for m, x in scores.items()
+        },
+        "profile": {
+            "tau": taus.tolist(),
+            "models": {m: stats.profile(x, taus) for m, x in scores.items()},
+        },
         "curves": {m: stats.bands(matrix(done, m, "normalised_curve")) for m in scores},
         "levels": {model: level_means(done, model) for model in scores},
     }
     for model in scores:
         area = matrix(done, model, "normalised_curve").mean(-1)
-        out["aggregates"][model]["area under the curve (IQM)"] = stats.estimate(area, stats.AGGREGATES["IQM"])
+        out["aggregates"][model]["area under the curve (IQM)"] = stats.estimate(
+            area, stats.AGGREGATES["IQM"]
+        )
     out["comparisons"] = {
-        model: comparison(done, model, base, len(models) - 1)
-        | {"improvement": stats.improvement(scores[model], scores[base])}
+        model: (
+            comparison(done, model, base, len(models) - 1)
+            | {"improvement": stats.improvement(scores[model], scores[base])}
+        )
         for model in models[1:]
         if model in scores and base in scores
     }
@@ -181,8 +215,12 @@ def span(scores: list[np.ndarray]) -> tuple[float, float]:
 
 
 def comparison(done: Matrix, model: str, base: str, comparisons: int) -> dict[str, Any]:
-    """Final normalised scores of a model against the baseline, with every finished run of every task."""
-    scores = [[np.array([r["normalised"] for r in by[m]]) for by in done.values()] for m in (model, base)]
+    """Final normalised scores of a model against the baseline, with every finished run of every
+    task.
+    """
+    scores = [
+        [np.array([r["normalised"] for r in by[m]]) for by in done.values()] for m in (model, base)
+    ]
     found = stats.compare(*scores, comparisons)
     level = float(np.mean([x.mean() for x in scores[1]]))
     return found._asdict() | {"claimed": found.claimed, "baseline": level, "method": stats.TEST}
@@ -198,12 +236,19 @@ def level_means(done: Matrix, model: str) -> dict[str, Any]:
             row[name] = row["levels"][name]
         x = matrix(done, model, name)  # (seeds, tasks, BINS)
         last = x[..., -round(stats.LAST * stats.BINS) :].mean(-1)
-        out[name] = {"curve": x.mean((0, 1)).tolist(), "last": stats.estimate(last, stats.AGGREGATES["mean"])}
+        out[name] = {
+            "curve": x.mean((0, 1)).tolist(),
+            "last": stats.estimate(last, stats.AGGREGATES["mean"]),
+        }
     return out
 
 
-def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
-    """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps to the threshold}}."""
+def per_task(
+    done: Matrix, models: Sequence[str], scales: Mapping[str, dict]
+) -> dict[str, dict[str, Any]]:
+    """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps
+    to the threshold}}.
+    """
     out: dict[str, dict[str, Any]] = {}
     for task, by_model in done.items():
         here = out[task] = {}
@@ -217,7 +262,9 @@ def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) ->
             entry["normalised"] = float(np.mean([row["normalised"] for row in rows]))
             entry["curve"] = stats.bands(np.array([[row["curve"]] for row in rows]))
             evals = [row["eval_returns"][-1][1] for row in rows if row["eval_returns"]]
-            entry["last_evaluation"] = stats.estimate(np.array(evals)[:, None], np.mean) if evals else None
+            entry["last_evaluation"] = (
+                stats.estimate(np.array(evals)[:, None], np.mean) if evals else None
+            )
             if model != models[0] and by_model[models[0]]:
                 entry["difference"] = comparison({task: by_model}, model, models[0], 1)
             if scales[task]["threshold"] is not None:
@@ -231,13 +278,19 @@ def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) ->
 # ---------------------------------------------------------------- world models on the same episodes
 
 
-def paired(results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds for all."""
+def paired(
+    results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds
+    for all.
+    """
     base, (first, *_) = next(iter(results)), next(iter(results.values()))
     names = [name.removeprefix("model/") for name in first if name.startswith("model/")]
     found = {}
     for name in names:
-        columns = {model: np.stack([x[f"model/{name}"] for x in runs]) for model, runs in results.items()}
+        columns = {
+            model: np.stack([x[f"model/{name}"] for x in runs]) for model, runs in results.items()
+        }
         known = np.isfinite(np.stack(list(columns.values()))).all((0, 1))
         if known.any():
             found[name] = {

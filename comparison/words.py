@@ -1,4 +1,6 @@
-"""What the data support and what they do not, in sentences. They are made from intervals, never from means alone."""
+"""What the data support and what they do not, in sentences. They are made from intervals, never
+from means alone.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def interval(low: float | None, high: float | None, sign: bool = False) -> str:
 
 def estimate(x: Mapping[str, Any] | None, sign: bool = False) -> str:
     """'value [low, high]'."""
-    return "–" if x is None else f"{number(x['value'], sign)} {interval(x['low'], x['high'], sign)}".strip()
+    return (
+        "–"
+        if x is None
+        else f"{number(x['value'], sign)} {interval(x['low'], x['high'], sign)}".strip()
+    )
 
 
 def percent(x: float) -> str:
@@ -43,10 +49,17 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     for model in summary["models"][1:]:
         found = summary["comparisons"].get(model)
         if found is None:
-            lines.append(f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task.")
+            lines.append(
+                f"Nothing can be said about {model}: no seed of it, or of {base}, finished every"
+                " task."
+            )
             continue
         value, between = found["value"], interval(found["low"], found["high"], sign=True)
-        share = f", {percent(abs(value) / found['baseline'])} of the baseline's score" if found["baseline"] > 0 else ""
+        share = (
+            f", {percent(abs(value) / found['baseline'])} of the baseline's score"
+            if found["baseline"] > 0
+            else ""
+        )
         if found["claimed"]:
             word = "higher" if value > 0 else "lower"
             lines.append(
@@ -54,14 +67,19 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
                 f"{number(value, sign=True)} {between}{share}."
             )
         elif found["low"] is None:
-            lines.append(f"Nothing can be concluded about {model} and {base}: single runs have no interval.")
+            lines.append(
+                f"Nothing can be concluded about {model} and {base}: single runs have no interval."
+            )
         elif found["low"] <= 0 <= found["high"]:
-            lines.append(f"No difference between {model} and {base} is shown: it lies in {between}, which includes 0.")
+            lines.append(
+                f"No difference between {model} and {base} is shown: it lies in {between}, which"
+                " includes 0."
+            )
         else:
             lines.append(
-                f"No difference between {model} and {base} is shown: its interval {between} leaves out 0, but runs "
-                f"that change places at random differ as much with probability {number(found['p'])}; "
-                f"{number(found['alpha'])} is asked for."
+                f"No difference between {model} and {base} is shown: its interval {between} leaves"
+                " out 0, but runs that change places at random differ as much with probability"
+                f" {number(found['p'])}; {number(found['alpha'])} is asked for."
             )
     return lines
 
@@ -77,30 +95,37 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
         more = ""
         if base > 0 and size > WANTED * base:
-            more = f" About {stats.seeds_for(size, WANTED * base, seeds):,} seeds would show {percent(WANTED)}."
+            more = (
+                f" About {stats.seeds_for(size, WANTED * base, seeds):,} seeds would show"
+                f" {percent(WANTED)}."
+            )
         lines.append(
-            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative} cannot be seen here; the "
-            f"spread between seeds would hide it more than one time in five.{more}"
+            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative}"
+            " cannot be seen here; the spread between seeds would hide it more than one time in"
+            f" five.{more}"
         )
         if found["least_p"] > found["alpha"]:
             lines.append(
-                f"{model}: {seeds} runs against {seeds} on {count(tasks, 'task')} separate completely by chance with "
-                f"probability {number(found['least_p'])}, so no difference of any size can be claimed; "
-                f"{enough(found['alpha'], tasks)} seeds could."
+                f"{model}: {seeds} runs against {seeds} on {count(tasks, 'task')} separate"
+                f" completely by chance with probability {number(found['least_p'])}, so no"
+                f" difference of any size can be claimed; {enough(found['alpha'], tasks)} seeds"
+                " could."
             )
     lost = [row for row in summary["runs"] if row["status"] != "complete"]
     if lost:
         lines.append(
-            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because they did not finish. If failing "
-            f"goes with learning badly, what is left looks too good."
+            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because they did not"
+            " finish. If failing goes with learning badly, what is left looks too good."
         )
     if summary.get("differences"):
         lines.append(
-            f"The configs differ outside the latent state ({', '.join(summary['differences'])}): no difference of "
-            f"returns can be put down to the latent state alone."
+            f"The configs differ outside the latent state ({', '.join(summary['differences'])}): no"
+            " difference of returns can be put down to the latent state alone."
         )
     names = ", ".join(summary["tasks"])
-    lines.append(f"The intervals are about other seeds on {names}; they say nothing about other tasks.")
+    lines.append(
+        f"The intervals are about other seeds on {names}; they say nothing about other tasks."
+    )
     return lines
 
 
@@ -123,7 +148,8 @@ def offline(found: Mapping[str, Any]) -> list[str]:
             if low is not None and (low > 0 or high < 0):
                 better = (value < 0) == (metric["better"] == "lower")
                 shown.append(
-                    f"{name} is {'better' if better else 'worse'} ({relative(metric, found['models'][0], model)})"
+                    f"{name} is {'better' if better else 'worse'}"
+                    f" ({relative(metric, found['models'][0], model)})"
                 )
         if not total:
             lines.append(f"{model}: nothing can be concluded from one seed or one episode.")

@@ -1,4 +1,6 @@
-"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first. See docs/own_environment.md."""
+"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first. See
+docs/own_environment.md.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from envs.base import Suite
 from envs.errors import BadValue, EnvError, one_line, unknown
 from envs.spaces import kind, readable, reader
 
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures only: pygame need not look for a display
+# pictures only: pygame need not look for a display
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 STATES = {  # what these classes keep between two steps, beside their generator and the time limit
     AcrobotEnv: ("state",),
@@ -43,18 +46,22 @@ STEP = "step must return (observation, reward, terminated, truncated, info)"
 
 
 class Gym(Suite):
-    """One Gymnasium id. Observations: the keys of a Dict space, else one key, `image`, `grid` or `vector`.
+    """One Gymnasium id. Observations: the keys of a Dict space, else one key, `image`, `grid` or
+    `vector`.
 
-    A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and its shape is (H, W),
-    (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if it is a bool Box of rank 2 or 3. All other
-    Boxes, of any number type and rank, MultiBinary, and Discrete (one-hot) are flat vectors. Values that are not of
-    their space, other spaces and an old API raise EnvError, in one line. States are exact for classic control.
+    A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and
+    its shape is (H, W), (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if
+    it is a bool Box of rank 2 or 3. All other Boxes, of any number type and rank, MultiBinary, and
+    Discrete (one-hot) are flat vectors. Values that are not of their space, other spaces and an
+    old API raise EnvError, in one line. States are exact for classic control.
 
-    kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular expression; observations
-    whose whole key does not match are left out.
+    kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular
+    expression; observations whose whole key does not match are left out.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"):
+    def __init__(
+        self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"
+    ):
         self._name, self._repeat = f"gym_{name}", repeat
         self._env = _make(name, _mapping(kwargs))
         space, self.action_space = self._space("observation_space"), self._space("action_space")
@@ -68,8 +75,12 @@ class Gym(Suite):
         try:
             result = self._env.reset(seed=seed)
         except TypeError as error:
-            if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
-                raise self._mistake("reset must have the arguments (self, *, seed=None, options=None)") from error
+            if re.search(
+                r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)
+            ):
+                raise self._mistake(
+                    "reset must have the arguments (self, *, seed=None, options=None)"
+                ) from error
             raise
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise self._mistake(f"reset must return (observation, info), not {_count(result)}")
@@ -116,18 +127,23 @@ class Gym(Suite):
         inner.np_random.bit_generator.state = state["random"]
 
     def _frame(self, action: Any) -> tuple[Any, float, bool, bool]:
-        """One step of the environment. -> observation, reward, terminated, truncated. Raises EnvError."""
+        """One step of the environment. -> observation, reward, terminated, truncated. Raises
+        EnvError.
+        """
         try:
             result = self._env.step(action)
         except (TypeError, ValueError) as error:
             place = traceback.extract_tb(error.__traceback__)[-1].filename
             if "unpack" in str(error) and place.startswith(os.path.dirname(gymnasium.__file__)):
-                raise self._mistake(f"{STEP} ({one_line(error)})") from error  # a wrapper of Gymnasium's met it first
+                # a wrapper of Gymnasium's met it first
+                raise self._mistake(f"{STEP} ({one_line(error)})") from error
             raise
         if not (isinstance(result, tuple) and len(result) == 5):
             raise self._mistake(f"{STEP}, not {_count(result)}")
         obs, *scalars, _ = result
-        for i, (name, value) in enumerate(zip(("reward", "terminated", "truncated"), scalars, strict=True)):
+        for i, (name, value) in enumerate(
+            zip(("reward", "terminated", "truncated"), scalars, strict=True)
+        ):
             if type(value) in (bool, float):
                 continue
             array = np.asarray(value)
@@ -141,11 +157,15 @@ class Gym(Suite):
         """The agent's observation. Raises EnvError, BadValue for one that is not of its space."""
         if self._nested:
             if not isinstance(obs, dict):
-                raise self._mistake(f"the observation must be a dict as its space is, not {_count(obs)}")
+                raise self._mistake(
+                    f"the observation must be a dict as its space is, not {_count(obs)}"
+                )
             if missing := sorted(self._read.keys() - obs.keys()):
                 raise self._mistake(f"the observation lacks {missing[0]!r}, which its space has")
         try:
-            return {key: read(obs[key] if self._nested else obs) for key, read in self._read.items()}
+            return {
+                key: read(obs[key] if self._nested else obs) for key, read in self._read.items()
+            }
         except BadValue:
             raise  # `Env` knows what to do
         except EnvError as error:
@@ -154,27 +174,38 @@ class Gym(Suite):
     def _space(self, name: str) -> gymnasium.Space:
         space = getattr(self._env, name, None)
         if not isinstance(space, gymnasium.Space):
-            raise self._mistake(f"{name} must be a space of gymnasium.spaces, not {one_line(repr(space), 80)}")
+            raise self._mistake(
+                f"{name} must be a space of gymnasium.spaces, not {one_line(repr(space), 80)}"
+            )
         return space
 
-    def _chosen(self, leaves: dict[str, gymnasium.Space], pattern: str) -> dict[str, gymnasium.Space]:
+    def _chosen(
+        self, leaves: dict[str, gymnasium.Space], pattern: str
+    ) -> dict[str, gymnasium.Space]:
         """Those whose key matches. Raises EnvError where there is none, or one that cannot be read."""
         try:
             chosen = {key: leaf for key, leaf in leaves.items() if re.fullmatch(pattern, str(key))}
         except re.error as error:
-            raise EnvError(f"env.gym.keys is {pattern!r}, which is no regular expression: {error}") from error
+            raise EnvError(
+                f"env.gym.keys is {pattern!r}, which is no regular expression: {error}"
+            ) from error
         if not chosen:
             raise EnvError(
-                f"no observation matches env.gym.keys {pattern!r}; {self._name} has {', '.join(map(str, leaves))}"
+                f"no observation matches env.gym.keys {pattern!r}; {self._name} has"
+                f" {', '.join(map(str, leaves))}"
             )
         for key, leaf in chosen.items():
             if readable(leaf):
                 continue
             good = [re.escape(other) for other, space in chosen.items() if readable(space)]
-            remedy = f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate" if good else "translate"
+            remedy = (
+                f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate"
+                if good
+                else "translate"
+            )
             raise EnvError(
-                f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read: {remedy} it in a "
-                "wrapper (docs/own_environment.md)"
+                f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read:"
+                f" {remedy} it in a wrapper (docs/own_environment.md)"
             )
         return chosen
 
@@ -188,9 +219,14 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         mapping = YAML(typ="safe").load(text) if text.strip() else {}
     except YAMLError as error:
-        raise EnvError(f"env.gym.kwargs is {text!r}, which is no YAML: {one_line(error)}") from error
+        raise EnvError(
+            f"env.gym.kwargs is {text!r}, which is no YAML: {one_line(error)}"
+        ) from error
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
-        raise EnvError(f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: false}}'")
+        raise EnvError(
+            f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery:"
+            " false}'"
+        )
     return mapping
 
 
@@ -201,15 +237,22 @@ def _import(module: str) -> None:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module != missing and not module.startswith(f"{missing}."):
-            raise EnvError(f"module {module!r} needs the package {missing!r}: install it") from error
+            raise EnvError(
+                f"module {module!r} needs the package {missing!r}: install it"
+            ) from error
         raise EnvError(
-            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the folder that it lies "
-            "in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
+            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the"
+            " folder that it lies in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if isinstance(error, SyntaxError) else f" ({os.path.basename(place.filename)}:{place.lineno})"
-        cause = f"{type(error).__name__} {one_line(error)}{where}"  # a SyntaxError says itself where it is
+        where = (
+            ""
+            if isinstance(error, SyntaxError)
+            else f" ({os.path.basename(place.filename)}:{place.lineno})"
+        )
+        # a SyntaxError says itself where it is
+        cause = f"{type(error).__name__} {one_line(error)}{where}"
         raise EnvError(f"module {module!r} cannot be imported: {cause}") from error
 
 
@@ -220,7 +263,8 @@ def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
     make = functools.partial(gymnasium.make, disable_env_checker=True)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*with render_mode")  # `Gym.render` tells those who want pictures
+            # `Gym.render` tells those who want pictures
+            warnings.filterwarnings("ignore", "(?s).*with render_mode")
             try:
                 return make(name, **{"render_mode": "rgb_array"} | kwargs)
             except TypeError:  # a constructor that knows no render_mode

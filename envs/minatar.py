@@ -11,7 +11,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 from envs.base import Suite, unknown
 
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
-CONSTANT = ("random", "channels", "action_map")  # attributes of a game that are no part of its state
+# attributes of a game that are no part of its state
+CONSTANT = ("random", "channels", "action_map")
 PALETTE = np.array(  # one colour per plane; black where no plane is set
     [
         (0, 0, 0), (230, 230, 230), (240, 80, 60), (250, 170, 60), (70, 150, 230), (80, 200, 120),
@@ -25,18 +26,30 @@ PIXELS = 16  # of a rendered cell
 class MinAtar(Suite):
     """One game. Observation: `grid` bool (10, 10, C). `size` means nothing here.
 
-    sticky: chance that a frame repeats the action of the frame before. actions: the `minimal` set of this game or
-    `all` six. Difficulty ramps up as MinAtar has it. Freeway never ends but by its clock: that is a truncation.
+    sticky: chance that a frame repeats the action of the frame before. actions: the `minimal` set
+    of this game or `all` six. Difficulty ramps up as MinAtar has it. Freeway never ends but by its
+    clock: that is a truncation.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], repeat: int, sticky: float = 0.1, actions: str = "minimal"):
+    def __init__(
+        self,
+        name: str,
+        size: tuple[int, int],
+        repeat: int,
+        sticky: float = 0.1,
+        actions: str = "minimal",
+    ):
         if name not in GAMES:
             raise unknown("MinAtar game", name, GAMES)
         if actions not in ("minimal", "all"):
             raise unknown("minatar.actions", actions, ("minimal", "all"))
         self._repeat = repeat
         self.game = minatar.Environment(name, sticky_action_prob=sticky)
-        self.actions = self.game.minimal_action_set() if actions == "minimal" else list(range(self.game.num_actions()))
+        self.actions = (
+            self.game.minimal_action_set()
+            if actions == "minimal"
+            else list(range(self.game.num_actions()))
+        )
         self.action_space = Discrete(len(self.actions))
         self.observation_space = Dict(grid=Box(0, 1, tuple(self.game.state_shape()), np.bool_))
 
@@ -66,7 +79,9 @@ class MinAtar(Suite):
 
     def get_state(self) -> dict[str, Any]:
         return {
-            "game": {key: value for key, value in vars(self.game.env).items() if key not in CONSTANT},
+            "game": {
+                key: value for key, value in vars(self.game.env).items() if key not in CONSTANT
+            },
             "last_action": self.game.last_action,
             "random": self.game.random.get_state(legacy=False),
         }

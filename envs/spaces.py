@@ -32,9 +32,10 @@ class Layout(NamedTuple):
 def layout(space: gymnasium.Space) -> Layout | None:
     """Where height, width and channels of a picture are; None for a space that is none.
 
-    A picture is a Box with bounds [0, 255], or [0, 1] if of floats, of shape (H, W), (H, W, C), (C, H, W), or a stack
-    of N of these, (N, H, W, C) or (N, C, H, W), whose C is at most 4. Height and width are 8 or more, and channels
-    fewer than both; the channels of a stack come frame by frame.
+    A picture is a Box with bounds [0, 255], or [0, 1] if of floats, of shape (H, W), (H, W, C),
+    (C, H, W), or a stack of N of these, (N, H, W, C) or (N, C, H, W), whose C is at most 4. Height
+    and width are 8 or more, and channels fewer than both; the channels of a stack come frame by
+    frame.
     """
     if not isinstance(space, Box) or space.dtype.kind not in "iuf":
         return None
@@ -65,15 +66,18 @@ def readable(space: gymnasium.Space) -> bool:
 
 
 def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box, Reader]:
-    """-> the agent's space of one readable leaf, and the function from the environment's value to the agent's.
+    """-> the agent's space of one readable leaf, and the function from the environment's value to
+    the agent's.
 
-    size: height and width that pictures get. The function raises EnvError, naming `key`, for a value that is not of the
-    space, and BadValue for a NaN in a picture; vectors it leaves to `Env` to check. Raises EnvError for a space without
-    entries, or too large.
+    size: height and width that pictures get. The function raises EnvError, naming `key`, for a
+    value that is not of the space, and BadValue for a NaN in a picture; vectors it leaves to `Env`
+    to check. Raises EnvError for a space without entries, or too large.
     """
     width = gymnasium.spaces.flatdim(space)
     if width == 0:
-        raise EnvError(f"observation {key!r} is {one_line(space)}, which is empty (docs/own_environment.md)")
+        raise EnvError(
+            f"observation {key!r} is {one_line(space)}, which is empty (docs/own_environment.md)"
+        )
     if found := layout(space):
         box = Box(0, 255, (*size, found.shape[2]), np.uint8)
         return box, functools.partial(_read_picture, key, space, found, size)
@@ -82,13 +86,13 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
         return box, functools.partial(_read_grid, key, space)
     if width > LARGEST:
         raise EnvError(
-            f"observation {key!r} is {one_line(space)}, {width} numbers, of which a vector can have {LARGEST}: make it "
-            "smaller in a wrapper (docs/own_environment.md)"
+            f"observation {key!r} is {one_line(space)}, {width} numbers, of which a vector can have"
+            f" {LARGEST}: make it smaller in a wrapper (docs/own_environment.md)"
         )
     if width >= LONG and len(space.shape) > 1:
         warnings.warn(
-            f"observation {key!r} is {one_line(space)}, by its bounds or shape no picture: read as a vector of {width} "
-            "numbers (docs/own_environment.md)",
+            f"observation {key!r} is {one_line(space)}, by its bounds or shape no picture: read as"
+            f" a vector of {width} numbers (docs/own_environment.md)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -98,20 +102,24 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
     return box, functools.partial(_read_vector, key, space)
 
 
-def _read_picture(key: str, space: Box, found: Layout, size: tuple[int, int], value: Any) -> np.ndarray:
+def _read_picture(
+    key: str, space: Box, found: Layout, size: tuple[int, int], value: Any
+) -> np.ndarray:
     """-> uint8 (*size, C)"""
     array = _array(key, space, value)
     top = float(space.high.flat[0])
     if array.dtype != np.uint8 or top != 255:
         if array.dtype.kind == "b" or (array.dtype.kind == "f" and space.dtype.kind != "f"):
             raise EnvError(
-                f"observation {key!r} is {array.dtype}, its space says {space.dtype}: return {space.dtype}, or declare "
-                "the space as floats, Box(0, 1, shape, np.float32)"
+                f"observation {key!r} is {array.dtype}, its space says {space.dtype}: return"
+                f" {space.dtype}, or declare the space as floats, Box(0, 1, shape, np.float32)"
             )
         low, high = array.min(), array.max()
         check_finite(f"observation {key!r}", np.array([low, high]))  # a NaN is both
         if low < -SLACK * top or high > top + SLACK * top:
-            raise EnvError(f"observation {key!r} has values in [{low}, {high}], its space says [0, {top:g}]")
+            raise EnvError(
+                f"observation {key!r} has values in [{low}, {high}], its space says [0, {top:g}]"
+            )
         array = np.rint(np.clip(array, 0, top) * (255 / top)).astype(np.uint8)
     return resize(array.transpose(found.axes).reshape(found.shape), size)
 
@@ -127,7 +135,11 @@ def _read_grid(key: str, space: Box, value: Any) -> np.ndarray:
 def _read_choice(key: str, space: Discrete, value: Any) -> np.ndarray:
     """-> one-hot (n,)"""
     array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind not in "iu" or not 0 <= int(array.item()) - space.start < space.n:
+    if (
+        array.size != 1
+        or array.dtype.kind not in "iu"
+        or not 0 <= int(array.item()) - space.start < space.n
+    ):
         raise EnvError(f"observation {key!r} is {one_line(repr(value))}, its space says {space}")
     one_hot = np.zeros(space.n, np.float32)
     one_hot[int(array.item()) - space.start] = 1
@@ -149,7 +161,9 @@ def _array(key: str, space: gymnasium.Space, value: Any) -> np.ndarray:
     except (TypeError, ValueError):  # lists of unequal lengths
         array = np.empty((), object)
     if array.dtype.kind not in "biuf":
-        raise EnvError(f"observation {key!r} is {one_line(repr(value))}, its space says {one_line(space)}")
+        raise EnvError(
+            f"observation {key!r} is {one_line(repr(value))}, its space says {one_line(space)}"
+        )
     if array.shape != space.shape:
         raise EnvError(f"observation {key!r} has shape {array.shape}, its space says {space.shape}")
     return array
