@@ -229,7 +229,7 @@ def summary(run: Run, argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal after a signal."""
+    """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal."""
     if not argv or "--help" in argv or "-h" in argv:
         print(
             tools.help_text(__doc__.replace("python dreamer.py", " ".join(app.command("dreamer"))))

@@ -3,8 +3,7 @@ the data support.
 
     python run_comparison.py --steps 50000 --seeds 3        train, then report
     python run_comparison.py --from FOLDER [FOLDER ...]     report on runs that exist
-    python run_comparison.py --paired-offline FOLDER        compare world models on the same
-    recorded episodes
+    python run_comparison.py --paired-offline FOLDER        world models on the same episodes
 
 The same command again continues: finished runs are kept, interrupted ones resume, failed ones get
 another try.
@@ -112,11 +111,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
             given, like = values.pop(key), default
             if isinstance(default, list):
                 given, like = given if isinstance(given, list) else [given], default or [""]
-            options[key] = (
-                True
-                if given is True and default is False
-                else tools.coerce(key, given, like, sentence)
-            )
+            switched_on = given is True and default is False
+            options[key] = switched_on or tools.coerce(key, given, like, sentence)
     if options["from"] and options["paired_offline"]:
         raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
     known = tools.load_config([], {}).flat()
@@ -131,9 +127,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
 
 
 def seeds(options: SimpleNamespace) -> list[int]:
-    found = [tools.coerce("seed_list", x, 0, "At least 0.") for x in options.seed_list] or list(
-        range(options.seeds)
-    )
+    found = [tools.coerce("seed_list", x, 0, "At least 0.") for x in options.seed_list]
+    found = found or list(range(options.seeds))
     if len(set(found)) < len(found):
         raise ConfigError(f"--seed-list names a seed twice: {' '.join(map(str, found))}")
     return found
@@ -215,31 +210,20 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
 
 def command(plan: Plan, task: str, model: str, seed: int, folder: Path) -> list[str]:
     """What dreamer.py and a paired-offline job have in common."""
-    words = [
-        "--configs",
-        *plan.stacks[task, model],
-        "--task",
-        task,
-        "--seed",
-        str(seed),
-        "--logdir",
-        str(folder),
-    ]
+    words = ["--configs", *plan.stacks[task, model], "--task", task]
+    words += ["--seed", str(seed), "--logdir", str(folder)]
     for key, value in plan.values.items():
         words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 
 def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
-    """Bring all runs to their ends. -> the signal that stopped it, or 0; what there is to report."""
+    """Run all jobs. -> the signal that stopped it, or 0; what there is to report."""
     jobs = []
     for seed, task, model in itertools.product(seeds(options), options.task, options.models):
         home, steps = folder / task / model / str(seed), plan.configs[task, model].steps
-        words = [
-            sys.executable,
-            str(app.ROOT / "dreamer.py"),
-            *command(plan, task, model, seed, home),
-        ]
+        words = [sys.executable, str(app.ROOT / "dreamer.py")]
+        words += command(plan, task, model, seed, home)
         done = functools.partial(runs.finished, home, steps)
         jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, {"model": model}))
     signum, failed = run(jobs, options, plan, folder)
@@ -267,23 +251,17 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
             f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates"
         )
     signum, failed = run(list(jobs.values()), options, plan, folder)
-    whole = [
-        seed
-        for seed in seeds(options)
-        if all(jobs[model, seed].finished() for model in options.models)
-    ]
-    results = {
-        model: [offline.read(jobs[model, seed].folder) for seed in whole]
-        for model in options.models
-    }
-    note = " ".join(
-        [
-            heldout.NOTE,
-            *([probes.NOTE] if probes.possible(plan.configs[task, options.models[0]]) else []),
-        ]
-    )
-    about = {"sceptic": heldout.SCEPTIC, "note": note, "task": task, "sources": sources}
-    found = summary.paired(results, about) if whole else None
+    results = {model: [] for model in options.models}
+    for seed in seeds(options):
+        of_seed = [jobs[model, seed] for model in options.models]
+        if all(job.finished() for job in of_seed):
+            for job, model in zip(of_seed, options.models, strict=True):
+                results[model].append(offline.read(job.folder))
+    note = heldout.NOTE
+    if probes.possible(plan.configs[task, options.models[0]]):
+        note += f" {probes.NOTE}"
+    about = {"sceptic": heldout.BASELINE, "note": note, "task": task, "sources": sources}
+    found = summary.paired(results, about) if any(results.values()) else None
     return signum, Content(options.models, [], plan.capacity, task, plan.differences, failed, found)
 
 
@@ -293,11 +271,11 @@ def run(
     """-> the signal that stopped it, or 0; what failed."""
     backend = make_backend(options, plan.configs[options.task[0], options.models[0]].device, folder)
     signum = Matrix(jobs, backend, Console()).run()
-    return signum, [
-        {"name": x.name, "reason": x.reason, "log": x.last_lines()}
-        for x in jobs
-        if x.state == "failed"
-    ]
+    failed = []
+    for job in jobs:
+        if job.state == "failed":
+            failed.append({"name": job.name, "reason": job.reason, "log": job.last_lines()})
+    return signum, failed
 
 
 def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
@@ -316,7 +294,7 @@ def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
 def refuse(differing: fairness.Differences, options: SimpleNamespace) -> None:
     if differing and not options.allow_differences:
         raise ConfigError(
-            f"the configs differ in more than the latent state: {fairness.told(differing)}; "
+            f"the configs differ in more than the latent state: {fairness.describe(differing)}; "
             "make them the same, or add --allow-differences and the report records it"
         )
 

@@ -44,7 +44,7 @@ def batch(config: tools.Config) -> dict[str, torch.Tensor]:
 
 
 def check(kind: str, folder: Path) -> str:
-    """Shapes, updates, a checkpoint round trip and a dream of one latent state. -> what was seen."""
+    """Shapes, updates, a checkpoint and an imagined rollout of one latent state. -> a line."""
     config = tools.load_config(["debug"], {"dynamics.type": kind})
     agents = [models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config) for _ in range(2)]
     for agent in agents:

@@ -3,7 +3,8 @@
 An application: it may use ``comparison`` (runs, statistics, parts of pages), never the other way
 round.
 
-    offline.py     a world model trained on recorded episodes: a job of ``run_comparison.py
-    --paired-offline`` heldout.py     its predictions of other episodes, beside what can be said
-    without a model probes.py      what its features hold of an Atari console's memory
+    offline.py     trains a world model on recorded episodes (``run_comparison.py
+                   --paired-offline``)
+    heldout.py     its predictions of other episodes, beside a baseline without a model
+    probes.py      what its features hold of an Atari console's memory
 """

@@ -122,7 +122,7 @@ class Process:
 
 
 class Local:
-    """Jobs share the cores, and the GPUs if the device is not the CPU: at most ``per_gpu`` on each."""
+    """Jobs share the cores, and the GPUs unless the device is the CPU: ``per_gpu`` on each."""
 
     def __init__(self, jobs: int, device: str, per_gpu: int):
         cores = len(os.sched_getaffinity(0))

@@ -21,12 +21,27 @@ STYLES = ("-", "--", ":", "-.")  # of levels, coarse -> fine
 WIDTH, HEIGHT = 4.6, 2.7  # inches
 SOFT = "#8a8f98"
 LOOK = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "axes.labelcolor": "#444a55",
-    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": "#e7e9ee", "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT,
-    "xtick.labelcolor": "#444a55", "ytick.labelcolor": "#444a55", "font.size": 9, "legend.frameon": False,
-    "svg.fonttype": "none", "svg.hashsalt": "hidreamer", "figure.constrained_layout.use": True,
-}  # fmt: skip
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": "#444a55",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e7e9ee",
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": "#444a55",
+    "ytick.labelcolor": "#444a55",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hidreamer",
+    "figure.constrained_layout.use": True,
+}
 
 
 def colours(models: list[str]) -> dict[str, str]:
@@ -115,7 +130,6 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         (0.995, facts["random_play"]),
         (0, 2),
         xycoords=("axes fraction", "data"),
-        # fmt: skip
         textcoords="offset points",
         ha="right",
         va="bottom",
@@ -132,11 +146,8 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     """When each run reached the threshold; an open triangle at the edge is one that never did."""
     facts = summary["tasks"][task]
     for i, (model, colour) in enumerate(colours(summary["models"]).items()):
-        rows = [
-            r
-            for r in summary["runs"]
-            if (r["task"], r["model"], r["status"]) == (task, model, "complete")
-        ]
+        key = (task, model, "complete")
+        rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == key]
         times = np.array(
             [r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float
         )
@@ -217,9 +228,10 @@ def profiles(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 def level_kinds(summary: Mapping[str, Any]) -> list[str]:
     """Which per-level figures the runs logged: "kl", "perplexity"."""
-    return sorted(
-        {name.rpartition("_")[0] for found in summary["levels"].values() for name in found}
-    )
+    kinds = set()
+    for found in summary["levels"].values():
+        kinds |= {name.rpartition("_")[0] for name in found}
+    return sorted(kinds)
 
 
 def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:

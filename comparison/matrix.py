@@ -39,7 +39,7 @@ COLOURS = {
 
 @dataclass
 class Job:
-    """One process to be brought to its end. ``unit``: what its steps count, "frames" or "updates"."""
+    """One process to run to its end. ``unit``: what its steps count, "frames" or "updates"."""
 
     name: str
     command: list[str]

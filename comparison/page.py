@@ -113,29 +113,15 @@ def fairness_section(report: Report) -> Section:
     }
     rows |= {label: key for key, label in fairness.COSTS.items()}
     base = next(iter(known.values()), {})
-    value = lambda column, key: column.get(key, column.get("parts", {}).get(key))
-
-    def cell(column: Mapping[str, Any], key: str) -> str:
-        x, first = value(column, key), value(base, key)
-        if x is None:
-            return "–"
-        shown = {
-            "flops": lambda: f"{x / 1e9:.3g} G",
-            "peak_mb": lambda: f"{x:,.0f} MB",
-            "updates_per_s": lambda: number(x),
-        }
-        ratio = f" ({x / first:.3f})" if column is not base and first and x != first else ""
-        return shown.get(key, lambda: f"{x:,.0f}")() + ratio
-
-    rows = {
-        label: key
-        for label, key in rows.items()
-        if any(value(x, key) is not None for x in known.values())
-    }
-    cells = [
-        [label, *(cell(column, key) for column in known.values())] for label, key in rows.items()
-    ]
-    medians = "; updates/s and memory are medians over the runs" if "updates/s" in rows else ""
+    cells = []
+    for label, key in rows.items():
+        values = [capacity(column, key) for column in known.values()]
+        if any(value is not None for value in values):
+            first = capacity(base, key)
+            cells.append([label, *(capacity_cell(key, value, first) for value in values)])
+    medians = ""
+    if any(label == "updates/s" for label, *_ in cells):
+        medians = "; updates/s and memory are medians over the runs"
     note = f"Counted on {report['counted_on']}{medians}. In brackets: the ratio to the first model."
     section = Section(
         "Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else []
@@ -144,16 +130,32 @@ def fairness_section(report: Report) -> Section:
         f"{m}: {c['error']}" for m, c in columns.items() if "error" in c
     ]
     if report["differences"]:
-        told = [[key, fairness.told({key: by})] for key, by in report["differences"].items()]
-        section.tables.append(
-            Table(
-                ["config key", "differs besides the latent state (allowed on the command line)"],
-                told,
-            )
-        )
+        header = ["config key", "differs besides the latent state (allowed on the command line)"]
+        rows = [[key, fairness.describe({key: by})] for key, by in report["differences"].items()]
+        section.tables.append(Table(header, rows))
     elif report["runs"] or report["offline"]:
         section.text.append("The configs are the same in everything but the latent state.")
     return section
+
+
+def capacity(column: Mapping[str, Any], key: str) -> float | None:
+    """A number of the capacity table: of the model, or of one of its parts."""
+    return column.get(key, column.get("parts", {}).get(key))
+
+
+def capacity_cell(key: str, x: float | None, first: float | None) -> str:
+    """The number as text, with its ratio to the first model's where they differ."""
+    if x is None:
+        return "–"
+    if key == "flops":
+        text = f"{x / 1e9:.3g} G"
+    elif key == "peak_mb":
+        text = f"{x:,.0f} MB"
+    elif key == "updates_per_s":
+        text = number(x)
+    else:
+        text = f"{x:,.0f}"
+    return text + (f" ({x / first:.3f})" if first and x != first else "")
 
 
 def provenance(report: Report) -> Section:
@@ -204,14 +206,10 @@ def failures(report: Report) -> Section | None:
     unfinished = [row for row in report["runs"] if row["status"] != "complete"]
     if not unfinished and not report["failed"]:
         return None
-    rows = [
-        [
-            f"{r['task']}/{r['model']}/{r['seed']}",
-            r["status"],
-            f"{r['steps']:,} of {r['steps_asked']:,}",
-        ]
-        for r in unfinished
-    ]
+    rows = []
+    for row in unfinished:
+        name = f"{row['task']}/{row['model']}/{row['seed']}"
+        rows.append([name, row["status"], f"{row['steps']:,} of {row['steps_asked']:,}"])
     section = Section(
         "What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else []
     )
@@ -222,27 +220,14 @@ def failures(report: Report) -> Section | None:
 
 
 def runs(report: Report) -> Section:
-    header = [
-        "run",
-        "status",
-        "frames",
-        "final return",
-        "normalised",
-        "area",
-        "last evaluation",
-        "frames/s",
-        "updates/s",
-    ]
-    header += ["wall time", "memory", "config", "commit"]
+    header = ["run", "status", "frames", "final return", "normalised", "area", "last evaluation"]
+    header += ["frames/s", "updates/s", "wall time", "memory", "config", "commit"]
     rows = []
     for r in report["runs"]:
         last = r["eval_returns"][-1][1] if r["eval_returns"] else None
         wall = f"{r['wall_s'] / 60:,.1f} min" if r["wall_s"] else "–"
-        cells = [
-            r["status"],
-            f"{r['steps']:,}",
-            *map(number, (r["final_return"], r["normalised"], r["area"], last)),
-        ]
+        cells = [r["status"], f"{r['steps']:,}", number(r["final_return"])]
+        cells += [number(r["normalised"]), number(r["area"]), number(last)]
         cells += [number(r["frames_per_s"]), number(r["updates_per_s"]), wall]
         cells += [f"{r['peak_mb']:,.0f} MB" if r["peak_mb"] else "–", r["config_hash"], r["commit"]]
         rows.append([f"{r['task']}/{r['model']}/{r['seed']}", *cells])
@@ -283,7 +268,9 @@ def aggregate(report: Report) -> Section | None:
     if not found:
         return None
     names = list(next(iter(found.values())))
-    rows = [[name, *(estimate(by[name]) for by in found.values())] for name in names]
+    rows = []
+    for name in names:
+        rows.append([name, *(estimate(by[name]) for by in found.values())])
     better = {
         model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()
     }
@@ -310,26 +297,22 @@ def speed(report: Report) -> Section | None:
     for task in timed:
         facts, steps = report["tasks"][task], report["tasks"][task]["steps"]
         for model, entry in report["per_task"][task].items():
-            rows.append(
-                [
-                    f"{task}, {model}",
-                    f"{entry['reached']} of {entry['runs']}",
-                    median(entry["steps_to"], steps),
-                ]
-            )
+            reached = f"{entry['reached']} of {entry['runs']}"
+            rows.append([f"{task}, {model}", reached, median(entry["steps_to"], steps)])
         rows[-len(report["per_task"][task])][0] += f" (threshold {number(facts['threshold'])})"
     text = [
         "Frames until a part of the run first averages the threshold, half way from random play to"
         " the mean final return of all runs. An open triangle at the edge is a run that never"
         " reached it: all that is known is that it takes longer."
     ]
-    draw = lambda task: figures.picture(
-        lambda ax: figures.reaching(ax, report, task), 0.9 + 0.35 * len(report["models"])
-    )
+    drawings = []
+    for task in timed:
+        draw = functools.partial(figures.reaching, summary=report, task=task)
+        drawings.append(figures.picture(draw, 0.9 + 0.35 * len(report["models"])))
     return Section(
         "Steps to the threshold",
         text,
-        figures=list(map(draw, timed)),
+        figures=drawings,
         tables=[Table(["", "runs that reached it", "median frames"], rows)],
     )
 
@@ -349,40 +332,18 @@ def tasks(report: Report) -> Section:
             difference = entry.get("difference")
             shown = "" if difference is None else estimate(difference, sign=True)
             normal = number(entry["normalised"]) + (" human" if human else "")
-            rows.append(
-                [
-                    f"{task}, {model}",
-                    str(entry["runs"]),
-                    estimate(entry["final"]),
-                    normal,
-                    estimate(entry["last_evaluation"]),
-                    shown,
-                ]
-            )
-        chance = report["tasks"][task]["random_play"]
-        rows.append(
-            [
-                f"{task}, random play",
-                f"{report['tasks'][task]['random_episodes']} episodes",
-                number(chance),
-                "",
-                "",
-                "",
-            ]
-        )
-    header = [
-        "",
-        "runs",
-        "final return",
-        "normalised",
-        "last evaluation",
-        f"normalised, minus {base}",
-    ]
+            cells = [str(entry["runs"]), estimate(entry["final"]), normal]
+            cells += [estimate(entry["last_evaluation"]), shown]
+            rows.append([f"{task}, {model}", *cells])
+        facts = report["tasks"][task]
+        cells = [f"{facts['random_episodes']} episodes", number(facts["random_play"]), "", "", ""]
+        rows.append([f"{task}, random play", *cells])
+    header = ["", "runs", "final return", "normalised", "last evaluation"]
+    header += [f"normalised, minus {base}"]
     note = (
         "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not"
-        " corrected for the number "
+        " corrected for the number of tasks: not claims."
     )
-    note += "of tasks: not claims."
     return Section("Task by task", tables=[Table(header, rows, note)])
 
 
@@ -390,15 +351,13 @@ def levels(report: Report) -> Section | None:
     kinds = figures.level_kinds(report)
     if not kinds:
         return None
-    rows = [
-        [f"{model}, {name}", estimate(entry["last"])]
-        for model, found in report["levels"].items()
-        for name, entry in found.items()
-    ]
-    drawings = [
-        figures.picture(lambda ax, kind=kind: figures.level_curves(ax, report, kind))
-        for kind in kinds
-    ]
+    rows, drawings = [], []
+    for model, found in report["levels"].items():
+        for name, entry in found.items():
+            rows.append([f"{model}, {name}", estimate(entry["last"])])
+    for kind in kinds:
+        draw = functools.partial(figures.level_curves, summary=report, kind=kind)
+        drawings.append(figures.picture(draw))
     text = [
         "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its"
         " prior, before free bits."
@@ -415,13 +374,9 @@ def offline(report: Report) -> Section:
     for name, metric in found["metrics"].items():
         cells = [number(metric["values"][base])]
         for model in others:
-            cells += [
-                number(metric["values"][model]),
-                estimate(
-                    dict(zip(("value", "low", "high"), metric["differences"][model], strict=True)),
-                    sign=True,
-                ),
-            ]
+            value, low, high = metric["differences"][model]
+            difference = {"value": value, "low": low, "high": high}
+            cells += [number(metric["values"][model]), estimate(difference, sign=True)]
         rows.append([name, number(metric["sceptic"]), *cells])
     header = ["", found["sceptic"], base]
     for model in others:

@@ -82,13 +82,12 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
 
 
 def finished(folder: Path, steps: int) -> bool:
-    """Whether the run's checkpoint, read whole, says that ``steps`` frames are done and evaluated."""
+    """Whether the run's checkpoint, read whole, has ``steps`` frames done and evaluated."""
     try:
-        counters = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))[
-            "counters"
-        ]
+        state = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))
     except CheckpointError:
         return False
+    counters = state["counters"]
     return counters["step"] >= steps and counters["evaluated"] == counters["step"]
 
 
@@ -97,10 +96,9 @@ def read(folder: Path) -> Run:
     its log is.
     """
     config = saved_config(folder)
-    if missing := [
-        key for key in ("steps", "log_every", "task", "seed", "dynamics.type") if key not in config
-    ]:
-        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {missing[0]!r}")
+    for key in ("steps", "log_every", "task", "seed", "dynamics.type"):
+        if key not in config:
+            raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {key!r}")
     steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0
@@ -110,16 +108,14 @@ def read(folder: Path) -> Run:
             # null, or NaN in older logs: there was no number
             if value is not None and math.isfinite(value):
                 values.setdefault(name, []).append((step, value))
-    whole = (
-        finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
-    )
-    starts = records(folder / STARTS)
-    start = {key: value for facts in starts for key, value in facts.items()}
-    start |= {
-        key: ", ".join(dict.fromkeys(x[key] for x in starts if key in x))
-        for key in start
-        if key in SEVERAL
-    }
+    whole = step > steps - log_every
+    if (folder / "checkpoints").exists():
+        whole = finished(folder, steps)
+    starts, start = records(folder / STARTS), {}
+    for facts in starts:
+        start |= facts
+    for key in SEVERAL & start.keys():
+        start[key] = ", ".join(dict.fromkeys(x[key] for x in starts if key in x))
     series = {name: np.array(pairs, float) for name, pairs in values.items()}
     return Run(folder, start.get("model", ""), config, start, step, whole, series)
 
@@ -153,17 +149,18 @@ def name_models(runs: list[Run]) -> list[Run]:
     """Runs that no comparison started are named after their latent state, and its settings where
     two share a type.
     """
-    block = lambda run: config_hash(
-        {k: v for k, v in run.config.items() if k.startswith("dynamics.")}
-    )
+
+    def latent_hash(run: Run) -> str:
+        return config_hash({k: v for k, v in run.config.items() if k.startswith("dynamics.")})
+
     kinds: dict[str, set[str]] = {}
     for run in runs:
         if not run.model:
-            kinds.setdefault(run.config["dynamics.type"], set()).add(block(run))
+            kinds.setdefault(run.config["dynamics.type"], set()).add(latent_hash(run))
 
     def name(run: Run) -> str:
         kind = run.config["dynamics.type"]
-        return run.model or (kind if len(kinds[kind]) == 1 else f"{kind}-{block(run)[:4]}")
+        return run.model or (kind if len(kinds[kind]) == 1 else f"{kind}-{latent_hash(run)[:4]}")
 
     return [replace(run, model=name(run)) for run in runs]
 

@@ -240,9 +240,9 @@ def least(x: Scores, y: Scores) -> float:
     )
 
 
-def seeds_for(detectable: float, wanted: float, seeds: int) -> int:
-    """About how many seeds would show a difference of ``wanted``, if that many show ``detectable``."""
-    return math.ceil(seeds * (detectable / wanted) ** 2)
+def seeds_for(detectable: float, target: float, seeds: int) -> int:
+    """About how many seeds show a difference of ``target``, if that many show ``detectable``."""
+    return math.ceil(seeds * (detectable / target) ** 2)
 
 
 def two_way(differences: np.ndarray) -> tuple[float, float | None, float | None]:

@@ -182,7 +182,7 @@ class Gym(Suite):
     def _chosen(
         self, leaves: dict[str, gymnasium.Space], pattern: str
     ) -> dict[str, gymnasium.Space]:
-        """Those whose key matches. Raises EnvError where there is none, or one that cannot be read."""
+        """Those whose key matches. Raises EnvError for none, or one that cannot be read."""
         try:
             chosen = {key: leaf for key, leaf in leaves.items() if re.fullmatch(pattern, str(key))}
         except re.error as error:
