@@ -1,9 +1,8 @@
 """Updates of several presets in turn in one process, as ratios to the first; beside
 dreamerv3-torch if it is at hand.
 
-    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer [--upstream FOLDER]
-    [--device auto]
-        [--repeats 7] [--out F]
+    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer
+        [--upstream FOLDER] [--device auto] [--repeats 7] [--out F]
 
 FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's
 sizes. Images of 64x64, 6 actions, random data. Kernels and FLOPs are counted of the eager update;
@@ -19,7 +18,7 @@ import contextlib
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +50,8 @@ class Measured(NamedTuple):
 
 
 def counts(update: Callable[[], object]) -> dict[str, int]:
-    update(), update()  # the first one allocates the optimisers' states
+    for _ in range(2):  # the first one allocates the optimisers' states
+        update()
     return cost.operators(update) | {"flops": cost.flops(update)}
 
 
@@ -79,7 +79,7 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
 
 
 @contextlib.contextmanager
-def importing(folder: Path):
+def importing(folder: Path) -> Iterator[None]:
     """Their modules have the names of ours: hide ours while theirs are imported."""
     hidden = {
         name: sys.modules.pop(name)
@@ -125,18 +125,17 @@ def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measur
     world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options).to(device)
     behavior = theirs.ImagBehavior(options, world).to(device)
     # their update turns gradients on where it needs them
-    world.requires_grad_(False), behavior.requires_grad_(False)
+    for module in (world, behavior):
+        module.requires_grad_(False)
     rows = random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
     batch = {"action": rows.pop("prev_action"), **rows}
 
-    def update():
+    def reward(feat, state, action) -> torch.Tensor:
+        return world.heads["reward"](world.dynamics.get_feat(state)).mode()
+
+    def update() -> None:
         post, _, _ = world._train(batch)
-        behavior._train(
-            post,
-            lambda feat, state, action: world.heads["reward"](
-                world.dynamics.get_feat(state)
-            ).mode(),
-        )
+        behavior._train(post, reward)
 
     return Measured(counts(update), update)
 
@@ -198,23 +197,15 @@ def main() -> int:
         for _ in range(5 if cuda else 1):  # compilation, warming up, recording
             fn()
     times = measure.interleaved(fns, args.repeats, cuda)
-    report["updates"] = {
-        name: (
-            one.counts
-            | {
-                f"{unit}_s": measure.median([t[i] for t in times[name]])
-                for i, unit in enumerate(("cpu", "wall"))
-            }
+    report["updates"] = {}
+    for name, one in all_of.items():
+        found = report["updates"][name] = dict(one.counts)
+        for i, unit in enumerate(("cpu", "wall")):
+            found[f"{unit}_s"] = measure.median([t[i] for t in times[name]])
+        for i, unit in enumerate(("cpu", "wall")):
             # Of one round each: what slows the machine slows both.
-            | {
-                f"{unit}_ratio": measure.median(
-                    [a[i] / b[i] for a, b in zip(times[name], times[first], strict=True)]
-                )
-                for i, unit in enumerate(("cpu", "wall"))
-            }
-        )
-        for name, one in all_of.items()
-    }
+            ratios = [a[i] / b[i] for a, b in zip(times[name], times[first], strict=True)]
+            found[f"{unit}_ratio"] = measure.median(ratios)
     for name, one in all_of.items():
         if one.dream:
             ms = [1000 * wall / one.horizon for _, wall in times[f"{name}, dream"]]

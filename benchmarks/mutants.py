@@ -1,8 +1,9 @@
 """Would the tests notice? One-line faults in the core's maths, each put into a copy of the tree
 and run against tests.
 
-    python benchmarks/mutants.py [NAME ...] [--out FILE.json]      # all of them, or those whose
-    name contains a NAME
+    python benchmarks/mutants.py [NAME ...] [--out FILE.json]
+
+NAME: only those whose name contains it; otherwise all.
 
 Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests
 fail without any.
@@ -92,6 +93,11 @@ def load(path: Path) -> list[Mutant]:
     return found
 
 
+def matches(mutant: Mutant, parts: Sequence[str]) -> bool:
+    """Whether its name contains one of ``parts``."""
+    return any(part in mutant.name for part in parts)
+
+
 def copy_tree(folder: Path) -> None:
     """What the tests need, into ``folder``."""
     for pattern in NEEDED:
@@ -144,10 +150,8 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         # No bytecode: it is told apart by second and size, and two mutants may share both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
-        sys.path[:] = [
-            str(folder),
-            *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT)),
-        ]
+        others = [path for path in sys.path if Path(path).resolve() not in (HERE, ROOT)]
+        sys.path[:] = [str(folder), *others]
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
         status = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *files]))
         sys.stdout.flush()
@@ -197,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    chosen = [m for m in listed if not args.names or any(part in m.name for part in args.names)]
+    chosen = listed
+    if args.names:
+        chosen = [mutant for mutant in listed if matches(mutant, args.names)]
     if not chosen:
         print(f"error: no mutant's name contains {' or '.join(args.names)}", file=sys.stderr)
         return 2
@@ -220,11 +226,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'SURVIVED' if survives else 'killed':<9} {mutant.name:<44} {by}", flush=True)
             survivors += [mutant.name] if survives else []
             noticed[mutant.name] = by
-    told = {"tried": len(chosen), "killed": len(chosen) - len(survivors), "survived": survivors}
-    told["seconds"] = round(time.monotonic() - start)
+    report = {"tried": len(chosen), "killed": len(chosen) - len(survivors), "survived": survivors}
+    report["seconds"] = round(time.monotonic() - start)
     if args.out:
-        args.out.write_text(json.dumps(told | {"noticed_by": noticed}, indent=1) + "\n")
-    print(json.dumps(told))
+        args.out.write_text(json.dumps(report | {"noticed_by": noticed}, indent=1) + "\n")
+    print(json.dumps(report))
     return int(bool(survivors))
 
 

@@ -68,10 +68,8 @@ def _composed(
             " translate it in a wrapper (docs/own_environment.md)"
         )
     if boxes:
-        low, high = (
-            np.concatenate([getattr(agent, side) for agent in agents]) for side in ("low", "high")
-        )
-        agent = Box(low, high)
+        low = np.concatenate([box.low for box in agents])
+        agent = Box(low, np.concatenate([box.high for box in agents]))
     else:
         agent = MultiDiscrete(np.concatenate([_sizes(agent) for agent in agents]))
     ends = np.cumsum([width for _, width, _ in parts])[:-1]

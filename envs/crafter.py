@@ -24,8 +24,9 @@ class Crafter(Suite):
     end by truncation, death is a real end.
     """
 
-    log_keys = tuple(
-        f"log_{kind}_{name}" for kind in ("achievement", "success") for name in ACHIEVEMENTS
+    log_keys = (
+        *(f"log_achievement_{name}" for name in ACHIEVEMENTS),
+        *(f"log_success_{name}" for name in ACHIEVEMENTS),
     )
 
     def __init__(self, name: str, size: tuple[int, int], repeat: int):

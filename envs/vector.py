@@ -96,18 +96,19 @@ class Envs:
             )
         for index, worker in enumerate(self._workers):
             worker.send("reset") if resets[index] else worker.send("step", action[index])
-        # all, before any is judged: none may stay in its pipe
+        # All replies before any is examined: none may stay in its pipe.
         replies = [worker.answer() for worker in self._workers]
         self._outputs = [
             self._settle(index, reply, resets[index]) for index, reply in enumerate(replies)
         ]
-        return {
-            key: np.stack([output[key] for output in self._outputs]) for key in self._outputs[0]
-        }
+        stacked = {}
+        for key in self._outputs[0]:
+            stacked[key] = np.stack([output[key] for output in self._outputs])
+        return stacked
 
     def state(self) -> list[dict[str, Any] | None]:
-        """What `load_state` needs to go on exactly from here; None for an environment that cannot
-        tell.
+        """What `load_state` needs to continue exactly from here; None for an environment that
+        cannot save its state.
         """
         for worker in self._workers:
             worker.send("get_state")
@@ -126,7 +127,7 @@ class Envs:
         return states
 
     def load_state(self, states: list[dict[str, Any] | None]) -> np.ndarray:
-        """-> bool (count,): which environments go on from their state. The others start anew at
+        """-> bool (count,): which environments continue from their state. The others start anew at
         the next step.
         """
         if len(states) != self.count:
@@ -159,8 +160,8 @@ class Envs:
         return reply
 
     def summary(self, episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """What the suite says of several episodes together, such as Crafter's score; most suites
-        say nothing.
+        """The suite's metrics of several episodes together, such as Crafter's score; most suites
+        have none.
 
         episodes: for each the sums over it of all `log_keys`. -> names without a prefix, and their
         values.

@@ -29,9 +29,9 @@ class EpisodeError(ValueError):
     fault.
     """
 
-    def __init__(self, told: str, kind: str = ""):
-        super().__init__(told)
-        self.kind = kind or told
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind or message
 
 
 class Episodes:
@@ -42,7 +42,7 @@ class Episodes:
     the observations.
     An episode longer than its stream's capacity loses its oldest rows. The archive's comment names
     the run, so that only its own files are ever deleted: those written after the checkpoint that
-    it goes on from and, without ``keep``, those whose rows have left the replay.
+    it continues from and, without ``keep``, those whose rows have left the replay.
     """
 
     def __init__(self, folder: Path, streams: int, keep: bool = True):
@@ -121,11 +121,8 @@ class Episodes:
         tails = [
             self._running_rows(replay.spec, running, i, n) for i, n in enumerate(state["running"])
         ]
-        self.count, self.running, self.run = (
-            state["count"],
-            list(state["running"]),
-            state.get("run", ""),
-        )
+        self.count, self.running = state["count"], list(state["running"])
+        self.run = state.get("run", "")
         for path in self.folder.iterdir():
             match = OURS.fullmatch(path.name.removesuffix(".tmp"))
             if (
@@ -155,7 +152,7 @@ class Episodes:
         fall back on.
 
         Without ``keep`` this deletes the files that neither names: a run that is killed here or at
-        any other moment finds all that it goes on from.
+        any other moment finds all that it continues from.
         """
         self.needed = [*self.needed[-1:], names(state)]
         if not self.keep:
@@ -207,15 +204,18 @@ class Episodes:
 
 def names(state: Mapping[str, Any]) -> set[str]:
     """Of the files that a checkpoint's ``Episodes.state()`` needs."""
-    return {name for files in state["files"] for name, _ in files}
+    found = set()
+    for files in state["files"]:
+        found |= {name for name, _ in files}
+    return found
 
 
 def rows_held(state: Mapping[str, Any]) -> list[int]:
     """By stream: rows of a checkpoint's ``Episodes.state()``, at least those in its replay."""
-    return [
-        running + sum(rows for _, rows in files)
-        for running, files in zip(state["running"], state["files"], strict=True)
-    ]
+    held = []
+    for running, files in zip(state["running"], state["files"], strict=True):
+        held.append(running + sum(rows for _, rows in files))
+    return held
 
 
 def named_rows(path: Path) -> int | None:
@@ -317,10 +317,10 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            wanted = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]
+            keys = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]
             if spec is not None:
-                wanted = [key for key in wanted if key in spec or key == "action"]
-            rows = {key: file[key] for key in wanted}
+                keys = [key for key in keys if key in spec or key == "action"]
+            rows = {key: file[key] for key in keys}
     except FileNotFoundError:
         raise EpisodeError("there is no such file") from None
     except MemoryError:
@@ -336,13 +336,10 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
             raise EpisodeError(f"it has no {key}, one for each row")
     rows["prev_action"] = rows.pop("action")
     rows["is_last"] = np.arange(len(rows["reward"])) == len(rows["reward"]) - 1
-    for key, kind in {
-        "prev_action": np.float32,
-        "reward": np.float32,
-        "is_first": bool,
-        "is_terminal": bool,
-    }.items():
-        rows |= {key: cast(key, rows[key], np.dtype(kind))} if key in rows else {}
+    kinds = {"prev_action": np.float32, "reward": np.float32, "is_first": bool}
+    for key, kind in (kinds | {"is_terminal": bool}).items():
+        if key in rows:
+            rows[key] = cast(key, rows[key], np.dtype(kind))
     return rows if spec is None else fit(rows, spec, count)
 
 

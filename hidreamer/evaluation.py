@@ -76,10 +76,8 @@ def play(
             video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST
         cut = ~obs["is_terminal"] & (running.sums["length"] * envs.repeat >= limit)
         for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
-            ended.append(
-                {key: float(total[i]) for key, total in running.sums.items()}
-                | {"truncated": float(cut[i])}
-            )
+            sums = {key: float(total[i]) for key, total in running.sums.items()}
+            ended.append(sums | {"truncated": float(cut[i])})
             quota[i] -= 1
     return Played(ended, videos, problem)
 
@@ -89,10 +87,12 @@ def scores(
 ) -> dict[str, float]:
     """``eval_*`` metrics of at least one episode as ``play`` has them: means over the episodes.
 
-    A key ``log_x`` becomes ``eval_x``. summary: what a suite says of all episodes together, {name:
+    A key ``log_x`` becomes ``eval_x``. summary: a suite's metrics of all episodes together, {name:
     value}.
     """
-    means = {key: float(np.mean([episode[key] for episode in episodes])) for key in episodes[0]}
+    means = {}
+    for key in episodes[0]:
+        means[key] = float(np.mean([episode[key] for episode in episodes]))
     named = {key.removeprefix("log_"): mean for key, mean in means.items()} | dict(
         summary(episodes) if summary else {}
     )
@@ -113,23 +113,24 @@ def evaluate(
 
     drawable: whether the environments can be drawn, as far as is known. check: see ``play``.
     """
-    mode, shown = (
+    played = play(
+        agent,
+        envs,
+        config.eval_episodes,
         "greedy" if config.eval_greedy else "train",
-        {
-            "levels": config.decode_levels,
-            "check": check,
-        },
+        limit=time_limit(config),
+        video=config.video and drawable,
+        levels=config.decode_levels,
+        check=check,
     )
-    shown["video"] = config.video and drawable
-    played = play(agent, envs, config.eval_episodes, mode, limit=time_limit(config), **shown)
     return scores(played.episodes, getattr(envs, "summary", None)), played
 
 
 def line(found: Mapping[str, float]) -> str:
     """The ``scores`` as a line on the screen."""
-    told = f"eval return {found['eval_return']:.2f} over {found['eval_episodes']} episodes"
+    text = f"eval return {found['eval_return']:.2f} over {found['eval_episodes']} episodes"
     cut = found["eval_truncated"]
-    return f"{told}, {cut} of them cut by the limit (eval_time_limit)" if cut else told
+    return f"{text}, {cut} of them cut by the limit (eval_time_limit)" if cut else text
 
 
 def record(
@@ -166,9 +167,10 @@ def board(rows: list[dict[str, torch.Tensor]], error: bool = False) -> np.ndarra
     """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there
     is none.
     """
-    boards = [
-        picture([row[key] for row in rows], error) for key in rows[0] if rows[0][key].ndim == 5
-    ]
+    boards = []
+    for key, x in rows[0].items():
+        if x.ndim == 5:
+            boards.append(picture([row[key] for row in rows], error))
     height = max((frames.shape[1] for frames in boards), default=0)
     padded = [np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, 0), (0, 0))) for x in boards]
     return np.concatenate(padded, 2) if boards else np.zeros(0)
@@ -187,10 +189,8 @@ def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
     if channels == 1:
         x = x.expand(*x.shape[:-1], 3)
     elif channels != 3:  # planes of a board, each in a colour of its own
-        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels) + torch.tensor(
-            [0.0, 2.1, 4.2]
-        )
-        x = x @ (0.5 + 0.5 * torch.cos(hue))
+        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels)
+        x = x @ (0.5 + 0.5 * torch.cos(hue + torch.tensor([0.0, 2.1, 4.2])))
     scale = max(1, 128 // x.shape[3])
     frames = x.permute(1, 2, 0, 3, 4).flatten(2, 3).clamp(0.0, 1.0)  # (T, H rows, B W, 3)
     frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

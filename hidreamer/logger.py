@@ -1,4 +1,4 @@
-"""What a run tells: scalars and videos on the disk, a live line on the screen."""
+"""What a run records: scalars and videos on the disk, a live line on the screen."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # What a run can do without, and what a user may do where it fails.
-RENDER, VIDEO, TENSORBOARD, WANDB = (
-    "drawing the environment",
-    "video",
-    "TensorBoard",
-    "Weights & Biases",
-)
+RENDER, VIDEO = "drawing the environment", "video"
+TENSORBOARD, WANDB = "TensorBoard", "Weights & Biases"
 REMEDIES = {
     RENDER: "--video false does not try",
     VIDEO: "--video false does not try",
@@ -54,8 +50,8 @@ class BestEffort:
         """Switch ``kind`` off because of ``error``."""
         if kind not in self.off:
             self.off.add(kind)
-            told = " ".join(str(error).split()) or type(error).__name__
-            text = f"{kind} failed and is off from now on ({REMEDIES[kind]}): {told}"
+            cause = " ".join(str(error).split()) or type(error).__name__
+            text = f"{kind} failed and is off from now on ({REMEDIES[kind]}): {cause}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
@@ -83,7 +79,7 @@ class Logger:
     ):
         self.logdir = logdir
         path = logdir / "metrics.jsonl"
-        self.file = open(path, "r+" if path.exists() else "w+")  # noqa: SIM115 - open as long as the run
+        self.file = open(path, "r+" if path.exists() else "w+")  # noqa: SIM115
         self.file.truncate(size)
         self.file.seek(0, os.SEEK_END)
         self.best_effort = BestEffort()
@@ -137,11 +133,10 @@ class Logger:
         import wandb
 
         self.wandb_id = self.wandb_id or uuid.uuid4().hex[:8]
+        parts = (config["task"], config["dynamics"]["type"], config["seed"])
         self.wandb = wandb.init(
             project="hidreamer",
-            name="-".join(
-                str(part) for part in (config["task"], config["dynamics"]["type"], config["seed"])
-            ),
+            name="-".join(map(str, parts)),
             id=self.wandb_id,
             resume="allow",
             mode=os.environ.get("WANDB_MODE", "offline"),
@@ -159,7 +154,7 @@ class Logger:
         path = self.logdir / "videos" / f"{step:09d}-{name}.mp4"
         path.parent.mkdir(exist_ok=True)
         height, width = movie.shape[1:3]
-        # the codec wants even sides
+        # the codec needs even sides
         even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         # In memory: a codec that cannot write its file says so in a traceback of its own, and
         # leaves half a video.
@@ -199,9 +194,8 @@ def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
                 f"a picture has shape {frame.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
             )
         pictures.append(picture[..., :3])
-    height, width = (
-        max((picture.shape[axis] for picture in pictures), default=0) for axis in (0, 1)
-    )
+    height = max((picture.shape[0] for picture in pictures), default=0)
+    width = max((picture.shape[1] for picture in pictures), default=0)
     movie = np.zeros((len(pictures), height, width, 3), np.uint8)
     for canvas, picture in zip(movie, pictures, strict=True):
         canvas[: picture.shape[0], : picture.shape[1]] = picture
@@ -226,7 +220,7 @@ class EventFile:
         # TensorBoard reads the files of a folder in the order of names
         seconds, rest = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
-        self.writer = RecordWriter(open(logdir / name, "wb"))  # noqa: SIM115 - open as long as the run
+        self.writer = RecordWriter(open(logdir / name, "wb"))  # noqa: SIM115
         self._write(file_version="brain.Event:2")
         if step:
             # What has this step itself is in the checkpoint.
@@ -325,10 +319,8 @@ class Screen:
         self.shown, self.latest = time.monotonic(), None
         frames, ups = self.rates(step, updates)
         shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
-        rates, last = (
-            f"{frames:.0f} frames/s {ups:.2f} updates/s",
-            ("-" if score is None else f"{score:.1f}"),
-        )
+        rates = f"{frames:.0f} frames/s {ups:.2f} updates/s"
+        last = "-" if score is None else f"{score:.1f}"
         self.bar.update(self.task, completed=step, rates=rates, losses=shown, score=last)
         if self.bar.disable:
             self.line(f"[{step}/{self.total}] {rates} {shown} return {last}")

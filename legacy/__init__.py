@@ -59,7 +59,7 @@ def is_upstream(checkpoint: Mapping) -> bool:
 
 
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream's tensors by name -> ours. What is there twice, or has no place here, is dropped."""
+    """Upstream's tensors by name -> ours. Duplicates, and what has no counterpart, are dropped."""
     out: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, x in tensors.items():
@@ -78,9 +78,9 @@ def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if (first := "world_model.encoder.vector.blocks.0.linear") + ".weight" in out:
         # upstream has none there
         out[first + ".bias"] = torch.zeros_like(out[first + ".weight"][:, 0])
-    return out | {
-        name: torch.cat([part[key] for key in sorted(part)]) for name, part in parts.items()
-    }
+    for name, part in parts.items():
+        out[name] = torch.cat([part[key] for key in sorted(part)])
+    return out
 
 
 def convert(checkpoint: Mapping) -> dict[str, Any]:
@@ -98,16 +98,13 @@ def convert(checkpoint: Mapping) -> dict[str, Any]:
         states = state["state"]
         if len(keys) != len(states):
             continue
-        moments = {
-            moment: rename({key: states[i][moment] for i, key in enumerate(keys)})
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
-        optim[ours] = {
-            key.removeprefix(prefix): (
-                {"step": states[0]["step"]} | {moment: moments[moment][key] for moment in moments}
-            )
-            for key in moments["exp_avg"]
-        }
+        mean = rename({key: states[i]["exp_avg"] for i, key in enumerate(keys)})
+        square = rename({key: states[i]["exp_avg_sq"] for i, key in enumerate(keys)})
+        step, named = states[0]["step"], {}
+        for key, x in mean.items():
+            state = {"step": step, "exp_avg": x, "exp_avg_sq": square[key]}
+            named[key.removeprefix(prefix)] = state
+        optim[ours] = named
     return {"params": rename(params), "optim": optim}
 
 
@@ -131,11 +128,10 @@ def config(theirs: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     }
     for name in ("encoder", "decoder"):
         part = theirs[name]
-        used = [
-            k
-            for k, s in shapes.items()
-            if re.match(part["cnn_keys" if len(s) == 3 else "mlp_keys"], k)
-        ]
+        used = []
+        for key, shape in shapes.items():
+            if re.match(part["cnn_keys" if len(shape) == 3 else "mlp_keys"], key):
+                used.append(key)
         out |= {f"{name}.keys": "|".join(map(re.escape, used)), f"{name}.depth": part["cnn_depth"]}
         out |= {
             f"{name}.minres": part["minres"],
