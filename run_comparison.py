@@ -1,5 +1,5 @@
-"""Which latent structure is better? Runs every model on every task with every seed, and says what
-the data support.
+"""Which latent structure is better? Runs every model on every task with every seed, and reports
+what the data support.
 
     python run_comparison.py --steps 50000 --seeds 3        train, then report
     python run_comparison.py --from FOLDER [FOLDER ...]     report on runs that exist

@@ -1,4 +1,4 @@
-"""One minute, no downloads: does every latent state build, learn, save and dream on this machine?
+"""One minute, no downloads: does every latent state build, learn, save and imagine on this machine?
 
 python simple_test.py
 """
@@ -58,7 +58,7 @@ def check(kind: str, folder: Path) -> str:
     checkpoint.save_checkpoint(folder / "latest.pt", agent.save_state())
     other.load_state(checkpoint.load_checkpoint(folder / "latest.pt"))
     results = [torch.manual_seed(1) and a.update(data) for a in agents]
-    assert torch.equal(*results), "a restored agent goes on differently"
+    assert torch.equal(*results), "a restored agent continues differently"
 
     obs = {key: data[key][:, 0] for key in (*OBS, "is_first")}
     state = agent.act(agent.initial(len(obs["image"])), obs)
@@ -68,7 +68,7 @@ def check(kind: str, folder: Path) -> str:
     assert feat.cat().shape == (len(obs["image"]), horizon + 1, agent.world_model.feat_dim)
     assert action.shape[-1] == ACTIONS and torch.isfinite(feat.cat()).all()
     count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    return f"feature {agent.world_model.feat_dim}, {count:,} parameters, {horizon} steps dreamt"
+    return f"feature {agent.world_model.feat_dim}, {count:,} parameters, {horizon} steps imagined"
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ def main() -> int:
             torch.manual_seed(0)
             try:
                 seen = check(kind, Path(folder) / kind)
-            except Exception as error:  # whatever it is, say which latent state fails and how
+            except Exception as error:  # whatever it is, name the latent state that fails and how
                 print(f"❌ {kind:<6} {type(error).__name__}: {error}")
                 return 1
             print(f"✅ {kind:<6} {seen} ({time.monotonic() - start:.1f} s)")

@@ -35,7 +35,7 @@ CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_
 
 
 class ConfigError(Exception):
-    """One line that says what is wrong with the arguments and what would be right."""
+    """One line: what is wrong with the arguments, and what would be right."""
 
 
 class Config(Mapping):
@@ -152,7 +152,7 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
         blocks = YAML(typ="safe").load(CONFIGS.read_text())
     except (OSError, YAMLError) as error:
         raise ConfigError(f"cannot read {CONFIGS.name}: {str(error).splitlines()[0]}") from None
-    says = sentences()
+    help_by_key = sentences()
     flat = flatten(blocks["defaults"])
     layers = []
     for name in presets:
@@ -163,7 +163,7 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
         for key, value in layer.items():
             if key not in flat:
                 raise ConfigError(f"there is no config key {key!r}{where}; {nearest(key, flat)}")
-            flat[key] = coerce(key, value, flat[key], says[f"defaults.{key}"])
+            flat[key] = coerce(key, value, flat[key], help_by_key[f"defaults.{key}"])
     return Config(unflatten(flat))
 
 
@@ -176,8 +176,10 @@ def saved_config(folder: Path) -> dict[str, Any]:
         return flatten(tree)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        told = f"{reason}; correct it, or continue the run by its --configs and keys"
-        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {told}") from None
+        raise ConfigError(
+            f"{folder / 'config.yaml'} is no config of a run: {reason}; correct it, or continue"
+            " the run by its --configs and keys"
+        ) from None
 
 
 def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
@@ -188,10 +190,10 @@ def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
     # A key that the old config lacks is younger than the run.
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
     if changed:
-        told = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
+        differing = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
         raise ConfigError(
             f"{folder} holds a run with another config"
-            f" ({told}{', ...' if len(changed) > 3 else ''}): choose another --logdir, with"
+            f" ({differing}{', ...' if len(changed) > 3 else ''}): choose another --logdir, with"
             f" --resume {folder} to start from its weights"
         )
 
@@ -253,18 +255,18 @@ def parse(argv: list[str]) -> Args:
 
 def help_text(usage: str) -> str:
     """``usage``, the presets, and every key with its sentence and default."""
-    says = sentences()
+    help_by_key = sentences()
     defaults = load_config([], {}).flat()
     lines = [usage.strip(), "", "Presets, stacked left to right over the defaults:"]
     lines += [
         f"  {name:<22} {text}"
-        for name, text in says.items()
+        for name, text in help_by_key.items()
         if "." not in name and name != "defaults"
     ]
     lines += [
         "",
         (
-            "  --resume PATH          Go on with a run, or start from another's weights, optimiser"
+            "  --resume PATH          Continue a run, or start from another's weights, optimiser"
             " and episodes."
         ),
     ]
@@ -276,7 +278,7 @@ def help_text(usage: str) -> str:
     for key, value in defaults.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         shown = shown.lower() if isinstance(value, bool) else shown
-        lines.append(f"  --{key:<24} {says[f'defaults.{key}']} [{shown}]")
+        lines.append(f"  --{key:<24} {help_by_key[f'defaults.{key}']} [{shown}]")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ import models
 import run_state
 import tools
 from envs import make_env
+from envs.base import Env
 from envs.vector import Envs
 from hidreamer import checkpoint, cost, evaluation
 from hidreamer.episodes import Episodes, make_replay, recorded
@@ -123,7 +124,7 @@ class Run:
         if role == 1:
             block["time_limit"] = evaluation.time_limit(self.config)
 
-        def make(index: int, restart: int):
+        def make(index: int, restart: int) -> Env:
             entropy = [seed, role, generation, index, restart]
             number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
             return make_env(task, block, number, index=index, evaluation=role == 1)

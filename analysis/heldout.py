@@ -46,7 +46,9 @@ def chunks(rows: Rows, length: int) -> Rows:
     total = len(rows["reward"])
     size = min(length, total)
     starts = np.linspace(0, total - size, min(CHUNKS, math.ceil(total / size))).round().astype(int)
-    out = {key: np.stack([x[i : i + size] for i in starts]) for key, x in rows.items()}
+    out = {}
+    for key, x in rows.items():
+        out[key] = np.stack([x[i : i + size] for i in starts])
     out["is_first"][:, 0] = True
     return out
 

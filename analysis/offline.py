@@ -5,7 +5,7 @@
         --episodes FOLDER ... --updates N
 
 Models that are given the same episodes and seed see the same batches in the same order. The same
-command again continues; ``results.npz`` says that it is done.
+command again continues; ``results.npz`` marks it as done.
 """
 
 from __future__ import annotations
@@ -249,7 +249,9 @@ class Trainer:
             for who, metrics in by.items():
                 scores |= {f"{who}/{name}": x for name, x in metrics.items()}
             found.append(scores)
-        scores = {name: np.array([scores[name] for scores in found]) for name in found[0]}
+        scores = {}
+        for name in found[0]:
+            scores[name] = np.array([episode[name] for episode in found])
         return scores | probes.compare(self.probe(held))
 
     def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:

@@ -6,7 +6,7 @@ dreamerv3-torch if it is at hand.
 
 FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's
 sizes. Images of 64x64, 6 actions, random data. Kernels and FLOPs are counted of the eager update;
-timed is the one that training uses, on CUDA compiled and captured. imagine: one step of a dream
+timed is the one that training uses, on CUDA compiled and captured. imagine: one step of imagination
 from every replayed state (16 x 64), policy and all. The replay's part: seconds to draw a batch
 from 100,000 steps, and the memory they take.
 """

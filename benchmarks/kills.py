@@ -57,12 +57,12 @@ def begin(argv: list[str], log: Path) -> int:
 
 
 def wait(pid: int, log: Path) -> None:
-    """Raises RuntimeError, with what the process said last, where it did not end well."""
+    """Raises RuntimeError, with the process's last output, where it did not end well."""
     _, status = os.waitpid(pid, 0)
     if status:
-        told = log.read_text().strip().splitlines()[-3:]
+        last = log.read_text().strip().splitlines()[-3:]
         raise RuntimeError(
-            f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(told)}"
+            f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(last)}"
         )
 
 
@@ -83,7 +83,7 @@ def kill_once(argv: list[str], log: Path, seconds: float) -> bool:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves but what the clock says."""
+    """All that a run leaves but what depends on the clock."""
     state = load_checkpoint(folder / "checkpoints" / "latest.pt")
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -160,7 +160,7 @@ def main() -> int:
     rng, runs, done = np.random.default_rng(args.seed), [], 0
     report: dict[str, Any] = dict(provenance())  # before anybody changes a file
     before: dict[tuple[str, str], dict[str, Any]] = {}
-    # whether runs that only their seed tells apart differ: the comparison is not blind
+    # whether runs that differ in their seed alone differ: the comparison is not blind
     control: list[bool] = []
     for i, (kind, task) in enumerate(itertools.cycle(itertools.product(args.dynamics, args.tasks))):
         if done >= args.kills:

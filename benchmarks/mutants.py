@@ -137,9 +137,9 @@ def run_tests(folder: Path, files: list[str]) -> tuple[bool, str]:
 
 
 def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
-    """pytest in a process group of its own, everything that it says to the file ``log``.
+    """pytest in a process group of its own, its output to the file ``log``.
 
-    The project itself must not have been imported: the child would go on with the whole code.
+    The project itself must not have been imported: the child would keep the unchanged code.
     """
     status = 3
     try:
@@ -147,7 +147,7 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        # No bytecode: it is told apart by second and size, and two mutants may share both.
+        # No bytecode: it is identified by second and size, and two mutants may share both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         others = [path for path in sys.path if Path(path).resolve() not in (HERE, ROOT)]

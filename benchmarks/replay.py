@@ -49,7 +49,10 @@ def frames(count: int) -> tuple[Spec, Rows]:
         action = cost.random_action(env.act_space, 1, rng)[0]
         out = env.reset() if out["is_last"] else env.step(action)
         rows.append({key: (out | {"prev_action": action})[key] for key in spec})
-    return spec, {key: np.stack([row[key] for row in rows]) for key in spec}
+    columns = {}
+    for key in spec:
+        columns[key] = np.stack([row[key] for row in rows])
+    return spec, columns
 
 
 def figures(store: str, steps: int, folder: Path) -> dict[str, float]:

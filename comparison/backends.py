@@ -89,7 +89,7 @@ class Process:
                     self.popen.send_signal(signum)
 
     def run(self) -> int:
-        """Start, as soon as nobody else runs this, and wait. -> exit status."""
+        """Start, as soon as no other runner runs this, and wait. -> exit status."""
         while not self.start():
             if self.signals:
                 return 128 + self.signals[-1]
@@ -106,7 +106,7 @@ class Process:
 
     def checkpoint(self) -> Any:
         """What submitit calls before a preemption or at the end of its time: the job is queued
-        again and goes on.
+        again and continues.
         """
         import submitit
 
@@ -128,8 +128,8 @@ class Local:
         cores = len(os.sched_getaffinity(0))
         self.gpus = visible_gpus() if device != "cpu" else []
         on_gpus = len(self.gpus) * per_gpu
-        wanted = jobs or on_gpus or max(1, cores // 2)
-        self.slots = min(wanted, on_gpus) if on_gpus else wanted
+        slots = jobs or on_gpus or max(1, cores // 2)
+        self.slots = min(slots, on_gpus) if on_gpus else slots
         self.threads = max(1, cores // self.slots)
         self.running: list[tuple[str, Process]] = []
 
@@ -169,7 +169,7 @@ def extra(name: str, load: Callable[[], Any]) -> Any:
 
 
 class Remote:
-    """A job elsewhere: ``ready`` says whether it is over, ``result`` gives its status or raises,
+    """A job elsewhere: ``ready`` is whether it is over, ``result`` gives its status or raises,
     ``stop`` ends it.
     """
 

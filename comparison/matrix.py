@@ -3,7 +3,7 @@ processes.
 
 waiting -> running -> done | waiting again, once -> failed; a signal makes stopped of all that is
 not over.
-What is done is read from the jobs' own checkpoints, so the same command again goes on where the
+What is done is read from the jobs' own checkpoints, so the same command again continues where the
 last one ended.
 """
 
@@ -64,7 +64,7 @@ class Job:
         names = {f"perf/{self.unit}_per_s": "rate", "train_return": "return"}
         for record in records(self.folder / "metrics.jsonl", last=65536):
             self.seen["step"] = record["step"]
-            # acting at random says nothing about the rest
+            # the speed of acting at random does not predict the rest
             training = record.get("perf/updates_per_s", 1.0) > 0.0
             found = {short: record.get(name) for name, short in names.items() if training}
             self.seen |= {short: value for short, value in found.items() if value is not None}
@@ -86,7 +86,7 @@ class Matrix:
         self.jobs, self.backend, self.console = jobs, backend, console
         self.signals: list[int] = []  # received and not yet passed on
         self.signum = 0  # the last one that was passed on
-        self.looked = self.told = time.monotonic()
+        self.looked = self.reported = time.monotonic()
 
     def run(self) -> int:
         """-> the signal that stopped it, or 0."""
@@ -155,7 +155,7 @@ class Matrix:
                 self._enter(job, "running")
 
     def _look(self) -> None:
-        """Every two seconds see how far the running jobs are; without a terminal tell it every
+        """Every two seconds see how far the running jobs are; without a terminal report it every
         minute.
         """
         now = time.monotonic()
@@ -165,8 +165,8 @@ class Matrix:
         running = [job for job in self.jobs if job.state == "running"]
         for job in running:
             job.look()
-        if not self.console.is_terminal and now - self.told > 60.0:
-            self.told = now
+        if not self.console.is_terminal and now - self.reported > 60.0:
+            self.reported = now
             for job in running:
                 self.console.print(f"{job.name}: {'  '.join(cells(job)[2:])}", markup=False)
 

@@ -27,7 +27,7 @@ SEVERAL = {"commit", "hardware"}  # a run that was continued may have begun else
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its folder tells it."""
+    """One run, read from its folder."""
 
     folder: Path
     model: str  # the preset that it was started with, or the name of its latent state

@@ -52,10 +52,14 @@ def summarise(runs: Sequence[Run], models: Sequence[str]) -> dict[str, Any]:
     """``models``: which to compare and in which order; the first is the baseline."""
     runs = [run for run in runs if run.model in models]
     tasks = sorted({run.task for run in runs})
-    steps = {task: min(run.config["steps"] for run in runs if run.task == task) for task in tasks}
+    steps = {}
+    for task in tasks:
+        steps[task] = min(run.config["steps"] for run in runs if run.task == task)
     rows = [record(run, steps[run.task]) for run in runs]
     rows.sort(key=lambda row: (row["task"], models.index(row["model"]), row["seed"]))
-    done: Matrix = {task: {model: [] for model in models} for task in tasks}
+    done: Matrix = {}
+    for task in tasks:
+        done[task] = {model: [] for model in models}
     complete = [row for row in rows if row["status"] == "complete"]
     for row in complete:
         done[row["task"]][row["model"]].append(row)
@@ -73,7 +77,7 @@ def summarise(runs: Sequence[Run], models: Sequence[str]) -> dict[str, Any]:
 
 
 def record(run: Run, steps: int) -> dict[str, Any]:
-    """What summary.json says of one run, the comparison being over ``steps`` frames."""
+    """The entry of one run in summary.json, the comparison being over ``steps`` frames."""
     episodes = run.get("train_return")
     curve = stats.curve(episodes, steps)
     final = stats.final_return(episodes, steps)

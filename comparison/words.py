@@ -10,7 +10,7 @@ from typing import Any
 
 from comparison import stats
 
-WANTED = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
+TARGET = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
 
 
 def number(x: float | None, sign: bool = False) -> str:
@@ -94,10 +94,10 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         size, base = found["detectable"], found["baseline"]
         relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
         more = ""
-        if base > 0 and size > WANTED * base:
+        if base > 0 and size > TARGET * base:
             more = (
-                f" About {stats.seeds_for(size, WANTED * base, seeds):,} seeds would show"
-                f" {percent(WANTED)}."
+                f" About {stats.seeds_for(size, TARGET * base, seeds):,} seeds would show"
+                f" {percent(TARGET)}."
             )
         lines.append(
             f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative}"

@@ -57,9 +57,9 @@ def make_env(
     try:
         module = importlib.import_module(f"envs.{suite}")
     except ModuleNotFoundError as error:
-        wanted = f".[{suite}]" if suite in EXTRAS else "."
+        extra = f".[{suite}]" if suite in EXTRAS else "."
         raise EnvError(
-            f"{task} needs the package {error.name!r}: pip install -e '{wanted}'"
+            f"{task} needs the package {error.name!r}: pip install -e '{extra}'"
         ) from error
     kind = getattr(module, SUITES[suite])
     options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})

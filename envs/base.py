@@ -46,13 +46,13 @@ class Suite(gymnasium.Env):
     A suite repeats actions itself, because only it knows what need not be drawn for a skipped
     frame: `step` is one agent step. `reset(seed=s)` starts all its randomness afresh. The info of
     a step holds every key of `log_keys`, and may hold `is_terminal`: no value after this step
-    although the episode goes on (a lost life). `render()` is RGB.
+    although the episode continues (a lost life). `render()` is RGB.
     """
 
     log_keys: tuple[str, ...] = ()
 
     def get_state(self) -> dict[str, Any] | None:
-        """All that the future depends on, or None where the library cannot tell."""
+        """All that the future depends on, or None where the library cannot save it."""
         return None
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -176,7 +176,8 @@ class Env:
         state = self.suite.get_state()
         if state is None:
             return None
-        # `invalid: truncate` may need the last observation at the next step; otherwise nobody does.
+        # `invalid: truncate` may need the last observation at the next step; otherwise it is
+        # unused.
         obs = {"obs": plain(self._obs)} if self._truncates else {}
         return {"seed": None, "frames": self._frames, "suite": plain(state), **obs}
 

@@ -1,4 +1,4 @@
-"""What can go wrong between the agent and an environment, and the lines that say it."""
+"""What can go wrong between the agent and an environment, and the messages for it."""
 
 from __future__ import annotations
 

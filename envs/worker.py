@@ -112,7 +112,7 @@ class Outside:
 
     def send(self, *message: Any) -> None:
         self._deadline = time.monotonic() + self._timeout
-        with contextlib.suppress(OSError):  # it is dead: `answer` will tell
+        with contextlib.suppress(OSError):  # it is dead, which `answer` reports
             self._pipe.send(message)
 
     def answer(self) -> Any:

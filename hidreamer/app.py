@@ -15,11 +15,11 @@ from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "_app"  # exists in a wheel only
 ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent
-by_command = ROOT == INSTALLED  # whether messages say "hidreamer train"; hidreamer.__main__ sets it
+by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set by hidreamer.__main__
 
 # {command: (module in ROOT that is run as a script, its sentence)}
 COMMANDS = {
-    "train": ("dreamer", "Train an agent, or go on with a run."),
+    "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
 }
 

@@ -69,7 +69,7 @@ class FastUpdate:
         self._begin()
 
     def _begin(self) -> None:
-        """Run ``update`` from here on, recording it if that is wanted."""
+        """Run ``update`` from here on, recording it where that is asked for."""
         self.run: Update = Captured(self.agent.update) if self.capture else self.agent.update
         # calls that may fail for want of a compiler or recording
         self.unproven = WARMUP + 1 if self.capture else 1
@@ -99,7 +99,7 @@ class FastUpdate:
     def _do_without(self, what: str, error: Exception) -> None:
         if what == "record":
             self.capture = False
-            # ending a broken recording fails as well, and says less
+            # ending a broken recording fails as well, with a vaguer error
             error = error.__context__ or error
         else:
             self.compiled = False
@@ -108,11 +108,11 @@ class FastUpdate:
                     delattr(module, name)
         self._begin()
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        told = (
-            f"cannot {what} the update, which goes on without (slower; --compile off does not try):"
-            f" {cause}"
+        message = (
+            f"cannot {what} the update, which continues without (slower; --compile off does not"
+            f" try): {cause}"
         )
-        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 class Snapshot:

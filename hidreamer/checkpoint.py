@@ -97,7 +97,7 @@ def write_tensors(path: Path, state: Any) -> None:
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
-        # torch's complaint about the archive hides what the disk said
+        # torch's complaint about the archive hides the disk's error
         except RuntimeError as error:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
@@ -144,11 +144,11 @@ def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
         )
     written_by = state.get("format", 0)
     if isinstance(written_by, int) and written_by > FORMAT:
-        told = (
+        message = (
             f"{path} was written by a newer version of this program (format {written_by}, not"
             f" {FORMAT})"
         )
-        raise CheckpointError(f"{told}: update it to go on with this run")
+        raise CheckpointError(f"{message}: update it to continue this run")
     if missing := [name for name in fields if name not in state]:
         raise CheckpointError(f"{path} is no checkpoint of such a run: it has no {missing[0]!r}")
     return state
@@ -176,11 +176,11 @@ def find_checkpoint(
         except CheckpointError as error:
             problems.append((path, str(error)))
             continue
-        told = [
+        message = [
             f"{problem}; continuing from {path} at step {state.get('step')}"
             for _, problem in problems
         ]
-        return state, rows, told
+        return state, rows, message
     if there := [problem for path, problem in problems if os.path.lexists(path)]:
         what = f"put whole ones back, or move {folder.parent} away to start anew"
         raise CheckpointError(f"{'; '.join(there)}; {what}")
@@ -229,9 +229,9 @@ def refuse_used_folder(logdir: Path) -> None:
         found.append("a metrics.jsonl")
     if found:
         raise FolderError(
-            f"{logdir} holds {' and '.join(found)} but no checkpoint to go on from, and a new run"
-            " would replace them: choose another --logdir, move them away, or put checkpoints/"
-            " back"
+            f"{logdir} holds {' and '.join(found)} but no checkpoint to continue from, and a new"
+            " run would replace them: choose another --logdir, move them away, or put"
+            " checkpoints/ back"
         )
 
 
@@ -251,11 +251,11 @@ def locked(logdir: Path) -> Iterator[None]:
             logdir.mkdir(parents=True, exist_ok=True)
             lock = lock_file(logdir / "lock")
         except OSError as error:
-            told = (
+            message = (
                 f"{logdir} cannot be the folder of a run ({error.strerror}:"
                 f" {error.filename or logdir})"
             )
-            raise FolderError(f"{told}: choose another --logdir") from None
+            raise FolderError(f"{message}: choose another --logdir") from None
         try:
             yield
         finally:
@@ -279,14 +279,16 @@ def lock_file(path: Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            told = f"{path.parent} is in use by {holder}"
-            raise FolderError(f"{told}: wait for it, stop it, or choose another --logdir") from None
+            message = f"{path.parent} is in use by {holder}"
+            raise FolderError(
+                f"{message}: wait for it, stop it, or choose another --logdir"
+            ) from None
         except OSError as error:
-            told = (
+            message = (
                 f"{path.parent} is on a disk without locks ({error.strerror}): start no second run"
                 " in it"
             )
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         # A holder that ended removes the file: what was locked may no longer be what the next
         # process opens.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -51,7 +51,7 @@ def play(
 
     mode: as of ``Agent.act``. limit: the frames after which ``envs`` cut an episode. video: film
     environment 0's first episode, up to LONGEST frames; an error ends the film only. levels: also
-    show what the levels of the state say.
+    show what each level of the state decodes to.
     check: called before every step; what it raises is not caught.
     """
     count = envs.count

@@ -130,22 +130,22 @@ def check(steps: int, size: int, folder: Path | None) -> str:
     It names the keys to turn where the replay needs more than TIGHT of what is free now. Raises
     MemoryError, also in one line, where it needs more than there is in all: pages are taken as
     steps come, so that would not fail before hours of training are lost. Anything below may yet
-    fit (a run may end early, others may end before), so it is only said.
+    fit (a run may end early, others may end before), so it is only reported.
     """
     need = steps * size
-    told = f"replay: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
+    text = f"replay: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
     if folder is None:
         room, what = available_memory(), "memory"
     else:
         free = shutil.disk_usage(folder).free
         room, what = Room(free, free), "disk"
-    told += "of memory" if folder is None else f"on the disk of {os.fspath(folder)}"
+    text += "of memory" if folder is None else f"on the disk of {os.fspath(folder)}"
     remedy = "lower --replay.capacity, the size of images (--env.size) or --steps"
     remedy += ", or set --replay.store disk" if folder is None else ""
     if room is not None and need > room.total:
         raise MemoryError(
-            f"{told}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}"
+            f"{text}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}"
         )
     if room is not None and need > TIGHT * room.free:
-        told += f", of which {gigabytes(room.free)} are free now: if it does not fit, {remedy}"
-    return told
+        text += f", of which {gigabytes(room.free)} are free now: if it does not fit, {remedy}"
+    return text

@@ -19,7 +19,7 @@ STARTS = "starts.jsonl"
 
 
 def git(*args: str) -> str:
-    """What git says about this checkout; nothing where there is no git or no checkout."""
+    """Git's facts about this checkout; nothing where there is no git or no checkout."""
     if ROOT == INSTALLED:  # a repository around an installed package is another project's
         return ""
     try:

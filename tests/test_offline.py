@@ -227,10 +227,10 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     bits = {row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()}
     assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
     assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
-    assert quantisers.places("pong", ["rssm", "sampled"]) == ["Groups are places of the encoder's map."]
-    assert quantisers.places("pong", ["fsq", "flat"]) == ["Groups are places of the encoder's map, but in flat."]
+    assert quantisers.spatial_note("pong", ["rssm", "sampled"]) == ["Groups are positions of the encoder's map."]
+    assert quantisers.spatial_note("pong", ["fsq", "flat"]) == ["Groups are positions of the encoder's map, but in flat."]
     small = quantisers.WORLDS["minatar"].rows
-    assert not quantisers.places("minatar", list(small))
+    assert not quantisers.spatial_note("minatar", list(small))
     sizes = [quantisers.make_config("minatar", row, 0, tmp_path).dynamics.hrvq for row in small]
     assert {block.levels * block.groups for block in sizes} == {12} and {block.codes for block in sizes} == {16}
     assert quantisers.make_config("minatar", "two levels", 0, tmp_path).dynamics.hrvq.levels == 2
