@@ -1,6 +1,7 @@
 """Train a DreamerV3 agent whose latent state is chosen by config.
 
-    python dreamer.py --configs PRESET [PRESET ...] --task SUITE_NAME --logdir FOLDER [--key value | --group.key value]
+    python dreamer.py --configs PRESET [PRESET ...] --task SUITE_NAME --logdir FOLDER
+        [--key value | --group.key value]
 
 The same command again continues the run.
 """
@@ -44,7 +45,8 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     if source is not None and not source.exists():
         raise ConfigError(f"--resume: there is no checkpoint {source}")
     home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
-    alone = home is not None and not args.presets and "logdir" not in args.overrides  # it goes on as it was
+    # it goes on as it was
+    alone = home is not None and not args.presets and "logdir" not in args.overrides
     saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -55,14 +57,17 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
 
 
 def read_config(home: Path) -> dict[str, Any]:
-    """{"group.key": value} of a run's config.yaml, each value checked. Raises ConfigError, naming the file."""
+    """{"group.key": value} of a run's config.yaml, each value checked. Raises ConfigError, naming
+    the file.
+    """
     saved = tools.saved_config(home)
     saved.pop("logdir", None)  # a run may be moved
     try:
         tools.load_config([], saved)
     except ConfigError as error:
-        told = "correct it, or continue the run by its --configs and keys"
-        raise ConfigError(f"{home / 'config.yaml'}: {error}; {told}") from None
+        raise ConfigError(
+            f"{home / 'config.yaml'}: {error}; correct it, or continue the run by its --configs and keys"
+        ) from None
     return saved
 
 
@@ -86,17 +91,20 @@ def capacity(args: tools.Args) -> str:
 
 
 class Stop(BaseException):
-    """A signal asked the program to end. No Exception, like KeyboardInterrupt: nobody may take it for a fault."""
+    """A signal asked the program to end. No Exception, like KeyboardInterrupt: nobody may take it
+    for a fault.
+    """
 
     def __init__(self, signum: int):
         self.signum = signum
 
 
 class Signals:
-    """SIGTERM and SIGINT, in the ``with`` block, raise Stop: at once, or, after ``defer``, at the next ``check``.
+    """SIGTERM and SIGINT, in the ``with`` block, raise Stop: at once, or, after ``defer``, at the
+    next ``check``.
 
-    When one has come, a second Ctrl-C ends the process on the spot; a second SIGTERM does not cut off what the first
-    began.
+    When one has come, a second Ctrl-C ends the process on the spot; a second SIGTERM does not cut
+    off what the first began.
     """
 
     def __init__(self):
@@ -128,7 +136,10 @@ class Signals:
 
 
 def train(run: Run, screen: Screen, signals: Signals) -> None:
-    """Bring ``run`` to its end, showing it on ``screen``. Raises Stop, when it can be saved, and what Run raises."""
+    """Train ``run`` to its last step, showing it on ``screen``.
+
+    Raises Stop, where the run can be saved, and what Run raises.
+    """
     screen.rates, shown = Rates(run.step, run.updates), run.every["log"].last
 
     def poll() -> None:
@@ -137,8 +148,10 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
         if screen.due() or run.every["log"].last != shown:
             shown = run.every["log"].last
             metrics = run.metrics() or run.logged
-            names = [name for name in ("model_loss", "actor_loss", "critic_loss") if name in metrics]
-            losses = {name.removesuffix("_loss"): metrics[name] for name in names}
+            losses = {}
+            for name in ("model", "actor", "critic"):
+                if f"{name}_loss" in metrics:
+                    losses[name] = metrics[f"{name}_loss"]
             screen.update(run.step, run.updates, losses, run.last_return)
 
     run.poll = poll
@@ -157,7 +170,7 @@ def start(argv: list[str], signals: Signals) -> int:
     config, logdir, source = prepare(args)
     with checkpoint.locked(logdir):
         screen = Screen(config.steps)
-        screen.console.on_broken_pipe = functools.partial(go_on_unseen, screen)
+        screen.console.on_broken_pipe = functools.partial(hide_output, screen)
         run = Run(config, logdir, source, models.pick_device(config), screen.line)
         with contextlib.closing(run):
             try:
@@ -176,8 +189,8 @@ def start(argv: list[str], signals: Signals) -> int:
             return 0
 
 
-def go_on_unseen(screen: Screen) -> None:
-    """Nobody reads the screen any more (rich would exit): a run of days goes on, and metrics.jsonl has all of it."""
+def hide_output(screen: Screen) -> None:
+    """The screen's pipe is closed, where rich would exit: the run continues without output."""
     screen.console.quiet = True
     app.hide_stdout()
 
@@ -186,9 +199,12 @@ def go_on_unseen(screen: Screen) -> None:
 
 
 def summary(run: Run, argv: list[str]) -> str:
-    """Where everything is, and which command goes on."""
+    """Where everything is, and which command continues."""
     videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
-    kept = [word for i, word in enumerate(argv) if word.partition("=")[0] != "--steps" and argv[i - 1] != "--steps"]
+    kept = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if word.partition("=")[0] != "--steps" and before != "--steps":
+            kept.append(word)
     again = shlex.join([*app.command("dreamer"), *kept, "--steps", str(2 * run.config.steps)])
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
@@ -196,9 +212,10 @@ def summary(run: Run, argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal after a signal."""
+    """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal."""
     if not argv or "--help" in argv or "-h" in argv:
-        print(tools.help_text(__doc__.replace("python dreamer.py", " ".join(app.command("dreamer")))))
+        command = " ".join(app.command("dreamer"))
+        print(tools.help_text(__doc__.replace("python dreamer.py", command)))
         return 0 if argv else 2
     try:
         with Signals() as signals:
@@ -207,16 +224,16 @@ def main(argv: list[str]) -> int:
         print(f"stopped by {signal.Signals(stop.signum).name} before the first step")
         return 128 + stop.signum
     except (ConfigError, FolderError, EnvError) as error:
-        status, told = 2, str(error)
+        status, message = 2, str(error)
     except Failure as error:
-        status, told = 1, str(error)
+        status, message = 1, str(error)
     except BrokenPipeError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        status, told = 1, resource(error)
-        if not told:
+        status, message = 1, resource(error)
+        if not message:
             raise
-    print(f"error: {told}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return status
 
 

@@ -1,10 +1,12 @@
-"""Which latent structure is better? Runs every model on every task with every seed, and says what the data support.
+"""Which latent structure is better? Runs every model on every task with every seed, and reports
+what the data support.
 
     python run_comparison.py --steps 50000 --seeds 3        train, then report
     python run_comparison.py --from FOLDER [FOLDER ...]     report on runs that exist
-    python run_comparison.py --paired-offline FOLDER        compare world models on the same recorded episodes
+    python run_comparison.py --paired-offline FOLDER        world models on the same episodes
 
-The same command again continues: finished runs are kept, interrupted ones resume, failed ones get another try.
+The same command again continues: finished runs are kept, interrupted ones resume, failed ones get
+another try.
 """
 
 from __future__ import annotations
@@ -35,29 +37,52 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    print(f"error: a comparison needs its extra: pip install -e '.[compare]' ({error})", file=sys.stderr)
+    print(
+        f"error: a comparison needs its extra: pip install -e '.[compare]' ({error})",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
-# What a suite needs to be itself; the models' presets are stacked on it. Atari's is the 100k benchmark.
+# What a suite needs to be itself; the models' presets are stacked on it. Atari's is the 100k
+# benchmark.
 SUITES = {"atari": "atari100k", "dmc": "dmc_vision", "crafter": "crafter", "vizdoom": "vizdoom"}
 SUITES |= {"minatar": "minatar", "gym": "gym"}
 
-# {option: (default, its sentence)}; anything else on the command line is a config key, for all runs.
+# {option: (default, its sentence)}; anything else on the command line is a config key, for all
+# runs.
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "models": (["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"], "Presets to compare; the first is the baseline."),
-    "task": (["minatar_breakout"], "Tasks that every model is trained on, each with its suite's preset."),
+    "models": (
+        ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"],
+        "Presets to compare; the first is the baseline.",
+    ),
+    "task": (
+        ["minatar_breakout"],
+        "Tasks that every model is trained on, each with its suite's preset.",
+    ),
     "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1."),
     "seed_list": ([], "The seeds by name, instead."),
     "logdir": (
         "runs/comparison",
         "Folder of runs and report (in its offline/ with --paired-offline, in --from with that).",
     ),
-    "jobs": (0, "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."),
+    "jobs": (
+        0,
+        ("Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."),
+    ),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
     "backend": ("local", "Who runs them. One of: local ray slurm."),
-    "resources": ([], "KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition (slurm), ..."),
-    "allow_differences": (False, "Compare although configs differ outside the latent state; the report says so."),
-    "paired_offline": ([], "Folders of recorded episodes (a run's): trains world models only, on the same batches."),
+    "resources": (
+        [],
+        ("KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition (slurm), ..."),
+    ),
+    "allow_differences": (
+        False,
+        "Compare although configs differ outside the latent state; the report says so.",
+    ),
+    "paired_offline": (
+        [],
+        "Folders of recorded episodes (a run's): trains world models only, on the same batches.",
+    ),
     "updates": (2000, "Updates of each world model, for --paired-offline. At least 1."),
     "from": ([], "Folders with runs to report on, of any machine; trains nothing."),
 }
@@ -78,7 +103,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
             given, like = values.pop(key), default
             if isinstance(default, list):
                 given, like = given if isinstance(given, list) else [given], default or [""]
-            options[key] = True if given is True and default is False else tools.coerce(key, given, like, sentence)
+            switched_on = given is True and default is False
+            options[key] = switched_on or tools.coerce(key, given, like, sentence)
     if options["from"] and options["paired_offline"]:
         raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
     known = tools.load_config([], {}).flat()
@@ -91,7 +117,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
 
 
 def seeds(options: SimpleNamespace) -> list[int]:
-    found = [tools.coerce("seed_list", x, 0, "At least 0.") for x in options.seed_list] or list(range(options.seeds))
+    found = [tools.coerce("seed_list", x, 0, "At least 0.") for x in options.seed_list]
+    found = found or list(range(options.seeds))
     if len(set(found)) < len(found):
         raise ConfigError(f"--seed-list names a seed twice: {' '.join(map(str, found))}")
     return found
@@ -164,18 +191,20 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
 
 def command(plan: Plan, task: str, model: str, seed: int, folder: Path) -> list[str]:
     """What dreamer.py and a paired-offline job have in common."""
-    words = ["--configs", *plan.stacks[task, model], "--task", task, "--seed", str(seed), "--logdir", str(folder)]
+    words = ["--configs", *plan.stacks[task, model], "--task", task]
+    words += ["--seed", str(seed), "--logdir", str(folder)]
     for key, value in plan.values.items():
         words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 
 def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
-    """Bring all runs to their ends. -> the signal that stopped it, or 0; what there is to report."""
+    """Run all jobs. -> the signal that stopped it, or 0; what there is to report."""
     jobs = []
     for seed, task, model in itertools.product(seeds(options), options.task, options.models):
         home, steps = folder / task / model / str(seed), plan.configs[task, model].steps
-        words = [sys.executable, str(app.ROOT / "dreamer.py"), *command(plan, task, model, seed, home)]
+        words = [sys.executable, str(app.ROOT / "dreamer.py")]
+        words += command(plan, task, model, seed, home)
         done = functools.partial(runs.finished, home, steps)
         jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, {"model": model}))
     signum, failed = run(jobs, options, plan, folder)
@@ -184,7 +213,9 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
 
 
 def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
-    """The same for world models on recorded episodes; compared are the seeds that all models finished."""
+    """The same for world models on recorded episodes; compared are the seeds that all models
+    finished.
+    """
     if len(options.task) > 1:
         raise ConfigError("--paired-offline compares on one --task, that of the episodes")
     jobs, (task,), updates = {}, options.task, options.updates
@@ -197,11 +228,17 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
         done = functools.partial(offline.finished, home, updates)
         jobs[model, seed] = Job(f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates")
     signum, failed = run(list(jobs.values()), options, plan, folder)
-    whole = [seed for seed in seeds(options) if all(jobs[model, seed].finished() for model in options.models)]
-    results = {model: [offline.read(jobs[model, seed].folder) for seed in whole] for model in options.models}
-    note = " ".join([heldout.NOTE, *([probes.NOTE] if probes.possible(plan.configs[task, options.models[0]]) else [])])
-    about = {"sceptic": heldout.SCEPTIC, "note": note, "task": task, "sources": sources}
-    found = summary.paired(results, about) if whole else None
+    results = {model: [] for model in options.models}
+    for seed in seeds(options):
+        of_seed = [jobs[model, seed] for model in options.models]
+        if all(job.finished() for job in of_seed):
+            for job, model in zip(of_seed, options.models, strict=True):
+                results[model].append(offline.read(job.folder))
+    note = heldout.NOTE
+    if probes.possible(plan.configs[task, options.models[0]]):
+        note += f" {probes.NOTE}"
+    about = {"sceptic": heldout.BASELINE, "note": note, "task": task, "sources": sources}
+    found = summary.paired(results, about) if any(results.values()) else None
     return signum, Content(options.models, [], plan.capacity, task, plan.differences, failed, found)
 
 
@@ -209,7 +246,11 @@ def run(jobs: list[Job], options: SimpleNamespace, plan: Plan, folder: Path) -> 
     """-> the signal that stopped it, or 0; what failed."""
     backend = make_backend(options, plan.configs[options.task[0], options.models[0]].device, folder)
     signum = Matrix(jobs, backend, Console()).run()
-    return signum, [{"name": x.name, "reason": x.reason, "log": x.last_lines()} for x in jobs if x.state == "failed"]
+    failed = []
+    for job in jobs:
+        if job.state == "failed":
+            failed.append({"name": job.name, "reason": job.reason, "log": job.last_lines()})
+    return signum, failed
 
 
 def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
@@ -226,7 +267,7 @@ def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
 def refuse(differing: fairness.Differences, options: SimpleNamespace) -> None:
     if differing and not options.allow_differences:
         raise ConfigError(
-            f"the configs differ in more than the latent state: {fairness.told(differing)}; "
+            f"the configs differ in more than the latent state: {fairness.describe(differing)}; "
             "make them the same, or add --allow-differences and the report records it"
         )
 
@@ -252,7 +293,8 @@ def collect(options: SimpleNamespace) -> Content:
         if run.task == task and run.model not in counted:
             try:
                 counted[run.model] = fairness.capacity(Config(tools.unflatten(run.config)))
-            except (ConfigError, AttributeError) as error:  # a game, a structure, a key that this machine does not have
+            # a game, a structure, a key that this machine does not have
+            except (ConfigError, AttributeError) as error:
                 counted[run.model] = {"error": str(error)}
     return Content(order, found, counted, task, differing, [])
 
@@ -262,9 +304,18 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     report = summary.summarise(what.runs, what.models)
     known = {model: what.capacity.get(model, {}) | report["costs"][model] for model in what.models}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")}
-    made = provenance() | {"command": shlex.join([*app.command("run_comparison"), *argv]), "versions": versions}
+    made = provenance() | {
+        "command": shlex.join([*app.command("run_comparison"), *argv]),
+        "versions": versions,
+    }
     warnings = fairness.warnings({model: column for model, column in known.items() if "error" not in column})
-    report |= {"made": made, "capacity": known, "counted_on": what.task, "warnings": warnings, "offline": what.offline}
+    report |= {
+        "made": made,
+        "capacity": known,
+        "counted_on": what.task,
+        "warnings": warnings,
+        "offline": what.offline,
+    }
     page.write(summary.plain(report | {"differences": what.differences, "failed": what.failed}), folder)
 
 
@@ -272,7 +323,9 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """-> exit status: 0 all runs are complete, 1 some failed, 2 bad arguments, 128 + signal after a signal."""
+    """-> exit status: 0 all runs are complete, 1 some failed, 2 bad arguments, 128 + signal after
+    a signal.
+    """
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
@@ -299,7 +352,8 @@ def main(argv: list[str]) -> int:
     except (ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a folder that is not ours, a cluster that does not answer
+    # a full disk, a folder that is not ours, a cluster that does not answer
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""One minute, no downloads: does every latent state build, learn, save and dream on this machine?
+"""One minute, no downloads: does every latent state build, learn, save and imagine on this machine?
 
 python simple_test.py
 """
@@ -19,7 +19,10 @@ import tools
 from hidreamer import checkpoint
 from hidreamer.dynamics import TYPES
 
-OBS = {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8), "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32)}
+OBS = {
+    "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+    "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32),
+}
 ACTIONS = 4
 
 
@@ -31,7 +34,7 @@ def batch(config: tools.Config) -> dict[str, torch.Tensor]:
     return {
         "image": torch.randint(0, 256, (*shape, 16, 16, 3), dtype=torch.uint8),
         "vector": torch.randn(*shape, 5),
-        "prev_action": torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS).float(),
+        "prev_action": (torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS).float()),
         "reward": torch.randn(shape),
         "is_first": first,
         "is_terminal": torch.zeros(shape, dtype=torch.bool),
@@ -39,7 +42,7 @@ def batch(config: tools.Config) -> dict[str, torch.Tensor]:
 
 
 def check(kind: str, folder: Path) -> str:
-    """Shapes, updates, a checkpoint round trip and a dream of one latent state. -> what was seen."""
+    """Shapes, updates, a checkpoint and an imagined rollout of one latent state. -> a line."""
     config = tools.load_config(["debug"], {"dynamics.type": kind})
     agents = [models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config) for _ in range(2)]
     for agent in agents:
@@ -53,7 +56,7 @@ def check(kind: str, folder: Path) -> str:
     checkpoint.save_checkpoint(folder / "latest.pt", agent.save_state())
     other.load_state(checkpoint.load_checkpoint(folder / "latest.pt"))
     results = [torch.manual_seed(1) and a.update(data) for a in agents]
-    assert torch.equal(*results), "a restored agent goes on differently"
+    assert torch.equal(*results), "a restored agent continues differently"
 
     obs = {key: data[key][:, 0] for key in (*OBS, "is_first")}
     state = agent.act(agent.initial(len(obs["image"])), obs)
@@ -63,7 +66,7 @@ def check(kind: str, folder: Path) -> str:
     assert feat.cat().shape == (len(obs["image"]), horizon + 1, agent.world_model.feat_dim)
     assert action.shape[-1] == ACTIONS and torch.isfinite(feat.cat()).all()
     count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    return f"feature {agent.world_model.feat_dim}, {count:,} parameters, {horizon} steps dreamt"
+    return f"feature {agent.world_model.feat_dim}, {count:,} parameters, {horizon} steps imagined"
 
 
 def main() -> int:
@@ -73,7 +76,7 @@ def main() -> int:
             torch.manual_seed(0)
             try:
                 seen = check(kind, Path(folder) / kind)
-            except Exception as error:  # whatever it is, say which latent state fails and how
+            except Exception as error:  # whatever it is, name the latent state that fails and how
                 print(f"❌ {kind:<6} {type(error).__name__}: {error}")
                 return 1
             print(f"✅ {kind:<6} {seen} ({time.monotonic() - start:.1f} s)")

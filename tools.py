@@ -19,7 +19,14 @@ from ruamel.yaml.error import YAMLError
 CONFIGS = Path(__file__).parent / "configs.yaml"
 # What a run may change when it is continued; everything else makes it another run.
 CHANGEABLE_KEYS = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels"}
-CHANGEABLE_KEYS |= {"log_every", "eval_every", "checkpoint_every", "eval_episodes", "eval_greedy", "eval_time_limit"}
+CHANGEABLE_KEYS |= {
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "eval_episodes",
+    "eval_greedy",
+    "eval_time_limit",
+}
 CHANGEABLE_KEYS |= {"env.invalid"}
 CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
 
@@ -28,11 +35,13 @@ CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_
 
 
 class ConfigError(Exception):
-    """One line that says what is wrong with the arguments and what would be right."""
+    """One line: what is wrong with the arguments, and what would be right."""
 
 
 class Config(Mapping):
-    """A frozen tree of settings: ``config.actor.lr``, ``**config.encoder``. Remembers which leaves were read."""
+    """A frozen tree of settings: ``config.actor.lr``, ``**config.encoder``. Remembers which leaves
+    were read.
+    """
 
     def __init__(self, tree: dict, reads: set[str] | None = None, path: str = ""):
         object.__setattr__(self, "_tree", tree)
@@ -94,7 +103,9 @@ def sentences() -> dict[str, str]:
 
 
 def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
-    """``value`` (a string, or what YAML made of it) as the type of ``default`` and within what ``sentence`` allows."""
+    """``value`` (a string, or what YAML made of it) as the type of ``default`` and within what
+    ``sentence`` allows.
+    """
     if value is True and not isinstance(default, bool):
         raise ConfigError(f"--{key} needs a value")
     if isinstance(default, list):
@@ -128,13 +139,14 @@ def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
 def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
     """Presets stacked left to right over ``defaults``, then {"group.key": value} on top.
 
-    Raises ConfigError for names that do not exist (with the nearest ones) and values of the wrong type.
+    Raises ConfigError for names that do not exist (with the nearest ones) and values of the wrong
+    type.
     """
     try:
         blocks = YAML(typ="safe").load(CONFIGS.read_text())
     except (OSError, YAMLError) as error:
         raise ConfigError(f"cannot read {CONFIGS.name}: {str(error).splitlines()[0]}") from None
-    says = sentences()
+    help_by_key = sentences()
     flat = flatten(blocks["defaults"])
     layers = []
     for name in presets:
@@ -145,7 +157,7 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
         for key, value in layer.items():
             if key not in flat:
                 raise ConfigError(f"there is no config key {key!r}{where}; {nearest(key, flat)}")
-            flat[key] = coerce(key, value, flat[key], says[f"defaults.{key}"])
+            flat[key] = coerce(key, value, flat[key], help_by_key[f"defaults.{key}"])
     return Config(unflatten(flat))
 
 
@@ -158,20 +170,25 @@ def saved_config(folder: Path) -> dict[str, Any]:
         return flatten(tree)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        told = f"{reason}; correct it, or continue the run by its --configs and keys"
-        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {told}") from None
+        raise ConfigError(
+            f"{folder / 'config.yaml'} is no config of a run: {reason}; correct it, or continue"
+            " the run by its --configs and keys"
+        ) from None
 
 
 def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
-    """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be continued as ``new``."""
+    """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be
+    continued as ``new``.
+    """
     before, now = flatten(old), new.flat()
     # A key that the old config lacks is younger than the run.
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
     if changed:
-        told = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
+        differing = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
         raise ConfigError(
-            f"{folder} holds a run with another config ({told}{', ...' if len(changed) > 3 else ''}): "
-            f"choose another --logdir, with --resume {folder} to start from its weights"
+            f"{folder} holds a run with another config"
+            f" ({differing}{', ...' if len(changed) > 3 else ''}): choose another --logdir, with"
+            f" --resume {folder} to start from its weights"
         )
 
 
@@ -193,7 +210,9 @@ def dump_yaml(tree: Mapping) -> str:
 
 
 class Args(NamedTuple):
-    """A command line: --configs NAME ..., --resume PATH, --capacity NAME ..., --key value or --flag."""
+    """A command line: --configs NAME ..., --resume PATH, --capacity NAME ..., --key value or
+    --flag.
+    """
 
     presets: list[str]
     overrides: dict[str, Any]
@@ -227,17 +246,20 @@ def parse(argv: list[str]) -> Args:
 
 def help_text(usage: str) -> str:
     """``usage``, the presets, and every key with its sentence and default."""
-    says = sentences()
+    help_by_key = sentences()
     defaults = load_config([], {}).flat()
     lines = [usage.strip(), "", "Presets, stacked left to right over the defaults:"]
-    lines += [f"  {name:<22} {text}" for name, text in says.items() if "." not in name and name != "defaults"]
-    lines += ["", "  --resume PATH          Go on with a run, or start from another's weights, optimiser and episodes."]
+    lines += [f"  {name:<22} {text}" for name, text in help_by_key.items() if "." not in name and name != "defaults"]
+    lines += [
+        "",
+        ("  --resume PATH          Continue a run, or start from another's weights, optimiser and episodes."),
+    ]
     lines += ["  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         shown = shown.lower() if isinstance(value, bool) else shown
-        lines.append(f"  --{key:<24} {says[f'defaults.{key}']} [{shown}]")
+        lines.append(f"  --{key:<24} {help_by_key[f'defaults.{key}']} [{shown}]")
     return "\n".join(lines)
 
 
@@ -252,7 +274,9 @@ def seed_all(seed: int) -> dict[str, np.random.Generator]:
 
 
 class Every:
-    """Due whenever a step has passed another multiple of ``every`` since ``last``, the step of the last time."""
+    """Due whenever a step has passed another multiple of ``every`` since ``last``, the step of the
+    last time.
+    """
 
     def __init__(self, every: int):
         self.every, self.last = every, 0

@@ -1,4 +1,6 @@
-"""A training run: all that a checkpoint holds, and what moves it. ``dreamer.py`` is its command line and its loop."""
+"""A training run: its state and its steps. ``run_state.py`` says what a checkpoint holds of it,
+``dreamer.py`` is its command line and its loop.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +14,38 @@ import numpy as np
 import torch
 
 import models
+import run_state
 import tools
 from envs import make_env
+from envs.base import Env
 from envs.vector import Envs
 from hidreamer import checkpoint, cost, evaluation
-from hidreamer.checkpoint import CheckpointError
-from hidreamer.episodes import EpisodeError, Episodes, make_replay, recorded
+from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
-from hidreamer.provenance import STARTS, note_start, provenance
+from hidreamer.provenance import note_start, provenance
 from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_action
 from tools import Config, ConfigError
 
-# Attributes of a run, by their names in a checkpoint.
-COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return", "evaluated")
-OLD_COUNTERS = {"credit": "pending_updates"}  # names that checkpoints without a format have
-FIELDS = ("config", "generation", "counters", "step", "agent", "act", "obs", "envs", "episodes", "score", "sums")
-FIELDS += ("metric_names", "torch_rng", "cuda_rng", "replay_rng", "explore_rng", "log_size")
-
 
 class Failure(Exception):
-    """One line: the run cannot go on, and why."""
+    """One line: the run cannot continue, and why."""
 
 
 class Run:
-    """The state of one training run, and what moves it: ``advance`` until ``steps``, then ``finish``.
+    """The state of one training run: ``advance`` it until ``steps``, then ``finish``.
 
-    On CPU a run that was killed and continued logs, from its last checkpoint on, what one that was never killed logs.
-    So nothing here reads the clock or a global random state, except what goes to the names ``perf/...``.
+    On CPU a run that was killed and continued logs, from its last checkpoint on, what one that was
+    never killed logs. So nothing here reads the clock or a global random state, except what goes
+    to the names ``perf/...``.
 
-    config: of all keys. logdir: its folder, which the caller keeps for it (``checkpoint.locked``). source: a checkpoint
-    of another run to start from. report: takes lines for people. ``poll`` may be replaced: it is called between two
-    updates and two steps, where an exception leaves a state that can be saved and continued.
-    Raises ConfigError, FolderError, EnvError where the run cannot be; nothing was written then, or it can be continued.
+    config: of all keys. logdir: its folder, which the caller keeps for it (``checkpoint.locked``).
+    source: a checkpoint of another run to start from. report: takes lines for people. ``poll`` may
+    be replaced: it is called between two updates and two steps, where an exception leaves a state
+    that can be saved and continued.
+    Raises ConfigError, FolderError, EnvError where the run cannot be; nothing was written then, or
+    it can be continued.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Run:
         self.config, self.logdir, self.device, self.report = config, logdir, device, report
         self.poll: Callable[[], None] = lambda: None
         self.folder = logdir / "checkpoints"
-        state, rows, problems = checkpoint.find_checkpoint(self.folder, FIELDS)
+        state, rows, problems = checkpoint.find_checkpoint(self.folder, run_state.FIELDS)
         for problem in problems:
             report(problem)
         if state:
@@ -76,10 +76,12 @@ class Run:
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile)
         if source is not None and not state:
-            self._load_weights(source)
+            run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
-        self.step = self.agent_steps = self.updates = 0  # environment frames, actions taken, optimiser steps
-        self.pending_updates, self.started = 0.0, False  # started: there was enough data for a first update
+        self.step = 0  # environment frames
+        self.agent_steps = self.updates = 0  # actions taken, optimiser steps
+        self.pending_updates = 0.0  # that the replay ratio asks for by now
+        self.started = False  # whether there was enough data for a first update
         self.restarts = 0  # of environments, before this process
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
@@ -89,17 +91,20 @@ class Run:
         self.last_return: float | None = None
         self.evaluated = -1  # the step of the last evaluation
         self.unsaved = True  # whether anything happened since the last checkpoint
-        self.every = {name: tools.Every(config[f"{name}_every"]) for name in ("log", "eval", "checkpoint")}
+        kinds = ("log", "eval", "checkpoint")
+        self.every = {name: tools.Every(config[f"{name}_every"]) for name in kinds}
         self.running_files: list[str] = []  # of the last two checkpoints
-        self.copy_from = "" if source is None else str(source.resolve())  # whose episodes are to be copied
+        # whose episodes are to be copied
+        self.copy_from = "" if source is None else str(source.resolve())
         self.replay: Replay
         if state:
-            log_size = self._restore(state, rows)
+            log_size = run_state.restore(self, state, rows)
         else:
-            log_size, self.replay = 0, self._make_replay(None, rngs["replay"])
+            log_size, self.replay = 0, self.make_replay(None, rngs["replay"])
         if problems:
             checkpoint.set_aside(self.folder / "latest.pt")
-        checkpoint.replace_file(logdir / "config.yaml", functools.partial(write_yaml, tree=config.tree()))
+        write = functools.partial(write_yaml, tree=config.tree())
+        checkpoint.replace_file(logdir / "config.yaml", write)
         if not self.finished:
             note_start(logdir, provenance())
             self._warn_if_too_short()
@@ -107,7 +112,8 @@ class Run:
         wandb = config.tree() if config.logger == "wandb" else None
         self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
         if not state:
-            self.save()  # from now on the folder is this run's, and killed at any moment it can be continued
+            # From now on the folder is this run's, and it can be continued if killed at any moment.
+            self.save()
         if self.copy_from:
             self._copy_episodes(Path(self.copy_from))
             self.copy_from = ""
@@ -115,9 +121,10 @@ class Run:
 
     def _make_envs(self, count: int, role: int, generation: int) -> Envs:
         task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        block["time_limit"] = evaluation.time_limit(self.config) if role == 1 else block["time_limit"]
+        if role == 1:
+            block["time_limit"] = evaluation.time_limit(self.config)
 
-        def make(index: int, restart: int):
+        def make(index: int, restart: int) -> Env:
             entropy = [seed, role, generation, index, restart]
             number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
             return make_env(task, block, number, index=index, evaluation=role == 1)
@@ -125,7 +132,8 @@ class Run:
         env = self.config.env
         return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
-    def _make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
+    def make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
+        """An empty replay. episodes: a checkpoint's, which will be restored into it."""
         copies = recorded(Path(self.copy_from)) if self.copy_from else []
         left = -(-max(0, self.config.steps - self.step) // self.envs.repeat)
         plan = {"steps": left, "state": episodes, "copies": copies}
@@ -140,20 +148,21 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do, not even the last evaluation."""
-        return self.step >= self.config.steps and self.evaluated == self.step and self.pending_updates < 1.0
+        evaluated = self.step >= self.config.steps and self.evaluated == self.step
+        return evaluated and self.pending_updates < 1.0
 
     def advance(self) -> None:
         """What is due (updates, log, checkpoint, evaluation), then one step of every environment.
 
-        In this order a checkpoint of any moment, also during an evaluation, continues with what was still due.
-        Raises Failure, EnvError, OSError, and what ``poll`` raises.
+        In this order a checkpoint of any moment, also during an evaluation, continues with what
+        was still due. Raises Failure, EnvError, OSError, and what ``poll`` raises.
         """
         self._catch_up()
         self.poll()
         self._collect()
 
     def finish(self) -> None:
-        """The updates that are owed, the last record, evaluation and checkpoint, as far as they are not there yet."""
+        """The pending updates, and the last record, evaluation and checkpoint if missing."""
         self._catch_up()
         if self.window.count:
             self.log()
@@ -164,12 +173,14 @@ class Run:
             self.save()
 
     def _catch_up(self) -> None:
-        while self.pending_updates >= 1.0 and self.replay.ready():  # a replay that lost its episodes is not
+        # A replay that lost its episodes is not ready.
+        while self.pending_updates >= 1.0 and self.replay.ready():
             self.poll()
             self._update()
         if self.every["log"].due(self.step):
             self.log()
-        if self.every["checkpoint"].due(self.step):  # before the evaluation, so that this cannot cost more than itself
+        # Before the evaluation, so that a kill during it costs no more than it.
+        if self.every["checkpoint"].due(self.step):
             self.save()
         if self.every["eval"].due(self.step):
             self.unsaved = True
@@ -183,7 +194,8 @@ class Run:
         self.unsaved = True
         first = obs["is_first"]
         prev = np.zeros((len(first), self.envs.act_dim), np.float32) if action is None else action
-        row = {key: obs[key] for key in (*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal")}
+        keys = (*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal")
+        row = {key: obs[key] for key in keys}
         row["prev_action"] = np.where(first[:, None], np.float32(0), prev)
         self.replay.add(row)
         self.episodes.add(self.replay, obs["is_last"])
@@ -209,9 +221,12 @@ class Run:
         """A line where a run of this length never updates."""
         steps = -(-self.config.steps // self.envs.repeat)
         rows = max(self._least_rows(), self.config.replay.length)
-        if not self.started and self.config.replay.ratio and 2 * steps < rows:  # a step brings at most two rows
-            told = f"steps {self.config.steps} are too few for an update: replay.prefill and replay.length ask for"
-            self.report(f"{told} {rows} rows first")
+        # a step brings at most two rows
+        if not self.started and self.config.replay.ratio and 2 * steps < rows:
+            self.report(
+                f"steps {self.config.steps} are too few for an update: replay.prefill and"
+                f" replay.length ask for {rows} rows first"
+            )
 
     def _policy(self) -> np.ndarray:
         """(count, A) actions for the last observations."""
@@ -222,10 +237,11 @@ class Run:
             return random_action(self.envs.act_space, self.envs.count, self.explore_rng)
         obs = {key: self.obs[key] for key in (*self.envs.obs_space, "is_first")}
         if self.act is None:
-            # What came before was not followed: begin as a replayed chunk begins.
+            # The state of the earlier steps is unknown: start as a replayed chunk starts.
             self.act = self.agent.initial(self.envs.count)
             obs["is_first"] = np.ones_like(obs["is_first"])
-        self.act = self.agent.act(self.act, self.agent.tensors(obs), "explore" if exploring else "train")
+        mode = "explore" if exploring else "train"
+        self.act = self.agent.act(self.act, self.agent.tensors(obs), mode)
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
@@ -237,53 +253,71 @@ class Run:
         self.unsaved = True
 
     def close(self) -> None:
+        """Close the environments and the log."""
         self.envs.close()
         self.logger.close()
 
     # ------------------------------------------------------------ metrics and evaluation
 
     def metrics(self) -> dict[str, float]:
-        """Means of the training metrics since the last record. Raises Failure where one is not finite."""
+        """Means of the training metrics since the last record. Raises Failure where one is not
+        finite.
+        """
         metrics = self.window.read(self.agent.metric_names)
         if name := self.window.first_broken(metrics):
-            last = f"the last good checkpoint is {self.folder / 'latest.pt'}"
-            raise Failure(f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); {last}")
+            raise Failure(
+                f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); the"
+                f" last good checkpoint is {self.folder / 'latest.pt'}"
+            )
         return metrics
 
     def log(self) -> None:
         """Record the training metrics and begin a new window."""
         self.logged = self.metrics()
         frames, updates = self.rates(self.step, self.updates)
-        counts = {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self._restarts()}
-        rates = {"perf/frames_per_s": frames, "perf/updates_per_s": updates, "perf/peak_mb": cost.peak_mb(self.device)}
+        counts = {
+            "updates": self.updates,
+            "replay_steps": len(self.replay),
+            "env_restarts": self.env_restarts(),
+        }
+        rates = {
+            "perf/frames_per_s": frames,
+            "perf/updates_per_s": updates,
+            "perf/peak_mb": cost.peak_mb(self.device),
+        }
         self.logger.scalars(self.step, self.logged | counts | rates)
         self.logger.flush()
         self.window.reset()
         self.every["log"].done(self.step)
         self.unsaved = True
 
-    def _restarts(self) -> int:
+    def env_restarts(self) -> int:
+        """How many environments crashed and were replaced, over all processes of the run."""
         return self.restarts + self.envs.restarts
 
     def evaluate(self) -> None:
-        """Episodes in fresh environments, and videos. Leaves the run's own state and random numbers alone."""
+        """Episodes in fresh environments, and videos. Leaves the run's own state and random
+        numbers alone.
+        """
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(entropy.generate_state(1)[0]))
-                optional, count = self.logger.best_effort, min(config.env.count, config.eval_episodes)
-                drawable = RENDER not in optional.off
+                best_effort = self.logger.best_effort
+                count = min(config.env.count, config.eval_episodes)
+                drawable = RENDER not in best_effort.off
                 with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
                     scores, played = evaluation.evaluate(self.agent, envs, config, drawable, self.poll)
                 self.logger.scalars(self.step, scores)
                 self.report(f"[{self.step}] {evaluation.line(scores)}")
                 if played.problem:
-                    optional.failed(RENDER, played.problem)
+                    best_effort.failed(RENDER, played.problem)
                 if config.video and self.replay.ready():
                     self.poll()
-                    shown = played, self.replay.sample(np.random.default_rng(entropy)), config.decode_levels
-                    optional(VIDEO, evaluation.record, self.logger, self.step, self.agent, *shown)
+                    batch = self.replay.sample(np.random.default_rng(entropy))
+                    args = (self.logger, self.step, self.agent, played, batch)
+                    best_effort(VIDEO, evaluation.record, *args, config.decode_levels)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)
@@ -291,38 +325,18 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint; the last one becomes previous.pt and stays whole if this fails (OSError, Failure)."""
+        """Write a checkpoint. The last one becomes previous.pt.
+
+        Raises OSError, Failure; the last one stays whole then.
+        """
         self.metrics()
         self.every["checkpoint"].done(self.step)
         running = f"running-{self.step:012d}.npz"
         rows = self.episodes.running_rows(self.replay)
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_file(self.folder / running, functools.partial(checkpoint.write_npz, rows=rows))
-        cuda = self.device.type == "cuda"
-        state = {
-            "config": self.config.tree(),
-            "generation": self.generation,
-            "counters": {name: getattr(self, name) for name in COUNTERS}
-            | {"restarts": self._restarts(), "summed": self.window.count},
-            "step": self.step,
-            "agent": self.agent.save_state(),
-            "act": None if self.act is None else [*self.act.carry, self.act.action],
-            "obs": self.obs,
-            "envs": None if self.obs is None else self.envs.state(),
-            "episodes": self.episodes.state(),
-            "running_file": running,
-            "score": self.scores.sums,
-            "sums": self.window.sums,
-            "metric_names": self.agent.metric_names,
-            "last": {name: every.last for name, every in self.every.items()},
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "replay_rng": self.replay.rng.bit_generator.state,
-            "explore_rng": self.explore_rng.bit_generator.state,
-            "log_size": self.logger.flush(),
-            "wandb_id": self.logger.wandb_id,
-            "copy_from": self.copy_from,
-        }
+        write = functools.partial(checkpoint.write_npz, rows=rows)
+        checkpoint.replace_file(self.folder / running, write)
+        state = run_state.snapshot(self) | {"running_file": running}
         checkpoint.save_checkpoint(self.folder / "latest.pt", state)
         self.episodes.checkpointed(state["episodes"])
         self.running_files = [*self.running_files[-1:], running]
@@ -331,86 +345,7 @@ class Run:
                 path.unlink()
         self.unsaved = False
 
-    def _restore(self, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:
-        """Become what ``state`` says. -> size of metrics.jsonl at that moment. Raises ConfigError, CheckpointError."""
-        instead = f"choose another --logdir, or go on with the commit that {STARTS} in it names"
-        try:
-            try:
-                self.agent.load_state(state["agent"])
-            except ValueError as error:
-                raise ConfigError(f"{self.logdir} is of another version of this code ({error}): {instead}") from None
-            self._restore_state(state, rows)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-            told = f"the checkpoint in {self.folder} does not fit this program ({type(error).__name__}: {error})"
-            raise CheckpointError(f"{told}: {instead}") from None
-        self.unsaved = False
-        self.report(f"continuing {self.logdir} at step {self.step} of {self.config.steps}")
-        old = tools.flatten(state["config"])
-        asked = old.keys() & {"eval_episodes", "eval_greedy", "eval_time_limit"}
-        if self.finished and any(old[key] != self.config[key] for key in asked):
-            self.evaluated = -1  # it is over, and asked for another evaluation than it had
-        size, lost = checkpoint.size_of_log(self.logdir / "metrics.jsonl", state["log_size"])
-        if lost:
-            self.report(f"{self.logdir / 'metrics.jsonl'} lost its last {lost} bytes; the log has a gap there")
-        return size
-
-    def _restore_state(self, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
-        counters = {OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()}
-        for name in (*COUNTERS, "restarts"):
-            setattr(self, name, counters[name])
-        self.window.sums, self.window.count = state["sums"].to(self.device), counters["summed"]
-        for name, every in self.every.items():
-            if "last" in state:
-                every.last = state["last"][name]
-            else:  # before there was a format: how many periods of the old length had passed
-                every.last = state["every"][name] * state["config"][f"{name}_every"]
-        self.running_files = [state["running_file"]]
-        self.copy_from = state.get("copy_from", "")
-        rng = np.random.default_rng()
-        rng.bit_generator.state = state["replay_rng"]
-        self.replay = self._make_replay(state["episodes"], rng)
-        for key, saved in checkpoint.arrays(state["score"]).items():
-            if key in self.scores.sums:  # the log keys may be others: env.invalid may change
-                self.scores.sums[key] = saved
-        self.agent.metric_names = tuple(state["metric_names"])
-        self.explore_rng.bit_generator.state = state["explore_rng"]
-        self.obs = checkpoint.arrays(state["obs"])
-        if state["act"] is not None:
-            *carry, action = (x.to(self.device) for x in state["act"])
-            self.act = models.ActState(type(self.agent.initial(1).carry)(*carry), action)
-        try:
-            problems = self.episodes.restore(self.replay, state["episodes"], rows)
-        except EpisodeError as error:
-            told = f"{self.folder / state['running_file']} is not what this run saved ({error})"
-            raise CheckpointError(f"{told}: put it back, or move {self.logdir} away to start anew") from None
-        for problem in problems:
-            self.report(problem)
-        if self.obs is not None:
-            restored = self.envs.load_state(checkpoint.arrays(state["envs"]))
-            for i in np.flatnonzero(~restored & ~self.obs["is_last"]):
-                self.episodes.cut(self.replay, i)  # truncated where it stood
-                self.obs["is_last"][i] = True
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
     # ------------------------------------------------------------ starting from another run
-
-    def _load_weights(self, source: Path) -> None:
-        """Weights and optimisers of another run, ours or dreamerv3-torch's. Raises ConfigError, CheckpointError."""
-        state = checkpoint.load_checkpoint(source)
-        try:
-            if "agent_state_dict" in state:
-                import legacy
-
-                state = {"agent": legacy.convert(state)}
-            if "agent" not in state:
-                told = "is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
-                raise CheckpointError(f"--resume: {source} {told}")
-            moved = self.agent.load_state(state["agent"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ConfigError(f"--resume {source}: {error}") from None
-        self.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))
 
     def _copy_episodes(self, source: Path) -> None:
         """The episodes beside a checkpoint of another run."""
@@ -420,4 +355,5 @@ class Run:
 
 
 def write_yaml(path: Path, tree: dict) -> None:
+    """The resolved config of a run."""
     path.write_text(tools.dump_yaml(tree), encoding="utf-8")

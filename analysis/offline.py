@@ -1,10 +1,11 @@
-"""One world model trained on recorded episodes, and judged on others: a job of ``--paired-offline``.
+"""One world model trained on recorded episodes, and judged on others: a job of
+``--paired-offline``.
 
     python -m analysis.offline --configs PRESET ... --task TASK --seed S --logdir FOLDER
         --episodes FOLDER ... --updates N
 
-Models that are given the same episodes and seed see the same batches in the same order. The same command again
-continues; ``results.npz`` says that it is done.
+Models that are given the same episodes and seed see the same batches in the same order. The same
+command again continues; ``results.npz`` marks it as done.
 """
 
 from __future__ import annotations
@@ -48,13 +49,17 @@ def find(folders: list[str]) -> list[Path]:
         inside = folder / "train_eps" if (folder / "train_eps").is_dir() else folder
         files += sorted(inside.glob("*.npz"))
     if len(files) < LEAST:
-        told = f"{' '.join(folders)} holds {len(files)} episodes"
-        raise ConfigError(f"{told}, and {LEAST} are needed: name a run's folder or its train_eps")
+        raise ConfigError(
+            f"{' '.join(folders)} holds {len(files)} episodes, and {LEAST} are needed: name a"
+            " run's folder or its train_eps"
+        )
     return files
 
 
 def check(files: list[Path], config: Config) -> None:
-    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and of the config's task."""
+    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and of the config's
+    task.
+    """
     env = make_env(config.task, config.env.tree(), 0)
     env.close()
     spec, problems = row_spec(env.obs_space, env.act_dim), []
@@ -68,7 +73,9 @@ def check(files: list[Path], config: Config) -> None:
 
 
 def load(files: Iterable[Path], spec: Spec) -> dict[Path, Rows]:
-    """The rows of the episodes that are whole and have those of ``spec``; a line is printed about the others."""
+    """The rows of the episodes that are whole and have those of ``spec``; a line is printed about
+    the others.
+    """
     files, found, problems = list(files), {}, []
     for path in files:
         try:
@@ -125,7 +132,7 @@ class Trainer:
             raise ConfigError(f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}")
         decoder = self.agent.world_model.decoder
         rows = self.replay.streams[0].slice(0, total)
-        self.sceptic = heldout.Sceptic(rows, [*decoder.kinds["image"], *decoder.sizes])
+        self.baseline = heldout.Baseline(rows, [*decoder.kinds["image"], *decoder.sizes])
         self.update, self.signal = 0, 0
         names = "\n".join(str(path.resolve()) for path in files)
         self.same = config_hash(config.flat()) + hashlib.sha256(names.encode()).hexdigest()[:12]
@@ -136,7 +143,9 @@ class Trainer:
     # ------------------------------------------------------------ training
 
     def train(self, updates: int) -> None:
-        """On to ``updates``, or to a signal, and save. Raises ArithmeticError where the loss is no number."""
+        """On to ``updates``, or to a signal, and save. Raises ArithmeticError where the loss is no
+        number.
+        """
         rates = Rates(0, self.update)
         self.logdir.mkdir(parents=True, exist_ok=True)
         with open(self.logdir / "metrics.jsonl", "a") as log:
@@ -153,7 +162,12 @@ class Trainer:
                     self.save()
         self.save()
 
+    def on_signal(self, signum: int, frame: Any) -> None:
+        """A signal handler: ``train`` ends after the running update and saves."""
+        self.signal = signum
+
     def step(self) -> torch.Tensor:
+        """One update. -> the loss, detached."""
         with self.agent.autocast():
             obs = models.networks.prepare(self.batch(self.replay.sample()))
             losses, _, post, _, _ = self.agent.world_model.loss(obs)
@@ -165,13 +179,17 @@ class Trainer:
 
     def save(self) -> None:
         state = {"update": self.update, "same": self.same, "agent": self.agent.save_state()}
-        state |= {"torch_rng": torch.get_rng_state(), "replay_rng": self.replay.rng.bit_generator.state}
+        state |= {
+            "torch_rng": torch.get_rng_state(),
+            "replay_rng": self.replay.rng.bit_generator.state,
+        }
         checkpoint.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
 
     def resume(self, updates: int) -> None:
-        """Go on towards ``updates`` from the folder's checkpoint, if there is one.
+        """Continue towards ``updates`` from the folder's checkpoint, if there is one.
 
-        Raises ConfigError where that was another training or a longer one, CheckpointError where it cannot be read.
+        Raises ConfigError where that was another training or a longer one, CheckpointError where
+        it cannot be read.
         """
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
@@ -180,8 +198,10 @@ class Trainer:
         if state["same"] != self.same:
             raise ConfigError(f"{self.logdir} was trained on other episodes or with another config: choose a --logdir")
         if state["update"] > updates:
-            told = f"{self.logdir} has had {state['update']} updates"
-            raise ConfigError(f"{told}: ask for as many or more, or move it away, for fewer cannot be had from it")
+            raise ConfigError(
+                f"{self.logdir} has had {state['update']} updates: ask for as many or more, or"
+                " move it away, for fewer cannot be had from it"
+            )
         self.agent.load_state(state["agent"])
         self.update = state["update"]
         torch.set_rng_state(state["torch_rng"])
@@ -191,11 +211,14 @@ class Trainer:
 
     def held(self) -> dict[Path, Rows]:
         """At most MOST held-out episodes, of all ages of the run."""
-        some = np.linspace(0, len(self.held_files) - 1, min(MOST, len(self.held_files))).round().astype(int)
-        return self.load(self.held_files[i] for i in some)
+        count = min(MOST, len(self.held_files))
+        picks = np.linspace(0, len(self.held_files) - 1, count).round().astype(int)
+        return self.load(self.held_files[i] for i in picks)
 
     def judge(self) -> dict[str, np.ndarray]:
-        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}. Raises ConfigError where none can be read."""
+        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}. Raises ConfigError where
+        none can be read.
+        """
         model, found = self.agent.world_model, []
         held = self.held()
         if not held:
@@ -206,33 +229,48 @@ class Trainer:
             truth = model.shown(models.networks.prepare(batch))
             judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
             with self.agent.autocast():
-                said = heldout.ask(model, batch)
-            by = {"model": judge(said), "sceptic": judge(self.sceptic.say(truth))}
-            found.append({f"{who}/{name}": x for who, scores in by.items() for name, x in scores.items()})
-        scores = {name: np.array([scores[name] for scores in found]) for name in found[0]}
+                predicted = heldout.predict(model, batch)
+            by = {"model": judge(predicted), "sceptic": judge(self.baseline.predict(truth))}
+            scores = {}
+            for who, metrics in by.items():
+                scores |= {f"{who}/{name}": x for name, x in metrics.items()}
+            found.append(scores)
+        scores = {}
+        for name in found[0]:
+            scores[name] = np.array([episode[name] for episode in found])
         return scores | probes.compare(self.probe(held))
 
     def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:
-        """``probes.judge`` of this model, its untrained self and raw pixels; empty where there is no RAM."""
+        """``probes.judge`` of this model, its untrained self and raw pixels; empty where there is
+        no RAM.
+        """
         empty = {"model": {}}
         if not probes.possible(self.config):
             return empty
 
         def chunks(path: Path, rows: Rows) -> Rows | None:
             ram = probes.cached(path, rows, self.config, self.logdir.parent.parent / "ram")
-            return None if ram is None else heldout.chunks(rows | {"ram": ram}, self.config.replay.length)
+            if ram is None:
+                return None
+            return heldout.chunks(rows | {"ram": ram}, self.config.replay.length)
 
         @torch.no_grad()
-        def see(model: models.WorldModel, batch: Rows) -> np.ndarray:
+        def features(model: models.WorldModel, batch: Rows) -> np.ndarray:
             torch.manual_seed(0)
-            obs = models.networks.prepare(self.batch({k: x for k, x in batch.items() if k != "ram"}))
+            rows = {key: x for key, x in batch.items() if key != "ram"}
+            obs = models.networks.prepare(self.batch(rows))
             return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
 
-        sees = {"model": functools.partial(see, self.agent.world_model), "pixels": probes.pixels}
-        sees["untrained"] = functools.partial(see, self.untrained)
-        train = [x for path, rows in self.episodes.items() if (x := chunks(path, rows)) is not None]
+        encoders: dict[str, probes.Encode] = {"pixels": probes.pixels}
+        encoders["model"] = functools.partial(features, self.agent.world_model)
+        encoders["untrained"] = functools.partial(features, self.untrained)
+        train = [chunks(path, rows) for path, rows in self.episodes.items()]
+        train = [episode for episode in train if episode is not None]
         test = [chunks(path, rows) for path, rows in held.items()]
-        return probes.judge(sees, train[: probes.EPISODES], test, probes.BYTES[self.config.task]) if train else empty
+        if not train:
+            return empty
+        names = probes.BYTES[self.config.task]
+        return probes.judge(encoders, train[: probes.EPISODES], test, names)
 
 
 def main(argv: list[str]) -> int:
@@ -240,7 +278,8 @@ def main(argv: list[str]) -> int:
     try:
         args = tools.parse(argv)
         values: dict[str, Any] = dict(args.overrides)
-        folders, updates = values.pop("episodes"), tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
+        folders = values.pop("episodes")
+        updates = tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
         config = tools.load_config(args.presets, values)
         logdir = Path(config.logdir)
         files = find(folders if isinstance(folders, list) else [folders])
@@ -249,14 +288,14 @@ def main(argv: list[str]) -> int:
     except (ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    heed = lambda signum, frame: setattr(trainer, "signal", signum)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, heed)
+        signal.signal(signum, trainer.on_signal)
     try:
         trainer.train(updates)
         if trainer.signal:
             return 128 + trainer.signal
-        results: Mapping[str, Any] = trainer.judge() | {"updates": updates, "training": len(trainer.episodes)}
+        results: dict[str, Any] = trainer.judge()
+        results |= {"updates": updates, "training": len(trainer.episodes)}
     except (ArithmeticError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

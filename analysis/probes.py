@@ -1,7 +1,8 @@
-"""What a world model's features know of an Atari console's memory: ridge regressions on bytes of its RAM.
+"""What a world model's features know of an Atari console's memory: ridge regressions on bytes of
+its RAM.
 
-Recorded episodes have no RAM. Without sticky actions the emulator is deterministic, so an episode's actions are played
-again, and its RAM is taken where every picture comes out the same.
+Recorded episodes have no RAM. Without sticky actions the emulator is deterministic, so an
+episode's actions are played again, and its RAM is taken where every picture comes out the same.
 """
 
 from __future__ import annotations
@@ -27,20 +28,31 @@ from tools import Config
 
 # Bytes of the RAM (AtariARI, Anand et al. 2019). A ball's byte is 0 while it is not in play.
 BYTES = {
-    "atari_pong": {"ball x": 49, "ball y": 54, "player y": 51, "enemy y": 50, "player score": 14, "enemy score": 13},
+    "atari_pong": {
+        "ball x": 49,
+        "ball y": 54,
+        "player y": 51,
+        "enemy y": 50,
+        "player score": 14,
+        "enemy score": 13,
+    },
     "atari_breakout": {"ball x": 99, "ball y": 101, "player x": 72, "blocks hit": 77, "score": 84},
-    "atari_ms_pacman": {"player x": 10, "player y": 16, "dots": 119, "score": 120, "lives": 123}
-    | {f"ghost {i + 1} {axis}": first + i for axis, first in (("x", 6), ("y", 12)) for i in range(4)},
+    "atari_ms_pacman": (
+        {"player x": 10, "player y": 16, "dots": 119, "score": 120, "lives": 123}
+        | {f"ghost {i + 1} x": 6 + i for i in range(4)}
+        | {f"ghost {i + 1} y": 12 + i for i in range(4)}
+    ),
 }
 EPISODES = 20  # training episodes that regressions are fitted on
 STEPS = 2000  # steps of them
 ALPHAS = np.logspace(-1.0, 5.0, 13)
 NOTE = (
-    "RAM: share of a byte's variance that a ridge regression on the features leaves unexplained, fitted on training "
-    "episodes; without a model: the better one of raw pixels and the untrained world model's features."
+    "RAM: share of a byte's variance that a ridge regression on the features leaves unexplained,"
+    " fitted on training episodes; without a model: the better one of raw pixels and the untrained"
+    " world model's features."
 )
 
-See = Callable[[Rows], np.ndarray]  # chunks (n, T, ...) -> features (n T, F)
+Encode = Callable[[Rows], np.ndarray]  # chunks (n, T, ...) -> features (n T, F)
 
 
 def possible(config: Config) -> bool:
@@ -48,7 +60,9 @@ def possible(config: Config) -> bool:
 
 
 def recover(rows: Rows, config: Config) -> np.ndarray | None:
-    """(T, 128): the console's memory at each row; None where no number of no-ops leads to the same pictures."""
+    """(T, 128): the console's memory at each row; None where no number of no-ops leads to the same
+    pictures.
+    """
     atari = config.env.atari.tree()
     env = make_env(config.task, config.env.tree() | {"atari": atari | {"noops": 0}}, 0)
     env.reset()
@@ -97,49 +111,64 @@ def pixels(batch: Rows) -> np.ndarray:
 
 
 def judge(
-    sees: Mapping[str, See], train: list[Rows], held: list[Rows | None], names: Mapping[str, int]
+    encoders: Mapping[str, Encode],
+    train: list[Rows],
+    held: list[Rows | None],
+    names: Mapping[str, int],
 ) -> dict[str, dict[str, np.ndarray]]:
-    """{who: {byte: (held,)}}: unexplained shares of variance. Episodes are chunks (n, T, ...) with "ram" (n, T, 128).
+    """{who: {byte: (held,)}}: unexplained shares of variance. Episodes are chunks (n, T, ...) with
+    "ram" (n, T, 128).
 
     NaN where an episode is None, a ball is never in play, or a byte never changes.
     """
     ram = np.concatenate([x["ram"].reshape(-1, 128) for x in train])
     picks = np.random.default_rng(0).permutation(len(ram))[:STEPS]
     out: dict[str, dict[str, np.ndarray]] = {}
-    for who, sight in sees.items():
+    balls = {name: byte for name, byte in names.items() if name.startswith("ball")}
+    others = {name: byte for name, byte in names.items() if name not in balls}
+    for who, encode in encoders.items():
         # What never changes in training, but for rounding, must not become a feature.
-        see = lambda chunk, sight=sight: sight(chunk).round(4)
-        x, out[who] = np.concatenate([see(chunk) for chunk in train])[picks], {}
-        seen = [None if chunk is None else see(chunk) for chunk in held]
-        for balls in (True, False):  # which steps count differs, so each has a regression of its own
-            bytes_ = {name: byte for name, byte in names.items() if name.startswith("ball") == balls}
-            columns = list(bytes_.values())
-            counts = lambda ram, columns=columns, balls=balls: (ram[:, columns] > 0).all(-1) | (not balls)  # (N,)
-            use = counts(ram[picks])
+        x = np.concatenate([encode(chunk).round(4) for chunk in train])[picks]
+        features = [None if chunk is None else encode(chunk).round(4) for chunk in held]
+        out[who] = {}
+        # Which steps count differs, so each has a regression of its own.
+        for group in (balls, others):
+            columns = list(group.values())
+            use = valid_steps(ram[picks], columns, group is balls)
             if not columns or use.sum() < 2:
                 continue
             y = ram[picks][use][:, columns].astype(float)
-            fit = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True)).fit(x[use], y)
-            shares = [unexplained(fit, a, b, counts, columns) for a, b in zip(seen, held, strict=True)]
+            ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True))
+            ridge.fit(x[use], y)
+            errors = []
+            for feat, chunk in zip(features, held, strict=True):
+                errors.append(mean_errors(ridge, feat, chunk, columns, group is balls))
             variance = np.where(y.var(0) > 0.0, y.var(0), np.nan)
-            out[who] |= dict(zip(bytes_, (np.stack(shares) / variance).T, strict=True))
+            out[who] |= dict(zip(group, (np.stack(errors) / variance).T, strict=True))
     return out
 
 
-def unexplained(fit: Any, seen: np.ndarray | None, chunk: Rows | None, counts: Any, columns: list[int]) -> np.ndarray:
-    """(columns,): mean squared errors over the steps of an episode that count."""
+def valid_steps(ram: np.ndarray, columns: list[int], balls: bool) -> np.ndarray:
+    """(N,) of RAM (N, 128): whether the bytes in ``columns`` mean something at a step."""
+    return (ram[:, columns] > 0).all(-1) | (not balls)
+
+
+def mean_errors(ridge: Any, feat: np.ndarray | None, chunk: Rows | None, columns: list[int], balls: bool) -> np.ndarray:
+    """(columns,): mean squared errors over the valid steps of an episode, NaN without any."""
     if chunk is None:
         return np.full(len(columns), np.nan)
     ram = chunk["ram"].reshape(-1, 128)
-    use = counts(ram)
+    use = valid_steps(ram, columns, balls)
     if not use.any():
         return np.full(len(columns), np.nan)
-    miss = fit.predict(seen[use]).reshape(-1, len(columns)) - ram[use][:, columns]
-    return np.square(miss).mean(0)
+    error = ridge.predict(feat[use]).reshape(-1, len(columns)) - ram[use][:, columns]
+    return np.square(error).mean(0)
 
 
 def compare(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{"model/RAM BYTE", "sceptic/RAM BYTE": (held,)} of what ``judge`` found; sceptic is whoever else does best."""
+    """{"model/RAM BYTE", "sceptic/RAM BYTE": (held,)} of what ``judge`` found; sceptic is whoever
+    else does best.
+    """
     others = [by for who, by in found.items() if who != "model"]
     mean = lambda x: np.nanmean(x) if np.isfinite(x).any() else np.inf
     out = {}

@@ -1,12 +1,14 @@
-"""Updates of several presets in turn in one process, as ratios to the first; beside dreamerv3-torch if it is at hand.
+"""Updates of several presets in turn in one process, as ratios to the first; beside
+dreamerv3-torch if it is at hand.
 
-    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer [--upstream FOLDER] [--device auto]
-        [--repeats 7] [--out F]
+    python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer
+        [--upstream FOLDER] [--device auto] [--repeats 7] [--out F]
 
-FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's sizes. Images of 64x64,
-6 actions, random data. Kernels and FLOPs are counted of the eager update; timed is the one that training uses, on CUDA
-compiled and captured. imagine: one step of a dream from every replayed state (16 x 64), policy and all. The replay's
-part: seconds to draw a batch from 100,000 steps, and the memory they take.
+FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's
+sizes. Images of 64x64, 6 actions, random data. Kernels and FLOPs are counted of the eager update;
+timed is the one that training uses, on CUDA compiled and captured. imagine: one step of imagination
+from every replayed state (16 x 64), policy and all. The replay's part: seconds to draw a batch
+from 100,000 steps, and the memory they take.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import contextlib
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,8 @@ class Measured(NamedTuple):
 
 
 def counts(update: Callable[[], object]) -> dict[str, int]:
-    update(), update()  # the first one allocates the optimisers' states
+    for _ in range(2):  # the first one allocates the optimisers' states
+        update()
     return cost.operators(update) | {"flops": cost.flops(update)}
 
 
@@ -74,7 +77,7 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
 
 
 @contextlib.contextmanager
-def importing(folder: Path):
+def importing(folder: Path) -> Iterator[None]:
     """Their modules have the names of ours: hide ours while theirs are imported."""
     hidden = {name: sys.modules.pop(name) for name in ("tools", "networks", "models") if name in sys.modules}
     sys.path.insert(0, str(folder))
@@ -88,14 +91,26 @@ def importing(folder: Path):
 
 
 def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measured:
-    """The same, without the dream, for dreamerv3-torch: its atari100k preset at the sizes of ``config``."""
+    """The same, without the dream, for dreamerv3-torch: its atari100k preset at the sizes of
+    ``config``.
+    """
     with importing(folder):
         import models as theirs
     dyn, units, depth = config.dynamics, config.encoder.units, config.encoder.depth
     presets = YAML(typ="safe").load((folder / "configs.yaml").read_text())
     options = presets["defaults"]
-    sizes = {"dyn_hidden": dyn.hidden, "dyn_deter": dyn.deter, "units": units, "num_actions": ACTIONS}
-    sizes |= {"dyn_stoch": dyn.rssm.stoch, "dyn_discrete": dyn.rssm.classes, "device": device.type, "compile": False}
+    sizes = {
+        "dyn_hidden": dyn.hidden,
+        "dyn_deter": dyn.deter,
+        "units": units,
+        "num_actions": ACTIONS,
+    }
+    sizes |= {
+        "dyn_stoch": dyn.rssm.stoch,
+        "dyn_discrete": dyn.rssm.classes,
+        "device": device.type,
+        "compile": False,
+    }
     nested = {"encoder": {"cnn_depth": depth}, "decoder": {"cnn_depth": depth}}
     for change in (presets["atari100k"], sizes, nested):
         for key, value in change.items():
@@ -103,19 +118,26 @@ def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measur
     options = types.SimpleNamespace(**options)
     world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options).to(device)
     behavior = theirs.ImagBehavior(options, world).to(device)
-    world.requires_grad_(False), behavior.requires_grad_(False)  # their update turns gradients on where it needs them
+    # their update turns gradients on where it needs them
+    for module in (world, behavior):
+        module.requires_grad_(False)
     rows = random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
     batch = {"action": rows.pop("prev_action"), **rows}
 
-    def update():
+    def reward(feat, state, action) -> torch.Tensor:
+        return world.heads["reward"](world.dynamics.get_feat(state)).mode()
+
+    def update() -> None:
         post, _, _ = world._train(batch)
-        behavior._train(post, lambda feat, state, action: world.heads["reward"](world.dynamics.get_feat(state)).mode())
+        behavior._train(post, reward)
 
     return Measured(counts(update), update)
 
 
 def replay_figures(config: tools.Config, steps: int = 100_000, repeats: int = 50) -> dict[str, float]:
-    """Seconds to draw one batch from a full ring of random Atari steps, and the ring's resident memory."""
+    """Seconds to draw one batch from a full ring of random Atari steps, and the ring's resident
+    memory.
+    """
     block, rng = config.replay, np.random.default_rng(0)
     before = resident_mb()
     spec = row_spec(OBS, ACTIONS)
@@ -163,16 +185,15 @@ def main() -> int:
         for _ in range(5 if cuda else 1):  # compilation, warming up, recording
             fn()
     times = measure.interleaved(fns, args.repeats, cuda)
-    report["updates"] = {
-        name: one.counts
-        | {f"{unit}_s": measure.median([t[i] for t in times[name]]) for i, unit in enumerate(("cpu", "wall"))}
-        # Of one round each: what slows the machine slows both.
-        | {
-            f"{unit}_ratio": measure.median([a[i] / b[i] for a, b in zip(times[name], times[first], strict=True)])
-            for i, unit in enumerate(("cpu", "wall"))
-        }
-        for name, one in all_of.items()
-    }
+    report["updates"] = {}
+    for name, one in all_of.items():
+        found = report["updates"][name] = dict(one.counts)
+        for i, unit in enumerate(("cpu", "wall")):
+            found[f"{unit}_s"] = measure.median([t[i] for t in times[name]])
+        for i, unit in enumerate(("cpu", "wall")):
+            # Of one round each: what slows the machine slows both.
+            ratios = [a[i] / b[i] for a, b in zip(times[name], times[first], strict=True)]
+            found[f"{unit}_ratio"] = measure.median(ratios)
     for name, one in all_of.items():
         if one.dream:
             ms = [1000 * wall / one.horizon for _, wall in times[f"{name}, dream"]]

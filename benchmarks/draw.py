@@ -1,10 +1,12 @@
 """Pictures of what was measured.
 
     python benchmarks/draw.py learning results/learning/*.json --out results/learning/curves.png
-    python benchmarks/draw.py run FOLDER kl_0 kl_1 --note 'commit, command' --out results/hrssm/pong.png
+    python benchmarks/draw.py run FOLDER kl_0 kl_1 --note 'commit, command' \
+        --out results/hrssm/pong.png
     python benchmarks/draw.py masks --out docs/masks.png
 
-The second also writes the drawn numbers beside the picture, as JSON; the third draws the masks that hrvq trains with.
+The second also writes the drawn numbers beside the picture, as JSON; the third draws the masks
+that hrvq trains with.
 Needs matplotlib: pip install -e ".[compare]"
 """
 
@@ -23,41 +25,55 @@ import tools
 from hidreamer.mask import KINDS, visible
 
 COLOURS = {"rssm": "#444444", "hrssm": "#0072b2", "hrvq": "#d55e00"}
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "0"}
+plt.rcParams |= {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.hashsalt": "0",
+}
 
 
 def learning(paths: list[Path], out: Path) -> None:
-    """One panel a task: every seed's line, the bars as ticks, random play; broken twins dotted, variants dashed."""
+    """One panel a task: every seed's line, the thresholds as ticks, random play; negative controls
+    dotted, variants dashed.
+    """
     reports = [json.loads(path.read_text()) for path in paths]
     tasks = sorted({report["task"] for report in reports})
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks, strict=True):
-        mine = [report for report in reports if report["task"] == task]
+        of_task = [report for report in reports if report["task"] == task]
         usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
-        for report in mine:
-            name, twin, seeds = report["dynamics"], report["twin"], len(report["runs"])
-            variant = " ".join(x for key, x in latent(report["more"]).items() if x != str(usual[key]))
+        for report in of_task:
+            name, control, seeds = report["dynamics"], report["twin"], len(report["runs"])
+            changed = latent(report["more"]).items()
+            variant = " ".join(x for key, x in changed if x != str(usual[key]))
+            label, dash = f"{name} {variant}".strip() + f", {seeds} seeds", "--" if variant else "-"
+            if control:
+                label, dash = f"{name}, rewards shuffled", ":"
+            style = {"ls": dash, "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
             for i, run in enumerate(report["runs"].values()):
-                words = f"{name}, rewards shuffled" if twin else f"{name} {variant}".strip() + f", {seeds} seeds"
-                label, dash = None if i else words, ":" if twin else "--" if variant else "-"
-                style = {"ls": dash, "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
-                ax.plot(*zip(*run["curve"], strict=True), label=label, **style)
-        for name, least in mine[0]["bars"].items():
+                steps, returns = zip(*run["curve"], strict=True)
+                ax.plot(steps, returns, label=None if i else label, **style)
+        for name, least in of_task[0]["bars"].items():
             where = [int(word) for word in name.split("_") if word.isdigit()]
             if name.startswith("return_at"):
-                ax.plot(where[0], least, "k_", ms=14, label="bar" if where[0] == 20_000 else None)
+                ax.plot(where[0], least, "k_", ms=14, label="threshold" if where[0] == 20_000 else None)
             elif name.startswith("last"):
-                ax.axhline(least, color="k", lw=0.8, label="bar, last 10 episodes")
-        ax.axhline(mine[0]["random_return"], color="0.6", lw=0.8, ls="--", label="random play")
+                ax.axhline(least, color="k", lw=0.8, label="threshold, last 10 episodes")
+        ax.axhline(of_task[0]["random_return"], color="0.6", lw=0.8, ls="--", label="random play")
         ax.set(title=task, xlabel="environment frames", ylabel="training return")
         ax.legend(frameon=False, fontsize=7)
     save(figure, out)
 
 
 def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
-    """One panel a metric of one run's log. ``note`` says what run it was: commit, command, hardware."""
+    """One panel a metric of one run's log. ``note`` says what run it was: commit, command,
+    hardware.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {key: [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key in keys}
+    found = {}
+    for key in keys:
+        found[key] = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     missing = [key for key, points in found.items() if not points]
     if missing:
         sys.exit(f"error: {folder / 'metrics.jsonl'} has no {', '.join(missing)}")
@@ -71,11 +87,14 @@ def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
 
 def masks(out: Path, steps: int = 2, levels: int = 3) -> None:
     figure, axes = plt.subplots(1, len(KINDS), figsize=(12, 4.2), layout="constrained")
-    names = [f"{name}$_{t}$" for t in range(steps) for name in (*(f"L{i}" for i in range(levels)), "A")]
+    names = []
+    for t in range(steps):
+        names += [f"L{i}$_{t}$" for i in range(levels)] + [f"A$_{t}$"]
     for ax, kind in zip(axes, KINDS, strict=True):
         ax.imshow(visible(kind, steps, levels), cmap="Blues", vmin=0, vmax=1.4)
         ax.set(title=kind, xlabel="is seen", xticks=range(len(names)), yticks=range(len(names)))
-        ax.set_xticklabels(names), ax.set_yticklabels(names)
+        ax.set_xticklabels(names)
+        ax.set_yticklabels(names)
         for lines in (ax.axhline, ax.axvline):
             for x in range(1, len(names)):
                 step = x % (levels + 1) == 0

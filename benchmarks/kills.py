@@ -2,10 +2,12 @@
 
     python benchmarks/kills.py --kills 200 --out results/kills.json
 
-Short runs of every latent state on two tasks. Each is made once without a kill, then again with kills at uniformly
-random moments of that time (set-up, updates, checkpoints, evaluations alike), continued by the same command. Compared
-bit for bit: every record of metrics.jsonl but ``perf/``, the files of all episodes, weights and counters at the end.
-Exit status 1 if anything differs. A process is forked for each start, so that torch is imported once.
+Short runs of every latent state on two tasks. Each is made once without a kill, then again with
+kills at uniformly random moments of that time (set-up, updates, checkpoints, evaluations alike),
+continued by the same command. Compared bit for bit: every record of metrics.jsonl but ``perf/``,
+the files of all episodes, weights and counters at the end.
+Exit status 1 if anything differs. A process is forked for each start, so that torch is imported
+once.
 """
 
 from __future__ import annotations
@@ -53,11 +55,11 @@ def begin(argv: list[str], log: Path) -> int:
 
 
 def wait(pid: int, log: Path) -> None:
-    """Raises RuntimeError, with what the process said last, where it did not end well."""
+    """Raises RuntimeError, with the process's last output, where it did not end well."""
     _, status = os.waitpid(pid, 0)
     if status:
-        told = log.read_text().strip().splitlines()[-3:]
-        raise RuntimeError(f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(told)}")
+        last = log.read_text().strip().splitlines()[-3:]
+        raise RuntimeError(f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(last)}")
 
 
 def kill_once(argv: list[str], log: Path, seconds: float) -> bool:
@@ -77,13 +79,18 @@ def kill_once(argv: list[str], log: Path, seconds: float) -> bool:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves but what the clock says."""
+    """All that a run leaves but what depends on the clock."""
     state = load_checkpoint(folder / "checkpoints" / "latest.pt")
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         records.append({key: x for key, x in json.loads(line).items() if not key.startswith("perf/")})
     episodes = {path.name: members(path) for path in (folder / "train_eps").glob("*.npz")}
-    return {"records": records, "episodes": episodes, "counters": state["counters"], "agent": state["agent"]["params"]}
+    return {
+        "records": records,
+        "episodes": episodes,
+        "counters": state["counters"],
+        "agent": state["agent"]["params"],
+    }
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -121,8 +128,17 @@ def one_run(task: str, kind: str, seed: int, folder: Path, rng: np.random.Genera
         kills.append({"seconds": round(seconds, 3), "checkpoint": step})
     wait(begin(argv, log), log)
     found = outcome(folder / "whole")
-    report = {"task": task, "dynamics": kind, "seed": seed, "seconds": round(took, 2), "kills": kills}
-    report |= {"records": len(found["records"]), "differs": differences(outcome(folder / "killed"), found)}
+    report = {
+        "task": task,
+        "dynamics": kind,
+        "seed": seed,
+        "seconds": round(took, 2),
+        "kills": kills,
+    }
+    report |= {
+        "records": len(found["records"]),
+        "differs": differences(outcome(folder / "killed"), found),
+    }
     return report | {"outcome": found}
 
 
@@ -138,7 +154,8 @@ def main() -> int:
     rng, runs, done = np.random.default_rng(args.seed), [], 0
     report: dict[str, Any] = dict(provenance())  # before anybody changes a file
     before: dict[tuple[str, str], dict[str, Any]] = {}
-    control: list[bool] = []  # whether runs that only their seed tells apart differ: the comparison is not blind
+    # whether runs that differ in their seed alone differ: the comparison is not blind
+    control: list[bool] = []
     for i, (kind, task) in enumerate(itertools.cycle(itertools.product(args.dynamics, args.tasks))):
         if done >= args.kills:
             break
@@ -153,13 +170,16 @@ def main() -> int:
         before[kind, task] = found
         runs.append(run)
         done += len(run["kills"])
-        print(f"{done} kills; {task} {kind}:", "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal")
-    differing = [run for run in runs if run["differs"]]
-    report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
-    report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        differing = [run for run in runs if run["differs"]]
+        report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
+        report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
+        if args.out:  # each time: what was seen is kept if this process is ended
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(
+            f"{done} kills; {task} {kind}:",
+            "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal",
+        )
     print(f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill")
     return int(bool(differing))
 

@@ -1,9 +1,13 @@
-"""Does the agent learn? Whole runs through dreamer.py, beside their bars, random play, and a broken twin.
+"""Does the agent learn? Whole runs through dreamer.py, beside thresholds, random play, and a
+negative control.
 
-    python benchmarks/learning.py minatar --dynamics rssm --seeds 0 1 2 [--out results/FILE.json] [-- --key value ...]
-    python benchmarks/learning.py cartpole --twin     # rewards and ends shuffled in replay: must fail
+    python benchmarks/learning.py minatar --dynamics rssm --seeds 0 1 2
+        [--out results/FILE.json] [-- --key value ...]
+    python benchmarks/learning.py cartpole --twin
 
-Runs go to runs/learning/ and continue where they stopped. Exit status 1 if a bar is missed (for a twin: if one is met).
+--twin trains the negative control: rewards and ends are shuffled in replay, and it must fail. Runs
+go to runs/learning/ and continue where they stopped. Exit status 1 if a threshold is missed (for
+the control: if one is met).
 """
 
 from __future__ import annotations
@@ -25,10 +29,10 @@ from comparison.runs import records
 from envs import make_env
 from hidreamer import checkpoint
 from hidreamer.provenance import STARTS, provenance
-from hidreamer.replay import Replay
+from hidreamer.replay import Replay, Rows
 from hidreamer.spaces import random_action
 
-# name: presets, steps, and bars (what is averaged, its least value).
+# name: presets, steps, and thresholds (of what figure, its least value).
 TASKS = {
     "minatar": {
         "configs": ["minatar"],
@@ -40,12 +44,14 @@ TASKS = {
 
 
 class Shuffled(Replay):
-    """The broken twin: rewards and ends of every batch come in a random order, so nothing says what they were for.
+    """The negative control: rewards and ends of every batch come in a random order, unrelated to
+    states and actions.
 
-    Rewards alone would not do: CartPole pays 1 for every step, and what there is to learn is in the ends.
+    Rewards alone would not do: CartPole pays 1 for every step, and what there is to learn is in
+    the ends.
     """
 
-    def sample(self, rng=None):
+    def sample(self, rng: np.random.Generator | None = None) -> Rows:
         batch = super().sample(rng)
         order = (self.rng if rng is None else rng).permutation(batch["reward"].size)
         for key in ("reward", "is_terminal"):
@@ -54,13 +60,18 @@ class Shuffled(Replay):
 
 
 def latent(more: list[str]) -> dict[str, str]:
-    """{key: value} of the settings of the latent state among a run's arguments, without "dynamics."."""
+    """{key: value} of the settings of the latent state among a run's arguments, without
+    "dynamics.".
+    """
     given = tools.parse(more).overrides
-    return {key.removeprefix("dynamics."): str(x) for key, x in given.items() if key.startswith("dynamics.")}
+    own = {key: str(x) for key, x in given.items() if key.startswith("dynamics.")}
+    return {key.removeprefix("dynamics."): x for key, x in own.items()}
 
 
-def bars(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
-    """Those that were set before anything was measured: other ones for tokens, and for the lineage's posterior."""
+def thresholds(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
+    """Those that were set before anything was measured: other ones for tokens, and for the
+    posterior of ssrhaso/hidreamer (nearest codes).
+    """
     found = dict(TASKS[task]["bars"])
     if task == "minatar" and dynamics == "hrvq":
         found["ball_after_3"] = 0.75
@@ -69,11 +80,11 @@ def bars(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
     return found
 
 
-def train(task: str, words: list[str], folder: Path, twin: bool) -> None:
+def train(task: str, words: list[str], folder: Path, control: bool) -> None:
     """One run, in this process; finished runs are kept."""
-    hidreamer.episodes.Replay = Shuffled if twin else Replay  # what a run makes its replay of
-    words = ["--configs", *TASKS[task]["configs"], "--logdir", str(folder), "--eval_episodes", "0", *words]
-    status = dreamer.main(words)
+    hidreamer.episodes.Replay = Shuffled if control else Replay  # what a run makes its replay of
+    common = ["--configs", *TASKS[task]["configs"], "--logdir", str(folder)]
+    status = dreamer.main([*common, "--eval_episodes", "0", *words])
     if status:
         sys.exit(status)
 
@@ -85,32 +96,49 @@ def saved_latent(folder: Path) -> dict[str, Any]:
 
 
 def longer(folder: Path, steps: int) -> bool:
-    """Whether a longer run is there already, and says so: its last weights would be judged as those of ``steps``."""
-    if not (folder / "config.yaml").exists() or (there := tools.saved_config(folder)["steps"]) <= steps:
+    """Whether a longer run is there already, with a line about it: its last weights would be
+    judged as those of ``steps``.
+    """
+    if not (folder / "config.yaml").exists():
         return False
-    print(f"error: {folder} holds a run of {there} frames: give --steps {there}, or move it", file=sys.stderr)
+    there = tools.saved_config(folder)["steps"]
+    if there <= steps:
+        return False
+    print(
+        f"error: {folder} holds a run of {there} frames: give --steps {there}, or move it",
+        file=sys.stderr,
+    )
     return True
 
 
 def episodes(folder: Path) -> np.ndarray:
     """(episodes, 2): the step at which each training episode ended, and its return."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return np.array([(line["step"], line["train_return"]) for line in lines if line.get("train_return") is not None])
+    ended = [line for line in lines if line.get("train_return") is not None]
+    return np.array([(line["step"], line["train_return"]) for line in ended])
 
 
 def measure(task: str, folder: Path, steps: int) -> dict[str, float]:
-    """Every figure that has a bar and can be had from a run of this length."""
+    """Every figure that has a threshold and can be had from a run of this length."""
     ended = episodes(folder)
-    mean = lambda low, high: float(ended[(ended[:, 0] > low) & (ended[:, 0] <= high), 1].mean())
     if task == "cartpole":
         return {"last_10_episodes": float(ended[-10:, 1].mean())}
-    found = {f"return_at_{at}": mean(at - 2000, at) for at in (20_000, 50_000) if at <= steps}
+    found = {}
+    for at in (20_000, 50_000):
+        if at <= steps:
+            found[f"return_at_{at}"] = float(returns_in(ended, at - 2000, at).mean())
     return found | ball(folder)
+
+
+def returns_in(ended: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Of ``episodes``, those that ended after frame ``low`` and until ``high``."""
+    return ended[(ended[:, 0] > low) & (ended[:, 0] <= high), 1]
 
 
 @torch.no_grad()
 def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> dict[str, float]:
-    """Breakout's open loop on new episodes of the trained policy: is the ball's cell right after 3 imagined steps?
+    """Breakout's open loop on new episodes of the trained policy: is the ball's cell right after 3
+    imagined steps?
 
     ``copy`` is what the ball's last seen cell would score.
     """
@@ -125,15 +153,23 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
     length = context + horizon
     while len(rows) < count * length:
         rows.append({**obs, "prev_action": zero if obs["is_first"] else acting.action[0].numpy()})
-        acting = agent.act(acting, {key: torch.as_tensor(obs[key])[None] for key in ("grid", "is_first")})
+        inputs = {key: torch.as_tensor(obs[key])[None] for key in ("grid", "is_first")}
+        acting = agent.act(acting, inputs)
         obs = env.reset() if obs["is_last"] else env.step(acting.action[0].numpy())
     keys = ("grid", "prev_action", "reward", "is_first", "is_terminal")
-    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])).unflatten(0, (count, length)) for key in keys}
-    batch["is_first"][:, 0] = True  # as a replayed chunk begins
+    batch = {}
+    for key in keys:
+        x = torch.from_numpy(np.stack([row[key] for row in rows]))
+        batch[key] = x.unflatten(0, (count, length))
+    batch["is_first"][:, 0] = True  # as in a replayed chunk
     truth, model = agent.world_model.open_loop(batch, context)
-    whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be foreseen
-    right = lambda grid: float((ball_cell(grid) == ball_cell(truth["grid"][:, -1]))[whole].float().mean())
-    return {"ball_after_3": right(model["grid"][:, -1]), "ball_after_3_copy": right(truth["grid"][:, context - 1])}
+    whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be predicted
+    out = {}
+    grids = {"": model["grid"][:, -1], "_copy": truth["grid"][:, context - 1]}
+    for name, grid in grids.items():
+        hits = ball_cell(grid) == ball_cell(truth["grid"][:, -1])
+        out[f"ball_after_3{name}"] = float(hits[whole].float().mean())
+    return out
 
 
 def ball_cell(grid: torch.Tensor) -> torch.Tensor:
@@ -156,36 +192,57 @@ def random_return(task: str, count: int = 300) -> float:
 def curve(folder: Path, steps: int, width: int) -> list[list[float]]:
     """[step, mean return of the episodes that ended in the ``width`` steps before] ..."""
     ended = episodes(folder)
-    bins = [(at, ended[(ended[:, 0] > at - width) & (ended[:, 0] <= at), 1]) for at in range(width, steps + 1, width)]
-    return [[at, round(float(scores.mean()), 3)] for at, scores in bins if len(scores)]
+    points = []
+    for at in range(width, steps + 1, width):
+        scores = returns_in(ended, at - width, at)
+        if len(scores):
+            points.append([at, round(float(scores.mean()), 3)])
+    return points
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="a shorter run; bars beyond it are left out")
+    parser.add_argument("--steps", type=int, help="a shorter run; later thresholds are left out")
     parser.add_argument("--dynamics", default="rssm", help="the latent state")
-    parser.add_argument("--twin", action="store_true", help="train the broken twin instead")
+    parser.add_argument("--twin", action="store_true", help="train the negative control instead")
     parser.add_argument("--out", type=Path, help="write the figures to this file")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args, more = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]  # more: arguments of dreamer.py
+    # more: arguments of dreamer.py
+    args, more = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     steps = args.steps or TASKS[args.task]["steps"]
-    least, runs, fine = bars(args.task, args.dynamics, more), {}, True
+    least, runs, passed = thresholds(args.task, args.dynamics, more), {}, True
     for seed in args.seeds:
-        name = "-".join([args.task, args.dynamics, *(["twin"] if args.twin else []), *(w.strip("-") for w in more)])
+        parts = [args.task, args.dynamics, *(["twin"] if args.twin else [])]
+        name = "-".join([*parts, *(word.strip("-") for word in more)])
         folder = ROOT / "runs" / "learning" / name / str(seed)
-        words = ["--dynamics.type", args.dynamics, "--seed", str(seed), "--steps", str(steps), *more]
+        words = ["--dynamics.type", args.dynamics, "--seed", str(seed)]
+        words += ["--steps", str(steps), *more]
         if longer(folder, steps):
             return 2
         train(args.task, words, folder, args.twin)
         found = measure(args.task, folder, steps)
-        met = {bar: found[bar] >= value for bar, value in least.items() if bar in found}
-        # A twin fails if it misses every bar about returns: what the world looks like it may still learn.
-        fine &= not any(ok for bar, ok in met.items() if "ball" not in bar) if args.twin else all(met.values())
-        commits = list(dict.fromkeys(start["commit"] for start in records(folder / STARTS) if "commit" in start))
-        runs[seed] = {"figures": found, "met": met, "curve": curve(folder, steps, 1000), "commits": commits}
-        print(f"seed {seed}:", ", ".join(f"{bar} {value:.2f}" for bar, value in found.items()), flush=True)
+        met = {name: found[name] >= value for name, value in least.items() if name in found}
+        if args.twin:
+            # The control must miss every threshold of returns: what the world looks like it may
+            # still learn.
+            passed &= not any(ok for name, ok in met.items() if "ball" not in name)
+        else:
+            passed &= all(met.values())
+        starts = [start for start in records(folder / STARTS) if "commit" in start]
+        commits = list(dict.fromkeys(start["commit"] for start in starts))
+        runs[seed] = {
+            "figures": found,
+            "met": met,
+            "curve": curve(folder, steps, 1000),
+            "commits": commits,
+        }
+        print(
+            f"seed {seed}:",
+            ", ".join(f"{name} {value:.2f}" for name, value in found.items()),
+            flush=True,
+        )
     report = provenance() | {
         "task": args.task,
         "dynamics": args.dynamics,
@@ -199,8 +256,11 @@ def main() -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1))
-    print("as it should be" if fine else "NOT as it should be", f"(random play: {report['random_return']:.2f})")
-    return int(not fine)
+    print(
+        "as it should be" if passed else "NOT as it should be",
+        f"(random play: {report['random_return']:.2f})",
+    )
+    return int(not passed)
 
 
 if __name__ == "__main__":

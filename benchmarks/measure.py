@@ -23,7 +23,9 @@ def cpu_seconds() -> float:
 def interleaved(
     fns: Mapping[str, Callable[[], object]], repeats: int, cuda: bool
 ) -> dict[str, list[tuple[float, float]]]:
-    """(CPU, wall) seconds of each function, called in turn, so that a drifting machine drifts for all of them."""
+    """(CPU, wall) seconds of each function, called in turn, so that a drifting machine drifts for
+    all of them.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in fns}
     for _ in range(repeats):
         for name, fn in fns.items():

@@ -1,14 +1,18 @@
-"""What each choice inside hrvq does to a world model: all are trained on the same batches of recorded episodes.
+"""What each choice inside hrvq does to a world model: all are trained on the same batches of
+recorded episodes.
 
-    python benchmarks/quantisers.py minatar --episodes RUN [--rows sampled nearest ...] [--seeds 0 1] [--updates 2000]
-        [--out results/hrvq/minatar.json] [--returns results/learning/minatar_*.json] [--picture FILE.png]
+    python benchmarks/quantisers.py minatar --episodes RUN [--rows sampled nearest ...]
+        [--seeds 0 1] [--updates 2000] [--out results/hrvq/minatar.json]
+        [--returns results/learning/minatar_*.json] [--picture FILE.png]
     python benchmarks/quantisers.py minatar --from results/hrvq/minatar.json --returns ... --out ...
 
-Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is right 1, 3, 7 and 15
-steps after the last observation. On Atari also what a ridge regression finds of the console's memory in the features.
-Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and tables of them beside
-it; --returns adds those that agents with the same choice had in whole runs (benchmarks/learning.py), with --from to
-what an earlier call judged; --picture shows frames of a held-out episode as the first row has them.
+Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is
+right 1, 3, 7 and 15 steps after the last observation. On Atari also what a ridge regression finds
+of the console's memory in the features.
+Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and
+tables of them beside it; --returns adds those that agents with the same choice had in whole runs
+(benchmarks/learning.py), with --from to what an earlier call judged; --picture shows frames of a
+held-out episode as the first row has them.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ from hidreamer.dynamics.base import kl_losses
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 
-# Each row differs from the first in one thing; the last two are the other latent states at the same size.
+# Each row differs from the first in one thing; the last two are the other latent states at the
+# same size.
 ROWS: dict[str, dict[str, Any]] = {
     "sampled": {},
     "nearest": {"hrvq.posterior": "nearest"},
@@ -51,7 +56,8 @@ ROWS: dict[str, dict[str, Any]] = {
 # The minatar preset has two levels; its table began when it had three, of as many bits.
 THREE = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.groups": 4}
 TWO = {"two levels": {"hrvq.levels": 2, "hrvq.groups": 6}}
-# On Pong groups are the positions of the encoder's map; the same bits, and tiny_hidreamer's, without that:
+# On Pong groups are the positions of the encoder's map; the same bits, and tiny_hidreamer's,
+# without that:
 WHOLE = {"whole image": {"hrvq.spatial": False}}
 WHOLE |= {"tiny_hidreamer": WHOLE["whole image"] | {"hrvq.groups": 4, "hrvq.code_dim": 32}}
 PLACES = {"dynamics.hrvq.spatial": True, "dynamics.hrvq.groups": 16, "dynamics.hrvq.code_dim": 16}
@@ -70,7 +76,7 @@ WORLDS = {
     # Small objects want many updates rather than large ones: one sequence a batch.
     "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
-# How a trained row dreams as well: the row, and the temperature of its codes by level.
+# Other temperatures to imagine a trained row at: the row, and the codes' temperature by level.
 DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
 DREAMS |= {f"{row}, all at 0.1": (row, [0.1]) for row in ("sampled", "flat", "independent")}
 Found = dict[str, dict[str, dict[str, Any]]]  # {row: {seed: figures}}
@@ -83,7 +89,8 @@ PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at
 def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
     presets, settings = WORLDS[world].presets, WORLDS[world].settings
     values = settings | {"seed": seed, "logdir": str(folder)}
-    return tools.load_config(presets, values | {f"dynamics.{key}": x for key, x in row_settings(world, row).items()})
+    values |= {f"dynamics.{key}": x for key, x in row_settings(world, row).items()}
+    return tools.load_config(presets, values)
 
 
 def row_settings(world: str, row: str) -> dict[str, Any]:
@@ -117,19 +124,19 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
         batch = trainer.batch({key: x[some] for key, x in rows.items()})
         torch.manual_seed(i)
         _, post, _ = model.observe(models.networks.prepare(batch))
-        truth, said = model.open_loop(batch, CONTEXT)
-        now = model.show(post.feat)[0]
-        found = dict(zip(("reconstruction", "moving"), heldout.errors(now, truth, slice(1, None)), strict=True))
+        truth, predicted = model.open_loop(batch, CONTEXT)
+        error, moving = heldout.errors(model.show(post.feat)[0], truth, slice(1, None))
+        found = {"reconstruction": error, "moving": moving}
         last = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
         for h in HORIZONS:
             at = CONTEXT - 1 + h
-            for name, what in (("", said), (", copy", last)):
-                found[f"open loop {h}, moving{name}"] = heldout.errors(what, truth, slice(at, at + 1))[1]
+            for name, what in (("", predicted), (", copy", last)):
+                moving = heldout.errors(what, truth, slice(at, at + 1))[1]
+                found[f"open loop {h}, moving{name}"] = moving
             if trainer.config.task == "minatar_breakout":
-                here = ball_cell(truth["grid"][:, at])
-                right = lambda cell, here=here: (cell == here).float().mean().item()
-                found[f"ball {h}"] = right(ball_cell(said["grid"][:, at]))
-                found[f"ball {h}, copy"] = right(ball_cell(truth["grid"][:, CONTEXT - 1]))
+                for name, what in (("", predicted), (", copy", last)):
+                    hits = ball_cell(what["grid"][:, at]) == ball_cell(truth["grid"][:, at])
+                    found[f"ball {h}{name}"] = hits.float().mean().item()
         for name, x in found.items():
             sums.setdefault(name, []).append(x)
         posts.append(post._replace(feat=None))
@@ -139,28 +146,39 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
 
 @torch.no_grad()
 def picture(trainer: offline.Trainer) -> np.ndarray:
-    """(rows, frames, 3) uint8: steps of the middle of the first held-out episode, the same decoded, and dreamt on."""
+    """(rows, frames, 3) uint8: steps of the middle of the first held-out episode, the same
+    decoded, and the open loop.
+    """
     pieces = heldout.chunks(next(iter(trainer.held().values())), trainer.config.replay.length)
     middle = len(pieces["reward"]) // 2
-    batch, model = trainer.batch({key: x[middle : middle + 1] for key, x in pieces.items()}), trainer.agent.world_model
+    batch = trainer.batch({key: x[middle : middle + 1] for key, x in pieces.items()})
+    model = trainer.agent.world_model
     torch.manual_seed(0)
     _, post, _ = model.observe(models.networks.prepare(batch))
-    truth, said = model.open_loop(batch, CONTEXT)
-    frames = evaluation.board([truth, model.show(post.feat)[0], said])  # (T, 3 H, W, 3), enlarged
+    truth, predicted = model.open_loop(batch, CONTEXT)
+    rows = [truth, model.show(post.feat)[0], predicted]
+    frames = evaluation.board(rows)  # (T, 3 H, W, 3), enlarged
     return np.concatenate(frames[list(FRAMES)], 1)
 
 
 def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
-    """{"RAM BYTE": R2 on held-out episodes from this model's features, its untrained self's, and raw pixels}."""
+    """{"RAM BYTE": R2 on held-out episodes from this model's features, its untrained self's, and
+    raw pixels}.
+    """
     found = trainer.probe(trainer.held())
-    tell = lambda name: [1.0 - float(np.nanmean(found[who][name])) for who in ("model", "untrained", "pixels")]
-    return {f"RAM {name}": tell(name) for name in found["model"]}
+    out = {}
+    for name in found["model"]:
+        shares = [found[who][name] for who in ("model", "untrained", "pixels")]
+        out[f"RAM {name}"] = [1.0 - float(np.nanmean(share)) for share in shares]
+    return out
 
 
 def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]:
-    """{row: each seed's mean return before 20,000 frames, and what else was set} from reports of learning.py.
+    """{row: each seed's mean return before 20,000 frames, and what else was set} from reports of
+    learning.py.
 
-    A row is known by the config of its latent state. Raises ConfigError where a file is no such report of MinAtar.
+    A row is known by the config of its latent state. Raises ConfigError where a file is no such
+    report of MinAtar.
     """
     found: dict[str, tuple[list[float], str]] = {}
     presets, settings = WORLDS[world].presets, WORLDS[world].settings
@@ -168,80 +186,114 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
         try:
             report = json.loads(path.read_text())
             scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
-            given, kind, twin = tools.parse(report["more"]).overrides, report["dynamics"], report["twin"]
-            latent = dict(report.get("latent", {}))  # said since the preset has two levels, not three
+            given = tools.parse(report["more"]).overrides
+            kind, control = report["dynamics"], report["twin"]
+            # there since the preset has two levels, not three
+            latent = dict(report.get("latent", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            told = f"--returns {path} is no report of benchmarks/learning.py minatar"
-            raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
-        own = {key: x for key, x in given.items() if key.startswith("dynamics.")} | {"dynamics.type": kind}
+            raise tools.ConfigError(
+                f"--returns {path} is no report of benchmarks/learning.py minatar ({type(error).__name__}: {error})"
+            ) from None
+        own = {key: x for key, x in given.items() if key.startswith("dynamics.")}
+        own["dynamics.type"] = kind
         state = latent or tools.load_config(presets, settings | own).dynamics.flat()
         others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
-        for row in [*WORLDS[world].rows, *DREAMS] if not twin else ():
-            if all(state.get(key, x) == x for key, x in make_config(world, row, 0, path).dynamics.flat().items()):
+        for row in [*WORLDS[world].rows, *DREAMS] if not control else ():
+            settings_of_row = make_config(world, row, 0, path).dynamics.flat()
+            if all(state.get(key, x) == x for key, x in settings_of_row.items()):
                 found[row] = scores, others
     return found
 
 
 def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
-    """Nats a step to tell the state given the prior, and for codes how well each level is predicted and used."""
+    """KL of posterior to prior in nats a step, and for codes how well each level is predicted and
+    used.
+    """
     total = sum(len(post.levels[0].post) for post in posts)
     metrics: dict[str, float] = {}
     for post in posts:  # the parts are chunks: means of them, weighted
         # Nothing foresees the first step of a chunk.
-        later = tuple(level._make(x[:, 1:] for x in level) for level in post.levels)
-        for name, x in (dynamics.loss(post)[1] | kl_losses(later, dynamics.balance)[1]).items():
+        later = []
+        for level in post.levels:
+            later.append(level._make(x[:, 1:] for x in level))
+        for name, x in (dynamics.loss(post)[1] | kl_losses(tuple(later), dynamics.balance)[1]).items():
             metrics[name] = metrics.get(name, 0.0) + x.item() * len(post.levels[0].post) / total
-    if getattr(dynamics, "quantizer", None) is not None:  # use of codes cannot be averaged: all chunks at once
+    # use of codes cannot be averaged: all chunks at once
+    if getattr(dynamics, "quantizer", None) is not None:
         index = torch.cat([post.aux.codes.index for post in posts])
         metrics |= {name: x.item() for name, x in dynamics.quantizer.usage(index).items()}
     names = ["kl", "accuracy", "accuracy_copy", "accuracy_changed", "perplexity", "dead"]
-    by_level = {
-        name: [metrics[f"{name}_{i}"] for i in range(len(dynamics.shapes))] for name in names if f"{name}_0" in metrics
-    }
+    by_level = {}
+    for name in names:
+        if f"{name}_0" in metrics:
+            by_level[name] = [metrics[f"{name}_{i}"] for i in range(len(dynamics.shapes))]
     return {"nats": sum(by_level["kl"])} | by_level
 
 
-def places(world: str, rows: list[str]) -> list[str]:
-    """What a reader of these rows has to know of where their codes stand: a sentence, or none."""
+def spatial_note(world: str, rows: list[str]) -> list[str]:
+    """A sentence about spatial tokens, or none where no row has them."""
     states = {row: make_config(world, row, 0, Path()).dynamics for row in rows}
     spatial = {row: state.hrvq.spatial for row, state in states.items() if state.type == "hrvq"}
     others = [row for row, yes in spatial.items() if not yes]
     if len(others) == len(spatial):
         return []
-    return [f"Groups are places of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."]
+    return [f"Groups are positions of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."]
 
 
 def table(found: Found, names: dict[str, str]) -> str:
-    """Markdown: one line a row, every seed. ``names``: the columns of figures; those that nobody has are left out."""
-    thousand = lambda name: 1000.0 if "moving" in name or name == "reconstruction" else 1.0
-    tell = lambda name, x: f"{thousand(name) * x:.2f}"
-    several = lambda name, xs: " ".join(tell(name, x) for x in xs) if isinstance(xs, list) else tell(name, xs)
-    cell = lambda by, name: " / ".join(several(name, x[name]) for x in by.values() if name in x) or "–"
-    names = {name: title for name, title in names.items() if any(cell(by, name) != "–" for by in found.values())}
-    lines = [(row, *cells) for row, by in found.items() if set(cells := [cell(by, name) for name in names]) != {"–"}]
-    rows = [("", *names.values()), ("---",) * (len(names) + 1), *lines]
+    """Markdown: one line a row, every seed. ``names``: the columns of figures; empty rows and
+    columns are left out.
+    """
+    used = {}
+    for name, title in names.items():
+        if any(cell(by_seed, name) != "–" for by_seed in found.values()):
+            used[name] = title
+    rows = [["", *used.values()], ["---"] * (len(used) + 1)]
+    for row, by_seed in found.items():
+        cells = [cell(by_seed, name) for name in used]
+        if set(cells) != {"–"}:
+            rows.append([row, *cells])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def cell(by_seed: dict[str, dict[str, Any]], name: str) -> str:
+    """A figure of every seed that has it; figures by level are a list."""
+    scale = 1000.0 if "moving" in name or name == "reconstruction" else 1.0
+    texts = []
+    for figures_of_seed in by_seed.values():
+        if name in figures_of_seed:
+            values = figures_of_seed[name]
+            values = values if isinstance(values, list) else [values]
+            texts.append(" ".join(f"{scale * x:.2f}" for x in values))
+    return " / ".join(texts) or "–"
 
 
 SHOWN = {"reconstruction": "reconstruction (×10⁻³)", "moving": "moving (×10⁻³)"}
 SHOWN |= {f"ball {h}": f"ball, {h}" for h in HORIZONS}
 SHOWN |= {f"open loop {h}, moving": f"open loop {h}, moving (×10⁻³)" for h in HORIZONS}
-SHOWN |= {"nats": "nats a step", "perplexity": "perplexity", "dead": "unused", "accuracy": "accuracy"}
+SHOWN |= {
+    "nats": "nats a step",
+    "perplexity": "perplexity",
+    "dead": "unused",
+    "accuracy": "accuracy",
+}
 SHOWN |= {"accuracy_copy": "copy last", "accuracy_changed": "changed", "returns": "return"}
 NOTES = {
     "nats": "Nats: KL of posterior to prior, a step; unused: codes of each codebook.",
-    "accuracy": "Copy last: what repeating the last code scores; changed: accuracy where it is another.",
-    "returns": "Return: of the agent's episodes between 18,000 and 20,000 frames, each seed, from {returns}; "
-    "set besides the latent state: {others}.",
+    "accuracy": ("Copy last: what repeating the last code scores; changed: accuracy where it is another."),
+    "returns": (
+        "Return: of the agent's episodes between 18,000 and 20,000 frames, each seed, from"
+        " {returns}; set besides the latent state: {others}."
+    ),
 }
 RAM_NOTE = (
-    "R² on held-out episodes of a ridge regression on the features for bytes of the console's memory, trained world "
-    "model, the same one untrained, raw pixels:"
+    "R² on held-out episodes of a ridge regression on the features for bytes of the console's"
+    " memory, trained world model, the same one untrained, raw pixels:"
 )
 
 
 def figures(args: argparse.Namespace, rows: list[str]) -> Found:
-    """Train, or go on where it stopped, and judge."""
+    """Train, or continue where it stopped, and judge."""
     files = offline.find(args.episodes)
     found: Found = {}
     for seed in map(str, args.seeds):
@@ -256,9 +308,12 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
                 args.picture.parent.mkdir(parents=True, exist_ok=True)
                 iio.imwrite(args.picture, picture(trainer))
             found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
-            print(row, seed, {k: np.round(v, 4).tolist() for k, v in found[row][seed].items()}, flush=True)
-            for name in (name for name, (base, _) in DREAMS.items() if base == row):
-                dynamics, temperature = trainer.agent.world_model.dynamics, DREAMS[name][1]
+            rounded = {key: np.round(x, 4).tolist() for key, x in found[row][seed].items()}
+            print(row, seed, rounded, flush=True)
+            for name, (base, temperature) in DREAMS.items():
+                if base != row:
+                    continue
+                dynamics = trainer.agent.world_model.dynamics
                 dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
                 found.setdefault(name, {})[seed] = judge(trainer)
     first = found[rows[0]][str(args.seeds[0])]
@@ -267,36 +322,47 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
 
 
 def judged(world: str, path: Path) -> dict[str, Any]:
-    """The report of an earlier call, without returns. Raises ConfigError where a file is none of this world."""
+    """The report of an earlier call, without returns. Raises ConfigError where a file is none of
+    this world.
+    """
     try:
         report = json.loads(path.read_text())
         if missing := {"commit", "command", "rows"} - report.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if wrong := report["rows"].keys() - {*WORLDS[world].rows, *DREAMS, LAST}:
             raise ValueError(f"{world} has no row {' or '.join(map(repr, sorted(wrong)))}")
-        for x in (x for by in report["rows"].values() for x in by.values()):
-            x.pop("returns", None)
+        for by_seed in report["rows"].values():
+            for found in by_seed.values():
+                found.pop("returns", None)
         return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"--from {path} is no report of benchmarks/quantisers.py"
-        raise tools.ConfigError(f"{told} ({type(error).__name__}: {error})") from None
+        raise tools.ConfigError(
+            f"--from {path} is no report of benchmarks/quantisers.py ({type(error).__name__}: {error})"
+        ) from None
 
 
 def page(world: str, found: Found, others: dict[str, str], files: list[Path]) -> str:
-    """Markdown of figures. ``others``: what was set, besides the latent state, for agents whose returns are shown."""
+    """Markdown of figures. ``others``: what was set, besides the latent state, for agents whose
+    returns are shown.
+    """
     first = next(iter(found.values()))
-    seeds, context = " / ".join(first), f"{CONTEXT} steps seen, then dreamt on with the real actions"
+    seeds = " / ".join(first)
+    context = f"{CONTEXT} steps observed, then imagined with the real actions"
     first = next(iter(first.values()))
-    # Where the ball's cell is known, errors of pixels say less.
-    shown = {name: title for name, title in SHOWN.items() if "ball 1" not in first or not name.startswith("open loop")}
-    told = [note for name, note in NOTES.items() if any(name in x for by in found.values() for x in by.values())]
-    told += places(world, [row for row in found if row in WORLDS[world].rows])
-    text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(told)}\n\n"
+    columns = dict(SHOWN)
+    if "ball 1" in first:  # where the ball's cell is known, errors of pixels are less telling
+        columns = {k: title for k, title in SHOWN.items() if not k.startswith("open loop")}
+    present = set()
+    for by_seed in found.values():
+        present = present.union(*by_seed.values())
+    notes = [note for name, note in NOTES.items() if name in present]
+    notes += spatial_note(world, [row for row in found if row in WORLDS[world].rows])
+    text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(notes)}\n\n"
     by_others: dict[str, list[str]] = {}
     for row in [row for row in found if row in others]:
         by_others.setdefault(others[row] or "nothing", []).append(row)
     set_besides = "; ".join(f"{what} in {', '.join(rows)}" for what, rows in by_others.items())
-    text = text.format(returns=", ".join(map(str, files)), others=set_besides) + table(found, shown)
+    text = text.format(returns=", ".join(map(str, files)), others=set_besides) + table(found, columns)
     if ram := {name: name.removeprefix("RAM ") for name in first if name.startswith("RAM ")}:
         text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
     return text
@@ -307,13 +373,23 @@ def main() -> int:
     parser.add_argument("world", choices=WORLDS)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--episodes", nargs="+", help="run folders whose episodes are used")
-    source.add_argument("--from", dest="given", type=Path, help="an earlier --out: train nothing, only add --returns")
-    parser.add_argument("--rows", nargs="+", choices=ROWS | TWO | WHOLE, help="all of the world's, if none are named")
+    source.add_argument(
+        "--from",
+        dest="given",
+        type=Path,
+        help="an earlier --out: train nothing, only add --returns",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS | TWO | WHOLE,
+        help="all of the world's, if none are named",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1, if none are named")
-    parser.add_argument("--updates", type=int, help="2000, if nothing is said")
+    parser.add_argument("--updates", type=int, help="2000, if not given")
     parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")
     parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
-    parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and dreamt from the ninth on")
+    parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and the open loop")
     args = parser.parse_args()
     made_by = provenance()  # before anything is written that would count as a change
     if args.given and any(x is not None for x in (args.rows, args.seeds, args.updates, args.picture)):
@@ -328,7 +404,11 @@ def main() -> int:
         if args.given:
             report = judged(args.world, args.given) | {"returns": made_by}
         else:
-            report = made_by | {"updates": args.updates, "episodes": args.episodes, "context": CONTEXT}
+            report = made_by | {
+                "updates": args.updates,
+                "episodes": args.episodes,
+                "context": CONTEXT,
+            }
             report["rows"] = figures(args, rows)
     except (tools.ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,14 +1,18 @@
-"""Replay in memory and on a disk: CPU time, page faults and peak memory of adding, sampling and resuming.
+"""Replay in memory and on a disk: CPU time, page faults and peak memory of adding, sampling and
+resuming.
 
-    python benchmarks/replay.py [--store memory disk] [--steps 100000] [--folder FOLDER] [--out FILE]
+    python benchmarks/replay.py [--store memory disk] [--steps 100000] [--folder FOLDER]
+        [--out FILE]
 
-Each store has a process of its own. Rows are Atari Pong's, 64 x 64 x 3; a batch is 16 x 64. Sampling from a disk is
-measured twice: as it is in a run, where the system keeps what was read lately, and after it has been made to forget.
+Each store has a process of its own. Rows are Atari Pong's, 64 x 64 x 3; a batch is 16 x 64.
+Sampling from a disk is measured twice: as it is in a run, where the system keeps what was read
+lately, and after it has been made to forget.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import mmap
 import multiprocessing
@@ -19,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import measure
 import numpy as np
@@ -44,7 +49,10 @@ def frames(count: int) -> tuple[Spec, Rows]:
         action = cost.random_action(env.act_space, 1, rng)[0]
         out = env.reset() if out["is_last"] else env.step(action)
         rows.append({key: (out | {"prev_action": action})[key] for key in spec})
-    return spec, {key: np.stack([row[key] for row in rows]) for key in spec}
+    columns = {}
+    for key in spec:
+        columns[key] = np.stack([row[key] for row in rows])
+    return spec, columns
 
 
 def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
@@ -62,7 +70,8 @@ def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
             episodes.add(replay, last)
 
     replay, episodes, before = make(), Episodes(folder / "train_eps", 1), peak_mb()
-    found["add_1000"] = [spent(lambda: fill(replay, episodes)) for _ in range(steps // EPISODE)]
+    fill_episode = functools.partial(fill, replay, episodes)
+    found["add_1000"] = [spent(fill_episode) for _ in range(steps // EPISODE)]
     memory = {"data_mb": replay.nbytes / 2**20, "peak_mb": peak_mb() - before}
     found["sample"] = [spent(replay.sample) for _ in range(50)]
     if disk:
@@ -70,10 +79,16 @@ def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
         found["sample_forgotten"] = [spent(replay.sample) for _ in range(50)]
     state = recorded(replay, episodes)
     replay.streams.clear()  # this memory goes before as much is taken again
-    found["resume"] = [spent(lambda: Episodes(episodes.folder, 1).restore(make(), state, {}))]
-    # Means of all: a fault or a write-back that a few pay for belongs to the rest.
-    out = {name: dict(zip(UNITS, np.mean(times, 0).round(2).tolist(), strict=True)) for name, times in found.items()}
-    return {key: round(x) for key, x in memory.items()} | out
+
+    def resume() -> None:
+        Episodes(episodes.folder, 1).restore(make(), state, {})
+
+    found["resume"] = [spent(resume)]
+    out: dict[str, Any] = {key: round(x) for key, x in memory.items()}
+    for name, times in found.items():
+        # Means of all: a fault or a write-back that a few pay for belongs to the rest.
+        out[name] = dict(zip(UNITS, np.mean(times, 0).round(2).tolist(), strict=True))
+    return out
 
 
 def peak_mb() -> float:
@@ -82,14 +97,20 @@ def peak_mb() -> float:
 
 def spent(fn: Callable[[], object]) -> tuple[float, float, int]:
     """Of one call, in the order of UNITS."""
-    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    cpu, wall, before = measure.cpu_seconds(), time.perf_counter(), faults()
+    before = measure.cpu_seconds(), time.perf_counter(), page_faults()
     fn()
-    return 1e3 * (measure.cpu_seconds() - cpu), 1e3 * (time.perf_counter() - wall), faults() - before
+    cpu, wall = measure.cpu_seconds() - before[0], time.perf_counter() - before[1]
+    return 1e3 * cpu, 1e3 * wall, page_faults() - before[2]
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def recorded(replay: Replay, episodes: Episodes) -> dict:
-    """The state of a run whose episodes of EPISODE steps fill this replay: one file, and links to it."""
+    """The state of a run whose episodes of EPISODE steps fill this replay: one file, and links to
+    it.
+    """
     steps, episodes.running[0] = len(replay), EPISODE
     episodes.cut(replay, 0)
     name, count = episodes.files[0][0]
@@ -101,7 +122,9 @@ def recorded(replay: Replay, episodes: Episodes) -> dict:
 
 
 def forget(replay: Replay) -> None:
-    """Write the rows out and let the system drop them from its cache, so that they come from the disk again."""
+    """Write the rows out and let the system drop them from its cache, so that they come from the
+    disk again.
+    """
     for stream in replay.streams:
         os.fsync(stream.file.fileno())
         stream.buffer.madvise(mmap.MADV_DONTNEED)

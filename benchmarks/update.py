@@ -1,12 +1,14 @@
 """What one update, one policy step and one environment step cost.
 
-    python benchmarks/update.py --configs tiny_dreamerv3 [--device cpu|cuda] [--repeats N] [--dry] [--key value]
+    python benchmarks/update.py --configs tiny_dreamerv3 [--device cpu|cuda] [--repeats N]
+        [--dry] [--key value]
 
 The last line is one JSON object: sizes (all that --dry asks for) and medians over the repeats.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -36,14 +38,17 @@ def frames_per_second(env, seconds: float = 2.0) -> float:
 
 
 def timings(agent: models.Agent, env, repeats: int) -> dict:
-    """Counts of one eager update; medians of the update that training uses and of a policy step for one environment."""
+    """Counts of one eager update; medians of the update that training uses and of a policy step
+    for one environment.
+    """
     device = next(agent.parameters()).device
     block = agent.config.replay
     agent.make_optimizers()
     rows = random_rows(env.obs_space, env.act_space, block.batch, block.length)
     batch = {key: torch.from_numpy(x).to(device) for key, x in rows.items()}
-    eager = lambda: agent.update(batch)
-    eager(), eager()  # the first one allocates the optimisers' states
+    eager = functools.partial(agent.update, batch)
+    for _ in range(2):  # the first one allocates the optimisers' states
+        eager()
     out = cost.operators(eager) | {"flops": cost.flops(eager)}
     step = agent.make_update(agent.config.compile)
     for _ in range(5 if step != agent.update else 1):
@@ -52,7 +57,8 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
     state = agent.initial(1)
     fns = {"update": lambda: step(batch), "policy": lambda: agent.act(state, obs)}
     times = measure.interleaved(fns, repeats, device.type == "cuda")
-    out |= {f"{name}_s": measure.median([t[i] for t in times["update"]]) for i, name in enumerate(("cpu", "wall"))}
+    for i, name in enumerate(("cpu", "wall")):
+        out[f"{name}_s"] = measure.median([t[i] for t in times["update"]])
     out |= {"policy_ms": 1000 * measure.median([t[1] for t in times["policy"]]), "repeats": repeats}
     return out | {"peak_mb": round(cost.peak_mb(device), 1)}
 

@@ -1,6 +1,7 @@
 """Which latent structure is better? A matrix of runs, what they logged, and what it supports.
 
-An application: it stands above ``models.py``; ``analysis`` and ``run_comparison.py`` stand above it.
+An application: it stands above ``models.py``; ``analysis`` and ``run_comparison.py`` stand above
+it.
 
     matrix.py, backends.py    run the jobs: one state machine, three ways to start a process
     runs.py, fairness.py      read what is there; may it be compared?

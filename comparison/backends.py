@@ -1,8 +1,8 @@
 """Three ways to start a job and wait for it: processes of this machine, a Ray cluster, Slurm.
 
-A backend has ``slots``, how many jobs it takes at once, and ``start(job)``, which gives a handle with ``poll()`` (the
-exit status, None while it runs) and ``stop(signum)``, or None where the job is running already. Ray and Slurm need the
-job's folder on a disk that all nodes share.
+A backend has ``slots``, how many jobs it takes at once, and ``start(job)``, which gives a handle
+with ``poll()`` (the exit status, None while it runs) and ``stop(signum)``, or None where the job
+is running already. Ray and Slurm need the job's folder on a disk that all nodes share.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Handle(Protocol):
 class Process:
     """A command on the machine where this object lives; its output is appended to ``log``.
 
-    The log is locked as long as the command runs, so that no two runners ever write to one folder: the lock belongs to
-    the command itself and outlives a runner that was killed. Each start is noted in ``folder``.
+    The log is locked as long as the command runs, so that no two runners ever write to one folder:
+    the lock belongs to the command itself and outlives a runner that was killed. Each start is
+    noted in ``folder``.
     """
 
     def __init__(self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]):
@@ -74,7 +75,9 @@ class Process:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Each signal once, also one that comes, in another thread, while the command is being started."""
+        """Each signal once, also one that comes, in another thread, while the command is being
+        started.
+        """
         while self.popen is not None and self.signals:
             with contextlib.suppress(IndexError):  # the other thread was first
                 signum = self.signals.popleft()
@@ -82,7 +85,7 @@ class Process:
                     self.popen.send_signal(signum)
 
     def run(self) -> int:
-        """Start, as soon as nobody else runs this, and wait. -> exit status."""
+        """Start, as soon as no other runner runs this, and wait. -> exit status."""
         while not self.start():
             if self.signals:
                 return 128 + self.signals[-1]
@@ -98,7 +101,9 @@ class Process:
             return self.popen.wait() if self.popen else 128 + signal.SIGINT
 
     def checkpoint(self) -> Any:
-        """What submitit calls before a preemption or at the end of its time: the job is queued again and goes on."""
+        """What submitit calls before a preemption or at the end of its time: the job is queued
+        again and continues.
+        """
         import submitit
 
         self.stop(signal.SIGTERM)
@@ -111,14 +116,14 @@ class Process:
 
 
 class Local:
-    """Jobs share the cores, and the GPUs if the device is not the CPU: at most ``per_gpu`` on each."""
+    """Jobs share the cores, and the GPUs unless the device is the CPU: ``per_gpu`` on each."""
 
     def __init__(self, jobs: int, device: str, per_gpu: int):
         cores = len(os.sched_getaffinity(0))
         self.gpus = visible_gpus() if device != "cpu" else []
         on_gpus = len(self.gpus) * per_gpu
-        wanted = jobs or on_gpus or max(1, cores // 2)
-        self.slots = min(wanted, on_gpus) if on_gpus else wanted
+        slots = jobs or on_gpus or max(1, cores // 2)
+        self.slots = min(slots, on_gpus) if on_gpus else slots
         self.threads = max(1, cores // self.slots)
         self.running: list[tuple[str, Process]] = []
 
@@ -152,9 +157,17 @@ def extra(name: str, load: Callable[[], Any]) -> Any:
 
 
 class Remote:
-    """A job elsewhere: ``ready`` says whether it is over, ``result`` gives its status or raises, ``stop`` ends it."""
+    """A job elsewhere: ``ready`` is whether it is over, ``result`` gives its status or raises,
+    ``stop`` ends it.
+    """
 
-    def __init__(self, ready: Callable[[], bool], result: Callable[[], int], stop: Callable[[int], Any], log: Path):
+    def __init__(
+        self,
+        ready: Callable[[], bool],
+        result: Callable[[], int],
+        stop: Callable[[int], Any],
+        log: Path,
+    ):
         self.ready, self.result, self.stop, self.log = ready, result, stop, log
 
     def poll(self) -> int | None:
@@ -193,9 +206,11 @@ class Ray:
 
 
 class Slurm:
-    """Jobs of a Slurm cluster through submitit; on a machine without Slurm submitit runs them there.
+    """Jobs of a Slurm cluster through submitit; on a machine without Slurm submitit runs them
+    there.
 
-    resources: what submitit's ``update_parameters`` takes (``slurm_partition``, ``timeout_min``, ...).
+    resources: what submitit's ``update_parameters`` takes (``slurm_partition``, ``timeout_min``,
+    ...).
     """
 
     def __init__(self, jobs: int, device: str, resources: Mapping[str, Any], folder: Path):
@@ -204,7 +219,11 @@ class Slurm:
         self.executor = submitit.AutoExecutor(folder)
         os.environ["PYTHONPATH"] = python_path()
         # submitit's own limit is 5 minutes.
-        known = {"timeout_min": 24 * 60, "gpus_per_node": int(device == "cuda"), "name": "hidreamer"}
+        known = {
+            "timeout_min": 24 * 60,
+            "gpus_per_node": int(device == "cuda"),
+            "name": "hidreamer",
+        }
         try:
             self.executor.update_parameters(**known | dict(resources))
         except (NameError, TypeError, ValueError, AssertionError) as error:

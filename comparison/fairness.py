@@ -1,4 +1,6 @@
-"""May these be compared? Configs that differ outside the latent state, and what each model is made of and costs."""
+"""May these be compared? Configs that differ outside the latent state, and what each model is made
+of and costs.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,19 @@ Differences = dict[str, dict[str, Any]]  # {config key: {who: value}}
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
-    """Keys of flat configs, {who: config}, whose values are not the same for all: of the latent state and outside it.
+    """Keys of flat configs, {who: config}, whose values are not the same for all: of the latent
+    state and outside it.
 
     What is housekeeping for any run, and its seed, is left out.
     """
     keys = sorted(set().union(*configs.values()) - HOUSEKEEPING - {"seed"})
-    values = {key: {who: config.get(key) for who, config in configs.items()} for key in keys}
-    return {key: found for key, found in values.items() if any(v != next(iter(found.values())) for v in found.values())}
+    differing: Differences = {}
+    for key in keys:
+        values = {who: config.get(key) for who, config in configs.items()}
+        first, *others = values.values()
+        if any(value != first for value in others):
+            differing[key] = values
+    return differing
 
 
 def unfair(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
@@ -38,32 +46,36 @@ def unfair(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
 
 
 def unfair_runs(runs: list[Run]) -> Differences:
-    """What may not differ between runs of a task: nothing outside the latent state; within a model nothing at all."""
+    """What may not differ between runs of a task: nothing outside the latent state; within a model
+    nothing at all.
+    """
     found: Differences = {}
     for task in sorted({run.task for run in runs}):
-        here = {run.name: run for run in runs if run.task == task}
-        found |= unfair({name: run.config for name, run in here.items()})
-        for model in sorted({run.model for run in here.values()}):
-            found |= differences({name: run.config for name, run in here.items() if run.model == model})
+        of_task = [run for run in runs if run.task == task]
+        found |= unfair({run.name: run.config for run in of_task})
+        for model in sorted({run.model for run in of_task}):
+            found |= differences({run.name: run.config for run in of_task if run.model == model})
     return found
 
 
-def told(found: Differences, most: int = 3) -> str:
+def describe(found: Differences, most: int = 3) -> str:
     """One line: which keys, and who has what."""
     parts = []
     for key, values in list(found.items())[:most]:
         groups: dict[str, list[str]] = {}
         for who, value in values.items():
             groups.setdefault(str(value), []).append(who)
-        says = ", ".join(
-            f"{value} ({', '.join(who[:3])}{', ...' if len(who) > 3 else ''})" for value, who in groups.items()
-        )
-        parts.append(f"{key}: {says}")
+        shown = []
+        for value, who in groups.items():
+            shown.append(f"{value} ({', '.join(who[:3])}{', ...' if len(who) > 3 else ''})")
+        parts.append(f"{key}: {', '.join(shown)}")
     return "; ".join(parts) + (f"; and {len(found) - most} more" if len(found) > most else "")
 
 
 def capacity(config: Config) -> dict[str, Any]:
-    """What the agent of a config is made of, counted by building it and updating it once. Raises ConfigError."""
+    """What the agent of a config is made of, counted by building it and updating it once. Raises
+    ConfigError.
+    """
     try:
         env = make_env(config.task, config.env.tree(), 0)
         agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config)
@@ -85,13 +97,12 @@ def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for kind, names in (("Capacity is not matched", SIZES), ("Costs differ", COSTS)):
         for name, column in others:
-            ratios = {
-                label: column[key] / base[key] - 1.0
-                for key, label in names.items()
-                if base.get(key) and column.get(key)
-            }
-            signed = lambda ratio: f"{ratio:+.0%}".replace("-", "−")
-            far = [f"{label} {signed(ratio)}" for label, ratio in ratios.items() if abs(ratio) > MATCHED]
+            far = []
+            for key, label in names.items():
+                if base.get(key) and column.get(key):
+                    ratio = column[key] / base[key] - 1.0
+                    if abs(ratio) > MATCHED:
+                        far.append(f"{label} {ratio:+.0%}".replace("-", "−"))
             if far:
                 lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
     return lines

@@ -15,17 +15,33 @@ from matplotlib.ticker import EngFormatter
 
 from comparison import stats
 
-COLOURS = ("#3b4252", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # after Okabe and Ito
+# after Okabe and Ito
+COLOURS = ("#3b4252", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 STYLES = ("-", "--", ":", "-.")  # of levels, coarse -> fine
 WIDTH, HEIGHT = 4.6, 2.7  # inches
 SOFT = "#8a8f98"
 LOOK = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "axes.labelcolor": "#444a55",
-    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": "#e7e9ee", "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT,
-    "xtick.labelcolor": "#444a55", "ytick.labelcolor": "#444a55", "font.size": 9, "legend.frameon": False,
-    "svg.fonttype": "none", "svg.hashsalt": "hidreamer", "figure.constrained_layout.use": True,
-}  # fmt: skip
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": "#444a55",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e7e9ee",
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": "#444a55",
+    "ytick.labelcolor": "#444a55",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hidreamer",
+    "figure.constrained_layout.use": True,
+}
 
 
 def colours(models: list[str]) -> dict[str, str]:
@@ -43,7 +59,9 @@ def picture(draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
 
 
 def panels(summary: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Axes], None]]]:
-    """(name, drawing) of the learning curves: over all tasks where there are several, then each task's."""
+    """(name, drawing) of the learning curves: over all tasks where there are several, then each
+    task's.
+    """
     if len(summary["tasks"]) > 1:
         yield "all tasks", lambda ax: mean_curves(ax, summary)
     for task in summary["tasks"]:
@@ -83,7 +101,11 @@ def mean_curves(ax: Axes, summary: Mapping[str, Any]) -> None:
     for model, colour in colours(summary["models"]).items():
         if model in summary["curves"]:
             band(ax, x, summary["curves"][model], colour)
-    ax.set(title=f"all {len(summary['tasks'])} tasks", xlabel="% of the run", ylabel="normalised score (IQM)")
+    ax.set(
+        title=f"all {len(summary['tasks'])} tasks",
+        xlabel="% of the run",
+        ylabel="normalised score (IQM)",
+    )
 
 
 def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
@@ -98,8 +120,17 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         if model in summary["per_task"][task]:
             band(ax, x, summary["per_task"][task][model]["curve"], colour)
     ax.axhline(facts["random_play"], color=SOFT, lw=0.9, ls=":")
-    ax.annotate("random play", (0.995, facts["random_play"]), (0, 2), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", va="bottom", fontsize=7, color=SOFT)  # fmt: skip
+    ax.annotate(
+        "random play",
+        (0.995, facts["random_play"]),
+        (0, 2),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=7,
+        color=SOFT,
+    )
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set(title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"]))
 
@@ -108,7 +139,8 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     """When each run reached the threshold; an open triangle at the edge is one that never did."""
     facts = summary["tasks"][task]
     for i, (model, colour) in enumerate(colours(summary["models"]).items()):
-        rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == (task, model, "complete")]
+        key = (task, model, "complete")
+        rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == key]
         times = np.array([r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float)
         shift = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2) if len(times) < 6 else np.zeros(len(times))
         never = ~np.isfinite(times)
@@ -116,7 +148,12 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         edge = np.full(never.sum(), facts["steps"] * 1.04)
         ax.plot(edge, i + shift[never], ">", color=colour, ms=7, mfc="none", clip_on=False)
     names = summary["models"]
-    ax.set(title=task, xlabel="frames to the threshold", xlim=(0, facts["steps"] * 1.06), ylim=(len(names) - 0.5, -0.5))
+    ax.set(
+        title=task,
+        xlabel="frames to the threshold",
+        xlim=(0, facts["steps"] * 1.06),
+        ylim=(len(names) - 0.5, -0.5),
+    )
     ax.axvline(facts["steps"], color=SOFT, lw=0.9, ls=":")
     ax.set_yticks(range(len(names)), names)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -126,8 +163,15 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
 # ---------------------------------------------------------------- aggregates
 
 
-def forest(ax: Axes, rows: list[tuple[str, str, float, float | None, float | None]], zero: float, label: str) -> None:
-    """Points with their intervals beside a line of no difference. rows: name, colour, value, low, high."""
+def forest(
+    ax: Axes,
+    rows: list[tuple[str, str, float, float | None, float | None]],
+    zero: float,
+    label: str,
+) -> None:
+    """Points with their intervals beside a line of no difference. rows: name, colour, value, low,
+    high.
+    """
     for i, (_, colour, value, low, high) in enumerate(rows):
         if low is not None:
             ax.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="round")
@@ -157,12 +201,20 @@ def profiles(ax: Axes, summary: Mapping[str, Any]) -> None:
     for model, colour in colours(summary["models"]).items():
         if model in summary["profile"]["models"]:
             band(ax, np.array(summary["profile"]["tau"]), summary["profile"]["models"][model], colour)
-    ax.set(title="performance profile", xlabel="normalised score τ", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
+    ax.set(
+        title="performance profile",
+        xlabel="normalised score τ",
+        ylabel="share of runs above τ",
+        ylim=(-0.02, 1.02),
+    )
 
 
 def level_kinds(summary: Mapping[str, Any]) -> list[str]:
     """Which per-level figures the runs logged: "kl", "perplexity"."""
-    return sorted({name.rpartition("_")[0] for found in summary["levels"].values() for name in found})
+    kinds = set()
+    for found in summary["levels"].values():
+        kinds |= {name.rpartition("_")[0] for name in found}
+    return sorted(kinds)
 
 
 def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:
@@ -173,9 +225,21 @@ def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:
                 level = int(name.rpartition("_")[2])
                 label = f"{model}, level {level}"
                 style = STYLES[level % len(STYLES)]
-                ax.plot(x, np.array(curves["curve"], float), style, color=colour[model], lw=1.8, label=label)
+                ax.plot(
+                    x,
+                    np.array(curves["curve"], float),
+                    style,
+                    color=colour[model],
+                    lw=1.8,
+                    label=label,
+                )
     ax.legend(fontsize=7)
-    ax.set(title=f"{kind} per level", xlabel="% of the run", ylabel="nats" if kind == "kl" else kind, ylim=(0, None))
+    ax.set(
+        title=f"{kind} per level",
+        xlabel="% of the run",
+        ylabel="nats" if kind == "kl" else kind,
+        ylim=(0, None),
+    )
 
 
 def offline(ax: Axes, found: Mapping[str, Any]) -> None:

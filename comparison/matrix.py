@@ -1,7 +1,10 @@
-"""The matrix of jobs: what runs, what is done, what failed. One state machine, whatever starts the processes.
+"""The matrix of jobs: what runs, what is done, what failed. One state machine, whatever starts the
+processes.
 
-waiting -> running -> done | waiting again, once -> failed; a signal makes stopped of all that is not over.
-What is done is read from the jobs' own checkpoints, so the same command again goes on where the last one ended.
+waiting -> running -> done | waiting again, once -> failed; a signal makes stopped of all that is
+not over.
+What is done is read from the jobs' own checkpoints, so the same command again continues where the
+last one ended.
 """
 
 from __future__ import annotations
@@ -25,12 +28,18 @@ from comparison.runs import records
 ATTEMPTS = 2
 LINES = 15  # of a failed job's log that are shown
 ORDER = ("running", "failed", "stopped", "waiting", "done")
-COLOURS = {"running": "cyan", "failed": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
+COLOURS = {
+    "running": "cyan",
+    "failed": "red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "done": "green",
+}
 
 
 @dataclass
 class Job:
-    """One process to be brought to its end. ``unit``: what its steps count, "frames" or "updates"."""
+    """One process to run to its end. ``unit``: what its steps count, "frames" or "updates"."""
 
     name: str
     command: list[str]
@@ -43,7 +52,8 @@ class Job:
     attempts: int = 0
     handle: Handle | None = None
     reason: str = ""  # of the last failure
-    seen: dict[str, float] = field(default_factory=dict)  # step, rate and return that were last logged
+    # step, rate and return that were last logged
+    seen: dict[str, float] = field(default_factory=dict)
 
     @property
     def log(self) -> Path:
@@ -54,7 +64,8 @@ class Job:
         names = {f"perf/{self.unit}_per_s": "rate", "train_return": "return"}
         for record in records(self.folder / "metrics.jsonl", last=65536):
             self.seen["step"] = record["step"]
-            training = record.get("perf/updates_per_s", 1.0) > 0.0  # acting at random says nothing about the rest
+            # the speed of acting at random does not predict the rest
+            training = record.get("perf/updates_per_s", 1.0) > 0.0
             found = {short: record.get(name) for name, short in names.items() if training}
             self.seen |= {short: value for short, value in found.items() if value is not None}
 
@@ -75,7 +86,7 @@ class Matrix:
         self.jobs, self.backend, self.console = jobs, backend, console
         self.signals: list[int] = []  # received and not yet passed on
         self.signum = 0  # the last one that was passed on
-        self.looked = self.told = time.monotonic()
+        self.looked = self.reported = time.monotonic()
 
     def run(self) -> int:
         """-> the signal that stopped it, or 0."""
@@ -136,7 +147,9 @@ class Matrix:
                 self._enter(job, "running")
 
     def _look(self) -> None:
-        """Every two seconds see how far the running jobs are; without a terminal tell it every minute."""
+        """Every two seconds see how far the running jobs are; without a terminal report it every
+        minute.
+        """
         now = time.monotonic()
         if now - self.looked < 2.0:
             return
@@ -144,8 +157,8 @@ class Matrix:
         running = [job for job in self.jobs if job.state == "running"]
         for job in running:
             job.look()
-        if not self.console.is_terminal and now - self.told > 60.0:
-            self.told = now
+        if not self.console.is_terminal and now - self.reported > 60.0:
+            self.reported = now
             for job in running:
                 self.console.print(f"{job.name}: {'  '.join(cells(job)[2:])}", markup=False)
 

@@ -29,7 +29,9 @@ class Table:
 
 @dataclass
 class Section:
-    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``: only its title shows at first."""
+    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``: only its
+    title shows at first.
+    """
 
     title: str
     text: list[str] = field(default_factory=list)
@@ -66,7 +68,10 @@ def headline(report: Report) -> str:
         lengths = sorted({f"{task['steps']:,}" for task in report["tasks"].values()})
         seeds = {row["seed"] for row in report["runs"]}
         facts += [words.count(len(seeds), "seed"), words.count(len(report["tasks"]), "task")]
-        facts += [f"{' / '.join(lengths)} frames", f"{done} of {words.count(len(report['runs']), 'run')} complete"]
+        facts += [
+            f"{' / '.join(lengths)} frames",
+            f"{done} of {words.count(len(report['runs']), 'run')} complete",
+        ]
     if report["offline"]:
         found = report["offline"]
         facts.append(f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline")
@@ -74,7 +79,14 @@ def headline(report: Report) -> str:
 
 
 def sections(report: Report) -> list[Section]:
-    online: list[Callable[[Report], Section | None]] = [support, learning, aggregate, speed, tasks, levels]
+    online: list[Callable[[Report], Section | None]] = [
+        support,
+        learning,
+        aggregate,
+        speed,
+        tasks,
+        levels,
+    ]
     found = [fairness_section(report)]
     found += [build(report) for build in online] if report["runs"] else []
     found += [offline(report)] if report["offline"] else []
@@ -93,51 +105,75 @@ def fairness_section(report: Report) -> Section:
     rows |= {f"parameters of the {part}": part for part in ("dynamics", "encoder", "decoder", "actor", "critic")}
     rows |= {label: key for key, label in fairness.COSTS.items()}
     base = next(iter(known.values()), {})
-    value = lambda column, key: column.get(key, column.get("parts", {}).get(key))
-
-    def cell(column: Mapping[str, Any], key: str) -> str:
-        x, first = value(column, key), value(base, key)
-        if x is None:
-            return "–"
-        shown = {
-            "flops": lambda: f"{x / 1e9:.3g} G",
-            "peak_mb": lambda: f"{x:,.0f} MB",
-            "updates_per_s": lambda: number(x),
-        }
-        ratio = f" ({x / first:.3f})" if column is not base and first and x != first else ""
-        return shown.get(key, lambda: f"{x:,.0f}")() + ratio
-
-    rows = {label: key for label, key in rows.items() if any(value(x, key) is not None for x in known.values())}
-    cells = [[label, *(cell(column, key) for column in known.values())] for label, key in rows.items()]
-    medians = "; updates/s and memory are medians over the runs" if "updates/s" in rows else ""
+    cells = []
+    for label, key in rows.items():
+        values = [capacity(column, key) for column in known.values()]
+        if any(value is not None for value in values):
+            first = capacity(base, key)
+            cells.append([label, *(capacity_cell(key, value, first) for value in values)])
+    medians = ""
+    if any(label == "updates/s" for label, *_ in cells):
+        medians = "; updates/s and memory are medians over the runs"
     note = f"Counted on {report['counted_on']}{medians}. In brackets: the ratio to the first model."
     section = Section("Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else [])
     section.warnings = report["warnings"] + [f"{m}: {c['error']}" for m, c in columns.items() if "error" in c]
     if report["differences"]:
-        told = [[key, fairness.told({key: by})] for key, by in report["differences"].items()]
-        section.tables.append(
-            Table(["config key", "differs besides the latent state (allowed on the command line)"], told)
-        )
+        header = ["config key", "differs besides the latent state (allowed on the command line)"]
+        rows = [[key, fairness.describe({key: by})] for key, by in report["differences"].items()]
+        section.tables.append(Table(header, rows))
     elif report["runs"] or report["offline"]:
         section.text.append("The configs are the same in everything but the latent state.")
     return section
+
+
+def capacity(column: Mapping[str, Any], key: str) -> float | None:
+    """A number of the capacity table: of the model, or of one of its parts."""
+    return column.get(key, column.get("parts", {}).get(key))
+
+
+def capacity_cell(key: str, x: float | None, first: float | None) -> str:
+    """The number as text, with its ratio to the first model's where they differ."""
+    if x is None:
+        return "–"
+    if key == "flops":
+        text = f"{x / 1e9:.3g} G"
+    elif key == "peak_mb":
+        text = f"{x:,.0f} MB"
+    elif key == "updates_per_s":
+        text = number(x)
+    else:
+        text = f"{x:,.0f}"
+    return text + (f" ({x / first:.3f})" if first and x != first else "")
 
 
 def provenance(report: Report) -> Section:
     made, rows = report["made"], report["runs"]
     commits = sorted({(row["commit"], row["hardware"]) for row in rows})
     methods = [
-        f"Final return: mean return of the training episodes that ended in the last {stats.LAST:.0%} of a run. The "
-        "last checkpoint and the last window count, never the best.",
-        f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal parts of a run; the area "
-        "under it is its mean.",
-        "Normalised score: (return − random) / (human − random) for the games of Atari 100k; for other tasks 0 is "
-        "random play and ±1 the final return of the run that got furthest from it.",
-        f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe.",
-        f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out 0, and so does a test "
-        f"that shuffles the runs of each task between the two models ({stats.SHUFFLES:,} shuffles), at the same level.",
-        "Threshold: half way from random play to the mean final return of all runs of the task; parts of a run that "
-        "began at random do not count.",
+        (
+            "Final return: mean return of the training episodes that ended in the last"
+            f" {stats.LAST:.0%} of a run. The last checkpoint and the last window count, never the"
+            " best."
+        ),
+        (
+            f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal"
+            " parts of a run; the area under it is its mean."
+        ),
+        (
+            "Normalised score: (return − random) / (human − random) for the games of Atari 100k;"
+            " for other tasks 0 is random play and ±1 the final return of the run that got furthest"
+            " from it."
+        ),
+        (f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe."),
+        (
+            f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out"
+            " 0, and so does a test that shuffles the runs of each task between the two models"
+            f" ({stats.SHUFFLES:,} shuffles), at the same level."
+        ),
+        (
+            "Threshold: half way from random play to the mean final return of all runs of the task;"
+            " parts of a run that began at random do not count."
+        ),
         "Wall time: from the logged rates, of the work that was kept.",
     ]
     table = Table(["commit of the runs", "hardware"], [list(pair) for pair in commits])
@@ -153,33 +189,24 @@ def failures(report: Report) -> Section | None:
     unfinished = [row for row in report["runs"] if row["status"] != "complete"]
     if not unfinished and not report["failed"]:
         return None
-    rows = [
-        [f"{r['task']}/{r['model']}/{r['seed']}", r["status"], f"{r['steps']:,} of {r['steps_asked']:,}"]
-        for r in unfinished
-    ]
+    rows = []
+    for row in unfinished:
+        name = f"{row['task']}/{row['model']}/{row['seed']}"
+        rows.append([name, row["status"], f"{row['steps']:,} of {row['steps_asked']:,}"])
     section = Section("What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else [])
     section.pre = [f"{failed['name']}: {failed['reason']}\n{failed['log']}" for failed in report["failed"]]
     return section
 
 
 def runs(report: Report) -> Section:
-    header = [
-        "run",
-        "status",
-        "frames",
-        "final return",
-        "normalised",
-        "area",
-        "last evaluation",
-        "frames/s",
-        "updates/s",
-    ]
-    header += ["wall time", "memory", "config", "commit"]
+    header = ["run", "status", "frames", "final return", "normalised", "area", "last evaluation"]
+    header += ["frames/s", "updates/s", "wall time", "memory", "config", "commit"]
     rows = []
     for r in report["runs"]:
         last = r["eval_returns"][-1][1] if r["eval_returns"] else None
         wall = f"{r['wall_s'] / 60:,.1f} min" if r["wall_s"] else "–"
-        cells = [r["status"], f"{r['steps']:,}", *map(number, (r["final_return"], r["normalised"], r["area"], last))]
+        cells = [r["status"], f"{r['steps']:,}", number(r["final_return"])]
+        cells += [number(r["normalised"]), number(r["area"]), number(last)]
         cells += [number(r["frames_per_s"]), number(r["updates_per_s"]), wall]
         cells += [f"{r['peak_mb']:,.0f} MB" if r["peak_mb"] else "–", r["config_hash"], r["commit"]]
         rows.append([f"{r['task']}/{r['model']}/{r['seed']}", *cells])
@@ -192,13 +219,20 @@ def runs(report: Report) -> Section:
 
 def support(report: Report) -> Section:
     drawing = figures.picture(lambda ax: figures.differences(ax, report), 0.9 + 0.35 * len(report["comparisons"]))
-    lists = {"Is there a difference?": words.verdicts(report), "What this cannot show": words.limits(report)}
+    lists = {
+        "Is there a difference?": words.verdicts(report),
+        "What this cannot show": words.limits(report),
+    }
     return Section("What the data support", lists=lists, figures=[drawing] if report["comparisons"] else [])
 
 
 def learning(report: Report) -> Section:
     text = ["Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."]
-    return Section("Learning curves", text, figures=[figures.picture(draw) for _, draw in figures.panels(report)])
+    return Section(
+        "Learning curves",
+        text,
+        figures=[figures.picture(draw) for _, draw in figures.panels(report)],
+    )
 
 
 def aggregate(report: Report) -> Section | None:
@@ -206,7 +240,9 @@ def aggregate(report: Report) -> Section | None:
     if not found:
         return None
     names = list(next(iter(found.values())))
-    rows = [[name, *(estimate(by[name]) for by in found.values())] for name in names]
+    rows = []
+    for name in names:
+        rows.append([name, *(estimate(by[name]) for by in found.values())])
     better = {model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()}
     if better:
         rows.append(["probability of improvement", *(better.get(model, "–") for model in found)])
@@ -226,22 +262,22 @@ def speed(report: Report) -> Section | None:
     for task in timed:
         facts, steps = report["tasks"][task], report["tasks"][task]["steps"]
         for model, entry in report["per_task"][task].items():
-            rows.append(
-                [f"{task}, {model}", f"{entry['reached']} of {entry['runs']}", median(entry["steps_to"], steps)]
-            )
+            reached = f"{entry['reached']} of {entry['runs']}"
+            rows.append([f"{task}, {model}", reached, median(entry["steps_to"], steps)])
         rows[-len(report["per_task"][task])][0] += f" (threshold {number(facts['threshold'])})"
     text = [
-        "Frames until a part of the run first averages the threshold, half way from random play to the mean final "
-        "return of all runs. An open triangle at the edge is a run that never reached it: all that is known is that "
-        "it takes longer."
+        "Frames until a part of the run first averages the threshold, half way from random play to"
+        " the mean final return of all runs. An open triangle at the edge is a run that never"
+        " reached it: all that is known is that it takes longer."
     ]
-    draw = lambda task: figures.picture(
-        lambda ax: figures.reaching(ax, report, task), 0.9 + 0.35 * len(report["models"])
-    )
+    drawings = []
+    for task in timed:
+        draw = functools.partial(figures.reaching, summary=report, task=task)
+        drawings.append(figures.picture(draw, 0.9 + 0.35 * len(report["models"])))
     return Section(
         "Steps to the threshold",
         text,
-        figures=list(map(draw, timed)),
+        figures=drawings,
         tables=[Table(["", "runs that reached it", "median frames"], rows)],
     )
 
@@ -261,23 +297,18 @@ def tasks(report: Report) -> Section:
             difference = entry.get("difference")
             shown = "" if difference is None else estimate(difference, sign=True)
             normal = number(entry["normalised"]) + (" human" if human else "")
-            rows.append(
-                [
-                    f"{task}, {model}",
-                    str(entry["runs"]),
-                    estimate(entry["final"]),
-                    normal,
-                    estimate(entry["last_evaluation"]),
-                    shown,
-                ]
-            )
-        chance = report["tasks"][task]["random_play"]
-        rows.append(
-            [f"{task}, random play", f"{report['tasks'][task]['random_episodes']} episodes", number(chance), "", "", ""]
-        )
-    header = ["", "runs", "final return", "normalised", "last evaluation", f"normalised, minus {base}"]
-    note = "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not corrected for the number "
-    note += "of tasks: not claims."
+            cells = [str(entry["runs"]), estimate(entry["final"]), normal]
+            cells += [estimate(entry["last_evaluation"]), shown]
+            rows.append([f"{task}, {model}", *cells])
+        facts = report["tasks"][task]
+        cells = [f"{facts['random_episodes']} episodes", number(facts["random_play"]), "", "", ""]
+        rows.append([f"{task}, random play", *cells])
+    header = ["", "runs", "final return", "normalised", "last evaluation"]
+    header += [f"normalised, minus {base}"]
+    note = (
+        "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not"
+        " corrected for the number of tasks: not claims."
+    )
     return Section("Task by task", tables=[Table(header, rows, note)])
 
 
@@ -285,12 +316,13 @@ def levels(report: Report) -> Section | None:
     kinds = figures.level_kinds(report)
     if not kinds:
         return None
-    rows = [
-        [f"{model}, {name}", estimate(entry["last"])]
-        for model, found in report["levels"].items()
-        for name, entry in found.items()
-    ]
-    drawings = [figures.picture(lambda ax, kind=kind: figures.level_curves(ax, report, kind)) for kind in kinds]
+    rows, drawings = [], []
+    for model, found in report["levels"].items():
+        for name, entry in found.items():
+            rows.append([f"{model}, {name}", estimate(entry["last"])])
+    for kind in kinds:
+        draw = functools.partial(figures.level_curves, summary=report, kind=kind)
+        drawings.append(figures.picture(draw))
     text = [
         "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its prior, before free bits."
     ]
@@ -304,19 +336,19 @@ def offline(report: Report) -> Section:
     for name, metric in found["metrics"].items():
         cells = [number(metric["values"][base])]
         for model in others:
-            cells += [
-                number(metric["values"][model]),
-                estimate(dict(zip(("value", "low", "high"), metric["differences"][model], strict=True)), sign=True),
-            ]
+            value, low, high = metric["differences"][model]
+            difference = {"value": value, "low": low, "high": high}
+            cells += [number(metric["values"][model]), estimate(difference, sign=True)]
         rows.append([name, number(metric["sceptic"]), *cells])
     header = ["", found["sceptic"], base]
     for model in others:
         header += [model, f"{model} − {base}"]
     text = [
-        f"Every model's world model was trained for {found['updates']:,} updates on the same "
-        f"{found['train_episodes']} recorded episodes with the same batches, {words.count(found['seeds'], 'seed')} "
-        f"each; differences are paired on {found['held_out']} held-out "
-        f"episodes. No luck in exploration enters. Intervals: {found['method']}."
+        f"Every model's world model was trained for {found['updates']:,} updates on the same"
+        f" {found['train_episodes']} recorded episodes with the same batches,"
+        f" {words.count(found['seeds'], 'seed')} each; differences are paired on"
+        f" {found['held_out']} held-out episodes. No luck in exploration enters. Intervals:"
+        f" {found['method']}."
     ]
     drawn = len(others) * sum(metric["better"] == "lower" for metric in found["metrics"].values())
     drawing = figures.picture(lambda ax: figures.offline(ax, found), 0.9 + 0.2 * drawn)

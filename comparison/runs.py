@@ -1,4 +1,6 @@
-"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl, wherever they were copied to."""
+"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl, wherever they were copied
+to.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ SEVERAL = {"commit", "hardware"}  # a run that was continued may have begun else
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its folder tells it."""
+    """One run, read from its folder."""
 
     folder: Path
     model: str  # the preset that it was started with, or the name of its latent state
@@ -53,7 +55,9 @@ class Run:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Of a flat config without seed and housekeeping: runs with one hash differ in nothing but their seed."""
+    """Of a flat config without seed and housekeeping: runs with one hash differ in nothing but
+    their seed.
+    """
     kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING | {"seed"}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -78,37 +82,48 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
 
 
 def finished(folder: Path, steps: int) -> bool:
-    """Whether the run's checkpoint, read whole, says that ``steps`` frames are done and evaluated."""
+    """Whether the run's checkpoint, read whole, has ``steps`` frames done and evaluated."""
     try:
-        counters = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))["counters"]
+        state = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))
     except CheckpointError:
         return False
+    counters = state["counters"]
     return counters["step"] >= steps and counters["evaluated"] == counters["step"]
 
 
 def read(folder: Path) -> Run:
-    """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if its log is."""
+    """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if
+    its log is.
+    """
     config = saved_config(folder)
-    if missing := [key for key in ("steps", "log_every", "task", "seed", "dynamics.type") if key not in config]:
-        raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {missing[0]!r}")
+    for key in ("steps", "log_every", "task", "seed", "dynamics.type"):
+        if key not in config:
+            raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {key!r}")
     steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0
     for record in records(folder / "metrics.jsonl"):
         step = record.pop("step")
         for name, value in record.items():
-            if value is not None and math.isfinite(value):  # null, or NaN in older logs: there was no number
+            # null, or NaN in older logs: there was no number
+            if value is not None and math.isfinite(value):
                 values.setdefault(name, []).append((step, value))
-    whole = finished(folder, steps) if (folder / "checkpoints").exists() else step > steps - log_every
-    starts = records(folder / STARTS)
-    start = {key: value for facts in starts for key, value in facts.items()}
-    start |= {key: ", ".join(dict.fromkeys(x[key] for x in starts if key in x)) for key in start if key in SEVERAL}
+    whole = step > steps - log_every
+    if (folder / "checkpoints").exists():
+        whole = finished(folder, steps)
+    starts, start = records(folder / STARTS), {}
+    for facts in starts:
+        start |= facts
+    for key in SEVERAL & start.keys():
+        start[key] = ", ".join(dict.fromkeys(x[key] for x in starts if key in x))
     series = {name: np.array(pairs, float) for name, pairs in values.items()}
     return Run(folder, start.get("model", ""), config, start, step, whole, series)
 
 
 def find(folders: Iterable[Path]) -> list[Run]:
-    """Every run in or below ``folders``. Raises ConfigError where a folder holds none, or two runs are one."""
+    """Every run in or below ``folders``. Raises ConfigError where a folder holds none, or two runs
+    are one.
+    """
     runs: dict[Path, Run] = {}
     for folder in folders:
         inside = [path.parent for path in sorted(folder.rglob("metrics.jsonl"))]
@@ -126,16 +141,21 @@ def find(folders: Iterable[Path]) -> list[Run]:
 
 
 def name_models(runs: list[Run]) -> list[Run]:
-    """Runs that no comparison started are named after their latent state, and its settings where two share a type."""
-    block = lambda run: config_hash({k: v for k, v in run.config.items() if k.startswith("dynamics.")})
+    """Runs that no comparison started are named after their latent state, and its settings where
+    two share a type.
+    """
+
+    def latent_hash(run: Run) -> str:
+        return config_hash({k: v for k, v in run.config.items() if k.startswith("dynamics.")})
+
     kinds: dict[str, set[str]] = {}
     for run in runs:
         if not run.model:
-            kinds.setdefault(run.config["dynamics.type"], set()).add(block(run))
+            kinds.setdefault(run.config["dynamics.type"], set()).add(latent_hash(run))
 
     def name(run: Run) -> str:
         kind = run.config["dynamics.type"]
-        return run.model or (kind if len(kinds[kind]) == 1 else f"{kind}-{block(run)[:4]}")
+        return run.model or (kind if len(kinds[kind]) == 1 else f"{kind}-{latent_hash(run)[:4]}")
 
     return [replace(run, model=name(run)) for run in runs]
 

@@ -1,10 +1,13 @@
-"""Statistics of a comparison: aggregates with rliable's stratified bootstrap, and when a difference may be claimed.
+"""Statistics of a comparison: aggregates with rliable's stratified bootstrap, and when a
+difference may be claimed.
 
-Scores of a model are a list with one array (runs,) per task; where it is rectangular, a matrix (runs, tasks).
+Scores of a model are a list with one array (runs,) per task; where it is rectangular, a matrix
+(runs, tasks).
 
-With few seeds a percentile bootstrap is too narrow to claim anything from: under no difference, rliable's interval of
-the probability of improvement excludes one half in 21% of comparisons with 3 seeds and in 13% with 5 (150 simulations
-each, normal scores, one task). So its intervals describe, and ``compare`` decides.
+With few seeds a percentile bootstrap is too narrow to claim anything from: under no difference,
+rliable's interval of the probability of improvement excludes one half in 21% of comparisons with 3
+seeds and in 13% with 5 (150 simulations each, normal scores, one task). So its intervals describe,
+and ``compare`` decides.
 """
 
 from __future__ import annotations
@@ -28,14 +31,16 @@ TEST = f"Welch's t over seeds, stratified by task, {LEVEL:.0%} jointly for all m
 PAIRED = f"{LEVEL:.0%}, t over seeds and over episodes, both being samples (Howe 1974)"
 
 Scores = list[np.ndarray]
-Estimate = dict[str, Any]  # value, low, high, method; low and high are None where there is no interval
+# value, low, high, method; low and high are None where there is no interval
+Estimate = dict[str, Any]
 
 
 # ---------------------------------------------------------------- one run
 
 
 def final_return(episodes: np.ndarray, steps: int) -> float:
-    """Mean return of the training episodes that ended in the last 10% of ``steps``; of the last one if none did.
+    """Mean return of the training episodes that ended in the last 10% of ``steps``; of the last
+    one if none did.
 
     episodes: (n, 2), frame at which each ended and its return. NaN if none ended.
     """
@@ -48,7 +53,8 @@ def final_return(episodes: np.ndarray, steps: int) -> float:
 def curve(episodes: np.ndarray, steps: int) -> np.ndarray:
     """(BINS,): mean return of the episodes that ended in each part of the run.
 
-    A part in which none ended has the value of the part before; before the first episode, that episode's part's.
+    A part in which none ended has the value of the part before; before the first episode, that
+    episode's part's.
     """
     ends = part_ends(steps)
     part = np.searchsorted(ends, episodes[:, 0])
@@ -68,7 +74,8 @@ def part_ends(steps: int) -> np.ndarray:
 
 
 def steps_to(curve: np.ndarray, threshold: float, steps: int, after: float = 0.0) -> float:
-    """The end of the first part of the run whose mean return reaches ``threshold``; inf if none does (censored).
+    """The end of the first part of the run whose mean return reaches ``threshold``; inf if none
+    does (censored).
 
     Parts that begin before frame ``after``, when the run still acted at random, do not count.
     """
@@ -81,20 +88,24 @@ def steps_to(curve: np.ndarray, threshold: float, steps: int, after: float = 0.0
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """rliable's interquartile mean over runs and tasks, for every entry of the last axis: (n, tasks, K) -> (K,)."""
+    """rliable's interquartile mean over runs and tasks, for every entry of the last axis: (n,
+    tasks, K) -> (K,).
+    """
     return scipy.stats.trim_mean(scores.reshape(-1, scores.shape[-1]), 0.25, axis=0)
 
 
 def bootstrap(scores: Any, func: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
     """func(scores) (K,) and its interval (2, K); None for the interval of single runs.
 
-    scores: an array (runs, tasks, ...) or a pair of them. The same data always give the same interval.
+    scores: an array (runs, tasks, ...) or a pair of them. The same data always give the same
+    interval.
     """
     arrays = scores if isinstance(scores, tuple) else (scores,)
     if min(len(x) for x in arrays) < 2:
         return func(*arrays), None
     state = np.random.get_state()
-    np.random.seed(0)  # rliable 1.2 draws from the global generator, whatever random_state it is given
+    # rliable 1.2 draws from the global generator, whatever random_state it is given
+    np.random.seed(0)
     try:
         values, intervals = library.get_interval_estimates(
             {"": scores}, func, reps=REPS, confidence_interval_size=LEVEL
@@ -111,11 +122,17 @@ def estimate(scores: Any, func: Callable[..., float]) -> Estimate:
     return {"value": float(value[0]), "low": low, "high": high, "method": BOOTSTRAP}
 
 
-AGGREGATES = {"IQM": metrics.aggregate_iqm, "median": metrics.aggregate_median, "mean": metrics.aggregate_mean}
+AGGREGATES = {
+    "IQM": metrics.aggregate_iqm,
+    "median": metrics.aggregate_median,
+    "mean": metrics.aggregate_mean,
+}
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> Estimate:
-    """Probability that a run of x (n, tasks) scores higher than one of y (m, tasks), mean over tasks."""
+    """Probability that a run of x (n, tasks) scores higher than one of y (m, tasks), mean over
+    tasks.
+    """
     return estimate((x, y), metrics.probability_of_improvement)
 
 
@@ -134,9 +151,11 @@ def profile(scores: np.ndarray, taus: np.ndarray) -> dict[str, list[float] | Non
 
 
 def median_steps(times: np.ndarray, steps: int) -> Estimate:
-    """Median frames to the threshold over runs (n,); anything beyond ``steps`` stands for "not within the run".
+    """Median frames to the threshold over runs (n,); anything beyond ``steps`` stands for "not
+    within the run".
 
-    Of an even number of runs the later middle one: half way to a run that never got there is no time at all.
+    Of an even number of runs the later middle one: half way to a run that never got there is no
+    time at all.
     """
     censored = np.minimum(times, steps * (1.0 + 1.0 / BINS))
     return estimate(censored[:, None], lambda x: np.quantile(x, 0.5, method="higher"))
@@ -158,33 +177,48 @@ class Difference(NamedTuple):
 
     @property
     def claimed(self) -> bool:
-        """The interval excludes 0, and so does a test that assumes nothing about how scores are distributed."""
+        """The interval excludes 0, and so does a test that assumes nothing about how scores are
+        distributed.
+        """
         return self.low is not None and (self.low > 0.0 or self.high < 0.0) and self.p <= self.alpha
 
 
 def compare(x: Scores, y: Scores, comparisons: int) -> Difference:
-    """Model x against baseline y; ``comparisons`` is how many models are compared with it (Bonferroni).
+    """Model x against baseline y; ``comparisons`` is how many models are compared with it
+    (Bonferroni).
 
-    The interval is Welch's with Satterthwaite's degrees of freedom, the tasks being strata. A t interval alone can
-    err: where runs either take off or do not, 3 against 3 separate completely by chance. The test that has to agree
-    shuffles the runs of each task between the two models; under no difference it is right whatever the distribution.
+    The interval is Welch's with Satterthwaite's degrees of freedom, the tasks being strata. A t
+    interval alone can err: where runs either take off or do not, 3 against 3 separate completely
+    by chance. The test that has to agree shuffles the runs of each task between the two models;
+    under no difference it is right whatever the distribution.
     """
     alpha = (1.0 - LEVEL) / comparisons
     value = float(np.mean([a.mean() - b.mean() for a, b in zip(x, y, strict=True)]))
     p, least_p = permutation(x, y), least(x, y)
     if min(map(len, (*x, *y))) < 2:
         return Difference(value, None, None, p, least_p, alpha, None)
-    parts = np.array([(a.var(ddof=1) / len(a) / len(x) ** 2, len(a) - 1) for a in (*x, *y)])  # variance, freedom
+    # variance, freedom
+    parts = np.array([(a.var(ddof=1) / len(a) / len(x) ** 2, len(a) - 1) for a in (*x, *y)])
     variance = parts[:, 0].sum()
     error = math.sqrt(variance)
     freedom = variance**2 / (parts[:, 0] ** 2 / parts[:, 1]).sum() if variance else math.inf
     quantile = scipy.stats.t.ppf(1.0 - alpha / 2.0, freedom)
     detectable = (quantile + scipy.stats.t.ppf(POWER, freedom)) * error
-    return Difference(value, value - quantile * error, value + quantile * error, p, least_p, alpha, float(detectable))
+    return Difference(
+        value,
+        value - quantile * error,
+        value + quantile * error,
+        p,
+        least_p,
+        alpha,
+        float(detectable),
+    )
 
 
 def permutation(x: Scores, y: Scores) -> float:
-    """Two-sided p of the difference of means under shuffling the runs of each task between the models."""
+    """Two-sided p of the difference of means under shuffling the runs of each task between the
+    models.
+    """
     rng = np.random.default_rng(0)
     seen, drawn = 0.0, np.zeros(SHUFFLES)
     for a, b in zip(x, y, strict=True):
@@ -196,21 +230,25 @@ def permutation(x: Scores, y: Scores) -> float:
 
 
 def least(x: Scores, y: Scores) -> float:
-    """The smallest two-sided p that so many runs can give: two of all the ways to split them between the models."""
+    """The smallest two-sided p that so many runs can give: two of all the ways to split them
+    between the models.
+    """
     return min(1.0, 2.0 / math.prod(math.comb(len(a) + len(b), len(a)) for a, b in zip(x, y, strict=True)))
 
 
-def seeds_for(detectable: float, wanted: float, seeds: int) -> int:
-    """About how many seeds would show a difference of ``wanted``, if that many show ``detectable``."""
-    return math.ceil(seeds * (detectable / wanted) ** 2)
+def seeds_for(detectable: float, target: float, seeds: int) -> int:
+    """About how many seeds show a difference of ``target``, if that many show ``detectable``."""
+    return math.ceil(seeds * (detectable / target) ** 2)
 
 
 def two_way(differences: np.ndarray) -> tuple[float, float | None, float | None]:
-    """Mean of paired differences (seeds, episodes) and its interval; both are samples of what could have been.
+    """Mean of paired differences (seeds, episodes) and its interval; both are samples of what
+    could have been.
 
-    Half-widths of the two sources add as squares, each with its own t quantile (Howe 1974). Of 4,000 simulations
-    without a difference at most 5.4% excluded 0, for 2 to 5 seeds, 10 or 40 episodes, and seeds from negligible to
-    dominant. A percentile bootstrap over seeds and episodes excluded it in up to 23% with 3 seeds (600 simulations).
+    Half-widths of the two sources add as squares, each with its own t quantile (Howe 1974). Of
+    4,000 simulations without a difference at most 5.4% excluded 0, for 2 to 5 seeds, 10 or 40
+    episodes, and seeds from negligible to dominant. A percentile bootstrap over seeds and episodes
+    excluded it in up to 23% with 3 seeds (600 simulations).
     """
     seeds, episodes = differences.shape
     mean = differences.mean()
@@ -227,6 +265,8 @@ def two_way(differences: np.ndarray) -> tuple[float, float | None, float | None]
 
 
 def paired(columns: Mapping[str, np.ndarray], base: str) -> dict[str, tuple[float, float | None, float | None]]:
-    """{model: difference from ``base``} of {model: (seeds, episodes)}, over the episodes that all of them have."""
+    """{model: difference from ``base``} of {model: (seeds, episodes)}, over the episodes that all
+    of them have.
+    """
     known = np.isfinite(np.stack(list(columns.values()))).all((0, 1))
     return {name: two_way((x - columns[base])[:, known]) for name, x in columns.items() if name != base}

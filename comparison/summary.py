@@ -1,4 +1,6 @@
-"""Every number of a comparison, each aggregate with its interval and method: the content of summary.json."""
+"""Every number of a comparison, each aggregate with its interval and method: the content of
+summary.json.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,36 @@ import numpy as np
 from comparison import stats
 from comparison.runs import Run, config_hash, levels
 
-# Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's result files, which
-# are those of the DreamerV3 repository).
+# Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's
+# result files, which are those of the DreamerV3 repository).
 HUMAN = {
-    "alien": (227.8, 7128.0), "amidar": (5.8, 1720.0), "assault": (222.4, 742.0), "asterix": (210.0, 8503.0),
-    "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37188.0), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5),
-    "chopper_command": (811.0, 7388.0), "crazy_climber": (10780.0, 35829.0), "demon_attack": (152.1, 1971.0),
-    "freeway": (0.0, 29.6), "frostbite": (65.2, 4335.0), "gopher": (257.6, 2412.0), "hero": (1027.0, 30826.0),
-    "jamesbond": (29.0, 302.8), "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2666.0),
-    "kung_fu_master": (258.5, 22736.0), "ms_pacman": (307.3, 6952.0), "pong": (-20.7, 14.6),
-    "private_eye": (24.9, 69571.0), "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0),
-    "seaquest": (68.4, 42055.0), "up_n_down": (533.4, 11693.0),
-}  # fmt: skip
+    "alien": (227.8, 7128.0),
+    "amidar": (5.8, 1720.0),
+    "assault": (222.4, 742.0),
+    "asterix": (210.0, 8503.0),
+    "bank_heist": (14.2, 753.1),
+    "battle_zone": (2360.0, 37188.0),
+    "boxing": (0.1, 12.1),
+    "breakout": (1.7, 30.5),
+    "chopper_command": (811.0, 7388.0),
+    "crazy_climber": (10780.0, 35829.0),
+    "demon_attack": (152.1, 1971.0),
+    "freeway": (0.0, 29.6),
+    "frostbite": (65.2, 4335.0),
+    "gopher": (257.6, 2412.0),
+    "hero": (1027.0, 30826.0),
+    "jamesbond": (29.0, 302.8),
+    "kangaroo": (52.0, 3035.0),
+    "krull": (1598.0, 2666.0),
+    "kung_fu_master": (258.5, 22736.0),
+    "ms_pacman": (307.3, 6952.0),
+    "pong": (-20.7, 14.6),
+    "private_eye": (24.9, 69571.0),
+    "qbert": (163.9, 13455.0),
+    "road_runner": (11.5, 7845.0),
+    "seaquest": (68.4, 42055.0),
+    "up_n_down": (533.4, 11693.0),
+}
 TAUS = 41  # points of the performance profile
 
 Matrix = dict[str, dict[str, list[dict]]]  # {task: {model: the records of its finished runs}}
@@ -32,30 +52,32 @@ def summarise(runs: Sequence[Run], models: Sequence[str]) -> dict[str, Any]:
     """``models``: which to compare and in which order; the first is the baseline."""
     runs = [run for run in runs if run.model in models]
     tasks = sorted({run.task for run in runs})
-    steps = {task: min(run.config["steps"] for run in runs if run.task == task) for task in tasks}
+    steps = {}
+    for task in tasks:
+        steps[task] = min(run.config["steps"] for run in runs if run.task == task)
     rows = [record(run, steps[run.task]) for run in runs]
     rows.sort(key=lambda row: (row["task"], models.index(row["model"]), row["seed"]))
-    done: Matrix = {
-        task: {
-            model: [r for r in rows if (r["task"], r["model"], r["status"]) == (task, model, "complete")]
-            for model in models
-        }
-        for task in tasks
-    }
-    scales = {
-        task: scale(task, steps[task], [r for group in done[task].values() for r in group], runs) for task in tasks
-    }
+    done: Matrix = {}
+    for task in tasks:
+        done[task] = {model: [] for model in models}
+    complete = [row for row in rows if row["status"] == "complete"]
+    for row in complete:
+        done[row["task"]][row["model"]].append(row)
+    scales = {}
+    for task in tasks:
+        of_task = [row for row in complete if row["task"] == task]
+        scales[task] = scale(task, steps[task], of_task, runs)
     for row in rows:
         rate(row, scales[row["task"]])
-    out = {"models": list(models), "tasks": scales, "runs": rows}
-    return out | aggregates(done, models) | {"per_task": per_task(done, models, scales), "costs": costs(rows, models)}
+    out = {"models": list(models), "tasks": scales, "runs": rows} | aggregates(done, models)
+    return out | {"per_task": per_task(done, models, scales), "costs": costs(rows, models)}
 
 
 # ---------------------------------------------------------------- one run
 
 
 def record(run: Run, steps: int) -> dict[str, Any]:
-    """What summary.json says of one run, the comparison being over ``steps`` frames."""
+    """The entry of one run in summary.json, the comparison being over ``steps`` frames."""
     episodes = run.get("train_return")
     curve = stats.curve(episodes, steps)
     final = stats.final_return(episodes, steps)
@@ -102,17 +124,21 @@ def median_late(series: np.ndarray) -> float | None:
 
 
 def rate(row: dict, scale: Mapping[str, Any]) -> None:
-    """Add what depends on the other runs of the task: the normalised scores and the time to its threshold."""
-    normal = lambda x: (np.asarray(x, float) - scale["zero"]) / scale["unit"]
-    row["normalised"] = float(normal(row["final_return"]))
-    row["normalised_curve"] = normal(row["curve"]).tolist()
-    threshold = scale["threshold"]
-    found = lambda: stats.steps_to(np.array(row["curve"]), threshold, scale["steps"], row["random_until"])
-    row["steps_to"] = None if threshold is None else found()
+    """Add what depends on the other runs of the task: the normalised scores and the time to its
+    threshold.
+    """
+    curve, threshold = np.array(row["curve"], float), scale["threshold"]
+    row["normalised"] = float((row["final_return"] - scale["zero"]) / scale["unit"])
+    row["normalised_curve"] = ((curve - scale["zero"]) / scale["unit"]).tolist()
+    row["steps_to"] = None
+    if threshold is not None:
+        row["steps_to"] = stats.steps_to(curve, threshold, scale["steps"], row["random_until"])
 
 
 def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[str, Any]:
-    """How the returns of a task are normalised, the same for all models, and the threshold of its learning speed."""
+    """How the returns of a task are normalised, the same for all models, and the threshold of its
+    learning speed.
+    """
     at_random = np.concatenate([random_returns(run) for run in runs if run.task == task] or [np.zeros(0)])
     finals = np.array([row["final_return"] for row in rows])
     chance = float(at_random.mean()) if len(at_random) else 0.0
@@ -132,7 +158,9 @@ def random_until(run: Run) -> int:
 
 
 def random_returns(run: Run) -> np.ndarray:
-    """Returns of the episodes that ended while the run still acted at random; of its first one if none did."""
+    """Returns of the episodes that ended while the run still acted at random; of its first one if
+    none did.
+    """
     episodes = run.get("train_return")
     early = episodes[episodes[:, 0] <= random_until(run)]
     return (early if len(early) else episodes[:1])[:, 1]
@@ -143,32 +171,44 @@ def random_returns(run: Run) -> np.ndarray:
 
 def matrix(done: Matrix, model: str, key: str) -> np.ndarray:
     """(seeds, tasks, ...) of the seeds whose runs finished on every task."""
-    by_task = [{row["seed"]: row[key] for row in models[model]} for models in done.values()]
+    by_task = []
+    for models in done.values():
+        by_task.append({row["seed"]: row[key] for row in models[model]})
     common = sorted(set.intersection(*map(set, by_task))) if by_task else []
-    return np.array([[rows[seed] for rows in by_task] for seed in common], float)
+    values = []
+    for seed in common:
+        values.append([by_seed[seed] for by_seed in by_task])
+    return np.array(values, float)
 
 
 def aggregates(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
-    """Over all tasks, on normalised scores. What a model without a seed that finished every task has is left out."""
+    """Over all tasks, on normalised scores. What a model without a seed that finished every task
+    has is left out.
+    """
     scores = {model: x for model in models if len(x := matrix(done, model, "normalised"))}
     base = models[0]
     taus = np.linspace(*span(list(scores.values())), TAUS)
     out: dict[str, Any] = {
         "seeds": {model: len(scores.get(model, ())) for model in models},
-        "aggregates": {m: {k: stats.estimate(x, f) for k, f in stats.AGGREGATES.items()} for m, x in scores.items()},
-        "profile": {"tau": taus.tolist(), "models": {m: stats.profile(x, taus) for m, x in scores.items()}},
-        "curves": {m: stats.bands(matrix(done, m, "normalised_curve")) for m in scores},
-        "levels": {model: level_means(done, model) for model in scores},
+        "aggregates": {},
+        "profile": {"tau": taus.tolist(), "models": {}},
+        "curves": {},
+        "levels": {},
+        "comparisons": {},
     }
-    for model in scores:
-        area = matrix(done, model, "normalised_curve").mean(-1)
-        out["aggregates"][model]["area under the curve (IQM)"] = stats.estimate(area, stats.AGGREGATES["IQM"])
-    out["comparisons"] = {
-        model: comparison(done, model, base, len(models) - 1)
-        | {"improvement": stats.improvement(scores[model], scores[base])}
-        for model in models[1:]
-        if model in scores and base in scores
-    }
+    for model, x in scores.items():
+        curves = matrix(done, model, "normalised_curve")
+        estimates = {name: stats.estimate(x, fn) for name, fn in stats.AGGREGATES.items()}
+        area = stats.estimate(curves.mean(-1), stats.AGGREGATES["IQM"])
+        out["aggregates"][model] = estimates | {"area under the curve (IQM)": area}
+        out["profile"]["models"][model] = stats.profile(x, taus)
+        out["curves"][model] = stats.bands(curves)
+        out["levels"][model] = level_means(done, model)
+    for model in models[1:]:
+        if model in scores and base in scores:
+            entry = comparison(done, model, base, len(models) - 1)
+            entry["improvement"] = stats.improvement(scores[model], scores[base])
+            out["comparisons"][model] = entry
     return out
 
 
@@ -181,16 +221,28 @@ def span(scores: list[np.ndarray]) -> tuple[float, float]:
 
 
 def comparison(done: Matrix, model: str, base: str, comparisons: int) -> dict[str, Any]:
-    """Final normalised scores of a model against the baseline, with every finished run of every task."""
-    scores = [[np.array([r["normalised"] for r in by[m]]) for by in done.values()] for m in (model, base)]
-    found = stats.compare(*scores, comparisons)
-    level = float(np.mean([x.mean() for x in scores[1]]))
-    return found._asdict() | {"claimed": found.claimed, "baseline": level, "method": stats.TEST}
+    """Final normalised scores of a model against the baseline, with every finished run of every
+    task.
+    """
+    scores, base_scores = normalised(done, model), normalised(done, base)
+    found = stats.compare(scores, base_scores, comparisons)
+    mean = float(np.mean([x.mean() for x in base_scores]))
+    return found._asdict() | {"claimed": found.claimed, "baseline": mean, "method": stats.TEST}
+
+
+def normalised(done: Matrix, model: str) -> list[np.ndarray]:
+    """By task: the final normalised scores (runs,) of a model's finished runs."""
+    scores = []
+    for by_model in done.values():
+        scores.append(np.array([row["normalised"] for row in by_model[model]]))
+    return scores
 
 
 def level_means(done: Matrix, model: str) -> dict[str, Any]:
-    """{"kl_0": its mean curve over runs and tasks, and its mean in the last 10% with an interval}."""
-    rows = [row for models in done.values() for row in models[model]]
+    """{"kl_0": mean curve over runs and tasks, mean of the last 10% with an interval}."""
+    rows = []
+    for by_model in done.values():
+        rows += by_model[model]
     names = sorted(set.intersection(*(set(row["levels"]) for row in rows)))
     out = {}
     for name in names:
@@ -198,46 +250,60 @@ def level_means(done: Matrix, model: str) -> dict[str, Any]:
             row[name] = row["levels"][name]
         x = matrix(done, model, name)  # (seeds, tasks, BINS)
         last = x[..., -round(stats.LAST * stats.BINS) :].mean(-1)
-        out[name] = {"curve": x.mean((0, 1)).tolist(), "last": stats.estimate(last, stats.AGGREGATES["mean"])}
+        out[name] = {
+            "curve": x.mean((0, 1)).tolist(),
+            "last": stats.estimate(last, stats.AGGREGATES["mean"]),
+        }
     return out
 
 
 def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
-    """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps to the threshold}}."""
+    """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps
+    to the threshold}}.
+    """
     out: dict[str, dict[str, Any]] = {}
     for task, by_model in done.items():
-        here = out[task] = {}
-        steps = scales[task]["steps"]
+        out[task] = {}
         for model in models:
-            rows = by_model[model]
-            if not rows:
+            if not by_model[model]:
                 continue
-            finals = np.array([[row["final_return"]] for row in rows])
-            entry = {"runs": len(rows), "final": stats.estimate(finals, stats.AGGREGATES["mean"])}
-            entry["normalised"] = float(np.mean([row["normalised"] for row in rows]))
-            entry["curve"] = stats.bands(np.array([[row["curve"]] for row in rows]))
-            evals = [row["eval_returns"][-1][1] for row in rows if row["eval_returns"]]
-            entry["last_evaluation"] = stats.estimate(np.array(evals)[:, None], np.mean) if evals else None
+            entry = out[task][model] = task_entry(by_model[model], scales[task])
             if model != models[0] and by_model[models[0]]:
                 entry["difference"] = comparison({task: by_model}, model, models[0], 1)
-            if scales[task]["threshold"] is not None:
-                times = np.array([row["steps_to"] for row in rows])
-                entry["reached"] = int(np.isfinite(times).sum())
-                entry["steps_to"] = stats.median_steps(times, steps)
-            here[model] = entry
     return out
+
+
+def task_entry(rows: list[dict], scale: Mapping[str, Any]) -> dict[str, Any]:
+    """What the finished runs of a model on a task reached."""
+    finals = np.array([[row["final_return"]] for row in rows])
+    entry = {"runs": len(rows), "final": stats.estimate(finals, stats.AGGREGATES["mean"])}
+    entry["normalised"] = float(np.mean([row["normalised"] for row in rows]))
+    entry["curve"] = stats.bands(np.array([[row["curve"]] for row in rows]))
+    evals = [row["eval_returns"][-1][1] for row in rows if row["eval_returns"]]
+    entry["last_evaluation"] = None
+    if evals:
+        entry["last_evaluation"] = stats.estimate(np.array(evals)[:, None], np.mean)
+    if scale["threshold"] is not None:
+        times = np.array([row["steps_to"] for row in rows])
+        entry["reached"] = int(np.isfinite(times).sum())
+        entry["steps_to"] = stats.median_steps(times, scale["steps"])
+    return entry
 
 
 # ---------------------------------------------------------------- world models on the same episodes
 
 
 def paired(results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds for all."""
-    base, (first, *_) = next(iter(results)), next(iter(results.values()))
+    """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds
+    for all.
+    """
+    base, first = next(iter(results)), next(iter(results.values()))[0]
     names = [name.removeprefix("model/") for name in first if name.startswith("model/")]
     found = {}
     for name in names:
-        columns = {model: np.stack([x[f"model/{name}"] for x in runs]) for model, runs in results.items()}
+        columns = {}
+        for model, runs in results.items():
+            columns[model] = np.stack([x[f"model/{name}"] for x in runs])
         known = np.isfinite(np.stack(list(columns.values()))).all((0, 1))
         if known.any():
             found[name] = {
@@ -256,10 +322,10 @@ def costs(rows: list[dict], models: Sequence[str]) -> dict[str, dict[str, float 
     """{model: medians over its runs}."""
     out = {}
     for model in models:
-        mine = [row for row in rows if row["model"] == model]
+        of_model = [row for row in rows if row["model"] == model]
         out[model] = {}
         for key in ("frames_per_s", "updates_per_s", "wall_s", "peak_mb"):
-            known = [row[key] for row in mine if row[key] is not None]
+            known = [row[key] for row in of_model if row[key] is not None]
             out[model][key] = float(np.median(known)) if known else None
     return out
 

@@ -1,4 +1,6 @@
-"""What the data support and what they do not, in sentences. They are made from intervals, never from means alone."""
+"""What the data support and what they do not, in sentences. They are made from intervals, never
+from means alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 
 from comparison import stats
 
-WANTED = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
+TARGET = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
 
 
 def number(x: float | None, sign: bool = False) -> str:
@@ -59,9 +61,9 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"No difference between {model} and {base} is shown: it lies in {between}, which includes 0.")
         else:
             lines.append(
-                f"No difference between {model} and {base} is shown: its interval {between} leaves out 0, but runs "
-                f"that change places at random differ as much with probability {number(found['p'])}; "
-                f"{number(found['alpha'])} is asked for."
+                f"No difference between {model} and {base} is shown: its interval {between} leaves"
+                " out 0, but runs that change places at random differ as much with probability"
+                f" {number(found['p'])}; {number(found['alpha'])} is asked for."
             )
     return lines
 
@@ -76,28 +78,30 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         size, base = found["detectable"], found["baseline"]
         relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
         more = ""
-        if base > 0 and size > WANTED * base:
-            more = f" About {stats.seeds_for(size, WANTED * base, seeds):,} seeds would show {percent(WANTED)}."
+        if base > 0 and size > TARGET * base:
+            more = f" About {stats.seeds_for(size, TARGET * base, seeds):,} seeds would show {percent(TARGET)}."
         lines.append(
-            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative} cannot be seen here; the "
-            f"spread between seeds would hide it more than one time in five.{more}"
+            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative}"
+            " cannot be seen here; the spread between seeds would hide it more than one time in"
+            f" five.{more}"
         )
         if found["least_p"] > found["alpha"]:
             lines.append(
-                f"{model}: {seeds} runs against {seeds} on {count(tasks, 'task')} separate completely by chance with "
-                f"probability {number(found['least_p'])}, so no difference of any size can be claimed; "
-                f"{enough(found['alpha'], tasks)} seeds could."
+                f"{model}: {seeds} runs against {seeds} on {count(tasks, 'task')} separate"
+                f" completely by chance with probability {number(found['least_p'])}, so no"
+                f" difference of any size can be claimed; {enough(found['alpha'], tasks)} seeds"
+                " could."
             )
     lost = [row for row in summary["runs"] if row["status"] != "complete"]
     if lost:
         lines.append(
-            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because they did not finish. If failing "
-            f"goes with learning badly, what is left looks too good."
+            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because they did not"
+            " finish. If failing goes with learning badly, what is left looks too good."
         )
     if summary.get("differences"):
         lines.append(
-            f"The configs differ outside the latent state ({', '.join(summary['differences'])}): no difference of "
-            f"returns can be put down to the latent state alone."
+            f"The configs differ outside the latent state ({', '.join(summary['differences'])}): no"
+            " difference of returns can be put down to the latent state alone."
         )
     names = ", ".join(summary["tasks"])
     lines.append(f"The intervals are about other seeds on {names}; they say nothing about other tasks.")

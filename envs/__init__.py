@@ -1,4 +1,6 @@
-"""Environments behind one interface: `make_env("atari_pong", config, seed)` gives an `Env` (see envs/base.py)."""
+"""Environments behind one interface: `make_env("atari_pong", config, seed)` gives an `Env` (see
+envs/base.py).
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,23 @@ EXTRAS = ("crafter", "dmc", "vizdoom")  # suites whose library is not in the bas
 
 
 def make_env(
-    task: str, env: Mapping[str, Any], seed: int, *, index: int | None = None, evaluation: bool = False
+    task: str,
+    env: Mapping[str, Any],
+    seed: int,
+    *,
+    index: int | None = None,
+    evaluation: bool = False,
 ) -> Env:
     """Builds the environment of `task` = SUITE_NAME, for example `atari_pong` or `gym_CartPole-v1`.
 
-    `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in frames (0: none),
-    `invalid` (see `Env`; without it `stop`) and, under the suite's own name, the keyword options of its class. Only the
-    suite that is asked for is imported. index: its number among the environments of a run, for messages.
-    evaluation: options that are meant for learning only are replaced, as the suite's `evaluation` says.
-    Raises EnvError, in one line, for an unknown suite or name, a bad option value and a missing package.
+    `env` holds `size` [H, W] in pixels, `action_repeat` in frames per agent step, `time_limit` in
+    frames (0: none), `invalid` (see `Env`; without it `stop`) and, under the suite's own name, the
+    keyword options of its class. Only the suite that is asked for is imported. index: its number
+    among the environments of a run, for messages.
+    evaluation: options that are meant for learning only are replaced, as the suite's `evaluation`
+    says.
+    Raises EnvError, in one line, for an unknown suite or name, a bad option value and a missing
+    package.
     """
     suite, _, name = task.partition("_")
     if suite not in SUITES:
@@ -45,8 +55,8 @@ def make_env(
     try:
         module = importlib.import_module(f"envs.{suite}")
     except ModuleNotFoundError as error:
-        wanted = f".[{suite}]" if suite in EXTRAS else "."
-        raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{wanted}'") from error
+        extra = f".[{suite}]" if suite in EXTRAS else "."
+        raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{extra}'") from error
     kind = getattr(module, SUITES[suite])
     options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})
     built = kind(name, size, repeat, **options)

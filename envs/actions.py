@@ -15,11 +15,15 @@ TOLERANCE = 1e-3  # how far a "one-hot" may be from one: straight-through sample
 MOST_ACTIONS = 2**14  # numbers of an action vector
 
 
-def action_codec(space: gymnasium.Space) -> tuple[gymnasium.Space, int, Callable[[np.ndarray], Any]]:
-    """-> the agent's space, the width A of its vector, and the function from a vector (A,) to the suite's action.
+def action_codec(
+    space: gymnasium.Space,
+) -> tuple[gymnasium.Space, int, Callable[[np.ndarray], Any]]:
+    """-> the agent's space, the width A of its vector, and the function from a vector (A,) to the
+    suite's action.
 
-    Several choices (MultiDiscrete, MultiBinary, integer Box, and Dict or Tuple of them and of Discrete) are one
-    MultiDiscrete for the agent; a Dict or Tuple of float Boxes is one Box. Raises EnvError for all others.
+    Several choices (MultiDiscrete, MultiBinary, integer Box, and Dict or Tuple of them and of
+    Discrete) are one MultiDiscrete for the agent; a Dict or Tuple of float Boxes is one Box.
+    Raises EnvError for all others.
     """
     shown = one_line(space)
     if isinstance(space, Dict | gymnasium.spaces.Tuple):
@@ -32,14 +36,15 @@ def action_codec(space: gymnasium.Space) -> tuple[gymnasium.Space, int, Callable
         agent, decode = choices
     else:
         raise EnvError(
-            f"action space {shown} is not supported: only Discrete, MultiDiscrete, MultiBinary and Box are, and Dict "
-            "and Tuple of them; translate it in a wrapper (docs/own_environment.md)"
+            f"action space {shown} is not supported: only Discrete, MultiDiscrete, MultiBinary and"
+            " Box are, and Dict and Tuple of them; translate it in a wrapper"
+            " (docs/own_environment.md)"
         )
     width = agent.shape[0] if isinstance(agent, Box) else int(_sizes(agent).sum())
     if not 0 < width <= MOST_ACTIONS:
         raise EnvError(
-            f"action space {shown} is {width} numbers for the agent, which can have 1 to {MOST_ACTIONS}: choose fewer "
-            "in a wrapper (docs/own_environment.md)"
+            f"action space {shown} is {width} numbers for the agent, which can have 1 to"
+            f" {MOST_ACTIONS}: choose fewer in a wrapper (docs/own_environment.md)"
         )
     return agent, width, decode
 
@@ -57,12 +62,12 @@ def _composed(space: gymnasium.Space, shown: str) -> tuple[gymnasium.Space, Call
     boxes = sum(isinstance(agent, Box) for agent in agents)
     if not parts or 0 < boxes < len(parts):
         raise EnvError(
-            f"action space {shown} is not supported: its parts must be all choices or all numbers; translate it in a "
-            "wrapper (docs/own_environment.md)"
+            f"action space {shown} is not supported: its parts must be all choices or all numbers;"
+            " translate it in a wrapper (docs/own_environment.md)"
         )
     if boxes:
-        low, high = (np.concatenate([getattr(agent, side) for agent in agents]) for side in ("low", "high"))
-        agent = Box(low, high)
+        low = np.concatenate([box.low for box in agents])
+        agent = Box(low, np.concatenate([box.high for box in agents]))
     else:
         agent = MultiDiscrete(np.concatenate([_sizes(agent) for agent in agents]))
     ends = np.cumsum([width for _, width, _ in parts])[:-1]
@@ -76,20 +81,23 @@ def _composed(space: gymnasium.Space, shown: str) -> tuple[gymnasium.Space, Call
 
 
 def _choices(space: gymnasium.Space, shown: str) -> tuple[MultiDiscrete, Callable[[np.ndarray], np.ndarray]] | None:
-    """Of a MultiDiscrete, a MultiBinary or an integer Box: an array of choices, each from a first value on."""
+    """Of a MultiDiscrete, a MultiBinary or an integer Box: an array of choices, each from a first
+    value on.
+    """
     if isinstance(space, MultiDiscrete):
         start, sizes = space.start, space.nvec
     elif isinstance(space, MultiBinary):
         start, sizes = np.zeros(space.shape, int), np.full(space.shape, 2)
     elif isinstance(space, Box) and space.dtype.kind in "biu":
-        start, sizes = space.low, space.high.astype(object) - space.low.astype(object) + 1  # without overflow
+        # without overflow
+        start, sizes = space.low, space.high.astype(object) - space.low.astype(object) + 1
     else:
         return None
     sizes = np.ravel(sizes)
     if not len(sizes) or sizes.sum() > MOST_ACTIONS:
         raise EnvError(
-            f"action space {shown} has {sizes.sum()} values, of which there can be 1 to {MOST_ACTIONS}: choose fewer "
-            "in a wrapper (docs/own_environment.md)"
+            f"action space {shown} has {sizes.sum()} values, of which there can be 1 to"
+            f" {MOST_ACTIONS}: choose fewer in a wrapper (docs/own_environment.md)"
         )
     sizes = sizes.astype(np.int64)
     ends = np.cumsum(sizes)[:-1]
@@ -107,7 +115,8 @@ def _scaled(space: Box) -> tuple[Box, Callable[[np.ndarray], np.ndarray]]:
     bounded = np.isfinite(low) & np.isfinite(high)
     agent = Box(np.where(bounded, -1, low).astype(np.float32), np.where(bounded, 1, high).astype(np.float32))
     bottom, top = np.where(bounded, low, -1).astype(float), np.where(bounded, high, 1).astype(float)
-    centre, half = (top + bottom) / 2, (top - bottom) / 2  # 0 and 1, which change nothing, where unbounded
+    # 0 and 1, which change nothing, where unbounded
+    centre, half = (top + bottom) / 2, (top - bottom) / 2
 
     def scale(vector: np.ndarray) -> np.ndarray:
         return np.clip(centre + half * vector, low, high).astype(space.dtype).reshape(space.shape)

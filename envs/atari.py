@@ -17,14 +17,19 @@ GAMES = set(ale_py.roms.get_all_rom_ids()) - {"combat", "joust", "maze_craze", "
 
 
 class Atari(Suite):
-    """One game, by its snake_case name. Observation: `image`, the maximum over the last two frames of the step.
+    """One game, by its snake_case name. Observation: `image`, the maximum over the last two frames
+    of the step.
 
-    noops: each episode starts after 0 to `noops` frames of doing nothing. sticky: chance that a frame keeps the action
-    of the frame before. actions: `needed` by this game or `all` of the console's. grayscale: (H, W, 1) in place of RGB.
-    lives: a lost life is `unused`, or ends value but not the episode (`discount`), or is the end of it (`reset`).
-    After `reset` the game goes on: the next episode starts with a no-op in the next life, and only after game over (or
-    out of time) from the beginning, as with OpenAI baselines' EpisodicLifeEnv. A last life that the game counts as none
-    left belongs to the episode of the life before, as there. Evaluation plays whole games.
+    noops: each episode starts after 0 to `noops` frames of doing nothing. sticky: chance that a
+    frame keeps the action of the frame before. actions: `needed` by this game or `all` of the
+    console's. grayscale: (H, W, 1) in place of RGB.
+    lives: a lost life is `unused`, or ends value but not the episode (`discount`), or is the end
+    of it (`reset`).
+    After `reset` the game continues: the next episode starts with a no-op in the next life, and
+    only after game over (or out of time) from the beginning, as with OpenAI baselines'
+    EpisodicLifeEnv.
+    A last life that the game counts as none left belongs to the episode of the life before, as
+    there. Evaluation plays whole games.
     """
 
     evaluation: ClassVar[dict[str, Any]] = {"lives": "unused"}  # see `make_env`
@@ -47,7 +52,13 @@ class Atari(Suite):
         if actions not in ("needed", "all"):
             raise unknown("atari.actions", actions, ("needed", "all"))
         self._rom = ale_py.roms.get_rom_path(name)
-        self._size, self._repeat, self._noops, self._sticky, self._lives = size, repeat, noops, sticky, lives
+        self._size, self._repeat, self._noops, self._sticky, self._lives = (
+            size,
+            repeat,
+            noops,
+            sticky,
+            lives,
+        )
         self.ale = ale_py.ALEInterface()
         # Stickiness is ours: the emulator keeps the held action where no saved state reaches it.
         self.ale.setFloat("repeat_action_probability", 0.0)
@@ -87,7 +98,9 @@ class Atari(Suite):
         return {"image": image}, reward, over or self._goes_on, False, {"is_terminal": is_terminal}
 
     def _frames(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        """`repeat` frames, or until the game or a life that counts ends. -> image, reward, game over, life lost."""
+        """`repeat` frames, or until the game or a life that counts ends. -> image, reward, game
+        over, life lost.
+        """
         reward, screens, self._picture = 0.0, [], None
         for frame in range(self._repeat):
             if self.np_random.random() >= self._sticky:

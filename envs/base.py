@@ -17,51 +17,71 @@ from gymnasium.spaces import Box, Dict
 from envs.actions import action_codec
 from envs.errors import ActionError, BadValue, EnvError, one_line, unknown
 
-__all__ = ["ActionError", "BadValue", "Env", "EnvError", "Suite", "one_line", "plain", "resize", "unknown"]
+__all__ = [
+    "ActionError",
+    "BadValue",
+    "Env",
+    "EnvError",
+    "Suite",
+    "one_line",
+    "plain",
+    "resize",
+    "unknown",
+]
 
 RESETS = 5  # in a row that give a NaN or infinity, until `env.invalid: truncate` gives up
 RESERVED = {  # names that no observation may have
     *("reward", "is_first", "is_last", "is_terminal", "prev_action"),  # columns of the replay
     *("action", "discount", "logprob"),  # further entries of an episode's file
     *("file", "allow_pickle"),  # arguments of the function that writes it
-    *("cont", "dyn", "rep", "commit", "model", "actor", "critic"),  # losses, which observations stand among
+    # losses, which observations stand among
+    *("cont", "dyn", "rep", "commit", "model", "actor", "critic"),
 }
 
 
 class Suite(gymnasium.Env):
-    """A `gymnasium.Env` with a flat Dict observation space, and the two things that Gymnasium has no word for.
+    """A `gymnasium.Env` with a flat Dict observation space, and the two things that Gymnasium has
+    no word for.
 
-    A suite repeats actions itself, because only it knows what need not be drawn for a skipped frame: `step` is one
-    agent step. `reset(seed=s)` starts all its randomness afresh. The info of a step holds every key of `log_keys`, and
-    may hold `is_terminal`: no value after this step although the episode goes on (a lost life). `render()` is RGB.
+    A suite repeats actions itself, because only it knows what need not be drawn for a skipped
+    frame: `step` is one agent step. `reset(seed=s)` starts all its randomness afresh. The info of
+    a step holds every key of `log_keys`, and may hold `is_terminal`: no value after this step
+    although the episode continues (a lost life). `render()` is RGB.
     """
 
     log_keys: tuple[str, ...] = ()
 
     def get_state(self) -> dict[str, Any] | None:
-        """All that the future depends on, or None where the library cannot tell."""
+        """All that the future depends on, or None where the library cannot save it."""
         return None
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly from what `get_state` returned, in this object or in another of the same task."""
+        """Continues exactly from what `get_state` returned, in this object or in another of the
+        same task.
+        """
         raise EnvError(f"{type(self).__name__} cannot restore a state")
 
 
 class Env:
     """One environment as the agent sees it.
 
-    obs_space: name -> Box of one of three kinds: uint8 (H, W, C) image, bool (H, W, C) grid, float32 (N,) vector.
-    act_space: Discrete, MultiDiscrete, or a flat Box, [-1, 1] wherever the environment's own bounds are finite.
+    obs_space: name -> Box of one of three kinds: uint8 (H, W, C) image, bool (H, W, C) grid,
+    float32 (N,) vector.
+    act_space: Discrete, MultiDiscrete, or a flat Box, [-1, 1] wherever the environment's own
+    bounds are finite.
     act_dim: width A of the action vector: n, sum(nvec) or the Box's dimension.
     log_keys: names `log_*` of float scalars in the output, to be summed over an episode.
-    repeat: frames per agent step. suite: the Suite inside, for what only one suite offers (`ram`, `variables`).
+    repeat: frames per agent step. suite: the Suite inside, for what only one suite offers (`ram`,
+    `variables`).
 
-    `step` and `reset` return all keys of obs_space and log_keys and reward (float32), is_first, is_last, is_terminal
-    (bool). A real end is is_last and is_terminal; running out of time is is_last alone. After is_last, call `reset`.
+    `step` and `reset` return all keys of obs_space and log_keys and reward (float32), is_first,
+    is_last, is_terminal (bool). A real end is is_last and is_terminal; running out of time is
+    is_last alone. After is_last, call `reset`.
 
-    Every float in an output is finite. Where the suite gives another, as a float32, `invalid` decides: `stop` raises
-    BadValue; `truncate` warns and closes the episode as truncated, with the observation before and reward 0, and
-    `log_invalid`, one more log key, counts it. A reset that gives one is repeated, 5 times at most.
+    Every float in an output is finite. Where the suite gives another, as a float32, `invalid`
+    decides: `stop` raises BadValue; `truncate` warns and closes the episode as truncated, with the
+    observation before and reward 0, and `log_invalid`, one more log key, counts it. A reset that
+    gives one is repeated, 5 times at most.
     task, index: the environment's name and its number among those of a run, for messages.
     """
 
@@ -91,10 +111,12 @@ class Env:
         self._obs: dict[str, np.ndarray] = {}  # the last observation
 
     def step(self, action: np.ndarray) -> dict[str, Any]:
-        """One agent step. action: float32 (A,): one-hot, one-hots side by side, or numbers (clipped to the bounds).
+        """One agent step. action: float32 (A,): one-hot, one-hots side by side, or numbers
+        (clipped to the bounds).
 
-        Raises ActionError, a ValueError, for a wrong shape, a number that is not finite, and what is not one-hot;
-        EnvError for a value of the suite of another shape or type than its space says; BadValue (see the class).
+        Raises ActionError, a ValueError, for a wrong shape, a number that is not finite, and what
+        is not one-hot; EnvError for a value of the suite of another shape or type than its space
+        says; BadValue (see the class).
         """
         action = np.asarray(action, np.float32)
         if action.shape != (self.act_dim,) or not np.isfinite(action).all():
@@ -113,7 +135,9 @@ class Env:
         return self._output(self._obs, logs, 0.0, is_last=True, invalid=1)
 
     def reset(self) -> dict[str, Any]:
-        """Starts the next episode. The first call seeds the suite; the episodes after it follow from that seed."""
+        """Starts the next episode. The first call seeds the suite; the episodes after it follow
+        from that seed.
+        """
         self._frames = 0
         logs = dict.fromkeys(self.suite.log_keys, 0.0)
         for invalid in range(RESETS):
@@ -125,7 +149,9 @@ class Env:
         raise BadValue(f"{self._name}: {RESETS} resets in a row gave a NaN or an infinity; fix the environment")
 
     def render(self) -> np.ndarray:
-        """uint8 (H, W, 3): the present moment, for videos. Raises EnvError where nothing can be drawn."""
+        """uint8 (H, W, 3): the present moment, for videos. Raises EnvError where nothing can be
+        drawn.
+        """
         try:
             return picture(self.suite.render())
         except Exception as error:  # pygame, OpenGL, ...: whatever the environment draws with
@@ -134,18 +160,23 @@ class Env:
             raise EnvError(line) from error
 
     def get_state(self) -> dict[str, Any] | None:
-        """Everything that later outputs depend on, as plain values (see `plain`); None where the suite cannot."""
+        """Everything that later outputs depend on, as plain values (see `plain`); None where the
+        suite cannot.
+        """
         if self._seed is not None:
             return {"seed": self._seed}  # not started: nothing else to remember
         state = self.suite.get_state()
         if state is None:
             return None
-        # `invalid: truncate` may need the last observation at the next step; otherwise nobody does.
+        # `invalid: truncate` may need the last observation at the next step; otherwise it is
+        # unused.
         obs = {"obs": plain(self._obs)} if self._truncates else {}
         return {"seed": None, "frames": self._frames, "suite": plain(state), **obs}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues, bit for bit, where `get_state` was called, here or in another object of the same task."""
+        """Continues, bit for bit, where `get_state` was called, here or in another object of the
+        same task.
+        """
         self._seed = state["seed"]
         if self._seed is None:
             self._frames, self._obs = state["frames"], plain(state.get("obs", {}))
@@ -155,9 +186,16 @@ class Env:
         self.suite.close()
 
     def _output(self, obs, logs, reward, is_first=False, is_last=False, is_terminal=False, invalid=0) -> dict[str, Any]:
-        """What `step` and `reset` return, of copies: suites may reuse their buffers. Raises BadValue, EnvError."""
-        scalars = {**logs, **({"log_invalid": invalid} if self._truncates else {}), "reward": reward}
-        with np.errstate(over="ignore"):  # a float64 that no float32 holds becomes an infinity, which is looked for
+        """What `step` and `reset` return, of copies: suites may reuse their buffers. Raises
+        BadValue, EnvError.
+        """
+        scalars = {
+            **logs,
+            **({"log_invalid": invalid} if self._truncates else {}),
+            "reward": reward,
+        }
+        # a float64 that no float32 holds becomes an infinity, which is looked for
+        with np.errstate(over="ignore"):
             output = {key: self._observation(key, space, obs[key]) for key, space in self.obs_space.items()}
             scalars = {key: np.float32(value) for key, value in scalars.items()}
         for key, value in scalars.items():
@@ -192,7 +230,9 @@ class Env:
 
 
 def check_finite(name: str, value: np.ndarray | np.float32) -> None:
-    """Raises BadValue, which names the first of them, where floats (any shape) hold a NaN or an infinity."""
+    """Raises BadValue, which names the first of them, where floats (any shape) hold a NaN or an
+    infinity.
+    """
     good = np.isfinite(value)
     if not good.all():
         at = np.argwhere(~good)[0]
@@ -229,7 +269,8 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def picture(frame: Any) -> np.ndarray:
-    """What a `render` returned -> uint8 (H, W, 3): grey is repeated, alpha dropped, floats in [0, 1] are scaled.
+    """What a `render` returned -> uint8 (H, W, 3): grey is repeated, alpha dropped, floats in [0,
+    1] are scaled.
 
     Raises EnvError for all that is no single picture.
     """
@@ -256,7 +297,9 @@ def picture(frame: Any) -> np.ndarray:
 
 
 def plain(value: Any) -> Any:
-    """A deep copy made of None, bool, int, float, str, list, dict and np.ndarray only, as checkpoints want it."""
+    """A deep copy made of None, bool, int, float, str, list, dict and np.ndarray only, as
+    checkpoints want it.
+    """
     match value:
         case dict():
             return {key: plain(item) for key, item in value.items()}

@@ -18,12 +18,16 @@ ACHIEVEMENTS = tuple(crafter.constants.achievements)
 class Crafter(Suite):
     """`reward` or `noreward` (always 0). Observation: `image`.
 
-    `log_achievement_*` counts what was achieved during the step, so that its sum over an episode is the number of
-    times (Crafter itself reports the running total). `log_success_*` is 1 at the first time in the episode, so that its
-    mean over episodes is the success rate. Its 10,000 steps end by truncation, death is a real end.
+    `log_achievement_*` counts what was achieved during the step, so that its sum over an episode
+    is the number of times (Crafter itself reports the running total). `log_success_*` is 1 at the
+    first time in the episode, so that its mean over episodes is the success rate. Its 10,000 steps
+    end by truncation, death is a real end.
     """
 
-    log_keys = tuple(f"log_{kind}_{name}" for kind in ("achievement", "success") for name in ACHIEVEMENTS)
+    log_keys = (
+        *(f"log_achievement_{name}" for name in ACHIEVEMENTS),
+        *(f"log_success_{name}" for name in ACHIEVEMENTS),
+    )
 
     def __init__(self, name: str, size: tuple[int, int], repeat: int):
         if name not in ("reward", "noreward"):
@@ -62,14 +66,17 @@ class Crafter(Suite):
     def render(self) -> np.ndarray:
         """uint8 (288, 288, 3)"""
         random = self._env._world.random
-        before = random.get_state()  # Crafter draws the noise of the night from the generator that moves the zombies
+        # Crafter draws the noise of the night from the generator that moves the zombies
+        before = random.get_state()
         image = self._env.render(RENDER)
         random.set_state(before)
         return image
 
     @staticmethod
     def summary(episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """-> `score` (see `crafter_score`) of at least one episode, each given by its sums of `log_keys`."""
+        """-> `score` (see `crafter_score`) of at least one episode, each given by its sums of
+        `log_keys`.
+        """
         rates = []
         for name in ACHIEVEMENTS:
             rates.append(np.mean([episode[f"log_success_{name}"] for episode in episodes]))
@@ -79,8 +86,8 @@ class Crafter(Suite):
 def crafter_score(success_rates: Iterable[float]) -> float:
     """The score of Hafner (2021), "Benchmarking the Spectrum of Agent Capabilities", in percent.
 
-    exp(mean(log(1 + s))) - 1 over all achievements, s being the share of episodes, in percent, in which the agent
-    achieves it at least once. success_rates: these shares as numbers from 0 to 1.
+    exp(mean(log(1 + s))) - 1 over all achievements, s being the share of episodes, in percent, in
+    which the agent achieves it at least once. success_rates: these shares as numbers from 0 to 1.
     """
     percent = 100.0 * np.asarray(list(success_rates), float)
     return float(np.expm1(np.log1p(percent).mean()))
@@ -97,7 +104,9 @@ class _OrderedSet(dict):
 
 
 class _OrderedWorld(crafter.engine.World):
-    """Crafter removes the n-th creature of a set, which is ordered by memory address: a seed would not fix the game."""
+    """Crafter removes the n-th creature of a set, which is ordered by memory address: a seed would
+    not fix the game.
+    """
 
     def reset(self, seed: int | None = None) -> None:
         super().reset(seed)

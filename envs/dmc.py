@@ -24,10 +24,12 @@ CAMERAS = {"quadruped": 2}  # the camera that shows the whole body, where it is 
 
 
 class DMC(Suite):
-    """One task, `DOMAIN_TASK`. Observations: `image` if `image`, each sensor as a vector if `proprio`.
+    """One task, `DOMAIN_TASK`. Observations: `image` if `image`, each sensor as a vector if
+    `proprio`.
 
     camera: index of the model's camera; -1 for the one that is usual in the domain.
-    The suite's own 1,000 control steps end an episode by truncation; a discount of zero is a real end.
+    The suite's own 1,000 control steps end an episode by truncation; a discount of zero is a real
+    end.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class DMC(Suite):
         domain, task = TASKS[name]
         self._size, self._repeat = size, repeat
         self._camera = CAMERAS.get(domain, 0) if camera == -1 else camera
-        self._env = suite.load(domain, task, task_kwargs={"random": 0})  # `reset` seeds; lqr draws its masses here
+        # `reset` seeds; lqr draws its masses here
+        self._env = suite.load(domain, task, task_kwargs={"random": 0})
         bounds = self._env.action_spec()
         self.action_space = Box(bounds.minimum.astype(np.float32), bounds.maximum.astype(np.float32))
         sensors = self._env.observation_spec() if proprio else {}

@@ -1,4 +1,6 @@
-"""Toy tasks for tests: the observation shows a cue, and the next action earns reward by answering it."""
+"""Toy tasks for tests: the observation shows a cue, and the next action earns reward by answering
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ KINDS = ("continuous", "crash", "grid", "image", "multi", "vector")
 
 
 class Dummy(Suite):
-    """Each step shows a random cue; the reward of the next step, 0 to 1 a frame, tells how well the action met it.
+    """Each step shows a random cue; the reward of the next step, 0 to 1 a frame, tells how well
+    the action met it.
 
-    image: a bright bar, its position is the action to take. grid: the same bar in one of four planes.
-    vector: the action itself, one-hot. multi: a bar for one action and a one-hot for the other, half the reward each.
-    continuous: two numbers to copy; the environment's own bounds are [-1, 1] and [0, 4]. crash: vector that breaks.
-    After 20 steps `image`, `grid` and `crash` terminate (bars shrink with the time left), the others are truncated.
+    image: a bright bar, its position is the action to take. grid: the same bar in one of four
+    planes.
+    vector: the action itself, one-hot. multi: a bar for one action and a one-hot for the other,
+    half the reward each.
+    continuous: two numbers to copy; the environment's own bounds are [-1, 1] and [0, 4]. crash:
+    vector that breaks.
+    After 20 steps `image`, `grid` and `crash` terminate (bars shrink with the time left), the
+    others are truncated.
     """
 
     def __init__(self, name: str, size: tuple[int, int], repeat: int):
@@ -62,7 +69,13 @@ class Dummy(Suite):
             met = np.atleast_1d(action) == self._cue
         self._steps += 1
         over, terminal = self._steps == LENGTH, self._name in ("image", "grid", "crash")
-        return self._show(), self._repeat * np.mean(met), over and terminal, over and not terminal, {}
+        return (
+            self._show(),
+            self._repeat * np.mean(met),
+            over and terminal,
+            over and not terminal,
+            {},
+        )
 
     def render(self) -> np.ndarray:
         """uint8 (64, 64, 3): the cue as a bar, in shades for numbers."""
@@ -93,7 +106,9 @@ class Dummy(Suite):
         return obs
 
     def _bar(self, space: Box) -> np.ndarray:
-        """The first cue as a column (image) or a plane (grid), from the ground up as high as there is time left."""
+        """The first cue as a column (image) or a plane (grid), from the ground up as high as there
+        is time left.
+        """
         canvas = np.zeros(space.shape, space.dtype)
         height, width, _ = space.shape
         gone, place = height * self._steps // LENGTH, int(self._cue[0])

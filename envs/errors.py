@@ -1,4 +1,4 @@
-"""What can go wrong between the agent and an environment, and the lines that say it."""
+"""What can go wrong between the agent and an environment, and the messages for it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from typing import Any
 
 
 class EnvError(Exception):
-    """An environment that cannot be built, used or drawn. The message is one line and names the remedy."""
+    """An environment that cannot be built, used or drawn. The message is one line and names the
+    remedy.
+    """
 
 
 class BadValue(EnvError):
-    """An environment gave a NaN or an infinity. `Env` stops the run with it, or closes the episode (`invalid`)."""
+    """An environment gave a NaN or an infinity. `Env` stops the run with it, or closes the episode
+    (`invalid`).
+    """
 
 
 class ActionError(ValueError):
-    """An action outside `act_space`: the caller's fault, so it is never counted as a crash of the environment."""
+    """An action outside `act_space`: the caller's fault, so it is never counted as a crash of the
+    environment.
+    """
 
 
 def one_line(text: Any, length: int = 200) -> str:

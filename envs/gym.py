@@ -1,4 +1,6 @@
-"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first. See docs/own_environment.md."""
+"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first. See
+docs/own_environment.md.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from envs.base import Suite
 from envs.errors import BadValue, EnvError, one_line, unknown
 from envs.spaces import kind, readable, reader
 
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures only: pygame need not look for a display
+# pictures only: pygame need not look for a display
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 STATES = {  # what these classes keep between two steps, beside their generator and the time limit
     AcrobotEnv: ("state",),
@@ -43,15 +46,17 @@ STEP = "step must return (observation, reward, terminated, truncated, info)"
 
 
 class Gym(Suite):
-    """One Gymnasium id. Observations: the keys of a Dict space, else one key, `image`, `grid` or `vector`.
+    """One Gymnasium id. Observations: the keys of a Dict space, else one key, `image`, `grid` or
+    `vector`.
 
-    A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and its shape is (H, W),
-    (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if it is a bool Box of rank 2 or 3. All other
-    Boxes, of any number type and rank, MultiBinary, and Discrete (one-hot) are flat vectors. Values that are not of
-    their space, other spaces and an old API raise EnvError, in one line. States are exact for classic control.
+    A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and
+    its shape is (H, W), (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if
+    it is a bool Box of rank 2 or 3. All other Boxes, of any number type and rank, MultiBinary, and
+    Discrete (one-hot) are flat vectors. Values that are not of their space, other spaces and an
+    old API raise EnvError, in one line. States are exact for classic control.
 
-    kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular expression; observations
-    whose whole key does not match are left out.
+    kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular
+    expression; observations whose whole key does not match are left out.
     """
 
     def __init__(self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"):
@@ -116,13 +121,16 @@ class Gym(Suite):
         inner.np_random.bit_generator.state = state["random"]
 
     def _frame(self, action: Any) -> tuple[Any, float, bool, bool]:
-        """One step of the environment. -> observation, reward, terminated, truncated. Raises EnvError."""
+        """One step of the environment. -> observation, reward, terminated, truncated. Raises
+        EnvError.
+        """
         try:
             result = self._env.step(action)
         except (TypeError, ValueError) as error:
             place = traceback.extract_tb(error.__traceback__)[-1].filename
             if "unpack" in str(error) and place.startswith(os.path.dirname(gymnasium.__file__)):
-                raise self._mistake(f"{STEP} ({one_line(error)})") from error  # a wrapper of Gymnasium's met it first
+                # a wrapper of Gymnasium's met it first
+                raise self._mistake(f"{STEP} ({one_line(error)})") from error
             raise
         if not (isinstance(result, tuple) and len(result) == 5):
             raise self._mistake(f"{STEP}, not {_count(result)}")
@@ -158,7 +166,7 @@ class Gym(Suite):
         return space
 
     def _chosen(self, leaves: dict[str, gymnasium.Space], pattern: str) -> dict[str, gymnasium.Space]:
-        """Those whose key matches. Raises EnvError where there is none, or one that cannot be read."""
+        """Those whose key matches. Raises EnvError for none, or one that cannot be read."""
         try:
             chosen = {key: leaf for key, leaf in leaves.items() if re.fullmatch(pattern, str(key))}
         except re.error as error:
@@ -173,8 +181,8 @@ class Gym(Suite):
             good = [re.escape(other) for other, space in chosen.items() if readable(space)]
             remedy = f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate" if good else "translate"
             raise EnvError(
-                f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read: {remedy} it in a "
-                "wrapper (docs/own_environment.md)"
+                f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read:"
+                f" {remedy} it in a wrapper (docs/own_environment.md)"
             )
         return chosen
 
@@ -203,13 +211,14 @@ def _import(module: str) -> None:
         if module != missing and not module.startswith(f"{missing}."):
             raise EnvError(f"module {module!r} needs the package {missing!r}: install it") from error
         raise EnvError(
-            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the folder that it lies "
-            "in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
+            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the"
+            " folder that it lies in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, SyntaxError) else f" ({os.path.basename(place.filename)}:{place.lineno})"
-        cause = f"{type(error).__name__} {one_line(error)}{where}"  # a SyntaxError says itself where it is
+        # a SyntaxError says itself where it is
+        cause = f"{type(error).__name__} {one_line(error)}{where}"
         raise EnvError(f"module {module!r} cannot be imported: {cause}") from error
 
 
@@ -220,7 +229,8 @@ def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
     make = functools.partial(gymnasium.make, disable_env_checker=True)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*with render_mode")  # `Gym.render` tells those who want pictures
+            # `Gym.render` tells those who want pictures
+            warnings.filterwarnings("ignore", "(?s).*with render_mode")
             try:
                 return make(name, **{"render_mode": "rgb_array"} | kwargs)
             except TypeError:  # a constructor that knows no render_mode

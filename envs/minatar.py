@@ -11,7 +11,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 from envs.base import Suite, unknown
 
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
-CONSTANT = ("random", "channels", "action_map")  # attributes of a game that are no part of its state
+# attributes of a game that are no part of its state
+CONSTANT = ("random", "channels", "action_map")
 PALETTE = np.array(  # one colour per plane; black where no plane is set
     [
         (0, 0, 0), (230, 230, 230), (240, 80, 60), (250, 170, 60), (70, 150, 230), (80, 200, 120),
@@ -25,11 +26,19 @@ PIXELS = 16  # of a rendered cell
 class MinAtar(Suite):
     """One game. Observation: `grid` bool (10, 10, C). `size` means nothing here.
 
-    sticky: chance that a frame repeats the action of the frame before. actions: the `minimal` set of this game or
-    `all` six. Difficulty ramps up as MinAtar has it. Freeway never ends but by its clock: that is a truncation.
+    sticky: chance that a frame repeats the action of the frame before. actions: the `minimal` set
+    of this game or `all` six. Difficulty ramps up as MinAtar has it. Freeway never ends but by its
+    clock: that is a truncation.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], repeat: int, sticky: float = 0.1, actions: str = "minimal"):
+    def __init__(
+        self,
+        name: str,
+        size: tuple[int, int],
+        repeat: int,
+        sticky: float = 0.1,
+        actions: str = "minimal",
+    ):
         if name not in GAMES:
             raise unknown("MinAtar game", name, GAMES)
         if actions not in ("minimal", "all"):

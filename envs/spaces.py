@@ -32,9 +32,10 @@ class Layout(NamedTuple):
 def layout(space: gymnasium.Space) -> Layout | None:
     """Where height, width and channels of a picture are; None for a space that is none.
 
-    A picture is a Box with bounds [0, 255], or [0, 1] if of floats, of shape (H, W), (H, W, C), (C, H, W), or a stack
-    of N of these, (N, H, W, C) or (N, C, H, W), whose C is at most 4. Height and width are 8 or more, and channels
-    fewer than both; the channels of a stack come frame by frame.
+    A picture is a Box with bounds [0, 255], or [0, 1] if of floats, of shape (H, W), (H, W, C),
+    (C, H, W), or a stack of N of these, (N, H, W, C) or (N, C, H, W), whose C is at most 4. Height
+    and width are 8 or more, and channels fewer than both; the channels of a stack come frame by
+    frame.
     """
     if not isinstance(space, Box) or space.dtype.kind not in "iuf":
         return None
@@ -65,11 +66,12 @@ def readable(space: gymnasium.Space) -> bool:
 
 
 def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box, Reader]:
-    """-> the agent's space of one readable leaf, and the function from the environment's value to the agent's.
+    """-> the agent's space of one readable leaf, and the function from the environment's value to
+    the agent's.
 
-    size: height and width that pictures get. The function raises EnvError, naming `key`, for a value that is not of the
-    space, and BadValue for a NaN in a picture; vectors it leaves to `Env` to check. Raises EnvError for a space without
-    entries, or too large.
+    size: height and width that pictures get. The function raises EnvError, naming `key`, for a
+    value that is not of the space, and BadValue for a NaN in a picture; vectors it leaves to `Env`
+    to check. Raises EnvError for a space without entries, or too large.
     """
     width = gymnasium.spaces.flatdim(space)
     if width == 0:
@@ -82,13 +84,13 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
         return box, functools.partial(_read_grid, key, space)
     if width > LARGEST:
         raise EnvError(
-            f"observation {key!r} is {one_line(space)}, {width} numbers, of which a vector can have {LARGEST}: make it "
-            "smaller in a wrapper (docs/own_environment.md)"
+            f"observation {key!r} is {one_line(space)}, {width} numbers, of which a vector can have"
+            f" {LARGEST}: make it smaller in a wrapper (docs/own_environment.md)"
         )
     if width >= LONG and len(space.shape) > 1:
         warnings.warn(
-            f"observation {key!r} is {one_line(space)}, by its bounds or shape no picture: read as a vector of {width} "
-            "numbers (docs/own_environment.md)",
+            f"observation {key!r} is {one_line(space)}, by its bounds or shape no picture: read as"
+            f" a vector of {width} numbers (docs/own_environment.md)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -105,8 +107,8 @@ def _read_picture(key: str, space: Box, found: Layout, size: tuple[int, int], va
     if array.dtype != np.uint8 or top != 255:
         if array.dtype.kind == "b" or (array.dtype.kind == "f" and space.dtype.kind != "f"):
             raise EnvError(
-                f"observation {key!r} is {array.dtype}, its space says {space.dtype}: return {space.dtype}, or declare "
-                "the space as floats, Box(0, 1, shape, np.float32)"
+                f"observation {key!r} is {array.dtype}, its space says {space.dtype}: return"
+                f" {space.dtype}, or declare the space as floats, Box(0, 1, shape, np.float32)"
             )
         low, high = array.min(), array.max()
         check_finite(f"observation {key!r}", np.array([low, high]))  # a NaN is both

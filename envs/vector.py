@@ -1,4 +1,6 @@
-"""Many environments stepped together, in this process or in one process each, with the same results."""
+"""Many environments stepped together, in this process or in one process each, with the same
+results.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ CRASHES = 5  # of one environment, without a good step in between, until we give
 class Envs:
     """`count` environments of one kind, made by `make(index, restart_number)`.
 
-    obs_space, act_space, act_dim, log_keys, repeat: as of one `Env`. restarts: how many were replaced so far.
-    With `parallel`, `make` is pickled by cloudpickle and each environment lives in a process of its own.
+    obs_space, act_space, act_dim, log_keys, repeat: as of one `Env`. restarts: how many were
+    replaced so far.
+    With `parallel`, `make` is pickled by cloudpickle and each environment lives in a process of
+    its own.
 
-    An environment crashes when it raises, when its process dies, and when it does not answer within `timeout` seconds
-    (0: it may take any time; `Inside` says what cannot be interrupted without a process). It is then replaced by
-    `make(index, its number of restarts so far)`, with a RuntimeWarning. Its episode is closed as truncated: for this
-    step it returns its previous observation, reward 0. The traceback of each new error is appended to `error_log`.
-    Raises EnvError where an environment cannot be built, and where it crashes without a good step in between: twice in
-    a row with the same error at the same line, or 5 times with whatever.
+    An environment crashes when it raises, when its process dies, and when it does not answer
+    within `timeout` seconds (0: it may take any time; `Inside` says what cannot be interrupted
+    without a process). It is then replaced by `make(index, its number of restarts so far)`, with a
+    RuntimeWarning. Its episode is closed as truncated: for this step it returns its previous
+    observation, reward 0. The traceback of each new error is appended to `error_log`.
+    Raises EnvError where an environment cannot be built, and where it crashes without a good step
+    in between: twice in a row with the same error at the same line, or 5 times with whatever.
     """
 
     def __init__(
@@ -48,11 +53,14 @@ class Envs:
         self._make = cloudpickle.dumps(make) if parallel else make
         self._replaced = [0] * count
         self._crashes = [0] * count  # since the last good step
-        self._errors: list[tuple[str, str] | None] = [None] * count  # that of the last crash since then
+        # that of the last crash since then
+        self._errors: list[tuple[str, str] | None] = [None] * count
         self._logged: set[tuple[str, str]] = set()
-        self._outputs: list[dict[str, Any] | None] = [None] * count  # the last of each; None: not started
+        # the last of each; None: not started
+        self._outputs: list[dict[str, Any] | None] = [None] * count
         self._workers: list[Inside | Outside] = []
-        self._finalizer = weakref.finalize(self, close, self._workers)  # also at the interpreter's exit
+        # also at the interpreter's exit
+        self._finalizer = weakref.finalize(self, close, self._workers)
         try:
             for index in range(count):
                 self._workers.append(self._start(self._make, index, 0, timeout))
@@ -67,11 +75,13 @@ class Envs:
         self.obs_space, self.act_space, self.act_dim, self.log_keys, self.repeat, self._summary = born
 
     def step(self, action: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Steps all; an environment that has not started or was at is_last is reset instead, its action ignored.
+        """Steps all; an environment that has not started or was at is_last is reset instead, its
+        action ignored.
 
         action: float32 (count, A); None only where all are to be reset, as at the first call.
         -> the keys of `Env.step`, each stacked to (count, ...).
-        Raises ValueError for an invalid action; environments with a valid one may have taken their step by then.
+        Raises ValueError for an invalid action; environments with a valid one may have taken their
+        step by then.
         """
         resets = [output is None or bool(output["is_last"]) for output in self._outputs]
         if action is None and not all(resets):
@@ -80,24 +90,36 @@ class Envs:
             raise ValueError(f"actions have shape {(self.count, self.act_dim)}, not {np.shape(action)}")
         for index, worker in enumerate(self._workers):
             worker.send("reset") if resets[index] else worker.send("step", action[index])
-        replies = [worker.answer() for worker in self._workers]  # all, before any is judged: none may stay in its pipe
+        # All replies before any is examined: none may stay in its pipe.
+        replies = [worker.answer() for worker in self._workers]
         self._outputs = [self._settle(index, reply, resets[index]) for index, reply in enumerate(replies)]
-        return {key: np.stack([output[key] for output in self._outputs]) for key in self._outputs[0]}
+        stacked = {}
+        for key in self._outputs[0]:
+            stacked[key] = np.stack([output[key] for output in self._outputs])
+        return stacked
 
     def state(self) -> list[dict[str, Any] | None]:
-        """What `load_state` needs to go on exactly from here; None for an environment that cannot tell."""
+        """What `load_state` needs to continue exactly from here; None for an environment that
+        cannot save its state.
+        """
         for worker in self._workers:
             worker.send("get_state")
         states = []
         for index, reply in enumerate([worker.answer() for worker in self._workers]):
             if isinstance(reply, Exception):  # if its process is dead, the next step replaces it
-                warnings.warn(f"environment {index} could not save its state: {reply}", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"environment {index} could not save its state: {reply}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
                 reply = None
             states.append(None if reply is None else {"env": reply, "output": plain(self._outputs[index])})
         return states
 
     def load_state(self, states: list[dict[str, Any] | None]) -> np.ndarray:
-        """-> bool (count,): which environments go on from their state. The others start anew at the next step."""
+        """-> bool (count,): which environments continue from their state. The others start anew at
+        the next step.
+        """
         if len(states) != self.count:
             raise ValueError(f"{len(states)} states for {self.count} environments")
         given = [(index, worker) for index, worker in enumerate(self._workers) if states[index] is not None]
@@ -116,22 +138,28 @@ class Envs:
         self._workers[index].send("render")
         reply = self._workers[index].answer()
         if isinstance(reply, Exception):
-            raise reply if isinstance(reply, EnvError) else EnvError(f"environment {index} cannot be drawn: {reply}")
+            raise (reply if isinstance(reply, EnvError) else EnvError(f"environment {index} cannot be drawn: {reply}"))
         return reply
 
     def summary(self, episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """What the suite says of several episodes together, such as Crafter's score; most suites say nothing.
+        """The suite's metrics of several episodes together, such as Crafter's score; most suites
+        have none.
 
-        episodes: for each the sums over it of all `log_keys`. -> names without a prefix, and their values.
+        episodes: for each the sums over it of all `log_keys`. -> names without a prefix, and their
+        values.
         """
         return self._summary(episodes) if self._summary is not None and episodes else {}
 
     def close(self) -> None:
-        """Ends all environments and their processes. Garbage collection and the interpreter's exit do so as well."""
+        """Ends all environments and their processes. Garbage collection and the interpreter's exit
+        do so as well.
+        """
         self._finalizer()
 
     def _settle(self, index: int, reply: Any, reset: bool) -> dict[str, Any]:
-        """The output to hand out for this reply to a step or a reset, replacing the environment if it crashed."""
+        """The output to hand out for this reply to a step or a reset, replacing the environment if
+        it crashed.
+        """
         while isinstance(reply, Crash):
             self._replace(index, reply)
             if not reset:
@@ -160,7 +188,11 @@ class Envs:
                 raise EnvError(f"environment {index} {why}: {cause}{trace}") from cause
             self.restarts += 1
             self._replaced[index] += 1
-            warnings.warn(f"environment {index} crashed and is replaced: {cause}", RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"environment {index} crashed and is replaced: {cause}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
             close([self._workers[index]])
             self._workers[index] = self._start(self._make, index, self._replaced[index], self._timeout)
             cause = self._workers[index].answer()
@@ -168,7 +200,9 @@ class Envs:
             raise cause
 
     def _log(self, index: int, crash: Crash) -> str:
-        """Keeps the traceback of an error that was not seen before. -> where it is, to end a message with."""
+        """Keeps the traceback of an error that was not seen before. -> where it is, to end a
+        message with.
+        """
         if self._error_log is None or crash.error is None:
             return ""
         if crash.error not in self._logged:

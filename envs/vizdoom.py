@@ -23,8 +23,9 @@ VARIABLES = [
     *(V.POSITION_X, V.POSITION_Y, V.POSITION_Z, V.ANGLE, V.VELOCITY_X, V.VELOCITY_Y, V.VELOCITY_Z),
 ]
 SHARED = Path("/dev/shm")  # where Linux keeps the memory that ViZDoom shares with its games
-# The game is a process of its own that waits for its controller for ever. Started through this, it is killed by the
-# kernel when we are gone, whatever ended us (PR_SET_PDEATHSIG is 1, SIGKILL is 9).
+# The game is a process of its own that waits for its controller for ever. Started through this, it
+# is killed by the kernel when we are gone, whatever ended us (PR_SET_PDEATHSIG is 1, SIGKILL is
+# 9).
 LAUNCH = """
 import ctypes, os, sys
 parent, *command = sys.argv[1:]
@@ -35,10 +36,11 @@ if os.getppid() == int(parent):  # else we were gone before
 
 
 class ViZDoom(Suite):
-    """One scenario. Observation: `image`. Actions: nothing, or one of the scenario's buttons (see `buttons`).
+    """One scenario. Observation: `image`. Actions: nothing, or one of the scenario's buttons (see
+    `buttons`).
 
-    The scenario's own rewards and time-out (a truncation). Doom shows no picture of an episode's end, so the last
-    step of an episode repeats the picture before it.
+    The scenario's own rewards and time-out (a truncation). Doom shows no picture of an episode's
+    end, so the last step of an episode repeats the picture before it.
     """
 
     def __init__(self, name: str, size: tuple[int, int], repeat: int):
@@ -49,14 +51,18 @@ class ViZDoom(Suite):
         game.load_config(os.path.join(vizdoom.scenarios_path, f"{name}.cfg"))
         game.set_window_visible(False)
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-        game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)  # twice the speed of the usual 320 x 240
-        game.set_doom_config_path(os.devnull)  # Doom would read and save an ini file where it starts,
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # and makes a folder there
+        # twice the speed of the usual 320 x 240
+        game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
+        # Doom would read and save an ini file where it starts,
+        game.set_doom_config_path(os.devnull)
+        # and makes a folder there
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             if sys.platform == "linux":
                 game.set_vizdoom_path(_launcher(Path(folder, "doom")))
                 _remove_shared(_abandoned())
             game.init()
-        if sys.platform == "linux":  # now that both have it mapped it needs no name, and ends with the two of them
+        # now that both have it mapped it needs no name, and ends with the two of them
+        if sys.platform == "linux":
             _remove_shared(_mapped(os.getpid()))
         self.buttons = ("NOTHING", *(button.name for button in game.get_available_buttons()))
         self.action_space = Discrete(len(self.buttons))
@@ -77,7 +83,9 @@ class ViZDoom(Suite):
         return self._observe(), reward, over and not late, late, {}
 
     def variables(self) -> dict[str, float]:
-        """Doom's own numbers, each asked for by name: map units, degrees, points. They hold at an episode's end too."""
+        """Doom's own numbers, each asked for by name: map units, degrees, points. They hold at an
+        episode's end too.
+        """
         return {variable.name: self.game.get_game_variable(variable) for variable in VARIABLES}
 
     def render(self) -> np.ndarray:
@@ -95,13 +103,16 @@ class ViZDoom(Suite):
 
 
 def _launcher(path: Path) -> str:
-    """-> what to start the game with: a script at `path`, or the game itself where no script may be run."""
+    """-> what to start the game with: a script at `path`, or the game itself where no script may
+    be run.
+    """
     game = os.path.join(os.path.dirname(vizdoom.__file__), "vizdoom")
     command = shlex.join([sys.executable, "-IS", "-c", LAUNCH, str(os.getpid()), game])
     # The terminal's Ctrl-C is for us: the game ends with its controller, not before.
     path.write_text(f"#!/bin/sh\ntrap '' INT\nexec {command} \"$@\"\n")
     path.chmod(0o700)
-    return str(path) if os.access(path, os.X_OK) else game  # a folder for temporary files may be mounted noexec
+    # a folder for temporary files may be mounted noexec
+    return str(path) if os.access(path, os.X_OK) else game
 
 
 def _mapped(pid: int | str) -> set[str]:
@@ -115,7 +126,9 @@ def _mapped(pid: int | str) -> set[str]:
 
 
 def _abandoned(age: float = 60.0) -> set[str]:
-    """Paths of the shared memory that a killed start left: this user's, unused, and no start of now (`age` seconds)."""
+    """Paths of the shared memory that a killed start left: this user's, unused, and no start of
+    now (`age` seconds).
+    """
     found = set()
     for path in SHARED.glob("ViZDoom*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,6 @@
-"""One environment behind a pair of calls, `send` and `answer`: in this process or in one of its own."""
+"""One environment behind a pair of calls, `send` and `answer`: in this process or in one of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import threading
 import time
 import traceback
 
-# The module `signal` makes enums of all that passes, which takes longer than a step of a small game.
+# The module `signal` makes enums of all that passes, which takes longer than a step of a small
+# game.
 from _signal import getsignal as get_handler
 from _signal import signal as set_handler
 from collections.abc import Callable
@@ -25,17 +28,20 @@ from envs.base import ActionError, Env, EnvError
 
 PATIENCE = 5.0  # seconds for environments to close
 LONGEST = 500  # characters of an environment's own message
-# A plain child, not multiprocessing's: that one would import the parent's main module, and torch with it.
+# A plain child, not multiprocessing's: that one would import the parent's main module, and torch
+# with it.
 WORKER = "import sys; fd, *sys.path = sys.argv[1:]; from envs.worker import serve; serve(int(fd))"
-# Waits until the parent is gone, then ends the worker's process group, itself included. A process of its own, because
-# the worker may hang by then in code that lets no thread of it run.
+# Waits until the parent is gone, then ends the worker's process group, itself included. A process
+# of its own, because the worker may hang by then in code that lets no thread of it run.
 WATCHDOG = "read -r line; kill -KILL 0"
 
 
 class Crash(Exception):
-    """An environment raised, did not answer in time, or its process died. The message is the cause, in one line.
+    """An environment raised, did not answer in time, or its process died. The message is the
+    cause, in one line.
 
-    error: (name of the exception's type, file:line), or None where nothing was raised. trace: its traceback.
+    error: (name of the exception's type, file:line), or None where nothing was raised. trace: its
+    traceback.
     """
 
     error: tuple[str, str] | None = None
@@ -43,10 +49,12 @@ class Crash(Exception):
 
 
 class Inside:
-    """An environment in this process. Calls are sent, then answered; the first answer is that of its construction.
+    """An environment in this process. Calls are sent, then answered; the first answer is that of
+    its construction.
 
-    A call that takes longer than `timeout` seconds (0: any time) is interrupted if this is the main thread and the call
-    runs Python code. Code in C and other threads cannot be interrupted: where they may hang, use a process.
+    A call that takes longer than `timeout` seconds (0: any time) is interrupted if this is the
+    main thread and the call runs Python code. Code in C and other threads cannot be interrupted:
+    where they may hang, use a process.
     """
 
     def __init__(self, make: Callable[[int, int], Env], index: int, restart: int, timeout: float = 0.0):
@@ -58,9 +66,11 @@ class Inside:
         self._task = lambda: getattr(self._env, method)(*args)
 
     def answer(self) -> Any:
-        """The value, or the exception, never raised: EnvError and ActionError as they are, all others as a Crash.
+        """The value, or the exception, never raised: EnvError and ActionError as they are, all
+        others as a Crash.
 
-        Also KeyboardInterrupt and SystemExit are an environment's own, unless the user did press Ctrl-C.
+        Also KeyboardInterrupt and SystemExit are an environment's own, unless the user did press
+        Ctrl-C.
         """
         return _call(self._task, self._timeout)
 
@@ -69,7 +79,8 @@ class Inside:
 
     def close(self, deadline: float) -> None:
         """Ends the environment; gives up when `time.monotonic()` reaches `deadline`."""
-        if self._env is not None:  # a broken environment may not close either: its answer does not matter
+        # a broken environment may not close either: its answer does not matter
+        if self._env is not None:
             _call(self._env.close, max(deadline - time.monotonic(), 0.1))
 
     def _build(self, make: Callable[[int, int], Env], index: int, restart: int) -> tuple:
@@ -79,7 +90,9 @@ class Inside:
 
 
 class Outside:
-    """The same in a process of its own, at the other end of a pipe. A call that takes too long ends the process."""
+    """The same in a process of its own, at the other end of a pipe. A call that takes too long
+    ends the process.
+    """
 
     def __init__(self, make: bytes, index: int, restart: int, timeout: float = 0.0):
         self._timeout = timeout
@@ -89,14 +102,15 @@ class Outside:
             [sys.executable, "-c", WORKER, str(theirs.fileno()), *sys.path],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.PIPE,  # never written to: it closes when this process is gone
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C, and one group with all it starts
+            # out of reach of the terminal's Ctrl-C, and one group with all it starts
+            start_new_session=True,
         )
         theirs.close()
         self.send(make, index, restart)
 
     def send(self, *message: Any) -> None:
         self._deadline = time.monotonic() + self._timeout
-        with contextlib.suppress(OSError):  # it is dead: `answer` will tell
+        with contextlib.suppress(OSError):  # it is dead, which `answer` reports
             self._pipe.send(message)
 
     def answer(self) -> Any:
@@ -124,7 +138,8 @@ class Outside:
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # also what it started: Doom is a process of its own
+            # also what it started: Doom is a process of its own
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _fate(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -136,9 +151,11 @@ class Outside:
 def serve(fd: int) -> None:
     """The worker: answers calls from the pipe `fd` until the parent hangs up or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.set_inheritable(fd, False)  # a child of the environment must not hold the pipe open when we die
+    # a child of the environment must not hold the pipe open when we die
+    os.set_inheritable(fd, False)
     subprocess.Popen(["/bin/sh", "-c", WATCHDOG], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the watchdog alone waits for the end of our standard input
+    # the watchdog alone waits for the end of our standard input
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     pipe = Connection(fd)
     with contextlib.suppress(EOFError, OSError):
         make, index, restart = pipe.recv()
@@ -191,10 +208,12 @@ class _TimeUp(BaseException):
 
 
 class _Signals:
-    """Signal handlers for the time of one call in the main thread: a time limit, and whether the user interrupted.
+    """Signal handlers for the time of one call in the main thread: a time limit, and whether the
+    user interrupted.
 
-    Whoever has a handler of its own for SIGINT, as a run has, gets no KeyboardInterrupt from the user: then all are the
-    environment's. An alarm that somebody else has set waits until the call is over.
+    Whoever has a handler of its own for SIGINT, as a run has, gets no KeyboardInterrupt from the
+    user: then all are the environment's. An alarm that somebody else has set waits until the call
+    is over.
     """
 
     def __init__(self, seconds: float):
@@ -202,13 +221,15 @@ class _Signals:
         self._seconds = seconds
         self._began = 0.0
         self._changed: list[tuple[int, Any]] = []
-        self._alarm: tuple[float, float] | None = None  # somebody else's: seconds left, and between repetitions
+        # somebody else's: seconds left, and between repetitions
+        self._alarm: tuple[float, float] | None = None
 
     def install(self) -> None:
         if threading.current_thread() is threading.main_thread():
             if get_handler(signal.SIGINT) is signal.default_int_handler:
                 self._set(signal.SIGINT, self._press)
-            if self._seconds and get_handler(signal.SIGALRM) is not None:  # None: set by C, it could not be restored
+            # None: set by C, it could not be restored
+            if self._seconds and get_handler(signal.SIGALRM) is not None:
                 self._began = time.monotonic()
                 self._alarm = signal.setitimer(signal.ITIMER_REAL, 0)
                 self._set(signal.SIGALRM, self._expire)

@@ -1,8 +1,8 @@
 """Where the files beside this package are, in a checkout and in a wheel, and what starts them.
 
 In a checkout ``dreamer.py``, ``models.py``, ``envs/`` and the others stand beside ``hidreamer/``;
-a wheel holds them in ``hidreamer/_app``, because names as general as ``models`` do not belong at the
-top of site-packages (docs/decisions/014-installed.md).
+a wheel holds them in ``hidreamer/_app``, because names as general as ``models`` do not belong at
+the top of site-packages (docs/decisions/014-installed.md).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "_app"  # exists in a wheel only
 ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent
-by_command = ROOT == INSTALLED  # whether messages say "hidreamer train"; hidreamer.__main__ sets it
+by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set by hidreamer.__main__
 
 # {command: (module in ROOT that is run as a script, its sentence)}
 COMMANDS = {
-    "train": ("dreamer", "Train an agent, or go on with a run."),
+    "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
 }
 
@@ -31,8 +31,8 @@ class ForeignModule(ImportError):
 def enter() -> None:
     """Put ROOT first on the import path, so that ``import models`` finds ours.
 
-    Raises ForeignModule where it would not all the same: another one is loaded already, or an import
-    hook goes before the path.
+    Raises ForeignModule where it would not all the same: another one is loaded already, or an
+    import hook goes before the path.
     """
     sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
     for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
@@ -54,7 +54,9 @@ def origin(name: str) -> str | None:
 
 
 def command(module: str) -> list[str]:
-    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer train"."""
+    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer
+    train".
+    """
     for name, (known, _) in COMMANDS.items():
         if known == module and by_command:
             return ["hidreamer", name]
@@ -67,7 +69,9 @@ def python_path() -> str:
 
 
 def run(main: Callable[[list[str]], int]) -> int:
-    """-> exit status of ``main``, given the arguments; 1 if its reader left, as with ``--help | head``."""
+    """-> exit status of ``main``, given the arguments; 1 if its reader left, as with ``--help |
+    head``.
+    """
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()

@@ -1,4 +1,6 @@
-"""The update as fast as a machine allows: compiled parts, and on CUDA one recorded graph, launched as a whole."""
+"""The update as fast as a machine allows: compiled parts, and on CUDA one recorded graph, launched
+as a whole.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ WARMUP = 3  # ordinary calls before a graph is recorded
 
 
 class Captured:
-    """``fn`` of a dict of CUDA tensors of fixed shapes, recorded after ``warmup`` ordinary calls, then replayed.
+    """``fn`` of a dict of CUDA tensors of fixed shapes, recorded after ``warmup`` ordinary calls,
+    then replayed.
 
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     """
@@ -26,7 +29,8 @@ class Captured:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         self.calls += 1
         if self.calls <= self.warmup:
-            # Not on the default stream, so that lazy set-up (libraries, optimiser states) precedes the recording.
+            # Not on the default stream, so that lazy set-up (libraries, optimiser states) precedes
+            # the recording.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -46,14 +50,16 @@ class Captured:
 
 
 class FastUpdate:
-    """``agent.update``, compiled and with ``capture`` recorded, as far as that works on this machine.
+    """``agent.update``, compiled and with ``capture`` recorded, as far as that works on this
+    machine.
 
-    Compilation happens at the first call and recording after WARMUP calls; either may fail there (no compiler, an
-    operation that cannot be recorded). Then one RuntimeWarning names the cause, and that call and all later ones do
-    without, from the weights, optimisers and random numbers that the call began with.
+    Compilation happens at the first call and recording after WARMUP calls; either may fail there
+    (no compiler, an operation that cannot be recorded). Then one RuntimeWarning names the cause,
+    and that call and all later ones do without, from the weights, optimisers and random numbers
+    that the call began with.
 
-    agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts compile when they are
-    called, by setting attributes of its modules.
+    agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
+    compile when they are called, by setting attributes of its modules.
     """
 
     def __init__(self, agent: Any, compile: Callable[[], None], capture: bool):
@@ -63,9 +69,10 @@ class FastUpdate:
         self._begin()
 
     def _begin(self) -> None:
-        """Run ``update`` from here on, recording it if that is wanted."""
+        """Run ``update`` from here on, recording it where that is asked for."""
         self.run: Update = Captured(self.agent.update) if self.capture else self.agent.update
-        self.unproven = WARMUP + 1 if self.capture else 1  # calls that may fail for want of a compiler or recording
+        # calls that may fail for want of a compiler or recording
+        self.unproven = WARMUP + 1 if self.capture else 1
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.unproven:
@@ -92,7 +99,8 @@ class FastUpdate:
     def _do_without(self, what: str, error: Exception) -> None:
         if what == "record":
             self.capture = False
-            error = error.__context__ or error  # ending a broken recording fails as well, and says less
+            # ending a broken recording fails as well, with a vaguer error
+            error = error.__context__ or error
         else:
             self.compiled = False
             for module, names in self.plain.items():
@@ -100,8 +108,8 @@ class FastUpdate:
                     delattr(module, name)
         self._begin()
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        told = f"cannot {what} the update, which goes on without (slower; --compile off does not try): {cause}"
-        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        message = f"cannot {what} the update, which continues without (slower; --compile off does not try): {cause}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 class Snapshot:
@@ -119,7 +127,8 @@ class Snapshot:
         self.agent.load_state(self.state)
         torch.set_rng_state(self.random)
         if self.device.type == "cuda":
-            # In place of the present state, which a recording that broke off leaves in the middle of it.
+            # In place of the present state, which a recording that broke off leaves in the middle
+            # of it.
             self.generator.graphsafe_set_state(self.cuda_random.clone_state())
 
 

@@ -1,4 +1,6 @@
-"""Files of a run: checkpoints that are replaced in one step, and a folder that one process uses at a time."""
+"""Files of a run: checkpoints that are replaced in one step, and a folder that one process uses at
+a time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ import numpy as np
 import torch
 
 FORMAT = 1  # of checkpoints; a reader refuses those with a higher number
-READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # of a damaged .npz
+# of a damaged .npz
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class FolderError(Exception):
@@ -35,7 +38,9 @@ class CheckpointError(FolderError):
 
 
 def plain(value: Any) -> Any:
-    """``value`` with arrays as tensors and containers plain, so that it loads with ``weights_only=True``."""
+    """``value`` with arrays as tensors and containers plain, so that it loads with
+    ``weights_only=True``.
+    """
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value).copy())
     if isinstance(value, np.generic):
@@ -58,9 +63,11 @@ def arrays(value: Any) -> Any:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any], keep: Path | None = None) -> None:
-    """``write(temporary path)``, then put it in place of ``path`` in one step; what was there becomes ``keep``.
+    """``write(temporary path)``, then put it in place of ``path`` in one step; what was there
+    becomes ``keep``.
 
-    A crash at any moment leaves ``path`` whole, old or new. Raises OSError, with the temporary file removed.
+    A crash at any moment leaves ``path`` whole, old or new. Raises OSError, with the temporary
+    file removed.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -78,7 +85,9 @@ def replace_file(path: Path, write: Callable[[Path], Any], keep: Path | None = N
 
 
 def save_checkpoint(path: Path, state: Mapping) -> None:
-    """Write ``state`` in one step; the checkpoint before it stays as ``previous.pt`` beside it. Raises OSError."""
+    """Write ``state`` in one step; the checkpoint before it stays as ``previous.pt`` beside it.
+    Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write = functools.partial(write_tensors, state=plain({"format": FORMAT, **state}))
     replace_file(path, write, path.with_name("previous.pt"))
@@ -88,7 +97,8 @@ def write_tensors(path: Path, state: Any) -> None:
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's complaint about the archive hides what the disk said
+        # torch's complaint about the archive hides the disk's error
+        except RuntimeError as error:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
@@ -103,7 +113,8 @@ def write_npz(path: Path, rows: Mapping[str, np.ndarray]) -> None:
 def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
     """The state in ``path``, tensors and plain values only: reading it never executes code.
 
-    Raises CheckpointError, one line, for whatever is no whole checkpoint that has all of ``fields``.
+    Raises CheckpointError, one line, for whatever is no whole checkpoint that has all of
+    ``fields``.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -127,8 +138,8 @@ def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no checkpoint of this program: it holds a {type(state).__name__}")
     written_by = state.get("format", 0)
     if isinstance(written_by, int) and written_by > FORMAT:
-        told = f"{path} was written by a newer version of this program (format {written_by}, not {FORMAT})"
-        raise CheckpointError(f"{told}: update it to go on with this run")
+        message = f"{path} was written by a newer version of this program (format {written_by}, not {FORMAT})"
+        raise CheckpointError(f"{message}: update it to continue this run")
     if missing := [name for name in fields if name not in state]:
         raise CheckpointError(f"{path} is no checkpoint of such a run: it has no {missing[0]!r}")
     return state
@@ -138,9 +149,11 @@ Rows = dict[str, np.ndarray]
 
 
 def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any] | None, Rows, list[str]]:
-    """The newest whole checkpoint in a run's ``checkpoints/``, rows of its unfinished episodes, lines about others.
+    """The newest whole checkpoint in a run's ``checkpoints/``, rows of its unfinished episodes,
+    lines about others.
 
-    None where there is no checkpoint. Raises CheckpointError where there are some, and none of them is whole.
+    None where there is no checkpoint. Raises CheckpointError where there are some, and none of
+    them is whole.
     """
     problems = []
     for path in (folder / "latest.pt", folder / "previous.pt"):
@@ -152,8 +165,8 @@ def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any]
         except CheckpointError as error:
             problems.append((path, str(error)))
             continue
-        told = [f"{problem}; continuing from {path} at step {state.get('step')}" for _, problem in problems]
-        return state, rows, told
+        message = [f"{problem}; continuing from {path} at step {state.get('step')}" for _, problem in problems]
+        return state, rows, message
     if there := [problem for path, problem in problems if os.path.lexists(path)]:
         what = f"put whole ones back, or move {folder.parent} away to start anew"
         raise CheckpointError(f"{'; '.join(there)}; {what}")
@@ -161,7 +174,9 @@ def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any]
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that saving does not put it in the place of the one that is whole."""
+    """Rename a damaged checkpoint, so that saving does not put it in the place of the one that is
+    whole.
+    """
     with contextlib.suppress(FileNotFoundError):
         path.replace(path.with_suffix(".damaged"))
 
@@ -177,7 +192,9 @@ def read_rows(path: Path, owner: Path) -> Rows:
 
 
 def size_of_log(path: Path, size: int) -> tuple[int, int]:
-    """-> how much of a .jsonl file can be kept, ``size`` or the whole lines of a shorter one; and the bytes lost."""
+    """-> how much of a .jsonl file can be kept, ``size`` or the whole lines of a shorter one; and
+    the bytes lost.
+    """
     if not path.exists():
         return 0, size
     there = path.read_bytes()[:size]
@@ -188,7 +205,9 @@ def size_of_log(path: Path, size: int) -> tuple[int, int]:
 
 
 def refuse_used_folder(logdir: Path) -> None:
-    """Raises FolderError where ``logdir`` has no checkpoint but something that a new run would replace."""
+    """Raises FolderError where ``logdir`` has no checkpoint but something that a new run would
+    replace.
+    """
     episodes = len(list((logdir / "train_eps").glob("*.npz")))
     found = [f"{episodes} episode{'s' * (episodes != 1)} in train_eps"] if episodes else []
     log = logdir / "metrics.jsonl"
@@ -196,17 +215,20 @@ def refuse_used_folder(logdir: Path) -> None:
         found.append("a metrics.jsonl")
     if found:
         raise FolderError(
-            f"{logdir} holds {' and '.join(found)} but no checkpoint to go on from, and a new run would replace "
-            "them: choose another --logdir, move them away, or put checkpoints/ back"
+            f"{logdir} holds {' and '.join(found)} but no checkpoint to continue from, and a new"
+            " run would replace them: choose another --logdir, move them away, or put"
+            " checkpoints/ back"
         )
 
 
 @contextlib.contextmanager
 def locked(logdir: Path) -> Iterator[None]:
-    """Make ``logdir`` and keep other processes out of it; the kernel ends that, whatever ends this process.
+    """Make ``logdir`` and keep other processes out of it; the kernel ends that, whatever ends this
+    process.
 
-    Over NFS this is as good as its locks are. A folder that was made here and stays empty is removed again. Raises
-    FolderError where the folder cannot be used, or another process, which it names, holds it.
+    Over NFS this is as good as its locks are. A folder that was made here and stays empty is
+    removed again. Raises FolderError where the folder cannot be used, or another process, which it
+    names, holds it.
     """
     made: list[Path] = []
     try:
@@ -215,8 +237,8 @@ def locked(logdir: Path) -> Iterator[None]:
             logdir.mkdir(parents=True, exist_ok=True)
             lock = lock_file(logdir / "lock")
         except OSError as error:
-            told = f"{logdir} cannot be the folder of a run ({error.strerror}: {error.filename or logdir})"
-            raise FolderError(f"{told}: choose another --logdir") from None
+            message = f"{logdir} cannot be the folder of a run ({error.strerror}: {error.filename or logdir})"
+            raise FolderError(f"{message}: choose another --logdir") from None
         try:
             yield
         finally:
@@ -229,7 +251,9 @@ def locked(logdir: Path) -> Iterator[None]:
 
 
 def lock_file(path: Path) -> TextIO:
-    """``path``, locked until it is closed, saying who holds it. Raises OSError, and FolderError if another does."""
+    """``path``, locked until it is closed, saying who holds it. Raises OSError, and FolderError if
+    another does.
+    """
     while True:
         file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
         try:
@@ -238,12 +262,13 @@ def lock_file(path: Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            told = f"{path.parent} is in use by {holder}"
-            raise FolderError(f"{told}: wait for it, stop it, or choose another --logdir") from None
+            message = f"{path.parent} is in use by {holder}"
+            raise FolderError(f"{message}: wait for it, stop it, or choose another --logdir") from None
         except OSError as error:
-            told = f"{path.parent} is on a disk without locks ({error.strerror}): start no second run in it"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-        # A holder that ended removes the file: what was locked may no longer be what the next process opens.
+            message = f"{path.parent} is on a disk without locks ({error.strerror}): start no second run in it"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        # A holder that ended removes the file: what was locked may no longer be what the next
+        # process opens.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

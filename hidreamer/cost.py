@@ -1,4 +1,6 @@
-"""What an agent is made of and what its update costs, counted: parameters, bits, operators, FLOPs, memory."""
+"""What an agent is made of and what its update costs, counted: parameters, bits, operators, FLOPs,
+memory.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,29 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 # Operators that launch no kernel: they make another view of a tensor, or memory.
 VIEWS = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
-    "empty_strided", "expand", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "select", "slice",
-    "split", "split_with_sizes", "squeeze", "squeeze_", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty",
+    "empty_like", "empty_strided", "expand", "lift_fresh", "narrow", "new_empty",
+    "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "squeeze_", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
-HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}  # the host must wait for the device
-# torch counts the products inside fused attention on GPUs, but takes them on CPUs for nothing.
+# the host must wait for the device
+HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}
+
+
+def attention_flops(q, k, v, *_, **__) -> int:
+    """Of shapes, as ``FlopCounterMode`` calls it."""
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(grad, q, k, v, *_, **__) -> int:
+    """Of shapes, as ``FlopCounterMode`` calls it."""
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# torch counts the products inside fused attention on GPUs, but not on CPUs.
 UNCOUNTED = {
-    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
-        grad, q, k, v
-    ),
+    "_scaled_dot_product_flash_attention_for_cpu": attention_flops,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward_flops,
 }
 
 
@@ -47,7 +61,11 @@ def operators(fn: Callable[[], object]) -> dict[str, int]:
         fn()
     views = sum(n for name, n in mode.names.items() if name in VIEWS)
     reads = sum(n for name, n in mode.names.items() if name in HOST_READS)
-    return {"kernels": sum(mode.names.values()) - views - reads, "views": views, "host_reads": reads}
+    return {
+        "kernels": sum(mode.names.values()) - views - reads,
+        "views": views,
+        "host_reads": reads,
+    }
 
 
 def flops(fn: Callable[[], object]) -> int:
@@ -59,21 +77,37 @@ def flops(fn: Callable[[], object]) -> int:
 
 
 def sizes(agent) -> dict:
-    """Latent sizes and trainable parameters by part. Bits: what the state of one step can hold at most."""
+    """Latent sizes and trainable parameters by part. Bits: what the state of one step can hold at
+    most.
+    """
     wm, dyn = agent.world_model, agent.world_model.dynamics
     parts = {"world_model": wm, "actor": agent.behavior.actor, "critic": agent.behavior.critic}
     parts |= {"encoder": wm.encoder, "decoder": wm.decoder, "dynamics": dyn}
-    params = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
-    out = {"variables": [n for n, _ in dyn.shapes], "classes": [k for _, k in dyn.shapes], "bits": dyn.bits}
-    return out | {"stoch": dyn.stoch_dim, "deter": dyn.deter_dim, "feature": dyn.feat_dim, "params": params}
+    params = {}
+    for name, part in parts.items():
+        params[name] = sum(p.numel() for p in part.parameters() if p.requires_grad)
+    out = {
+        "variables": [n for n, _ in dyn.shapes],
+        "classes": [k for _, k in dyn.shapes],
+        "bits": dyn.bits,
+    }
+    return out | {
+        "stoch": dyn.stoch_dim,
+        "deter": dyn.deter_dim,
+        "feature": dyn.feat_dim,
+        "params": params,
+    }
 
 
 def table(columns: Mapping[str, dict]) -> str:
-    """Agents side by side, from ``sizes`` and counts; with the ratio to the first column where a number differs."""
+    """Agents side by side, from ``sizes`` and counts; with the ratio to the first column where a
+    number differs.
+    """
     rows: dict[str, list] = {}
     for column in columns.values():
-        params = {f"parameters {name}": n for name, n in column["params"].items()}
-        for key, value in ({k: v for k, v in column.items() if k != "params"} | params).items():
+        flat = {key: value for key, value in column.items() if key != "params"}
+        flat |= {f"parameters {name}": count for name, count in column["params"].items()}
+        for key, value in flat.items():
             rows.setdefault(key, []).append(value)
     lines = [["", *columns]]
     for key, values in rows.items():
@@ -83,11 +117,17 @@ def table(columns: Mapping[str, dict]) -> str:
                 shown[i] += f" ({value / values[0]:.3f})"
         lines.append([key, *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
 
 
 def peak_mb(device: torch.device) -> float:
-    """The most memory that this process ever held: of the GPU if that is its device, otherwise resident."""
+    """The most memory that this process ever held: of the GPU if that is its device, otherwise
+    resident.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")

@@ -1,4 +1,6 @@
-"""Episodes on disk: which ones a replay holds, how they are read back, and what is wrong with those that are not."""
+"""Episodes on disk: which ones a replay holds, how they are read back, and what is wrong with
+those that are not.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +25,30 @@ FORMAT = ("discount", "logprob")  # in episodes, but no part of a row
 
 
 class EpisodeError(ValueError):
-    """What is wrong with an episode, in one line. ``kind``: the same for all episodes with that fault."""
+    """What is wrong with an episode, in one line. ``kind``: the same for all episodes with that
+    fault.
+    """
 
-    def __init__(self, told: str, kind: str = ""):
-        super().__init__(told)
-        self.kind = kind or told
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind or message
 
 
 class Episodes:
-    """The files ``COUNT-STREAM-ROWS.npz`` of a run, in dreamerv3-torch's format, and which ones its replay holds.
+    """The files ``COUNT-STREAM-ROWS.npz`` of a run, in dreamerv3-torch's format, and which ones
+    its replay holds.
 
-    A file has ``action`` (the one that led to each row), ``discount``, the flags, the reward and the observations.
-    An episode longer than its stream's capacity loses its oldest rows. The archive's comment names the run, so that
-    only its own files are ever deleted: those written after the checkpoint that it goes on from and, without ``keep``,
-    those whose rows have left the replay.
+    A file has ``action`` (the one that led to each row), ``discount``, the flags, the reward and
+    the observations.
+    An episode longer than its stream's capacity loses its oldest rows. The archive's comment names
+    the run, so that only its own files are ever deleted: those written after the checkpoint that
+    it continues from and, without ``keep``, those whose rows have left the replay.
     """
 
     def __init__(self, folder: Path, streams: int, keep: bool = True):
         self.folder, self.keep = folder, keep
-        self.files: list[list[tuple[str, int]]] = [[] for _ in range(streams)]  # (name, rows), oldest first
+        # (name, rows), oldest first
+        self.files: list[list[tuple[str, int]]] = [[] for _ in range(streams)]
         self.held = [0] * streams  # rows in these files
         self.running = [0] * streams  # rows of the episode that each stream is in
         self.count = 0
@@ -50,11 +57,15 @@ class Episodes:
         folder.mkdir(parents=True, exist_ok=True)
 
     def present(self) -> list[Path]:
-        """Every episode in the folder, whoever made it. A new run must find none: it would be mixed with them."""
+        """Every episode in the folder, whoever made it. A new run must find none: it would be
+        mixed with them.
+        """
         return sorted(self.folder.glob("*.npz"))
 
     def add(self, replay: Replay, is_last: np.ndarray) -> None:
-        """Account for the row that every stream just got; write the episodes that it ended. Raises OSError."""
+        """Account for the row that every stream just got; write the episodes that it ended. Raises
+        OSError.
+        """
         for i, stream in enumerate(replay.streams):
             self.running[i] += 1
             if is_last[i]:
@@ -63,7 +74,8 @@ class Episodes:
                 self._forget(i, len(stream))
 
     def load(self, replay: Replay, paths: Sequence[Path]) -> list[str]:
-        """Take copies of finished episodes, ours or upstream's, in turn into every stream. -> lines about the others.
+        """Take copies of finished episodes, ours or upstream's, in turn into every stream. ->
+        lines about the others.
 
         Raises OSError.
         """
@@ -101,11 +113,12 @@ class Episodes:
     def restore(self, replay: Replay, state: Mapping[str, Any], running: Mapping[str, np.ndarray]) -> list[str]:
         """Fill an empty replay as it was; this run's episodes written after ``state`` are removed.
 
-        -> lines about the episodes that are lost or damaged, which are left out. Raises EpisodeError, with nothing
-        removed, where ``running`` does not fit.
+        -> lines about the episodes that are lost or damaged, which are left out. Raises
+        EpisodeError, with nothing removed, where ``running`` does not fit.
         """
         tails = [self._running_rows(replay.spec, running, i, n) for i, n in enumerate(state["running"])]
-        self.count, self.running, self.run = state["count"], list(state["running"]), state.get("run", "")
+        self.count, self.running = state["count"], list(state["running"])
+        self.run = state.get("run", "")
         for path in self.folder.iterdir():
             match = OURS.fullmatch(path.name.removesuffix(".tmp"))
             if match and int(match[1]) >= self.count and (path.suffix == ".tmp" or self._is_own(path)):
@@ -127,10 +140,11 @@ class Episodes:
         return summary(problems, sum(map(len, state["files"])))
 
     def checkpointed(self, state: Mapping[str, Any]) -> None:
-        """A checkpoint with ``state`` has been written, and the one before it is still there to fall back on.
+        """A checkpoint with ``state`` has been written, and the one before it is still there to
+        fall back on.
 
-        Without ``keep`` this deletes the files that neither names: a run that is killed here or at any other moment
-        finds all that it goes on from.
+        Without ``keep`` this deletes the files that neither names: a run that is killed here or at
+        any other moment finds all that it continues from.
         """
         self.needed = [*self.needed[-1:], names(state)]
         if not self.keep:
@@ -142,7 +156,9 @@ class Episodes:
                     path.unlink(missing_ok=True)
 
     def _is_own(self, path: Path) -> bool:
-        """Whether this run wrote it. A run that began before files named their run has no name, nor have its files."""
+        """Whether this run wrote it. A run that began before files named their run has no name,
+        nor have its files.
+        """
         try:
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == self.run.encode()
@@ -176,25 +192,32 @@ class Episodes:
 
 def names(state: Mapping[str, Any]) -> set[str]:
     """Of the files that a checkpoint's ``Episodes.state()`` needs."""
-    return {name for files in state["files"] for name, _ in files}
+    found = set()
+    for files in state["files"]:
+        found |= {name for name, _ in files}
+    return found
 
 
 def rows_held(state: Mapping[str, Any]) -> list[int]:
     """By stream: rows of a checkpoint's ``Episodes.state()``, at least those in its replay."""
-    return [
-        running + sum(rows for _, rows in files)
-        for running, files in zip(state["running"], state["files"], strict=True)
-    ]
+    held = []
+    for running, files in zip(state["running"], state["files"], strict=True):
+        held.append(running + sum(rows for _, rows in files))
+    return held
 
 
 def named_rows(path: Path) -> int | None:
-    """How many rows a file's name says that it has; None for a name that is neither ours nor upstream's."""
+    """How many rows a file's name says that it has; None for a name that is neither ours nor
+    upstream's.
+    """
     match = OURS.fullmatch(path.name) or UPSTREAM.fullmatch(path.name)
     return int(match[match.lastindex]) if match else None
 
 
 def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
-    """One line for each of a few damaged files, one for all with the same fault where they are many."""
+    """One line for each of a few damaged files, one for all with the same fault where they are
+    many.
+    """
     kinds: dict[str, list[tuple[Path, EpisodeError]]] = {}
     for path, error in problems:
         kinds.setdefault(error.kind, []).append((path, error))
@@ -220,11 +243,12 @@ def make_replay(
     folder: Path,
     report: Callable[[str], None],
 ) -> Replay:
-    """An empty replay, no larger than a run can come to need, after a line about the memory that this will be.
+    """An empty replay, no larger than a run can come to need, after a line about the memory that
+    this will be.
 
-    block: the config's ``replay``. steps: agent steps that are still to come. state: what the episodes are restored
-    from. copies: episodes that will be loaded. folder: where the rows lie if not in memory. Raises MemoryError where
-    there is no room for them.
+    block: the config's ``replay``. steps: agent steps that are still to come. state: what the
+    episodes are restored from. copies: episodes that will be loaded. folder: where the rows lie if
+    not in memory. Raises MemoryError where there is no room for them.
     """
     where = folder if block.store == "disk" else None
     held = rows_held(state) if state else [0] * streams
@@ -246,7 +270,9 @@ def recorded(checkpoint: Path) -> list[Path]:
 
 
 def save_episode(path: Path, rows: Rows, run: str = "") -> None:
-    """Write atomically; ``run`` becomes the archive's comment. Raises OSError and leaves nothing behind."""
+    """Write atomically; ``run`` becomes the archive's comment. Raises OSError and leaves nothing
+    behind.
+    """
     out = {key: x for key, x in rows.items() if key not in ("prev_action", "is_last")}
     out["action"] = rows["prev_action"]
     out["discount"] = 1.0 - rows["is_terminal"].astype(np.float32)
@@ -265,14 +291,15 @@ def save_episode(path: Path, rows: Rows, run: str = "") -> None:
 def load_episode(path: Path, spec: Spec | None = None, count: int | None = None) -> Rows:
     """Rows {key: (T, ...)} of an episode of ours or dreamerv3-torch's; its last row is ``is_last``.
 
-    With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises EpisodeError.
+    With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises
+    EpisodeError.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            wanted = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]
+            keys = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]
             if spec is not None:
-                wanted = [key for key in wanted if key in spec or key == "action"]
-            rows = {key: file[key] for key in wanted}
+                keys = [key for key in keys if key in spec or key == "action"]
+            rows = {key: file[key] for key in keys}
     except FileNotFoundError:
         raise EpisodeError("there is no such file") from None
     except MemoryError:
@@ -286,15 +313,18 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
             raise EpisodeError(f"it has no {key}, one for each row")
     rows["prev_action"] = rows.pop("action")
     rows["is_last"] = np.arange(len(rows["reward"])) == len(rows["reward"]) - 1
-    for key, kind in {"prev_action": np.float32, "reward": np.float32, "is_first": bool, "is_terminal": bool}.items():
-        rows |= {key: cast(key, rows[key], np.dtype(kind))} if key in rows else {}
+    kinds = {"prev_action": np.float32, "reward": np.float32, "is_first": bool}
+    for key, kind in (kinds | {"is_terminal": bool}).items():
+        if key in rows:
+            rows[key] = cast(key, rows[key], np.dtype(kind))
     return rows if spec is None else fit(rows, spec, count)
 
 
 def fit(rows: Rows, spec: Spec, count: int | None) -> Rows:
     """The rows {key: (T, ...)} that a replay of ``spec`` can take, T = ``count`` if that is known.
 
-    Raises EpisodeError where keys are missing, shapes, types or lengths are others, or a number is not finite.
+    Raises EpisodeError where keys are missing, shapes, types or lengths are others, or a number is
+    not finite.
     """
     if missing := spec.keys() - rows.keys():
         raise EpisodeError(f"it has no {', '.join(sorted(missing))}")
@@ -316,10 +346,13 @@ def fit(rows: Rows, spec: Spec, count: int | None) -> Rows:
 
 
 def cast(key: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """``x`` as ``dtype`` where it means the same: any real numbers as floats, zeros and ones as flags."""
+    """``x`` as ``dtype`` where it means the same: any real numbers as floats, zeros and ones as
+    flags.
+    """
     number = x.dtype.kind in "biuf"
     flags = dtype.kind == "b" and number and x.ndim == 1 and ((x == 0) | (x == 1)).all()
     if x.dtype != dtype and not flags and not (dtype.kind == "f" and number):
         raise EpisodeError(f"{key} is {x.dtype}, not {dtype}")
-    with np.errstate(over="ignore"):  # too large a number becomes inf, which is no number of a replay
+    # too large a number becomes inf, which is no number of a replay
+    with np.errstate(over="ignore"):
         return x.astype(dtype, copy=False)

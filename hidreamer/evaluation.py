@@ -20,15 +20,17 @@ Summary = Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]]
 class Played(NamedTuple):
     """What ``play`` saw."""
 
-    # Of each episode: "return", "length" in agent steps, "truncated" (1.0 where the limit cut it), and the sum of every
-    # ``log_*`` key of the environment.
+    # Of each episode: "return", "length" in agent steps, "truncated" (1.0 where the limit cut it),
+    # and the sum of every ``log_*`` key of the environment.
     episodes: list[dict[str, float]]
     videos: dict[str, Frames]  # environment 0's first episode, as "agent" and "levels"
     problem: Exception | None  # why the video is not whole
 
 
 def time_limit(config: Any) -> int:
-    """Frames after which an evaluation episode is cut. There always is a limit: a policy may stand still for ever."""
+    """Frames after which an evaluation episode is cut. There always is a limit: a policy may stand
+    still for ever.
+    """
     return config.eval_time_limit or config.env.time_limit or STEPS * config.env.action_repeat
 
 
@@ -47,8 +49,9 @@ def play(
 
     Taking whoever finishes first would favour short episodes.
 
-    mode: as of ``Agent.act``. limit: the frames after which ``envs`` cut an episode. video: film environment 0's first
-    episode, up to LONGEST frames; an error ends the film only. levels: also show what the levels of the state say.
+    mode: as of ``Agent.act``. limit: the frames after which ``envs`` cut an episode. video: film
+    environment 0's first episode, up to LONGEST frames; an error ends the film only. levels: also
+    show what each level of the state decodes to.
     check: called before every step; what it raises is not caught.
     """
     count = envs.count
@@ -73,7 +76,8 @@ def play(
             video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST
         cut = ~obs["is_terminal"] & (running.sums["length"] * envs.repeat >= limit)
         for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
-            ended.append({key: float(total[i]) for key, total in running.sums.items()} | {"truncated": float(cut[i])})
+            sums = {key: float(total[i]) for key, total in running.sums.items()}
+            ended.append(sums | {"truncated": float(cut[i])})
             quota[i] -= 1
     return Played(ended, videos, problem)
 
@@ -81,11 +85,17 @@ def play(
 def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = None) -> dict[str, float]:
     """``eval_*`` metrics of at least one episode as ``play`` has them: means over the episodes.
 
-    A key ``log_x`` becomes ``eval_x``. summary: what a suite says of all episodes together, {name: value}.
+    A key ``log_x`` becomes ``eval_x``. summary: a suite's metrics of all episodes together, {name:
+    value}.
     """
-    means = {key: float(np.mean([episode[key] for episode in episodes])) for key in episodes[0]}
+    means = {}
+    for key in episodes[0]:
+        means[key] = float(np.mean([episode[key] for episode in episodes]))
     named = {key.removeprefix("log_"): mean for key, mean in means.items()} | dict(summary(episodes) if summary else {})
-    named |= {"return": means["return"], "return_std": float(np.std([episode["return"] for episode in episodes]))}
+    named |= {
+        "return": means["return"],
+        "return_std": float(np.std([episode["return"] for episode in episodes])),
+    }
     named |= {"length": means["length"], "episodes": len(episodes)}
     named["truncated"] = sum(int(episode["truncated"]) for episode in episodes)
     return {f"eval_{name}": value for name, value in named.items()}
@@ -94,32 +104,51 @@ def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = No
 def evaluate(
     agent: Any, envs: Any, config: Any, drawable: bool, check: Callable[[], None]
 ) -> tuple[dict[str, float], Played]:
-    """Play as the run's ``config`` asks for, in environments that cut an episode at ``time_limit``. -> scores, Played.
+    """Play as the run's ``config`` asks for, in environments that cut an episode at
+    ``time_limit``. -> scores, Played.
 
     drawable: whether the environments can be drawn, as far as is known. check: see ``play``.
     """
-    mode, shown = "greedy" if config.eval_greedy else "train", {"levels": config.decode_levels, "check": check}
-    shown["video"] = config.video and drawable
-    played = play(agent, envs, config.eval_episodes, mode, limit=time_limit(config), **shown)
+    played = play(
+        agent,
+        envs,
+        config.eval_episodes,
+        "greedy" if config.eval_greedy else "train",
+        limit=time_limit(config),
+        video=config.video and drawable,
+        levels=config.decode_levels,
+        check=check,
+    )
     return scores(played.episodes, getattr(envs, "summary", None)), played
 
 
 def line(found: Mapping[str, float]) -> str:
     """The ``scores`` as a line on the screen."""
-    told = f"eval return {found['eval_return']:.2f} over {found['eval_episodes']} episodes"
+    text = f"eval return {found['eval_return']:.2f} over {found['eval_episodes']} episodes"
     cut = found["eval_truncated"]
-    return f"{told}, {cut} of them cut by the limit (eval_time_limit)" if cut else told
+    return f"{text}, {cut} of them cut by the limit (eval_time_limit)" if cut else text
 
 
-def record(logger: Any, step: int, agent: Any, played: Played, batch: Mapping[str, np.ndarray], levels: bool) -> None:
-    """Log the videos of an evaluation, and what the agent predicts of replayed sequences, a raw ``batch`` (B,T,...)."""
+def record(
+    logger: Any,
+    step: int,
+    agent: Any,
+    played: Played,
+    batch: Mapping[str, np.ndarray],
+    levels: bool,
+) -> None:
+    """Log the videos of an evaluation, and what the agent predicts of replayed sequences, a raw
+    ``batch`` (B,T,...).
+    """
     for name, frames in played.videos.items():
         logger.video(step, name, frames)
     logger.video(step, "open_loop", open_loop(agent, batch, levels), fps=5)
 
 
 def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context: int = 5) -> np.ndarray:
-    """(T,H,W,3) truth, model and error above each other for six sequences, open loop after ``context`` steps."""
+    """(T,H,W,3) truth, model and error above each other for six sequences, open loop after
+    ``context`` steps.
+    """
     batch = {key: x[:6] for key, x in batch.items() if key != "is_last"}
     if batch["reward"].shape[1] <= context:
         return np.zeros(0)
@@ -129,15 +158,21 @@ def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context
 
 
 def board(rows: list[dict[str, torch.Tensor]], error: bool = False) -> np.ndarray:
-    """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there is none."""
-    boards = [picture([row[key] for row in rows], error) for key in rows[0] if rows[0][key].ndim == 5]
+    """Frames (T,H,W,3) of every image or grid among ``rows`` of (B,T,...) tensors; (0,) if there
+    is none.
+    """
+    boards = []
+    for key, x in rows[0].items():
+        if x.ndim == 5:
+            boards.append(picture([row[key] for row in rows], error))
     height = max((frames.shape[1] for frames in boards), default=0)
     padded = [np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, 0), (0, 0))) for x in boards]
     return np.concatenate(padded, 2) if boards else np.zeros(0)
 
 
 def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
-    """Images or grids (B,T,H,W,C) in [0, 1], truth first -> frames (T, H rows, B W, 3) uint8, one above the other.
+    """Images or grids (B,T,H,W,C) in [0, 1], truth first -> frames (T, H rows, B W, 3) uint8, one
+    above the other.
 
     With ``error`` the difference of the second and the first comes third.
     """
@@ -148,8 +183,8 @@ def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
     if channels == 1:
         x = x.expand(*x.shape[:-1], 3)
     elif channels != 3:  # planes of a board, each in a colour of its own
-        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels) + torch.tensor([0.0, 2.1, 4.2])
-        x = x @ (0.5 + 0.5 * torch.cos(hue))
+        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels)
+        x = x @ (0.5 + 0.5 * torch.cos(hue + torch.tensor([0.0, 2.1, 4.2])))
     scale = max(1, 128 // x.shape[3])
     frames = x.permute(1, 2, 0, 3, 4).flatten(2, 3).clamp(0.0, 1.0)  # (T, H rows, B W, 3)
     frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -1,4 +1,4 @@
-"""What a run tells: scalars and videos on the disk, a live line on the screen."""
+"""What a run records: scalars and videos on the disk, a live line on the screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # What a run can do without, and what a user may do where it fails.
-RENDER, VIDEO, TENSORBOARD, WANDB = "drawing the environment", "video", "TensorBoard", "Weights & Biases"
+RENDER, VIDEO = "drawing the environment", "video"
+TENSORBOARD, WANDB = "TensorBoard", "Weights & Biases"
 REMEDIES = {
     RENDER: "--video false does not try",
     VIDEO: "--video false does not try",
@@ -49,20 +50,23 @@ class BestEffort:
         """Switch ``kind`` off because of ``error``."""
         if kind not in self.off:
             self.off.add(kind)
-            told = " ".join(str(error).split()) or type(error).__name__
-            text = f"{kind} failed and is off from now on ({REMEDIES[kind]}): {told}"
+            cause = " ".join(str(error).split()) or type(error).__name__
+            text = f"{kind} failed and is off from now on ({REMEDIES[kind]}): {cause}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 class Logger:
-    """Scalars go under the same names to metrics.jsonl, TensorBoard and, with ``wandb_config``, Weights & Biases.
+    """Scalars go under the same names to metrics.jsonl, TensorBoard and, with ``wandb_config``,
+    Weights & Biases.
 
-    metrics.jsonl is standard JSON, one object a line: a value that is NaN or infinite is written as null. It is the
-    record of a run, so that what goes wrong with it is raised (OSError). The others are copies, see ``BestEffort``.
+    metrics.jsonl is standard JSON, one object a line: a value that is NaN or infinite is written
+    as null. It is the record of a run, so that what goes wrong with it is raised (OSError). The
+    others are copies, see ``BestEffort``.
 
-    step, size: where the run continues, and how much of metrics.jsonl its checkpoint vouches for; what came after that
-    is cut off, and hidden in TensorBoard. wandb_config: the run's config. wandb_id: of the W&B run to continue; a new
-    one is made for None, and ``Logger.wandb_id`` is what the next checkpoint should hold.
+    step, size: where the run continues, and how much of metrics.jsonl its checkpoint vouches for;
+    what came after that is cut off, and hidden in TensorBoard. wandb_config: the run's config.
+    wandb_id: of the W&B run to continue; a new one is made for None, and ``Logger.wandb_id`` is
+    what the next checkpoint should hold.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class Logger:
     ):
         self.logdir = logdir
         path = logdir / "metrics.jsonl"
-        self.file = open(path, "r+" if path.exists() else "w+")  # noqa: SIM115 - open as long as the run
+        self.file = open(path, "r+" if path.exists() else "w+")  # noqa: SIM115
         self.file.truncate(size)
         self.file.seek(0, os.SEEK_END)
         self.best_effort = BestEffort()
@@ -96,7 +100,8 @@ class Logger:
             self.best_effort(WANDB, self._log_wandb, step, dict(values))
 
     def video(self, step: int, name: str, frames: Iterable[np.ndarray], fps: int = 15) -> None:
-        """Pictures as ``stack`` takes them -> LOGDIR/videos/STEP-NAME.mp4, and an animation in TensorBoard.
+        """Pictures as ``stack`` takes them -> LOGDIR/videos/STEP-NAME.mp4, and an animation in
+        TensorBoard.
 
         No pictures make no video.
         """
@@ -110,7 +115,9 @@ class Logger:
         return self.file.tell()
 
     def close(self) -> None:
-        """Close everything, also where metrics.jsonl cannot be written any more, which raises OSError."""
+        """Close everything, also where metrics.jsonl cannot be written any more, which raises
+        OSError.
+        """
         try:
             self.file.close()
         finally:
@@ -126,9 +133,10 @@ class Logger:
         import wandb
 
         self.wandb_id = self.wandb_id or uuid.uuid4().hex[:8]
+        parts = (config["task"], config["dynamics"]["type"], config["seed"])
         self.wandb = wandb.init(
             project="hidreamer",
-            name="-".join(str(part) for part in (config["task"], config["dynamics"]["type"], config["seed"])),
+            name="-".join(map(str, parts)),
             id=self.wandb_id,
             resume="allow",
             mode=os.environ.get("WANDB_MODE", "offline"),
@@ -146,8 +154,10 @@ class Logger:
         path = self.logdir / "videos" / f"{step:09d}-{name}.mp4"
         path.parent.mkdir(exist_ok=True)
         height, width = movie.shape[1:3]
-        even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))  # the codec wants even sides
-        # In memory: a codec that cannot write its file says so in a traceback of its own, and leaves half a video.
+        # the codec needs even sides
+        even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+        # In memory: a codec that cannot write its file says so in a traceback of its own, and
+        # leaves half a video.
         data = iio.imwrite("<bytes>", even, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
         temporary = path.with_suffix(".tmp")
         try:
@@ -167,9 +177,11 @@ class Logger:
 
 
 def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
-    """Pictures (H,W), (H,W,1), (H,W,3) or (H,W,4) -> (T,H,W,3) uint8 of the largest H and W; what is left is black.
+    """Pictures (H,W), (H,W,1), (H,W,3) or (H,W,4) -> (T,H,W,3) uint8 of the largest H and W; what
+    is left is black.
 
-    (0,0,0,3) for no pictures. The fourth channel, opacity, is ignored. Raises ValueError for any other shape.
+    (0,0,0,3) for no pictures. The fourth channel, opacity, is ignored. Raises ValueError for any
+    other shape.
     """
     pictures = []
     for frame in frames:
@@ -178,7 +190,8 @@ def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
         if picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
             raise ValueError(f"a picture has shape {frame.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
         pictures.append(picture[..., :3])
-    height, width = (max((picture.shape[axis] for picture in pictures), default=0) for axis in (0, 1))
+    height = max((picture.shape[0] for picture in pictures), default=0)
+    width = max((picture.shape[1] for picture in pictures), default=0)
     movie = np.zeros((len(pictures), height, width, 3), np.uint8)
     for canvas, picture in zip(movie, pictures, strict=True):
         canvas[: picture.shape[0], : picture.shape[1]] = picture
@@ -186,10 +199,12 @@ def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
 
 
 class EventFile:
-    """TensorBoard's file of events. Events from before a continuation at ``step`` stay visible, later ones do not.
+    """TensorBoard's file of events. Events from before a continuation at ``step`` stay visible,
+    later ones do not.
 
-    Written in the calling thread by TensorBoard's own record writer. torch's SummaryWriter has a thread, whose errors
-    are tracebacks on the screen, and loads TensorFlow with its messages where that is installed.
+    Written in the calling thread by TensorBoard's own record writer. torch's SummaryWriter has a
+    thread, whose errors are tracebacks on the screen, and loads TensorFlow with its messages where
+    that is installed.
     """
 
     def __init__(self, logdir: Path, step: int):
@@ -198,9 +213,10 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.Event, self.Summary = Event, Summary
-        seconds, rest = divmod(time.time_ns(), 10**9)  # TensorBoard reads the files of a folder in the order of names
+        # TensorBoard reads the files of a folder in the order of names
+        seconds, rest = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
-        self.writer = RecordWriter(open(logdir / name, "wb"))  # noqa: SIM115 - open as long as the run
+        self.writer = RecordWriter(open(logdir / name, "wb"))  # noqa: SIM115
         self._write(file_version="brain.Event:2")
         if step:
             # What has this step itself is in the checkpoint.
@@ -240,15 +256,27 @@ class Rates:
 
 
 class Screen:
-    """A live bar on a terminal; elsewhere a line a minute, and the last one when the ``with`` block ends."""
+    """A live bar on a terminal; elsewhere a line a minute, and the last one when the ``with``
+    block ends.
+    """
 
     def __init__(self, total: int):
         self.console = Console(highlight=False, soft_wrap=True)
         self.total, self.shown, self.rates = total, time.monotonic(), Rates()
-        self.latest: tuple[int, int, Mapping[str, float], float | None] | None = None  # not shown yet
+        # not shown yet
+        self.latest: tuple[int, int, Mapping[str, float], float | None] | None = None
         text = "{task.fields[rates]} {task.fields[losses]} return {task.fields[score]} left"
-        columns = [TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(20), TextColumn(text)]
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
+        columns = [
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(20),
+            TextColumn(text),
+        ]
+        self.bar = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.bar.add_task("", total=total, rates="", losses="", score="-")
 
     def __enter__(self) -> Screen:
@@ -268,7 +296,9 @@ class Screen:
         return time.monotonic() - self.shown > (60.0 if self.bar.disable else 0.5)
 
     def update(self, step: int, updates: int, losses: Mapping[str, float], score: float | None) -> None:
-        """The state of the run. It is shown if that is ``due``; otherwise it waits for the next update or the end."""
+        """The state of the run. It is shown if that is ``due``; otherwise it waits for the next
+        update or the end.
+        """
         self.latest = step, updates, losses, score
         if self.due():
             self._show(*self.latest)
@@ -277,7 +307,8 @@ class Screen:
         self.shown, self.latest = time.monotonic(), None
         frames, ups = self.rates(step, updates)
         shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
-        rates, last = f"{frames:.0f} frames/s {ups:.2f} updates/s", "-" if score is None else f"{score:.1f}"
+        rates = f"{frames:.0f} frames/s {ups:.2f} updates/s"
+        last = "-" if score is None else f"{score:.1f}"
         self.bar.update(self.task, completed=step, rates=rates, losses=shown, score=last)
         if self.bar.disable:
             self.line(f"[{step}/{self.total}] {rates} {shown} return {last}")

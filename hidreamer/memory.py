@@ -1,4 +1,6 @@
-"""Memory for replay: what it will need, what there is, and buffers that cost only what has been written to them."""
+"""Memory for replay: what it will need, what there is, and buffers that cost only what has been
+written to them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def anonymous(size: int) -> Any:
     if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
         return np.zeros(size, np.uint8)
     try:
-        # Private pages that nothing is reserved for: else 12 GB of zeros would not pass on a machine with 8.
+        # Private pages that nothing is reserved for: else 12 GB of zeros would not pass on a
+        # machine with 8.
         return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     except OSError as error:
         raise MemoryError(f"the system refuses {gigabytes(size)} of memory ({error.strerror})") from None
@@ -54,7 +57,8 @@ def gigabytes(size: float) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> Room | None:
-    """Memory and swap for this process, as its control groups allow; None where the system does not say (not Linux).
+    """Memory and swap for this process, as its control groups allow; None where the system does
+    not say (not Linux).
 
     root: where ``proc`` and ``sys`` lie.
     """
@@ -62,29 +66,42 @@ def available_memory(root: Path = Path("/")) -> Room | None:
     known = {key: 1024 * int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", info, re.MULTILINE)}
     if not {"MemTotal", "MemAvailable"} <= known.keys():
         return None
-    rooms = [Room(known["MemTotal"] + known.get("SwapTotal", 0), known["MemAvailable"] + known.get("SwapFree", 0))]
+    rooms = [
+        Room(
+            known["MemTotal"] + known.get("SwapTotal", 0),
+            known["MemAvailable"] + known.get("SwapFree", 0),
+        )
+    ]
     for line in read(root / "proc/self/cgroup").splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds == "":
             names = ("memory.max", "memory.current", r"^inactive_file (\d+)$")
             rooms += groups(root / "sys/fs/cgroup", path, names)
         elif "memory" in kinds.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_inactive_file (\d+)$")
+            names = (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                r"^total_inactive_file (\d+)$",
+            )
             rooms += groups(root / "sys/fs/cgroup/memory", path, names)
     return Room(min(room.total for room in rooms), min(room.free for room in rooms))
 
 
 def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Room]:
-    """The limited ones among a control group and those above it. Version 1 writes "no limit" as a huge number."""
+    """The limited ones among a control group and those above it. Version 1 writes "no limit" as a
+    huge number.
+    """
     limit_name, usage_name, cache_pattern = names
     here, found = mount / path.strip("/"), []
-    if not here.is_dir():  # a container sees its own group as the root, under the name that it has outside
+    # a container sees its own group as the root, under the name that it has outside
+    if not here.is_dir():
         here = mount
     while True:
         limit, usage = read(here / limit_name).strip(), read(here / usage_name).strip()
         if limit.isdigit() and usage.isdigit():
             cache = re.search(cache_pattern, read(here / "memory.stat"), re.MULTILINE)
-            spent = int(usage) - (int(cache[1]) if cache else 0)  # the kernel drops that before it refuses memory
+            # the kernel drops that before it refuses memory
+            spent = int(usage) - (int(cache[1]) if cache else 0)
             found.append(Room(int(limit), max(0, int(limit) - spent)))
         if here == mount:
             return found
@@ -102,25 +119,26 @@ def read(path: Path) -> str:
 
 
 def check(steps: int, size: int, folder: Path | None) -> str:
-    """One line: what ``steps`` rows of ``size`` bytes will need, in memory or on the disk of ``folder``.
+    """One line: what ``steps`` rows of ``size`` bytes will need, in memory or on the disk of
+    ``folder``.
 
-    It names the keys to turn where the replay needs more than TIGHT of what is free now. Raises MemoryError, also in
-    one line, where it needs more than there is in all: pages are taken as steps come, so that would not fail before
-    hours of training are lost. Anything below may yet fit (a run may end early, others may end before), so it is only
-    said.
+    It names the keys to turn where the replay needs more than TIGHT of what is free now. Raises
+    MemoryError, also in one line, where it needs more than there is in all: pages are taken as
+    steps come, so that would not fail before hours of training are lost. Anything below may yet
+    fit (a run may end early, others may end before), so it is only reported.
     """
     need = steps * size
-    told = f"replay: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
+    text = f"replay: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
     if folder is None:
         room, what = available_memory(), "memory"
     else:
         free = shutil.disk_usage(folder).free
         room, what = Room(free, free), "disk"
-    told += "of memory" if folder is None else f"on the disk of {os.fspath(folder)}"
+    text += "of memory" if folder is None else f"on the disk of {os.fspath(folder)}"
     remedy = "lower --replay.capacity, the size of images (--env.size) or --steps"
     remedy += ", or set --replay.store disk" if folder is None else ""
     if room is not None and need > room.total:
-        raise MemoryError(f"{told}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}")
+        raise MemoryError(f"{text}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}")
     if room is not None and need > TIGHT * room.free:
-        told += f", of which {gigabytes(room.free)} are free now: if it does not fit, {remedy}"
-    return told
+        text += f", of which {gigabytes(room.free)} are free now: if it does not fit, {remedy}"
+    return text

@@ -1,4 +1,6 @@
-"""Sums that become records: of the update's metrics between two records, of rewards between two ends of episodes."""
+"""Sums that become records: of the update's metrics between two records, of rewards between two
+ends of episodes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ class Means:
 
     def __init__(self, device: torch.device):
         self.sums, self.count = torch.zeros(0, device=device), 0
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # of the first vector that was not finite
+        # of the first vector that was not finite
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def add(self, metrics: Tensor) -> None:
         """metrics: (M,)."""
@@ -42,17 +45,22 @@ class Means:
 
 
 class EpisodeScores:
-    """Return, length and what else an environment logs, summed over the running episode of each environment."""
+    """Return, length and what else an environment logs, summed over the running episode of each
+    environment.
+    """
 
     def __init__(self, count: int, log_keys: Iterable[str]):
         self.sums = {key: np.zeros(count) for key in ("return", "length", *log_keys)}
 
     def add(self, obs: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
-        """One step of every environment, {key: (count, ...)}. -> the finite scores of each episode that ended."""
+        """One step of every environment, {key: (count, ...)}. -> the finite scores of each episode
+        that ended.
+        """
         first = obs["is_first"]
         for key, score in self.sums.items():
             added = {"return": obs["reward"], "length": ~first}.get(key, obs.get(key))
-            self.sums[key] = np.where(first, 0.0, score) + added  # not a product: 0 times NaN is NaN
+            # not a product: 0 times NaN is NaN
+            self.sums[key] = np.where(first, 0.0, score) + added
         ended = []
         for i in np.flatnonzero(obs["is_last"]):
             scores = {f"train_{key.removeprefix('log_')}": float(score[i]) for key, score in self.sums.items()}

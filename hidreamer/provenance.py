@@ -14,11 +14,12 @@ import torch
 from hidreamer import __version__
 from hidreamer.app import INSTALLED, ROOT, command
 
-STARTS = "starts.jsonl"  # in a run's folder: what starts it, and dreamer.py itself, say of each start
+# in a run's folder: what starts it, and dreamer.py itself, say of each start
+STARTS = "starts.jsonl"
 
 
 def git(*args: str) -> str:
-    """What git says about this checkout; nothing where there is no git or no checkout."""
+    """Git's facts about this checkout; nothing where there is no git or no checkout."""
     if ROOT == INSTALLED:  # a repository around an installed package is another project's
         return ""
     try:
@@ -37,7 +38,10 @@ def provenance() -> dict[str, str]:
     changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        "unknown CPU",
+    )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "commit": (git("rev-parse", "--short=12", "HEAD") or f"version {__version__}") + changed,
@@ -48,7 +52,9 @@ def provenance() -> dict[str, str]:
 
 
 def note_start(folder: Path, facts: dict[str, Any]) -> None:
-    """Add a line to the starts of the run in ``folder``, also below half a line of a process that was killed."""
+    """Add a line to the starts of the run in ``folder``, also below half a line of a process that
+    was killed.
+    """
     with open(folder / STARTS, "ab+") as file:
         file.seek(max(0, file.seek(0, 2) - 1))
         broken = file.read() not in (b"", b"\n")

@@ -14,8 +14,8 @@ def random_rows(
     """A batch of the right shapes and types, (B, T, ...), from a fixed seed.
 
     Args: ``obs_space`` {name: space}; ``batch`` B; ``length`` T.
-    Returns {name: (B, T, ...)} with ``prev_action`` (B, T, A), and ``reward``, ``is_first`` (true at
-    the first step of each sequence) and ``is_terminal`` (B, T).
+    Returns {name: (B, T, ...)} with ``prev_action`` (B, T, A), and ``reward``, ``is_first`` (true
+    at the first step of each sequence) and ``is_terminal`` (B, T).
     """
     rng, rows = np.random.default_rng(0), {}
     for key, space in obs_space.items():

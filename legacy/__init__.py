@@ -1,6 +1,8 @@
-"""Reads what dreamerv3-torch (NM512, commit 6ef8646) wrote: checkpoints and config keys. Loaded only when asked for.
+"""Reads what dreamerv3-torch (NM512, commit 6ef8646) wrote: checkpoints and config keys. Loaded
+only when asked for.
 
-Upstream repeats the world model under several prefixes, and torch.compile adds ``_orig_mod``; both are undone here.
+Upstream repeats the world model under several prefixes, and torch.compile adds ``_orig_mod``; both
+are undone here.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ OPTIMIZERS = {  # upstream's name: ours, the part of the model it trains there, 
     "_task_behavior._actor_opt._opt": ("actor", "_task_behavior.actor.", "behavior."),
     "_task_behavior._value_opt._opt": ("critic", "_task_behavior.value.", "behavior."),
     "_expl_behavior._expl_opt._opt": ("expl_model", "_expl_behavior._networks.", "explorer."),
-    "_expl_behavior._behavior._actor_opt._opt": ("expl_actor", "_expl_behavior._behavior.actor.", "explorer.behavior."),
+    "_expl_behavior._behavior._actor_opt._opt": (
+        "expl_actor",
+        "_expl_behavior._behavior.actor.",
+        "explorer.behavior.",
+    ),
     "_expl_behavior._behavior._value_opt._opt": (
         "expl_critic",
         "_expl_behavior._behavior.value.",
@@ -53,7 +59,7 @@ def is_upstream(checkpoint: Mapping) -> bool:
 
 
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream's tensors by name -> ours. What is there twice, or has no place here, is dropped."""
+    """Upstream's tensors by name -> ours. Duplicates, and what has no counterpart, are dropped."""
     out: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, x in tensors.items():
@@ -63,18 +69,24 @@ def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(OURS):
             continue
         if match := re.fullmatch(r"(.*)\.(mean|std)_layer(.*)\.(weight|bias)", name):
-            # One layer for every vector key, or for mean and deviation, is one layer here: mean first, keys sorted.
+            # One layer for every vector key, or for mean and deviation, is one layer here: mean
+            # first, keys sorted.
             head, which, entry, kind = match.groups()
             parts.setdefault(f"{head}.out.{kind}", {})[which + entry] = x
         else:
             out[name] = x.flatten() if name.endswith("dynamics.start") else x
     if (first := "world_model.encoder.vector.blocks.0.linear") + ".weight" in out:
-        out[first + ".bias"] = torch.zeros_like(out[first + ".weight"][:, 0])  # upstream has none there
-    return out | {name: torch.cat([part[key] for key in sorted(part)]) for name, part in parts.items()}
+        # upstream has none there
+        out[first + ".bias"] = torch.zeros_like(out[first + ".weight"][:, 0])
+    for name, part in parts.items():
+        out[name] = torch.cat([part[key] for key in sorted(part)])
+    return out
 
 
 def convert(checkpoint: Mapping) -> dict[str, Any]:
-    """dreamerv3-torch's ``latest.pt`` -> {"params": {name: tensor}, "optim": {optimiser: {parameter: state}}}."""
+    """dreamerv3-torch's ``latest.pt`` -> {"params": {name: tensor}, "optim": {optimiser:
+    {parameter: state}}}.
+    """
     params = checkpoint["agent_state_dict"]
     optim = {}
     for name, state in checkpoint.get("optims_state_dict", {}).items():
@@ -86,19 +98,20 @@ def convert(checkpoint: Mapping) -> dict[str, Any]:
         states = state["state"]
         if len(keys) != len(states):
             continue
-        moments = {
-            moment: rename({key: states[i][moment] for i, key in enumerate(keys)})
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
-        optim[ours] = {
-            key.removeprefix(prefix): {"step": states[0]["step"]} | {moment: moments[moment][key] for moment in moments}
-            for key in moments["exp_avg"]
-        }
+        mean = rename({key: states[i]["exp_avg"] for i, key in enumerate(keys)})
+        square = rename({key: states[i]["exp_avg_sq"] for i, key in enumerate(keys)})
+        step, named = states[0]["step"], {}
+        for key, x in mean.items():
+            state = {"step": step, "exp_avg": x, "exp_avg_sq": square[key]}
+            named[key.removeprefix(prefix)] = state
+        optim[ours] = named
     return {"params": rename(params), "optim": optim}
 
 
 def config(theirs: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Upstream's resolved config and the observations' shapes -> overrides {"group.key": value} for ours."""
+    """Upstream's resolved config and the observations' shapes -> overrides {"group.key": value}
+    for ours.
+    """
     out = {
         "dynamics.type": "rssm",
         "dynamics.deter": theirs["dyn_deter"],
@@ -115,7 +128,10 @@ def config(theirs: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     }
     for name in ("encoder", "decoder"):
         part = theirs[name]
-        used = [k for k, s in shapes.items() if re.match(part["cnn_keys" if len(s) == 3 else "mlp_keys"], k)]
+        used = []
+        for key, shape in shapes.items():
+            if re.match(part["cnn_keys" if len(shape) == 3 else "mlp_keys"], key):
+                used.append(key)
         out |= {f"{name}.keys": "|".join(map(re.escape, used)), f"{name}.depth": part["cnn_depth"]}
         out |= {
             f"{name}.minres": part["minres"],

@@ -2,8 +2,8 @@
 
     python -m legacy.check CHECKPOINT --config config.json --batch batch.npz --expected expected.npz
 
-Runs the imported agent on the batch, with the mode wherever it would sample, and prints the largest absolute
-difference of every output. Exit status 1 if one is above 1e-4.
+Runs the imported agent on the batch, with the mode wherever it would sample, and prints the
+largest absolute difference of every output. Exit status 1 if one is above 1e-4.
 """
 
 from __future__ import annotations
@@ -85,13 +85,24 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m legacy.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", type=Path, help="upstream's latest.pt")
-    for name, what in (("config", "its resolved config"), ("batch", "inputs"), ("expected", "upstream's outputs")):
+    for name, what in (
+        ("config", "its resolved config"),
+        ("batch", "inputs"),
+        ("expected", "upstream's outputs"),
+    ):
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
     args = parser.parse_args(argv)
     try:
         batch, expected = (dict(np.load(path, allow_pickle=False)) for path in (args.batch, args.expected))
         ours = outputs(build(args.checkpoint, args.config, batch), batch)
-    except (OSError, ValueError, KeyError, RuntimeError, tools.ConfigError, CheckpointError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        tools.ConfigError,
+        CheckpointError,
+    ) as error:
         print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 2
     worst = 0.0

@@ -76,7 +76,7 @@ def test_errors_by_hand():
     batch = {"reward": torch.zeros(1, 8), "is_terminal": torch.zeros(1, 8, dtype=torch.bool)}
     half, old = torch.full_like(truth, 0.5), truth[:, :1].expand_as(truth)
     zero = TwoHot(torch.zeros(1, 8, BINS))
-    said = heldout.Said({"grid": half}, {"grid": old}, zero, certain(~batch["is_terminal"]))
+    said = heldout.Prediction({"grid": half}, {"grid": old}, zero, certain(~batch["is_terminal"]))
     found = heldout.score(said, {"grid": truth}, batch, 8)
     assert found["reconstruction"] == pytest.approx(0.25) and found["reconstruction, moving"] == pytest.approx(0.25)
     assert found["open loop, 1"] == pytest.approx(0.25)  # one pixel in four is wrong by 1
@@ -88,11 +88,11 @@ def test_errors_by_hand():
     assert math.isnan(heldout.score(said, {"grid": truth}, batch, 64)["open loop, 30"])  # the episode is too short
 
 
-def test_the_sceptic_knows_frequencies():
+def test_the_baseline_knows_frequencies():
     rows = {"reward": np.array([0.0] * 6 + [1.0] * 2, np.float32), "is_terminal": np.arange(8) > 6}
     rows["vector"] = np.arange(8, dtype=np.float32)[:, None]
-    said = heldout.Sceptic(rows, ["vector"]).say({"vector": torch.zeros(1, 8, 1)})
-    assert said.now["vector"].unique().item() == 3.5
+    said = heldout.Baseline(rows, ["vector"]).predict({"vector": torch.zeros(1, 8, 1)})
+    assert said.reconstruction["vector"].unique().item() == 3.5
     zeros = said.reward.log_prob(torch.zeros(1, 8))[0, 0].item()
     assert zeros == pytest.approx(math.log(6 / 8), abs=1e-3)
     assert said.cont.mean()[0, 0].item() == pytest.approx(8 / 10)  # 7 of 8 went on, one of each added
@@ -227,10 +227,12 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     bits = {row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()}
     assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
     assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
-    assert quantisers.places("pong", ["rssm", "sampled"]) == ["Groups are places of the encoder's map."]
-    assert quantisers.places("pong", ["fsq", "flat"]) == ["Groups are places of the encoder's map, but in flat."]
+    assert quantisers.spatial_note("pong", ["rssm", "sampled"]) == ["Groups are positions of the encoder's map."]
+    assert quantisers.spatial_note("pong", ["fsq", "flat"]) == [
+        "Groups are positions of the encoder's map, but in flat."
+    ]
     small = quantisers.WORLDS["minatar"].rows
-    assert not quantisers.places("minatar", list(small))
+    assert not quantisers.spatial_note("minatar", list(small))
     sizes = [quantisers.make_config("minatar", row, 0, tmp_path).dynamics.hrvq for row in small]
     assert {block.levels * block.groups for block in sizes} == {12} and {block.codes for block in sizes} == {16}
     assert quantisers.make_config("minatar", "two levels", 0, tmp_path).dynamics.hrvq.levels == 2

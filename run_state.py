@@ -1,0 +1,158 @@
+"""What a checkpoint holds of a ``training.Run``: taking it, and restoring a run from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import models
+import tools
+from hidreamer import checkpoint
+from hidreamer.checkpoint import CheckpointError
+from hidreamer.episodes import EpisodeError
+from hidreamer.provenance import STARTS
+from tools import ConfigError
+
+if TYPE_CHECKING:
+    from training import Run
+
+# Attributes of a run, by their names in a checkpoint.
+COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return")
+COUNTERS += ("evaluated",)
+OLD_COUNTERS = {"credit": "pending_updates"}  # names that checkpoints without a format have
+# What every checkpoint of a run has.
+FIELDS = ("config", "generation", "counters", "step", "agent", "act", "obs", "envs", "episodes")
+FIELDS += ("score", "sums", "metric_names", "torch_rng", "cuda_rng", "replay_rng", "explore_rng")
+FIELDS += ("log_size",)
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """A checkpoint's tree, without the name of the file with the running episodes.
+
+    Raises OSError where metrics.jsonl cannot be written to its end.
+    """
+    cuda = run.device.type == "cuda"
+    counters = {name: getattr(run, name) for name in COUNTERS}
+    counters |= {"restarts": run.env_restarts(), "summed": run.window.count}
+    return {
+        "config": run.config.tree(),
+        "generation": run.generation,
+        "counters": counters,
+        "step": run.step,
+        "agent": run.agent.save_state(),
+        "act": None if run.act is None else [*run.act.carry, run.act.action],
+        "obs": run.obs,
+        "envs": None if run.obs is None else run.envs.state(),
+        "episodes": run.episodes.state(),
+        "score": run.scores.sums,
+        "sums": run.window.sums,
+        "metric_names": run.agent.metric_names,
+        "last": {name: every.last for name, every in run.every.items()},
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if cuda else None,
+        "replay_rng": run.replay.rng.bit_generator.state,
+        "explore_rng": run.explore_rng.bit_generator.state,
+        "log_size": run.logger.flush(),
+        "wandb_id": run.logger.wandb_id,
+        "copy_from": run.copy_from,
+    }
+
+
+def restore(run: Run, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:
+    """Restore a new ``run`` from ``state`` and the ``rows`` of its running episodes.
+
+    -> size of metrics.jsonl at that moment. Raises ConfigError, CheckpointError.
+    """
+    instead = f"choose another --logdir, or continue with the commit that {STARTS} in it names"
+    try:
+        try:
+            run.agent.load_state(state["agent"])
+        except ValueError as error:
+            raise ConfigError(f"{run.logdir} is of another version of this code ({error}): {instead}") from None
+        _restore_parts(run, state, rows)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: {error}): {instead}"
+        ) from None
+    run.unsaved = False
+    run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
+    old = tools.flatten(state["config"])
+    asked = old.keys() & {"eval_episodes", "eval_greedy", "eval_time_limit"}
+    if run.finished and any(old[key] != run.config[key] for key in asked):
+        run.evaluated = -1  # it is over, and asked for another evaluation than it had
+    log = run.logdir / "metrics.jsonl"
+    size, lost = checkpoint.size_of_log(log, state["log_size"])
+    if lost:
+        run.report(f"{log} lost its last {lost} bytes; the log has a gap there")
+    return size
+
+
+def _restore_parts(run: Run, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
+    _restore_counters(run, state)
+    run.running_files = [state["running_file"]]
+    run.copy_from = state.get("copy_from", "")
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state["replay_rng"]
+    run.replay = run.make_replay(state["episodes"], rng)
+    for key, saved in checkpoint.arrays(state["score"]).items():
+        if key in run.scores.sums:  # the log keys may be others: env.invalid may change
+            run.scores.sums[key] = saved
+    run.agent.metric_names = tuple(state["metric_names"])
+    run.explore_rng.bit_generator.state = state["explore_rng"]
+    run.obs = checkpoint.arrays(state["obs"])
+    if state["act"] is not None:
+        *carry, action = (x.to(run.device) for x in state["act"])
+        run.act = models.ActState(type(run.agent.initial(1).carry)(*carry), action)
+    try:
+        problems = run.episodes.restore(run.replay, state["episodes"], rows)
+    except EpisodeError as error:
+        raise CheckpointError(
+            f"{run.folder / state['running_file']} is not what this run saved ({error}): put it"
+            f" back, or move {run.logdir} away to start anew"
+        ) from None
+    for problem in problems:
+        run.report(problem)
+    if run.obs is not None:
+        restored = run.envs.load_state(checkpoint.arrays(state["envs"]))
+        for i in np.flatnonzero(~restored & ~run.obs["is_last"]):
+            run.episodes.cut(run.replay, i)  # truncated where it stood
+            run.obs["is_last"][i] = True
+    torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"] is not None and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+
+
+def _restore_counters(run: Run, state: dict[str, Any]) -> None:
+    counters = {OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()}
+    for name in (*COUNTERS, "restarts"):
+        setattr(run, name, counters[name])
+    run.window.sums, run.window.count = state["sums"].to(run.device), counters["summed"]
+    for name, every in run.every.items():
+        if "last" in state:
+            every.last = state["last"][name]
+        else:  # before there was a format: how many periods of the old length had passed
+            every.last = state["every"][name] * state["config"][f"{name}_every"]
+
+
+def load_weights(run: Run, source: Path) -> None:
+    """Load weights and optimisers of another run, ours or dreamerv3-torch's.
+
+    Raises ConfigError, CheckpointError.
+    """
+    state = checkpoint.load_checkpoint(source)
+    try:
+        if "agent_state_dict" in state:
+            import legacy
+
+            state = {"agent": legacy.convert(state)}
+        if "agent" not in state:
+            raise CheckpointError(
+                f"--resume: {source} is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
+            )
+        moved = run.agent.load_state(state["agent"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"--resume {source}: {error}") from None
+    run.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))
