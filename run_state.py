@@ -1,9 +1,9 @@
-"""What a checkpoint holds of a ``training.Run``: taking it, and restoring a run from it."""
+"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and restoring it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from hidreamer.episodes import EpisodeError
 from hidreamer.provenance import STARTS
 from tools import ConfigError
 
-if TYPE_CHECKING:
-    from training import Run
-
 # Attributes of a run, by their names in a checkpoint.
 COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return")
 COUNTERS += ("evaluated",)
@@ -29,7 +26,7 @@ FIELDS += ("score", "sums", "metric_names", "torch_rng", "cuda_rng", "replay_rng
 FIELDS += ("log_size",)
 
 
-def snapshot(run: Run) -> dict[str, Any]:
+def snapshot(run: Any) -> dict[str, Any]:
     """A checkpoint's tree, without the name of the file with the running episodes.
 
     Raises OSError where metrics.jsonl cannot be written to its end.
@@ -61,7 +58,7 @@ def snapshot(run: Run) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:
+def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:
     """Restore a new ``run`` from ``state`` and the ``rows`` of its running episodes.
 
     -> size of metrics.jsonl at that moment. Raises ConfigError, CheckpointError.
@@ -90,7 +87,7 @@ def restore(run: Run, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
     return size
 
 
-def _restore_parts(run: Run, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
+def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
     _restore_counters(run, state)
     run.running_files = [state["running_file"]]
     run.copy_from = state.get("copy_from", "")
@@ -125,7 +122,7 @@ def _restore_parts(run: Run, state: dict[str, Any], rows: dict[str, np.ndarray])
         torch.cuda.set_rng_state(state["cuda_rng"], run.device)
 
 
-def _restore_counters(run: Run, state: dict[str, Any]) -> None:
+def _restore_counters(run: Any, state: dict[str, Any]) -> None:
     counters = {OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()}
     for name in (*COUNTERS, "restarts"):
         setattr(run, name, counters[name])
@@ -137,7 +134,7 @@ def _restore_counters(run: Run, state: dict[str, Any]) -> None:
             every.last = state["every"][name] * state["config"][f"{name}_every"]
 
 
-def load_weights(run: Run, source: Path) -> None:
+def load_weights(run: Any, source: Path) -> None:
     """Load weights and optimisers of another run, ours or dreamerv3-torch's.
 
     Raises ConfigError, CheckpointError.

@@ -13,10 +13,11 @@ FLOORS = {
     "run_comparison": 11,
     "simple_test": 11,
     "dreamer": 11,
+    "training": 10,
     "analysis": 10,
     "comparison": 9,
     "legacy.check": 9,
-    "training": 9,
+    "run_state": 9,
     "models": 8,
     "networks": 7,
     "legacy": 6,
@@ -167,7 +168,7 @@ PLANTED = {  # file: its text, and what is said of it
     "upward": ({"networks.py": "import models"}, "networks (floor 7) imports models (floor 8)"),
     "upward, in a function": (
         {"tools.py": LAZY.format("training")},
-        "tools (floor 6) imports training (floor 9)",
+        "tools (floor 6) imports training (floor 10)",
     ),
     "upward, in a try": (
         {"models.py": "try:\n    import dreamer\nfinally:\n    pass"},
