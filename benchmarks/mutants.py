@@ -42,10 +42,10 @@ TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
 # Test files in the order in which they are tried, the quick ones first.
 FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates", "dynamics", "legacy", "hrssm")
-FAST += ("hrvq", "hrvq_losses", "agent", "episodes", "spaces")
+FAST += ("hrvq", "hrvq_losses", "agent", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
-    "training.py": ("updates",),
+    "training.py": ("updates", "run"),
     "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),

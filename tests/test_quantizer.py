@@ -197,3 +197,11 @@ def test_impossible_sizes_are_one_line():
 def test_fsq_reaches_all_its_codes():
     quantizer = make("fsq", codes=8, levels=1)
     assert quantizer.encode(20 * data(4000)).index.unique().numel() == 8
+
+
+def test_fsq_rounds_to_the_nearest_step():
+    quantizer, z = make("fsq", codes=8, levels=1), data()
+    bound = torch.tanh(quantizer.down[0](z))  # (N, G, 1)
+    steps = torch.linspace(-1.0, 1.0, int(quantizer.sides[0]))
+    nearest = (bound - steps).abs().argmin(-1)  # (N, G)
+    assert len(quantizer.sides) == 1 and torch.equal(quantizer.encode(z).index[:, 0], nearest)

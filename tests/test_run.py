@@ -13,9 +13,11 @@ import torch
 from small_runs import TINY, latest, one_line, records, run, steps_of
 
 import dreamer
+import models
 import tools
 import training
 from conftest import ROOT
+from hidreamer import evaluation
 from hidreamer.replay import Replay
 
 # ---------------------------------------------------------------- the end of a run
@@ -272,3 +274,32 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
     assert latest(tmp_path)["counters"]["evaluated"] == 100
+
+
+def test_exploring_ends_at_expl_until(tmp_path, monkeypatch):
+    modes, act = [], models.Agent.act
+    spy = lambda self, state, obs, mode="train": modes.append(mode) or act(self, state, obs, mode)
+    monkeypatch.setattr(models.Agent, "act", spy)
+    settings = ["--steps", 80, "--expl.behavior", "plan2explore", "--expl.until", 50, "--eval_episodes", 0]
+    assert run(tmp_path / "run", *settings) == 0
+    assert set(modes) == {"explore", "train"} and modes == sorted(modes)  # first "explore", then "train"
+
+
+def test_every_evaluation_has_seeds_of_its_own(tmp_path, monkeypatch):
+    seeds, make_env = [], training.make_env
+
+    def spy(task, env, seed, **kwargs):
+        if kwargs["evaluation"]:
+            seeds.append(seed)
+        return make_env(task, env, seed, **kwargs)
+
+    monkeypatch.setattr(training, "make_env", spy)
+    drawn, play = [], evaluation.play
+
+    def first_draw(*args, **kwargs):
+        drawn.append(torch.get_rng_state().numpy().tobytes())
+        return play(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "play", first_draw)
+    assert run(tmp_path / "run", "--steps", 120, "--eval_every", 40) == 0
+    assert len(seeds) >= 3 and len(set(seeds)) == len(seeds) and len(set(drawn)) == len(drawn)

@@ -256,3 +256,28 @@ def test_level_dropout_hides_the_finest_codes_of_its_share_of_steps(share):
     assert hidden[0] == 0.0 and hidden[1:] == pytest.approx([share / 2, share], abs=TOLERANCE)
     kept = codes != 0
     assert torch.equal(codes[kept], post.feat.stoch.unflatten(-1, (3, -1))[kept])
+
+
+def test_the_explorers_log_goes_far_down():
+    """Where the ensemble agrees to the last bit, the bonus is log(1e-8): low, and finite."""
+    agent, batch = make(**{"expl.behavior": "plan2explore", "expl.models": 2, "expl.log": "true"})
+    first, second = agent.explorer.ensemble
+    second.load_state_dict(first.state_dict())
+    found = dream(agent, batch)
+    paid = agent.explorer.reward(found, torch.zeros_like(found.disc))
+    assert torch.allclose(paid, torch.full_like(paid, math.log(1e-8)))
+
+
+def test_the_slow_critic_begins_as_the_critic():
+    agent, _ = make()
+    slow = agent.behavior.slow.state_dict()
+    assert all(torch.equal(x, slow[name]) for name, x in agent.behavior.critic.state_dict().items())
+
+
+def test_what_hrvq_quantises_is_normalised():
+    """Codes begin with a deviation of about 1, so numbers of another scale would all get one code."""
+    agent, _ = make(**{"dynamics.type": "hrvq"})
+    dynamics = agent.world_model.dynamics
+    z = dynamics._project(50.0 + 30.0 * torch.randn(6, agent.world_model.encoder.dim)).flatten(1)
+    assert torch.allclose(z.mean(-1), torch.zeros(6), atol=1e-4)
+    assert torch.allclose(z.var(-1, unbiased=False), torch.ones(6), atol=1e-2)
