@@ -35,15 +35,16 @@ class WorldModel(nn.Module):
         super().__init__()
         self.encoder = networks.Encoder(obs_space, **config.encoder)
         self.dynamics = make_dynamics(config.dynamics, self.encoder.dim, act_dim)
-        if self.dynamics.places and self.encoder.places not in (0, self.dynamics.places):
+        needed, positions = self.dynamics.map_positions, self.encoder.map_positions
+        if needed and positions not in (0, needed):
             raise ValueError(
-                f"dynamics.hrvq.spatial: groups is {self.dynamics.places} and the encoder's map has "
-                f"{self.encoder.places} positions: set groups to encoder.minres x encoder.minres"
+                f"dynamics.hrvq.spatial: groups is {needed} and the encoder's map has {positions} positions: "
+                "set groups to encoder.minres x encoder.minres"
             )
         self.feat_dim = self.dynamics.feat_dim
         self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
-        self.reward = networks.TwoHotHead(self.feat_dim, **config.reward)
-        self.cont = networks.ContHead(self.feat_dim, **config.cont)
+        self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
+        self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
 
     def observe(self, obs: Batch, carry: Any = None, sample: bool = True) -> tuple[Any, Post, Tensor]:
         """Follow prepared observations. -> carry, Post, embed (B,T,E)."""
@@ -55,7 +56,8 @@ class WorldModel(nn.Module):
         """-> losses (B,T) by name, carry, Post, embed, metrics."""
         carry, post, embed = self.observe(obs)
         losses, metrics = self.dynamics.loss(post)
-        losses |= {k: -dist.log_prob(obs[k]) for k, dist in self.decoder(self.dynamics.decoded(post).cat()).items()}
+        decoded = self.decoder(self.dynamics.decoder_features(post).cat())
+        losses |= {key: -dist.log_prob(obs[key]) for key, dist in decoded.items()}
         x = post.feat.cat()  # (B, T, F)
         losses["reward"] = -self.reward(x).log_prob(obs["reward"])
         losses["cont"] = -self.cont(x).log_prob(1.0 - obs["is_terminal"])
@@ -66,7 +68,7 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def show(self, feat: Feat, levels: bool = False) -> list[dict[str, Tensor]]:
         """What features (B,T,.) look like, {key: (B,T,...)}, images in [0, 1]; with ``levels`` coarse levels' too."""
-        feats = [feat, *(self.dynamics.partial(feat).values() if levels else [])]
+        feats = [feat, *(self.dynamics.coarse_features(feat).values() if levels else [])]
         return [self.shown({key: dist.mean() for key, dist in self.decoder(f.cat()).items()}) for f in feats]
 
     def shown(self, obs: Batch) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ class Behavior(nn.Module):
     def __init__(self, feat_dim: int, act_space: spaces.Space, config):
         super().__init__()
         self.actor = networks.Actor(feat_dim, act_space, **config.actor.net)
-        self.critic = networks.TwoHotHead(feat_dim, **config.critic.net)
+        self.critic = networks.make_head("twohot", feat_dim, **config.critic.net)
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.norm = ReturnNorm()
         self.imag, self.slow_rate = config.imag, config.critic.slow_rate
@@ -276,7 +278,7 @@ class Agent(nn.Module):
         return {"params": self.state_dict(), "optim": {name: opt.state_dict() for name, opt in self.optimizers.items()}}
 
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
-        """The inverse, also for a state whose latent structure can be translated (``Dynamics.adopt``).
+        """The inverse, also for a latent state that can be translated (``Dynamics.convert_state_dict``).
 
         -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
         another shape; only an explorer that is not there may start afresh.
@@ -285,7 +287,8 @@ class Agent(nn.Module):
         given = renamed(state["params"], prefix, former)
         params = {name: x for name, x in given.items() if not name.startswith(prefix)}
         dynamics = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
-        params |= {prefix + name: x for name, x in self.world_model.dynamics.adopt(dynamics).items()}
+        dynamics = self.world_model.dynamics.convert_state_dict(dynamics)
+        params |= {prefix + name: x for name, x in dynamics.items()}
         report = {}
         for name, x in own.items():
             theirs = params.get(name)
@@ -357,7 +360,7 @@ class Agent(nn.Module):
         loss = sum(losses.values()).mean()
         metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
         metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
-        self.world_model.dynamics.learn(post)
+        self.world_model.dynamics.update_codebook(post)
 
         starts = self.config.imag.starts
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()

@@ -51,6 +51,7 @@ LIKELY = {
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
     "hidreamer/dynamics/hrvq.py": ("wiring", "golden", "dynamics", "hrvq"),
+    "hidreamer/dynamics/recurrent.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
     "hidreamer/mask.py": ("mask",),
     "hidreamer/quantizer.py": ("numerics", "quantizer"),

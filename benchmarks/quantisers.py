@@ -216,7 +216,7 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
         later = []
         for level in post.levels:
             later.append(level._make(x[:, 1:] for x in level))
-        for name, x in (dynamics.loss(post)[1] | kl_losses(tuple(later), dynamics.balance)[1]).items():
+        for name, x in (dynamics.loss(post)[1] | kl_losses(tuple(later), dynamics.kl_config)[1]).items():
             metrics[name] = metrics.get(name, 0.0) + x.item() * len(post.levels[0].post) / total
     # use of codes cannot be averaged: all chunks at once
     if getattr(dynamics, "quantizer", None) is not None:

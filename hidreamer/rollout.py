@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hidreamer.mask import allowed
+from hidreamer.mask import attn_mask
 from hidreamer.transformer import KV, Transformer, rotary, rotate
 
 
@@ -142,7 +142,7 @@ class Rollout:
         self.cached = Layout.of(steps, self.levels, 1 - steps, where.device)
         self.own = Layout.of(horizon, self.levels, 1, where.device)
         rows = self.own.time, self.own.level
-        self.own_mask = allowed(rules, rows, rows, window)  # (O, O)
+        self.own_mask = attn_mask(rules, rows, rows, window)  # (O, O)
         self.rope = rotary(self.start + self.own.time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
         self.own_kv = transformer.branches(len(self.own.time))
         self.time, self.level, self.length = 0, self.levels, 0  # of the next row, which is A_0; rows computed so far
@@ -174,7 +174,8 @@ class Rollout:
             kv, visible, age = self._prefix(rows)
             mask = visible & (age < self.window - self.time)
         own_mask, last = self.own_mask[rows, : rows.stop], slice(count - 1, None)
-        out = self.transformer(x, self.rope[:, :, rows], self.own_kv, own_mask, kv, mask, last)
+        rope, level = self.rope[:, :, rows], self.own.level[rows]
+        out, _ = self.transformer(x, rope, level, self.own_kv, own_mask, kv, mask, last)
         self.queue, self.length, self.level = [], rows.stop, self.level + count
         if self.level > self.levels:  # that was an action, the last row of its time
             self.time, self.level = self.time + 1, 0
@@ -192,7 +193,7 @@ class Rollout:
             time, level, visible = (
                 first_slots(x, self.levels + 1, slots) for x in (self.cached.time, self.cached.level, self.visible)
             )
-            mask = allowed(self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level))
+            mask = attn_mask(self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level))
             self.prefixes[self.level, count] = Prefix(
                 self._piece(slots), mask & visible.unsqueeze(2), (self.start - time).unsqueeze(2)
             )

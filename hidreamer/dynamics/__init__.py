@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hidreamer.dynamics.base import Balance, Dynamics
+from hidreamer.dynamics.base import Dynamics, KLConfig
 from hidreamer.dynamics.hrssm import HRSSM
 from hidreamer.dynamics.hrvq import HRVQ
 from hidreamer.dynamics.rssm import RSSM
@@ -19,6 +19,7 @@ def make_dynamics(config: Mapping, embed_dim: int, act_dim: int) -> Dynamics:
     """
     if config["type"] not in TYPES:
         raise ValueError(f"dynamics.type is {config['type']!r}; it can be {', '.join(TYPES)}")
-    balance = Balance(config["dyn"], config["rep"], config["free"], config["unimix"])
+    kl_config = KLConfig(config["dyn"], config["rep"], config["free"], config["unimix"])
     sizes = {"deter": config["deter"], "hidden": config["hidden"]}
-    return TYPES[config["type"]](embed_dim, act_dim, balance, **sizes, **config[config["type"]])
+    own = config[config["type"]]  # this type's block
+    return TYPES[config["type"]](embed_dim, act_dim, kl_config, **sizes, **own)
