@@ -151,6 +151,8 @@ def main() -> int:
     parser.add_argument("--dynamics", nargs="+", default=list(TYPES))
     parser.add_argument("--out", type=Path, help="write the report to this file")
     args = parser.parse_args()
+    if args.kills < 1 or args.each < 1:
+        parser.error("--kills and --each must be at least 1")
     rng, runs, done = np.random.default_rng(args.seed), [], 0
     report: dict[str, Any] = dict(provenance())  # before anybody changes a file
     before: dict[tuple[str, str], dict[str, Any]] = {}

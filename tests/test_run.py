@@ -109,6 +109,20 @@ def test_a_checkpoint_comes_before_the_evaluation(tmp_path, monkeypatch):
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+def test_a_run_killed_before_its_first_step_begins_as_it_would_have(tmp_path, monkeypatch):
+    """Its environments were made with the seeds of a first start, and nothing of their state was saved."""
+    args = ["--task", "gym_CartPole-v1", "--steps", 60]
+    assert run(tmp_path / "whole", *args) == 0
+    monkeypatch.setattr(training.Run, "advance", lambda self: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", *args)
+    monkeypatch.undo()
+    assert latest(tmp_path / "run")["step"] == 0
+    assert run(tmp_path / "run", *args) == 0
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
 def test_a_capacity_that_the_streams_do_not_divide_trains(tmp_path):
     args = ["--steps", 300, "--replay.capacity", 100, "--env.count", 3, "--replay.prefill", 2500]
     assert run(tmp_path, *args) == 0
