@@ -368,7 +368,8 @@ def test_transformer_by_hand():
     x, causal = torch.randn(steps, width).double(), torch.ones(steps, steps).tril().bool()
     turn = rotary(torch.arange(steps), width // heads, torch.float64)
     with torch.no_grad():
-        found = net(x[None, None], turn, net.branches(steps), causal)[0, 0]
+        level = torch.zeros(steps, dtype=torch.long)
+        found = net(x[None, None], turn, level, net.branches(steps), causal)[0][0, 0]
         rotated = lambda x, t: rotate(x[None], rotary(torch.tensor(t), 4, torch.float64))[0]
         for layer in net.layers:
             qkv = [layer.qkv.weight @ layer_norm(row, layer.norm1) for row in x]
@@ -382,8 +383,8 @@ def test_transformer_by_hand():
                     weight = torch.exp(scores) / torch.exp(scores).sum()
                     gathered.append(sum(weight[s] * qkv[s][2, head] for s in range(t + 1)))
                 row = x[t] + layer.out.weight @ torch.cat(gathered)
-                up = layer.up.weight @ layer_norm(row, layer.norm2) + layer.up.bias
-                rows.append(row + layer.down.weight @ (up * torch.sigmoid(up)) + layer.down.bias)
+                up = layer.ffn.up.weight @ layer_norm(row, layer.norm2) + layer.ffn.up.bias
+                rows.append(row + layer.ffn.down.weight @ (up * torch.sigmoid(up)) + layer.ffn.down.bias)
             x = torch.stack(rows)
         expected = torch.stack([layer_norm(row, net.norm) for row in x])
     assert torch.allclose(found, expected, atol=1e-10)

@@ -52,9 +52,7 @@ MAKERS = {
         6, spaces.Discrete(3), **HEAD, unimix=0.01, min_std=0.1, max_std=1.0, **names
     ),
     "rssm": lambda names: RSSM(E, A, KL, deter=8, hidden=8, stoch=2, classes=3, **names),
-    "hrssm": lambda names: HRSSM(
-        E, A, KL, deter=8, hidden=8, stoch=[2, 2], classes=[3, 3], **names
-    ),
+    "hrssm": lambda names: HRSSM(E, A, KL, deter=8, hidden=8, stoch=[2, 2], classes=[3, 3], **names),
     "hrvq": lambda names: build("hrvq", **names),
 }
 
@@ -212,8 +210,6 @@ def test_codes_of_other_sizes_are_refused():
     embed, action, is_first = inputs()
     codes = dynamics.encode(embed)
     with pytest.raises(AssertionError):
-        dynamics.follow(
-            dynamics.initial(B), codes._replace(code=codes.code[:, :, 1:]), action, is_first
-        )
+        dynamics.follow(dynamics.initial(B), codes._replace(code=codes.code[:, :, 1:]), action, is_first)
     with pytest.raises(AssertionError):
         dynamics.encode(embed[..., 1:])

@@ -251,7 +251,7 @@ def test_level_dropout_hides_the_finest_codes_of_its_share_of_steps(share):
     with torch.no_grad():
         first = torch.ones(DRAWS, 1, dtype=torch.bool)
         _, post = dynamics.observe(dynamics.initial(DRAWS), torch.randn(DRAWS, 1, 5), torch.zeros(DRAWS, 1, 3), first)
-        codes = dynamics.decoded(post).stoch.unflatten(-1, (3, -1))  # (B, 1, L, G * d)
+        codes = dynamics.decoder_features(post).stoch.unflatten(-1, (3, -1))  # (B, 1, L, G * d)
     hidden = (codes == 0).all(-1).float().mean((0, 1)).tolist()
     assert hidden[0] == 0.0 and hidden[1:] == pytest.approx([share / 2, share], abs=TOLERANCE)
     kept = codes != 0
