@@ -34,6 +34,7 @@ def play_toy(kind, folder):
     return sum(early) / len(early), [line["eval_return"] for line in lines if "eval_return" in line][-1]
 
 
+@pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_toy_task_is_learned(kind, tmp_path):
     """Answer the cue that is shown, one of four: from 5 of 20 at random to 18 and more."""
@@ -41,6 +42,7 @@ def test_a_toy_task_is_learned(kind, tmp_path):
     assert 3.0 < random < 7.0 and learned >= 18.0
 
 
+@pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeypatch):
     """The same run, but for the order in which a batch's rewards come: two of four cues may be answered by luck."""
