@@ -82,10 +82,10 @@ def stack_feats(feats: list[Feat]) -> Feat:
 def kl_losses(
     levels: tuple[Level, ...], config: KLConfig, weights: list[float] | None = None
 ) -> tuple[Losses, Metrics]:
-    """Balanced KL with free nats per level; ``weights`` scale how much each level's prior is trained.
+    """Balanced KL with free nats per level; ``weights`` are those of the levels in ``dyn``.
 
-    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it has a
-    weight; and metrics: per level the unclipped nats and both entropies, ().
+    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it
+    has a weight; and metrics: per level the unclipped nats and both entropies, ().
     """
     losses, metrics = {"dyn": 0.0}, {}
     if config.rep:
@@ -108,8 +108,8 @@ def kl_losses(
 class Dynamics(nn.Module):
     """A latent state and how it moves.
 
-    Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes the
-    mode wherever a sample would be drawn.
+    Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
+    the mode wherever a sample would be drawn.
     """
 
     deter_dim: int
@@ -146,8 +146,8 @@ class Dynamics(nn.Module):
     ) -> tuple[Any, Post]:
         """Follow real observations.
 
-        embed: (B,T,E); prev_action: (B,T,A), the action that led to each; is_first: (B,T) bool, where
-        carry and action are replaced by those of an episode's start.
+        embed: (B,T,E); prev_action: (B,T,A), the action that led to each; is_first: (B,T) bool,
+        where carry and action are replaced by those of an episode's start.
 
         -> the carry after the last step, and what was found at each.
         """
@@ -158,7 +158,7 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def starts(self, carry: Any, post: Post, n: int) -> Any:
-        """Detached carry of B * n imagination starts, sequence by sequence: the steps of ``start_steps``.
+        """Detached carry of B * n starts of imagination, by sequence: the steps of ``start_steps``.
 
         ``carry`` and ``post`` are what ``observe`` returned.
         """
@@ -185,7 +185,8 @@ class Dynamics(nn.Module):
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of another kind of state, translated so that they compute the same here.
 
-        Parameters of this kind are returned as they are. Raises ValueError where that is impossible.
+        Parameters of this kind are returned as they are. Raises ValueError where that is
+        impossible.
         """
         return params
 
@@ -198,15 +199,15 @@ class Dynamics(nn.Module):
     ) -> tuple[Any, Feat, Tensor]:
         """Continue any carry for H >= 1 steps in imagination.
 
-        carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2 from
-        the carry that they led to equal H1 + H2 steps. actor: a policy, or actions (N,H,A).
+        carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2
+        from the carry that they led to equal H1 + H2 steps. actor: a policy, or actions (N,H,A).
 
-        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions (N,H+1,A),
-        the one taken *in* each state (of given actions the last one is zero).
+        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions
+        (N,H+1,A), the one taken *in* each state (of given actions the last one is zero).
         """
         raise NotImplementedError
 
-    # -------------------------------------------------- shapes: checked at the entrance of every verb
+    # ------------------------------------------------------------ shapes, checked by every verb
 
     def check_steps(self, carry: Any, prev_action: Tensor, is_first: Tensor) -> None:
         """The arguments of ``observe`` and its like fit together: (B,T,A), (B,T) bool."""
