@@ -193,7 +193,10 @@ def test_verbs_refuse_other_shapes(dynamics):
         lambda: dynamics.observe(dynamics.initial(B), embed, action, is_first.double()),
         lambda: dynamics.observe(dynamics.initial(1), embed, action, is_first),
         lambda: dynamics.loss(post._replace(levels=post.levels[:0])),
-        lambda: dynamics.loss(post._replace(feat=post.feat.map(lambda x: x[:, 0]))),
+        lambda: dynamics.loss(
+            post._replace(levels=(post.levels[0]._make(x[0] for x in post.levels[0]),))
+        ),
+        lambda: dynamics.starts(carry, post._replace(feat=post.feat.map(lambda x: x[:, 0])), 0),
         lambda: dynamics.starts(carry, post._replace(feat=post.feat.map(lambda x: x[..., 1:])), 0),
         lambda: dynamics.imagine(carry, given, 5),
         lambda: dynamics.imagine(carry, given[..., 1:], 4),

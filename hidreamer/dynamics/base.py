@@ -217,15 +217,21 @@ class Dynamics(nn.Module):
         shape = *is_first.shape, self.act_dim
         assert prev_action.shape == shape, f"prev_action {prev_action.shape}, not {shape}"
 
-    def check_post(self, post: Post) -> None:
-        """What ``observe`` found has this state's sizes."""
-        steps = post.feat.deter.shape[:-1]  # (B, T)
-        assert len(steps) == 2 and len(post.levels) == len(self.shapes), (steps, len(post.levels))
-        assert post.feat.deter.shape == (*steps, self.deter_dim), post.feat.deter.shape
-        assert post.feat.stoch.shape == (*steps, self.stoch_dim), post.feat.stoch.shape
+    def check_levels(self, post: Post) -> None:
+        """The logits that ``observe`` found have this state's sizes, (B,T,S,K)."""
+        assert len(post.levels) == len(self.shapes), len(post.levels)
+        steps = post.levels[0].post.shape[:-2]  # (B, T)
+        assert len(steps) == 2, steps
         for level, shape in zip(post.levels, self.shapes, strict=True):
             for logit in level:
                 assert logit.shape == (*steps, *shape), (logit.shape, steps, shape)
+
+    def check_feat(self, feat: Feat) -> None:
+        """Features (B,T,.) of this state's sizes."""
+        steps = feat.deter.shape[:-1]
+        assert len(steps) == 2, steps
+        assert feat.deter.shape == (*steps, self.deter_dim), feat.deter.shape
+        assert feat.stoch.shape == (*steps, self.stoch_dim), feat.stoch.shape
 
     def check_imagined(self, carry: Any, actor: Policy | Tensor, horizon: int) -> None:
         """The arguments of ``imagine``: at least one step, and an action (N,A) for each."""

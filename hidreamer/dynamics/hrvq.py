@@ -278,7 +278,7 @@ class HRVQ(Dynamics):
 
         ``nearest`` adds the commitment loss, and feed-forward parts their auxiliary losses.
         """
-        self.check_post(post)
+        self.check_levels(post)
         losses, metrics = kl_losses(post.levels, self.kl_config, self.level_weights)
         codes, is_first = post.aux.codes, post.aux.is_first
         if self.quantizer.kind == "nearest":
@@ -313,7 +313,7 @@ class HRVQ(Dynamics):
         self.quantizer.update_codebook(post.aux.codes)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
-        self.check_post(post)
+        self.check_feat(post.feat)
         length, cache = post.feat.deter.shape[1], post.aux.cache
         chosen = start_steps(length, n)
         cached = cache.segment.shape[1] - length  # steps before the post's

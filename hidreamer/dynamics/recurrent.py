@@ -164,11 +164,11 @@ class Recurrent(Dynamics):
         self.imagine_step = torch.compile(self.imagine_step)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
-        self.check_post(post)
+        self.check_levels(post)
         return kl_losses(post.levels, self.kl_config)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
-        self.check_post(post)
+        self.check_feat(post.feat)
         where = start_steps(post.feat.deter.shape[1], n)
         return Carry(*(x[:, where].flatten(0, 1).detach() for x in post.feat))  # (B * n, .)
 
