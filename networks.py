@@ -39,8 +39,8 @@ def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dic
     """Observation keys that match ``pattern``, sorted, by kind.
 
     ``name`` is the pattern's key in the config. -> {"image" | "grid" | "vector": {key: shape}}.
-    Raises ValueError where ``pattern`` is no regular expression or nothing matches, or images or grids
-    differ in height or width.
+    Raises ValueError where ``pattern`` is no regular expression or nothing matches, or images or
+    grids differ in height or width.
     """
     found: dict[str, dict[str, Shape]] = {"image": {}, "grid": {}, "vector": {}}
     try:
@@ -63,7 +63,7 @@ def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dic
 
 
 def prepare(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Raw observations to floats, shapes kept: images to [-0.5, 0.5], grids to {0, 1}, vectors as are."""
+    """Raw observations to floats: images to [-0.5, 0.5], grids to {0, 1}; vectors as they are."""
     out = {}
     for key, x in obs.items():
         out[key] = x.float() / 255.0 - 0.5 if x.dtype == torch.uint8 else x.float()
@@ -117,7 +117,7 @@ def stages(size: tuple[int, int], minres: int) -> int:
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions down to ``minres``: (N, H, W, C) -> (N, dim), flattened channels first."""
+    """Strided convolutions down to ``minres``: (N, H, W, C) -> (N, dim), channels first."""
 
     def __init__(self, shape: tuple[int, int, int], depth: int, minres: int, **names: str):
         super().__init__()
@@ -157,7 +157,7 @@ class ConvDecoder(nn.Module):
 
 
 class GridEncoder(nn.Module):
-    """For small boards of binary planes: one 3x3 convolution, one block. (N, H, W, C) -> (N, units)."""
+    """For small boards of binary planes: a 3x3 convolution, a block. (N, H, W, C) -> (N, units)."""
 
     def __init__(
         self,
@@ -184,10 +184,10 @@ def stacked_shape(shapes: Mapping[str, Shape]) -> Shape:
 
 
 class Encoder(nn.Module):
-    """Prepared observations (B, T, ...) -> embed (B, T, dim): images, grids, vectors (through symlog).
+    """Prepared observations (B, T, ...) -> embed (B, T, dim): images, grids, symlog of vectors.
 
-    keys: a regular expression of observations; depth, minres: of convolutions; layers, units: of the
-    vectors' perceptron; names: ``norm`` and ``act``.
+    keys: a regular expression of observations; depth, minres: of convolutions; layers, units: of
+    the vectors' perceptron; names: ``norm`` and ``act``.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class Decoder(nn.Module):
 
 
 class TwoHotHead(MLP):
-    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero: it first predicts 0."""
+    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero: it predicts 0."""
 
     def __init__(self, feat_dim: int, *, layers: int, units: int, **names: str):
         super().__init__(feat_dim, layers, units, dists.BINS, outscale=0.0, **names)
@@ -290,7 +290,7 @@ class TwoHotHead(MLP):
 
 
 class BinaryHead(MLP):
-    """The chance that something is true, as that the episode continues: (..., F) -> Bernoulli (...)."""
+    """A chance, such as that the episode continues: (..., F) -> Bernoulli (...)."""
 
     def __init__(self, feat_dim: int, *, layers: int, units: int, **names: str):
         super().__init__(feat_dim, layers, units, 1, **names)
@@ -308,7 +308,7 @@ def make_head(output: str, feat_dim: int, *, layers: int, units: int, **names: s
 
 
 class Actor(MLP):
-    """The policy, (..., F) -> OneHots or ClippedNormal over actions (..., A), as the action space asks."""
+    """The policy, (..., F) -> OneHots, or for continuous ClippedNormal, actions (..., A)."""
 
     def __init__(
         self,

@@ -41,7 +41,19 @@ LIST = Path(__file__).with_suffix(".yaml")
 TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
 # Test files in the order in which they are tried, the quick ones first.
-FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates", "dynamics", "legacy", "hrssm")
+FAST = (
+    "numerics",
+    "parts",
+    "golden",
+    "wiring",
+    "mask",
+    "quantizer",
+    "replay",
+    "updates",
+    "dynamics",
+    "legacy",
+    "hrssm",
+)
 FAST += ("hrvq", "hrvq_losses", "agent", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
@@ -57,8 +69,8 @@ LIKELY = {
     "hidreamer/quantizer.py": ("numerics", "quantizer"),
     "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),
-    "hidreamer/rollout.py": ("dynamics", "hrvq"),
-    "hidreamer/transformer.py": ("numerics", "dynamics", "hrvq"),
+    "hidreamer/rollout.py": ("parts", "dynamics", "hrvq"),
+    "hidreamer/transformer.py": ("numerics", "parts", "dynamics", "hrvq"),
     "models.py": ("golden", "wiring"),
     "networks.py": ("numerics", "wiring", "legacy"),
 }

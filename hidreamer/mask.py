@@ -2,9 +2,9 @@
 
 Three kinds. Rows and columns are (time, level), A being level ``levels``; all are causal.
 
-- ``hierarchical`` (ssrhaso/hidreamer): rows of L0 see everything before them; all other rows see their
-  own step, and of the past only L0 and A. It is a bias, not a barrier: with two layers or more, past
-  fine levels reach every row through L0.
+- ``hierarchical`` (ssrhaso/hidreamer): rows of L0 see everything before them; all other rows see
+  their own step, and of the past only L0 and A. It is a bias, not a barrier: with two layers or
+  more, past fine levels reach every row through L0.
 - ``barrier``: a row sees columns that are as coarse as itself or coarser, A counting as L0. It is
   transitive, so at any depth the coarse stream (L0 and A) depends on no finer level.
 - ``causal``: everything before; the control.
@@ -43,8 +43,8 @@ def rule(kind: str, levels: int) -> Tensor:
 def attn_mask(rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0) -> Tensor:
     """(.., Q, K) bool: True where a row may see a column, under ``window`` steps (0: any) back.
 
-    ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column`` times and
-    levels (K,).
+    ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column``
+    times and levels (K,).
     """
     (row_time, row_level), (column_time, column_level) = row, column
     ago = row_time.unsqueeze(-1) - column_time  # (.., Q, K)

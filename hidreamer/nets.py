@@ -79,9 +79,9 @@ def linear(inp: int, out: int, scale: float | None = None, bias: bool = True) ->
 class Block(nn.Module):
     """Linear, norm, activation: (..., inp) -> (..., out).
 
-    Without a bias the norm makes a block blind to the length of its input. One-hots have one length,
-    so upstream has no biases; for raw vectors the length matters: there take a ``bias``, which starts
-    like the weight of a constant 1.
+    Without a bias the norm makes a block blind to the length of its input. One-hots have one
+    length, so upstream has no biases; for raw vectors the length matters: there take a ``bias``,
+    which starts like the weight of a constant 1.
 
     norm, act: names of ``NORMS`` and ``ACTIVATIONS``.
     """
@@ -109,9 +109,9 @@ class Block(nn.Module):
 class SplitBlock:
     """A block with several inputs, whose products with the weight are taken one by one.
 
-    In a recurrence only one input waits for the step before. ``partial`` multiplies the others for all
-    steps at once, before the loop; a call adds the last one. Make one for each loop: it splits the
-    weight once, so that the weight's gradient is put together once.
+    In a recurrence only one input waits for the step before. ``partial`` multiplies the others for
+    all steps at once, before the loop; a call adds the last one. Make one for each loop: it splits
+    the weight once, so that the weight's gradient is put together once.
     """
 
     def __init__(self, block: Block, sizes: Sequence[int]):
@@ -126,13 +126,14 @@ class SplitBlock:
     def __call__(self, i: int, x: Tensor, others: Tensor) -> Tensor:
         """The block's output (B, out).
 
-        ``x`` (B, size_i) is input ``i``; ``others`` (B, out) is the sum of all other inputs' ``partial``.
+        ``x`` (B, size_i) is input ``i``; ``others`` (B, out) is the sum of all other inputs'
+        ``partial``.
         """
         return self.block.norm_act(torch.addmm(others, x, self.weights[i].t()))
 
 
 class MLP(nn.Module):
-    """``layers`` blocks of ``units``, then (if ``out``) a linear layer: (..., inp) -> (..., out or units).
+    """``layers`` blocks and (if ``out``) a linear layer: (..., inp) -> (..., out or units).
 
     first_bias: whether the first block has a bias; names: ``norm`` and ``act`` of all blocks.
     """

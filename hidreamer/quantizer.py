@@ -1,12 +1,13 @@
-"""Residual quantisation: G groups of d numbers become L levels of codes, each near what was left over.
+"""Residual quantisation: G groups of d numbers become L levels of codes, each near the residual.
 
 Level l sees the residual r_l = z - sum of the codes of the levels before it, the codes detached:
 attached, they would cancel its loss's gradient at the encoder. Four ways to choose and learn codes:
 
-- ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by gradient. A
-  level is then a categorical like any other of Dreamer's, and can be trained to be predictable.
-- ``nearest`` (van den Oord et al. 2017; residual: Zeghidour et al. 2021): the nearest code; codes are
-  moving averages of their residuals; a commitment loss keeps the encoder near them.
+- ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by
+  gradient. A level is then a categorical like any other of Dreamer's, and can be trained to be
+  predictable.
+- ``nearest`` (van den Oord et al. 2017; residual: Zeghidour et al. 2021): the nearest code; codes
+  are moving averages of their residuals; a commitment loss keeps the encoder near them.
 - ``frozen``: the nearest of random codes that nothing trains; a control.
 - ``fsq`` (Mentzer et al. 2023, residual): a few numbers of each residual, bounded and rounded; no
   codebook to learn.
@@ -69,7 +70,7 @@ def split_codes(codes: int) -> list[int]:
 
 
 def _factors(number: int, count: int, most: int) -> list[int] | None:
-    """``count`` factors of ``number`` from ``most`` down to 3, largest first; None where there are none."""
+    """``count`` factors of ``number``, between ``most`` and 3, largest first, or None."""
     if count == 0:
         return [] if number == 1 else None
     for side in range(most, 2, -1):
@@ -142,7 +143,7 @@ class Quantizer(nn.Module):
         )
 
     def _encode_level(self, level: int, residual: Tensor, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., G, d) -> straight-through code (..., G, d), its index (..., G), logits (..., G, K)."""
+        """(..., G, d) -> code (..., G, d), straight-through, index (..., G), logits (..., G, K)."""
         if self.kind == "fsq":
             return self._encode_fsq(level, residual)
         distance = self.distance(level, residual)
@@ -156,7 +157,7 @@ class Quantizer(nn.Module):
         return code, index, HARD * onehot
 
     def distance(self, level: int, residual: Tensor) -> Tensor:
-        """Squared distances (..., G, K) of residuals (..., G, d) to a level's codes, at least float32."""
+        """Squared distances (..., G, K) of (..., G, d) to a level's codes, in float32 at least."""
         book = dists.wide(self.book[level])  # (G or 1, K, d)
         x = dists.wide(residual)
         with torch.autocast(x.device.type, enabled=False):  # it would round by more than codes differ
@@ -192,11 +193,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self, codes: Codes, rate: float = 0.02, floor: float = 0.2) -> None:
-        """Move ``nearest`` codebooks towards the residuals that chose them (van den Oord et al. 2017).
+        """Move ``nearest`` codebooks towards their codes' residuals (van den Oord et al. 2017).
 
-        Once per training update, after backward; ``codes`` (..., L, G, .) are what ``encode`` found. A
-        code whose running count of uses falls below ``floor`` is replaced by a random residual of its
-        own level. Reads nothing on the host. The other kinds learn by gradient or not at all.
+        Once per training update, after backward; ``codes`` (..., L, G, .) are what ``encode``
+        found. A code whose running count of uses falls below ``floor`` is replaced by a random
+        residual of its own level. Reads nothing on the host. The other kinds learn by gradient or
+        not at all.
         """
         if self.kind != "nearest":
             return

@@ -1,10 +1,10 @@
-"""A pre-norm transformer whose sequences share a prefix: K/V of B sequences, continued by n branches each.
+"""A pre-norm transformer over B sequences, each of which n branches continue and share.
 
 Observing is the case of one branch that is the sequence itself; imagination has a branch for every
 start. Both run through the same ``forward``, so they cannot drift apart.
 
-Shapes: B sequences, n branches of each, Q new positions, P prefix positions, O positions of a branch's
-own, W width, h heads of d numbers.
+Shapes: B sequences, n branches of each, Q new positions, P prefix positions, O positions of a
+branch's own, W width, h heads of d numbers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class KV(NamedTuple):
 class Branch:
     """The K/V that one layer's branches add of their own, (B,h,n,O,d): at most ``room`` positions.
 
-    Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of them
-    every time.
+    Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of
+    them every time.
     """
 
     def __init__(self, room: int):
@@ -55,10 +55,10 @@ class Branch:
 
 
 def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """(..., 2, dim / 2): cosines and sines of rotary positions (Su et al. 2021) for integer times (...).
+    """Rotary positions (Su et al. 2021): cosines and sines (..., 2, dim / 2) of times (...), int.
 
-    Angles are computed in at least float32, whatever the network runs in: bfloat16 cannot tell step 256
-    from 257.
+    Angles are computed in at least float32, whatever the network runs in: bfloat16 cannot tell
+    step 256 from 257.
     """
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rate = 10_000.0 ** (-torch.arange(dim // 2, device=times.device, dtype=dtype) / (dim // 2))
@@ -67,7 +67,7 @@ def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the halves of x (..., h, d) by the angles in ``rope`` (..., 2, d / 2), in the precision of these."""
+    """Turn the halves of x (..., h, d) by the angles ``rope`` (..., 2, d / 2), in its dtype."""
     cos, sin = rope.unsqueeze(-3).unbind(-2)  # (..., 1, d / 2) each
     a, b = x.to(rope.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
@@ -79,8 +79,8 @@ FFNLosses = dict[str, Tensor]  # auxiliary losses of feed-forward parts, (B, n) 
 class Dense(nn.Module):
     """Two linear layers, the same for all positions.
 
-    Any feed-forward part takes x (B,n,Q,W) and the positions' levels (Q,) and returns what is added to
-    x, (B,n,Q,W), and auxiliary losses; this one has none and makes no use of the levels.
+    Any feed-forward part takes x (B,n,Q,W) and the positions' levels (Q,) and returns what is
+    added to x, (B,n,Q,W), and auxiliary losses; this one has none and makes no use of the levels.
     """
 
     def __init__(self, width: int, hidden: int, *, act: str = "silu"):
@@ -96,7 +96,7 @@ FFNS = {"dense": Dense}  # each: (width, hidden, act=name) -> module
 
 
 class Layer(nn.Module):
-    """Attention and the feed-forward part ``ffn`` (of ``FFNS``), each around a residual connection."""
+    """Attention and a feed-forward part (``ffn``, of ``FFNS``), each with a residual connection."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
 
     def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
-        """x (B,n,Q,W), attention's output (B,h,n,Q,d), levels (Q,) -> the layer's output (B,n,Q,W)."""
+        """x (B,n,Q,W), what attention gave (B,h,n,Q,d), levels (Q,) -> (B,n,Q,W), losses."""
         x = x + self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
         added, losses = self.ffn(self.norm2(x), level)
         return x + added, losses
@@ -133,11 +133,11 @@ MASKED = -1e9  # score of what a row may not see: finite, so that no row ever be
 
 
 def attend(q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None) -> Tensor:
-    """Softmax attention of q (B,h,n,Q,d) over a shared prefix and a branch's own positions. -> (B,h,n,Q,d).
+    """Softmax attention of q (B,h,n,Q,d) over a shared prefix and a branch's own positions.
 
-    prefix (B,h,P,d), own (B,h,n,O,d); prefix_mask (B,n,Q,P) and own_mask (..,Q,O) are True where a row
-    may look; every row sees at least itself. The prefix is multiplied with all branches' queries at once
-    and never copied for them.
+    -> (B,h,n,Q,d). prefix (B,h,P,d), own (B,h,n,O,d); prefix_mask (B,n,Q,P) and own_mask (..,Q,O)
+    are True where a row may look; every row sees at least itself. The prefix is multiplied with
+    all branches' queries at once and never copied for them.
     """
     if prefix is None:
         if own_mask.ndim == 4:
@@ -192,11 +192,11 @@ class Transformer(nn.Module):
         prefix_mask: Tensor | None = None,
         out_index: slice = slice(None),
     ) -> tuple[Tensor, FFNLosses]:
-        """x (B,n,Q,W) -> outputs (B,n,R,W) of the R positions ``out_index``, and the layers' losses, summed.
+        """x (B,n,Q,W) -> outputs (B,n,R,W) of the R positions ``out_index``, sum of layers' losses.
 
-        rope (..,Q,2,d/2) and level (Q,) are the new positions' rotations and levels. own_mask (..,Q,O)
-        is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about the prefix.
-        ``own`` grows by all Q.
+        rope (..,Q,2,d/2) and level (Q,) are the new positions' rotations and levels. own_mask
+        (..,Q,O) is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about
+        the prefix. ``own`` grows by all Q.
         """
         losses: FFNLosses = {}
         for i, layer in enumerate(self.layers):

@@ -13,7 +13,7 @@ TYPES = {"rssm": RSSM, "hrssm": HRSSM, "hrvq": HRVQ}
 
 
 def make_dynamics(config: Mapping, embed_dim: int, act_dim: int) -> Dynamics:
-    """The latent state that ``config["type"]`` names, built from the ``dynamics`` block of a config.
+    """The latent state ``config["type"]``, built from the ``dynamics`` block of a config.
 
     Raises ValueError, one line, for a name that does not exist or sizes that do not fit together.
     """

@@ -80,10 +80,10 @@ def stack_feats(feats: list[Feat]) -> Feat:
 def kl_losses(
     levels: tuple[Level, ...], config: KLConfig, weights: list[float] | None = None
 ) -> tuple[Losses, Metrics]:
-    """Balanced KL with free nats per level; ``weights`` scale how much each level's prior is trained.
+    """Balanced KL with free nats per level; ``weights`` are those of the levels in ``dyn``.
 
-    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it has a
-    weight; and metrics: per level the unclipped nats and both entropies, ().
+    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it
+    has a weight; and metrics: per level the unclipped nats and both entropies, ().
     """
     losses, metrics = {"dyn": 0.0}, {}
     if config.rep:
@@ -106,8 +106,8 @@ def kl_losses(
 class Dynamics(nn.Module):
     """A latent state and how it moves.
 
-    Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes the
-    mode wherever a sample would be drawn.
+    Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
+    the mode wherever a sample would be drawn.
     """
 
     deter_dim: int
@@ -142,8 +142,8 @@ class Dynamics(nn.Module):
     ) -> tuple[Any, Post]:
         """Follow real observations.
 
-        embed: (B,T,E); prev_action: (B,T,A), the action that led to each; is_first: (B,T) bool, where
-        carry and action are replaced by those of an episode's start.
+        embed: (B,T,E); prev_action: (B,T,A), the action that led to each; is_first: (B,T) bool,
+        where carry and action are replaced by those of an episode's start.
 
         -> the carry after the last step, and what was found at each.
         """
@@ -154,7 +154,7 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def starts(self, carry: Any, post: Post, n: int) -> Any:
-        """Detached carry of B * n imagination starts, sequence by sequence: the steps of ``start_steps``.
+        """Detached carry of B * n starts of imagination, by sequence: the steps of ``start_steps``.
 
         ``carry`` and ``post`` are what ``observe`` returned.
         """
@@ -181,7 +181,8 @@ class Dynamics(nn.Module):
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of another kind of state, translated so that they compute the same here.
 
-        Parameters of this kind are returned as they are. Raises ValueError where that is impossible.
+        Parameters of this kind are returned as they are. Raises ValueError where that is
+        impossible.
         """
         return params
 
@@ -194,15 +195,15 @@ class Dynamics(nn.Module):
     ) -> tuple[Any, Feat, Tensor]:
         """Continue any carry for H >= 1 steps in imagination.
 
-        carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2 from
-        the carry that they led to equal H1 + H2 steps. actor: a policy, or actions (N,H,A).
+        carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2
+        from the carry that they led to equal H1 + H2 steps. actor: a policy, or actions (N,H,A).
 
-        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions (N,H+1,A),
-        the one taken *in* each state (of given actions the last one is zero).
+        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions
+        (N,H+1,A), the one taken *in* each state (of given actions the last one is zero).
         """
         raise NotImplementedError
 
-    # -------------------------------------------------- shapes: checked at the entrance of every verb
+    # ------------------------------------------------------------ shapes, checked by every verb
 
     def check_steps(self, carry: Any, prev_action: Tensor, is_first: Tensor) -> None:
         """The arguments of ``observe`` and its like fit together: (B,T,A), (B,T) bool."""
@@ -212,15 +213,21 @@ class Dynamics(nn.Module):
         shape = *is_first.shape, self.act_dim
         assert prev_action.shape == shape, f"prev_action {prev_action.shape}, not {shape}"
 
-    def check_post(self, post: Post) -> None:
-        """What ``observe`` found has this state's sizes."""
-        steps = post.feat.deter.shape[:-1]  # (B, T)
-        assert len(steps) == 2 and len(post.levels) == len(self.shapes), (steps, len(post.levels))
-        assert post.feat.deter.shape == (*steps, self.deter_dim), post.feat.deter.shape
-        assert post.feat.stoch.shape == (*steps, self.stoch_dim), post.feat.stoch.shape
+    def check_levels(self, post: Post) -> None:
+        """The logits that ``observe`` found have this state's sizes, (B,T,S,K)."""
+        assert len(post.levels) == len(self.shapes), len(post.levels)
+        steps = post.levels[0].post.shape[:-2]  # (B, T)
+        assert len(steps) == 2, steps
         for level, shape in zip(post.levels, self.shapes, strict=True):
             for logit in level:
                 assert logit.shape == (*steps, *shape), (logit.shape, steps, shape)
+
+    def check_feat(self, feat: Feat) -> None:
+        """Features (B,T,.) of this state's sizes."""
+        steps = feat.deter.shape[:-1]
+        assert len(steps) == 2, steps
+        assert feat.deter.shape == (*steps, self.deter_dim), feat.deter.shape
+        assert feat.stoch.shape == (*steps, self.stoch_dim), feat.stoch.shape
 
     def check_imagined(self, carry: Any, actor: Policy | Tensor, horizon: int) -> None:
         """The arguments of ``imagine``: at least one step, and an action (N,A) for each."""

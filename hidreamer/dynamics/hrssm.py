@@ -1,4 +1,4 @@
-"""hrssm: two levels of categoricals, a top (coarse) and a bottom (fine) one with a residual posterior."""
+"""hrssm: categoricals on a top (coarse) and a bottom (fine) level with a residual posterior."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class HRSSM(Recurrent):
     """With u = hidden of deter and v = hidden of (deter, embed):
 
     - top: prior logits from u, posterior logits from v;
-    - bottom: prior logits from (u, z_top), posterior logits = sg(prior logits) + delta(sg(u), v, z_top).
+    - bottom: prior logits from (u, z_top), posterior logits = sg(prior logits) + delta(sg(u), v,
+      z_top).
 
-    delta starts at zero, so at first the bottom's posterior is its prior. The two stops keep ``rep``
-    from training the prior through the posterior that is built on it.
+    delta starts at zero, so at first the bottom's posterior is its prior. The two stops keep
+    ``rep`` from training the prior through the posterior that is built on it.
 
     stoch, classes: S and K of top and bottom; names: ``cell``, ``norm``, ``act``.
     """
@@ -76,9 +77,9 @@ class HRSSM(Recurrent):
         return stoch[..., : math.prod(self.shapes[0])]
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
-        # The bottom's prior is given the posterior's top. Given a sample of the prior's own, which says
-        # nothing of the observation, it would learn to ignore the top, and the levels of imagined
-        # states would not fit together.
+        # The bottom's prior is given the posterior's top. Given a sample of the prior's own, which
+        # says nothing of the observation, it would learn to ignore the top, and the levels of
+        # imagined states would not fit together.
         u, top = self.img_out(deter), self._top_of(stoch).detach()
         return self._top_prior(u), self._bottom_prior(u, top)
 
@@ -89,10 +90,10 @@ class HRSSM(Recurrent):
         return {"top": feat._replace(stoch=torch.cat([top, bottom], -1))}
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Split the heads of a flat state over two levels, so that nothing changes until training changes it.
+        """Split the heads of a flat state over two levels: it computes the same until trained.
 
-        The flat state's first variables become the top. No prior looks at z_top yet, and delta turns
-        the bottom's prior logits into the flat posterior's: W_post v - W_prior u.
+        The flat state's first variables become the top. No prior looks at z_top yet, and delta
+        turns the bottom's prior logits into the flat posterior's: W_post v - W_prior u.
         """
         if "prior_out.weight" not in params:
             return params

@@ -1,13 +1,13 @@
 """hrvq: residual-VQ codes as the state, a hierarchically masked transformer as the memory.
 
-Every step has one position per level and one for the action, ``[L0 .. L_{n-1}, A]``; a level's position
-carries its G codes. A_t predicts L0_{t+1}, L0_t predicts L1_t, L1_t predicts L2_t. The memory ``deter``
-of step t+1 is the output at A_t; at an episode's start, that of a learned token instead of A. ``stoch``
-is the codes of all levels. The posterior sees the observation alone: a batch's posteriors come from one
-encoder pass, its memories from one parallel pass.
+Every step has one position per level and one for the action, ``[L0 .. L_{n-1}, A]``; a level's
+position carries its G codes. A_t predicts L0_{t+1}, L0_t predicts L1_t, L1_t predicts L2_t. The
+memory ``deter`` of step t+1 is the output at A_t; at an episode's start, that of a learned token
+instead of A. ``stoch`` is the codes of all levels. The posterior sees the observation alone: a
+batch's posteriors come from one encoder pass, its memories from one parallel pass.
 
-Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t that is known once o_t is
-seen.
+Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t that is known once o_t
+is seen.
 
 Shapes: B sequences, T steps, N = B * n branches, H imagined steps, L levels, G groups, K codes of d
 numbers, E embedding, A action, W width, D deter (= W), Z stoch (= L * G * d), Q = T * (L + 1) new
@@ -103,9 +103,9 @@ class HRVQ(Dynamics):
         super().__init__()
         if deter % heads or (deter // heads) % 2:  # rotary positions turn pairs of numbers
             raise ValueError(f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number")
-        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be near
-        # to it, all it can do is become vague. So nothing draws it there, and no nats are free: the
-        # prior is always trained.
+        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to
+        # be near to it, all it can do is become vague. So nothing draws it there, and no nats are
+        # free: the prior is always trained.
         self.kl_config = kl_config._replace(rep=0.0, free_nats=0.0)
         self.levels, self.window, self.chain = levels, window, chain
         self.level_dropout = level_dropout
@@ -121,7 +121,8 @@ class HRVQ(Dynamics):
         if spatial and embed_dim % groups:
             raise ValueError(f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions")
         self.register_buffer("rules", rule(mask, levels), persistent=False)
-        # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1 ..).
+        # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
+        # ..).
         with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
             past = rule(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
@@ -143,7 +144,7 @@ class HRVQ(Dynamics):
     # ------------------------------------------------------------ pieces
 
     def _project(self, embed: Tensor) -> Tensor:
-        """(..., E) -> (..., G, d): what is quantised, normalised without statistics of the batch."""
+        """(..., E) -> (..., G, d): what is quantised, normalised without batch statistics."""
         groups, dim = self.code_shape
         if self.map_positions:  # a map of channels x positions, each position a group
             z = self.in_proj(embed.unflatten(-1, (-1, groups)).transpose(-1, -2)).flatten(-2)
@@ -156,7 +157,7 @@ class HRVQ(Dynamics):
         return self.token[level](x) + self.level_emb[level]
 
     def _stoch(self, codes: Tensor) -> Tensor:
-        """Codes (..., L * G * d) as the heads read them: each about as long as a categorical's one-hot."""
+        """Codes (..., L * G * d) as heads read them: each about as long as a one-hot."""
         return codes * self.code_shape[1] ** -0.5
 
     def _logit(self, level: int, out: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class HRVQ(Dynamics):
         return carry if len(carry.where) == len(carry.segment) else carry.unshared(self.window)
 
     def _attention(self, carry: Carry, segment: Tensor) -> Attention:
-        """Of T steps after the carry's; segment (B, T): their episodes, counted from its last step's."""
+        """Of T steps after the carry's, of the episodes segment (B, T), 0 being its last step's."""
         new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
         rows = new.time, new.level
         episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
@@ -189,7 +190,7 @@ class HRVQ(Dynamics):
     def _run_transformer(
         self, action: Tensor, codes: Tensor, attention: Attention, all_levels: bool
     ) -> tuple[Tensor, list[Branch], FFNLosses]:
-        """Action tokens (B,T,W) and codes (B,T,L,G*d) -> outputs, each layer's K/V, auxiliary losses (B,1).
+        """Action tokens (B,T,W), codes (B,T,L,G*d) -> outputs, K/V by layer, auxiliary losses.
 
         Outputs are (B,T,L+1,W), without ``all_levels`` only those at the actions, (B,T,1,W).
         """
@@ -228,7 +229,7 @@ class HRVQ(Dynamics):
         return self.quantizer.encode(self._project(embed), sample)
 
     def follow(self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor) -> tuple[Carry, Post]:
-        """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors, in parallel.
+        """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
 
         prev_action (B,T,A) and is_first (B,T) as of ``observe``.
         """
@@ -241,9 +242,10 @@ class HRVQ(Dynamics):
         segment = is_first.long().cumsum(1)  # (B, T), the carry's last step being 0
         attention = self._attention(carry, segment)
         flat = codes.code.flatten(-2)  # (B, T, L, G * d)
-        # What later steps need of a code shapes it through the memory; that it be easy to predict must
-        # not (law 5). So the priors come from a pass of their own, with the same numbers, that gives the
-        # codes no gradient. Auxiliary losses are that pass's, too: they are counted once.
+        # What later steps need of a code shapes it through the memory; that it be easy to predict
+        # must not (law 5). So the priors come from a pass of their own, with the same numbers,
+        # that gives the codes no gradient. Auxiliary losses are that pass's, too: they are counted
+        # once.
         detached_pass = flat.requires_grad
         all_levels = self.chain and not detached_pass
         out, own, ffn_losses = self._run_transformer(action, flat, attention, all_levels)
@@ -266,7 +268,7 @@ class HRVQ(Dynamics):
 
         ``nearest`` adds the commitment loss, and feed-forward parts their auxiliary losses.
         """
-        self.check_post(post)
+        self.check_levels(post)
         losses, metrics = kl_losses(post.levels, self.kl_config, self.level_weights)
         codes, is_first = post.aux.codes, post.aux.is_first
         if self.quantizer.kind == "nearest":
@@ -282,7 +284,7 @@ class HRVQ(Dynamics):
 
     @torch.no_grad()
     def _accuracy(self, levels: tuple[Level, ...], index: Tensor, is_first: Tensor) -> Metrics:
-        """How often the likeliest code is right, of all and of those that changed; and how often a copy is.
+        """How often the likeliest code is right, of all and of those that changed, and a copy is.
 
         index: (B, T, L, G).
         """
@@ -301,7 +303,7 @@ class HRVQ(Dynamics):
         self.quantizer.update_codebook(post.aux.codes)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
-        self.check_post(post)
+        self.check_feat(post.feat)
         length, cache = post.feat.deter.shape[1], post.aux.cache
         chosen = start_steps(length, n)
         cached = cache.segment.shape[1] - length  # steps before the post's
@@ -343,7 +345,7 @@ class HRVQ(Dynamics):
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
 
     def coarse_features(self, feat: Feat) -> dict[str, Feat]:
-        """L0 alone, L0+L1, and so on, finer codes being zero; without all levels, which are ``feat``."""
+        """L0 alone, L0+L1, and so on, finer codes being zero; all levels would be ``feat``."""
         size = self.stoch_dim // self.levels
         level = torch.arange(self.stoch_dim, device=feat.stoch.device)
         level = level.div(size, rounding_mode="floor")  # (Z,)
@@ -354,7 +356,7 @@ class HRVQ(Dynamics):
         return out
 
     def decoder_features(self, post: Post) -> Feat:
-        """Features (B,T,.), at random steps without the finest levels: so coarse ones can be decoded alone."""
+        """Features (B,T,.), at random steps without fine levels: coarse ones can be decoded."""
         if not self.level_dropout or self.levels == 1:
             return post.feat
         stoch = post.feat.stoch.unflatten(-1, (self.levels, -1))  # (B, T, L, G * d)
@@ -378,7 +380,7 @@ def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def former_ffn_names(layers: int) -> dict[str, str]:
-    """The two linear layers of a transformer's layer were its own before they were its ``ffn``'s."""
+    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
     names = {}
     for i in range(layers):
         for name in ("up.weight", "up.bias", "down.weight", "down.bias"):

@@ -78,16 +78,16 @@ class Recurrent(Dynamics):
         raise NotImplementedError
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, ...]:
-        """(B,T,D), (B,T,Z) -> prior logits per level (B,T,S,K), given the *posterior's* coarser levels."""
+        """(B,T,D), (B,T,Z) -> prior logits per level (B,T,S,K) given the posterior's coarser."""
         raise NotImplementedError
 
     def sample_stoch(self, logit: Tensor, sample: bool) -> Tensor:
-        """One level's logits (...,S,K) -> one-hots (...,S*K), or with ``sample`` False their mode."""
+        """One level's logits (...,S,K) -> one-hots (...,S*K), sampled, or the mode."""
         return dists.draw(dists.mix(logit, self.kl_config.unimix), sample).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
-        # The memory is learned; the state is the prior's mode there, a constant, so that no loss of the
-        # posterior reaches the prior through it.
+        # The memory is learned; the state is the prior's mode there, a constant, so that no loss
+        # of the posterior reaches the prior through it.
         deter = torch.tanh(self.initial_deter).unsqueeze(0)  # (1, D)
         stoch = self.prior_step(deter, sample=False).detach()  # (1, Z)
         return Carry(deter.expand(batch, -1), stoch.expand(batch, -1))
@@ -139,8 +139,8 @@ class Recurrent(Dynamics):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """One step of the scan: (B,.) each, action and embed as ``partial`` products (B,hidden).
 
-        The rows of a starting episode have keep 0 and carry deter0, stoch0 instead, which are 0 in the
-        other rows.
+        The rows of a starting episode have keep 0 and carry deter0, stoch0 instead, which are 0 in
+        the other rows.
 
         -> deter (B,D), stoch (B,Z), posterior logits per level (B,S,K).
         """
@@ -160,11 +160,11 @@ class Recurrent(Dynamics):
         self.imagine_step = torch.compile(self.imagine_step)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
-        self.check_post(post)
+        self.check_levels(post)
         return kl_losses(post.levels, self.kl_config)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
-        self.check_post(post)
+        self.check_feat(post.feat)
         where = start_steps(post.feat.deter.shape[1], n)
         return Carry(*(x[:, where].flatten(0, 1).detach() for x in post.feat))  # (B * n, .)
 
