@@ -51,7 +51,7 @@ def ask(model: WorldModel, batch: Mapping[str, Tensor]) -> Said:
     _, post, _ = model.observe(networks.prepare(batch))
     x = post.feat.cat()
     later = model.open_loop(batch, CONTEXT)[1] if batch["reward"].shape[1] > CONTEXT else {}
-    return Said(model.show(post.feat)[0], later, model.reward(x), model.cont(x))
+    return Said(model.decode(post.feat)[0], later, model.reward(x), model.cont(x))
 
 
 class Sceptic:

@@ -31,7 +31,7 @@ TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
 # Test files in the order in which they are tried, the quick ones first.
 FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates", "dynamics", "legacy", "hrssm")
-FAST += ("hrvq", "agent")
+FAST += ("hrvq", "agent", "losses")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
     "training.py": ("updates",),
@@ -40,7 +40,11 @@ LIKELY = {
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
     "hidreamer/dynamics/hrvq.py": ("wiring", "golden", "dynamics", "hrvq"),
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
+    "hidreamer/explorer.py": ("wiring", "agent"),
+    "hidreamer/losses.py": ("golden",),
     "hidreamer/mask.py": ("mask",),
+    "hidreamer/objectives.py": ("golden", "wiring"),
+    "hidreamer/optim.py": ("numerics", "agent", "losses"),
     "hidreamer/quantizer.py": ("numerics", "quantizer"),
     "hidreamer/replay.py": ("replay",),
     "hidreamer/transformer.py": ("numerics", "dynamics", "hrvq"),

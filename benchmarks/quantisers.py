@@ -118,7 +118,7 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
         torch.manual_seed(i)
         _, post, _ = model.observe(models.networks.prepare(batch))
         truth, said = model.open_loop(batch, CONTEXT)
-        now = model.show(post.feat)[0]
+        now = model.decode(post.feat)[0]
         found = dict(zip(("reconstruction", "moving"), heldout.errors(now, truth, slice(1, None)), strict=True))
         last = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
         for h in HORIZONS:
@@ -146,7 +146,7 @@ def picture(trainer: offline.Trainer) -> np.ndarray:
     torch.manual_seed(0)
     _, post, _ = model.observe(models.networks.prepare(batch))
     truth, said = model.open_loop(batch, CONTEXT)
-    frames = evaluation.board([truth, model.show(post.feat)[0], said])  # (T, 3 H, W, 3), enlarged
+    frames = evaluation.board([truth, model.decode(post.feat)[0], said])  # (T, 3 H, W, 3), enlarged
     return np.concatenate(frames[list(FRAMES)], 1)
 
 

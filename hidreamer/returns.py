@@ -42,6 +42,11 @@ class ReturnNorm(nn.Module):
             now.append(torch.lerp(ordered[below], ordered[below + 1], place - below))
         self.range.lerp_(torch.stack(now), self.rate)
 
+    def forward(self, returns: Tensor) -> Tensor:
+        """Take ``returns`` (any shape) into account. -> what to divide by now, ()."""
+        self.update(returns)
+        return self.scale()
+
     def scale(self) -> Tensor:
         """What to divide by, ()."""
         return (self.range[1] - self.range[0]).clamp(min=1.0)

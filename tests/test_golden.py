@@ -227,7 +227,7 @@ def test_what_the_update_feeds_the_actor_critic(starts, monkeypatch):
     """Rewards of the states arrived in, terminal flags of the very steps that dreams start from."""
     agent, obs = build(**{"imag.starts": starts})
     agent, batch = trainable(agent, obs)
-    agent.optimizers["model"].adam.param_groups[0]["lr"] = 0.0  # so that heads can be asked afterwards
+    agent.optimizers["model"].optim.param_groups[0]["lr"] = 0.0  # so that heads can be asked afterwards
     found = {}
     behavior, step = agent.behavior, agent.world_model.loss
     dream, losses = behavior.dream, behavior.losses

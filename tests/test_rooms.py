@@ -23,6 +23,8 @@ FLOORS = {
     "tools": 6,
     "envs": 5,
     "hidreamer.dynamics": 4,
+    "hidreamer.explorer": 4,
+    "hidreamer.objectives": 4,
     "hidreamer.dynamics.rssm": 3,
     "hidreamer.dynamics.hrssm": 3,
     "hidreamer.dynamics.hrvq": 3,
