@@ -1,4 +1,4 @@
-"""World model, actor-critic in imagination, and the agent's one update (Hafner et al. 2023, DreamerV3).
+"""World model, agent, and the one update (DreamerV3, Hafner et al. 2023).
 
 The update is a function of tensors: nothing in it reads the host, and metrics stay on the device.
 """
@@ -6,7 +6,6 @@ The update is a function of tensors: nothing in it reads the host, and metrics s
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,41 +16,44 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
+from hidreamer.behavior import Behavior
 from hidreamer.capture import FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.explorer import Explorer
-from hidreamer.losses import imag_loss, scaled
+from hidreamer.losses import scaled
 from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
 from hidreamer.optim import make_optimizer
-from hidreamer.returns import ReturnNorm
 from hidreamer.weights import match, module_name, renamed
 from tools import Config, ConfigError
 
-Batch = Mapping[str, Tensor]  # observations, prev_action (B,T,A), reward, is_first, is_terminal (B,T)
+# Observations (B,T,...), prev_action (B,T,A); reward, is_first, is_terminal (B,T).
+Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]  # each ()
 
 
 class WorldModel(nn.Module):
     """Encoder, dynamics, and the objectives that train them besides the dynamics' own loss.
 
-    The parameters of an objective are those of the module of its name here, as ``Agent.make_optimizers`` and
-    checkpoints have it. An objective with parameters of its own is that module itself.
+    The parameters of an objective are those of the module of its name here, as
+    ``Agent.make_optimizers`` and checkpoints have it. An objective with parameters of its own is
+    that module itself.
     """
 
     def __init__(self, obs_space: Mapping[str, spaces.Space], act_dim: int, config):
         super().__init__()
         self.encoder = networks.Encoder(obs_space, **config.encoder)
         self.dynamics = make_dynamics(config.dynamics, self.encoder.dim, act_dim)
-        if self.dynamics.places and self.encoder.places not in (0, self.dynamics.places):
+        needed, positions = self.dynamics.map_positions, self.encoder.map_positions
+        if needed and positions not in (0, needed):
             raise ValueError(
-                f"dynamics.hrvq.spatial: groups is {self.dynamics.places} and the encoder's map has "
-                f"{self.encoder.places} positions: set groups to encoder.minres x encoder.minres"
+                f"dynamics.hrvq.spatial: groups is {needed} and the encoder's map has {positions} "
+                "positions: set groups to encoder.minres x encoder.minres"
             )
         self.feat_dim = self.dynamics.feat_dim
         self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
-        self.reward = networks.TwoHotHead(self.feat_dim, **config.reward)
-        self.cont = networks.ContHead(self.feat_dim, **config.cont)
+        self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
+        self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
         self.objectives: dict[str, Objective] = {
             "decoder": Reconstruction(self.decoder, self.dynamics),
             "reward": Reward(self.reward),
@@ -59,7 +61,9 @@ class WorldModel(nn.Module):
         }
         self.scales = {name: config.loss_scales[name] for name in self.objectives}
 
-    def observe(self, obs: Batch, carry: Any = None, sample: bool = True) -> tuple[Any, Post, Tensor]:
+    def observe(
+        self, obs: Batch, carry: Any = None, sample: bool = True
+    ) -> tuple[Any, Post, Tensor]:
         """Follow prepared observations (B,T,...). -> carry, Post, embed (B,T,E)."""
         embed = self.encoder(obs)
         carry = self.dynamics.initial(len(embed)) if carry is None else carry
@@ -68,7 +72,10 @@ class WorldModel(nn.Module):
         return carry, post, embed
 
     def loss(self, obs: Batch) -> tuple[dict[str, Tensor], Any, Post, Tensor, Metrics]:
-        """-> losses (B,T) by name, weighted: their sum is to be minimised; carry, Post, embed, metrics."""
+        """-> losses (B,T) by name, carry, Post, embed, metrics.
+
+        The losses are weighted: their sum is to be minimised.
+        """
         carry, post, embed = self.observe(obs)
         losses, metrics = self.dynamics.loss(post)
         for name, objective in self.objectives.items():
@@ -86,7 +93,7 @@ class WorldModel(nn.Module):
         """
         feats = [feat]
         if levels:
-            feats += self.dynamics.partial(feat).values()
+            feats += self.dynamics.coarse_features(feat).values()
         decoded = []
         for feat in feats:
             dists = self.decoder(feat.cat())
@@ -99,7 +106,9 @@ class WorldModel(nn.Module):
         return images | {key: obs[key] for key in self.decoder.sizes}
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int, levels: bool = False) -> list[dict[str, Tensor]]:
+    def open_loop(
+        self, batch: Batch, context: int, levels: bool = False
+    ) -> list[dict[str, Tensor]]:
         """Observe ``context`` of T steps, then imagine the others from the real actions.
 
         -> the observations (B,T,...), then what ``decode`` makes of the features of all T steps.
@@ -114,85 +123,12 @@ class WorldModel(nn.Module):
         return [self.postprocess(obs), *self.decode(feat, levels)]
 
 
-class Dream(NamedTuple):
-    """Imagined states and what the agent makes of them; entry 0 is the replayed state it started from."""
-
-    feat: Feat  # (N, H+1, .)
-    x: Tensor  # (N, H+1, F) the same, concatenated
-    action: Tensor  # (N, H+1, A) taken in each state
-    disc: Tensor  # (N, H+1) gamma times the probability that the episode goes on after each state
-
-
-class Behavior(nn.Module):
-    """Actor and critic, trained on dreams.
-
-    ``backprop``: the actor's gradient goes through the dynamics to the returns; otherwise it is REINFORCE's.
-    """
-
-    def __init__(self, feat_dim: int, act_space: spaces.Space, config):
-        super().__init__()
-        self.actor = networks.Actor(feat_dim, act_space, **config.actor.net)
-        self.critic = networks.TwoHotHead(feat_dim, **config.critic.net)
-        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
-        self.norm = ReturnNorm()
-        self.imag, self.slow_rate, self.scales = config.imag, config.critic.slow_rate, config.loss_scales
-        gradient, self.entropy = config.actor.gradient, config.actor.entropy
-        self.backprop = gradient == "dynamics" or (gradient == "auto" and isinstance(act_space, spaces.Box))
-
-    def dream(self, model: WorldModel, start: Any, terminal: Tensor) -> Dream:
-        """Imagine H steps from N starts; terminal (N,) tells which of them ended their episode.
-
-        REINFORCE needs no gradient through the dream, so none is recorded for it.
-        """
-        with torch.set_grad_enabled(self.backprop):
-            policy = lambda feat: self.actor(feat.cat().detach()).sample()
-            _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
-            x = feat.cat()
-            cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
-            return Dream(feat, x, action, self.imag.discount * cont)
-
-    def losses(self, dream: Dream, rew: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-        """Weighted actor and critic loss, () each. rew: (N, H+1), for arriving in each state."""
-        x = dream.x.detach()
-        value_dist = self.critic(x[:, :-1])
-        # Backpropagating through the dynamics, returns depend on the features; for REINFORCE they are constants.
-        value = self.critic(dream.x).mode() if self.backprop else self._values(value_dist, x)
-        loss = imag_loss(
-            dream.action,
-            dream.disc,
-            rew,
-            value,
-            policy=self.actor(x[:, :-1]),
-            value_dist=value_dist,
-            slow_value=self.slow(x[:, :-1]).mode(),
-            scale=self.norm,
-            discount=self.imag.discount,
-            lam=self.imag.lam,
-            entropy=self.entropy,
-            reinforce=not self.backprop,
-        )
-        actor_loss = scaled(loss.actor.mean(), self.scales.actor)
-        critic_loss = scaled(loss.critic.mean(), self.scales.critic)
-        metrics = {"actor_loss": actor_loss.detach(), "critic_loss": critic_loss.detach()}
-        return actor_loss, critic_loss, metrics | loss.metrics
-
-    @torch.no_grad()
-    def _values(self, known: networks.dists.TwoHot, x: Tensor) -> Tensor:
-        """(N, H+1) values: those of ``known`` (N, H), and the last state's."""
-        return torch.cat([known.mode(), self.critic(x[:, -1:]).mode()], 1)
-
-    @torch.no_grad()
-    def update_slow(self) -> None:
-        for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, self.slow_rate)
-
-
 def prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {prefix + name: value for name, value in metrics.items()}
 
 
 def joint_name(loss: str, module: str) -> str:
-    """The module's name in the one optimiser of all losses: the explorer has an actor and a critic as well."""
+    """The module's name in a joint optimiser: the explorer has an actor and a critic as well."""
     return f"expl_{module}" if loss.startswith("expl_") else module
 
 
@@ -206,21 +142,36 @@ class ActState(NamedTuple):
 class Agent(nn.Module):
     """World model and behavior with their optimisers: ``act`` and ``update``."""
 
-    def __init__(self, obs_space: Mapping[str, spaces.Space], act_space: spaces.Space, act_dim: int, config):
+    def __init__(
+        self, obs_space: Mapping[str, spaces.Space], act_space: spaces.Space, act_dim: int, config
+    ):
         super().__init__()
         start_steps(config.replay.length, config.imag.starts)  # raises where they do not fit
         self.act_dim, self.config = act_dim, config
         self.world_model = WorldModel(obs_space, act_dim, config)
-        self.behavior = Behavior(self.world_model.feat_dim, act_space, config)
+        self.behavior = self._make_behavior(act_space)
         explores = config.expl.behavior == "plan2explore"
         self.explorer = self._make_explorer(act_space) if explores else None
         self.metric_names: tuple[str, ...] = ()
 
+    def _make_behavior(self, act_space: spaces.Space) -> Behavior:
+        config, feat_dim = self.config, self.world_model.feat_dim
+        actor = networks.Actor(feat_dim, act_space, **config.actor.net)
+        critic = networks.make_head("twohot", feat_dim, **config.critic.net)
+        gradient, continuous = config.actor.gradient, isinstance(act_space, spaces.Box)
+        backprop = gradient == "dynamics" or (gradient == "auto" and continuous)
+        return Behavior(actor, critic, config, backprop)
+
     def _make_explorer(self, act_space: spaces.Space) -> Explorer:
         wm, config = self.world_model, self.config
-        sizes = {"embed": wm.encoder.dim, "stoch": wm.dynamics.stoch_dim, "deter": wm.dynamics.deter_dim}
-        behavior = functools.partial(Behavior, wm.feat_dim, act_space, config)
-        return Explorer(sizes | {"feat": wm.feat_dim}, self.act_dim, config.expl, behavior)
+        sizes = {
+            "embed": wm.encoder.dim,
+            "stoch": wm.dynamics.stoch_dim,
+            "deter": wm.dynamics.deter_dim,
+            "feat": wm.feat_dim,
+        }
+        behavior = functools.partial(self._make_behavior, act_space)
+        return Explorer(sizes, self.act_dim, config.expl, behavior)
 
     def behaviors(self) -> dict[str, Behavior]:
         """By the prefix of their metrics and optimisers."""
@@ -229,7 +180,8 @@ class Agent(nn.Module):
     def trained(self) -> dict[str, dict[str, nn.Module]]:
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
-        modules = {"model": {name: getattr(wm, name) for name in ("encoder", "dynamics", *wm.objectives)}}
+        names = ("encoder", "dynamics", *wm.objectives)
+        modules = {"model": {name: getattr(wm, name) for name in names}}
         for prefix, behavior in self.behaviors().items():
             if prefix:
                 modules["expl_model"] = {"ensemble": self.explorer.ensemble}
@@ -238,27 +190,24 @@ class Agent(nn.Module):
         return modules
 
     def make_optimizers(self) -> None:
-        """After the agent was moved to its device. ``optim: joint`` makes one, with the world model's settings."""
+        """After the agent was moved to its device. One for each loss, or one for all."""
         config, modules = self.config, self.trained()
+        blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
         if config.optim == "joint":
-            modules = {
-                "joint": {joint_name(loss, name): x for loss, part in modules.items() for name, x in part.items()}
-            }
-        blocks = {"joint": config.model, "model": config.model, "actor": config.actor, "critic": config.critic}
+            joint: dict[str, nn.Module] = {}
+            for loss, part in modules.items():
+                joint |= {joint_name(loss, name): module for name, module in part.items()}
+            modules, blocks = {"joint": joint}, {"joint": config.model}
+        capturable = next(self.parameters()).is_cuda
         self.optimizers = {}
         for name, part in modules.items():
             block = blocks[name.removeprefix("expl_")]
-            self.optimizers[name] = make_optimizer(
-                "adam",
-                part,
-                lr=block.lr,
-                eps=block.eps,
-                clip=block.clip,
-                capturable=next(self.parameters()).is_cuda,
-            )
+            settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
+            optimizer = make_optimizer("adam", part, **settings, capturable=capturable)
+            self.optimizers[name] = optimizer
 
     def make_update(self, compiled: str) -> Callable[[Batch], Tensor]:
-        """``update``, for CUDA (or ``compiled`` "on") with compiled parts, for CUDA as one recorded graph.
+        """``update``; for CUDA, or ``compiled`` "on", with compiled parts; for CUDA as one graph.
 
         Where compiling or recording fails, it warns and goes on without (see ``FastUpdate``).
         """
@@ -268,26 +217,34 @@ class Agent(nn.Module):
         return FastUpdate(self, self._compile, capture=cuda)
 
     def _compile(self) -> None:
-        wm = self.world_model
-        for module in (wm.encoder, wm.decoder, wm.reward, wm.cont, self.behavior.actor, self.behavior.critic):
+        wm, behavior = self.world_model, self.behavior
+        heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
+        for module in (wm.encoder, *heads):
             module.compile()
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
         """Parameters, buffers and optimiser states, by name."""
-        return {"params": self.state_dict(), "optim": {name: opt.state_dict() for name, opt in self.optimizers.items()}}
+        return {
+            "params": self.state_dict(),
+            "optim": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
-        """The inverse, also for a state whose latent structure can be translated (``Dynamics.adopt``).
+        """The inverse, also for a latent state that ``Dynamics.convert_state_dict`` translates.
 
-        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
-        another shape; only an explorer that is not there may start afresh.
+        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that
+        is missing or of another shape; only an explorer that is not there may start afresh.
         """
         prefix, dynamics = "world_model.dynamics.", self.world_model.dynamics
         given = renamed(state["params"], prefix, dynamics.former_names)
-        theirs = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
-        params = {name: x for name, x in given.items() if not name.startswith(prefix)}
-        params |= {prefix + name: x for name, x in dynamics.adopt(theirs).items()}
+        params, theirs = {}, {}
+        for name, x in given.items():
+            if name.startswith(prefix):
+                theirs[name.removeprefix(prefix)] = x
+            else:
+                params[name] = x
+        params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
         matched, report = match(self.state_dict(), params, given, may_be_fresh="explorer.")
         self.load_state_dict(matched)
         for name, opt in self.optimizers.items():
@@ -298,25 +255,26 @@ class Agent(nn.Module):
         return report
 
     def initial(self, n: int) -> ActState:
-        device = next(self.parameters()).device
+        action = torch.zeros(n, self.act_dim, device=next(self.parameters()).device)
         with torch.no_grad():
-            return ActState(self.world_model.dynamics.initial(n), torch.zeros(n, self.act_dim, device=device))
+            return ActState(self.world_model.dynamics.initial(n), action)
 
     @torch.no_grad()
     def act(self, state: ActState, obs: Batch, mode: str = "train") -> ActState:
-        """One step in N environments. obs: raw (N, ...), with is_first. -> new state; its ``action`` (N,A) is chosen.
+        """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
-        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the explorer's. The state is
-        always sampled, as in training.
+        obs: raw (N, ...), with is_first.
+        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
+        explorer's. The state is always sampled, as in training.
         """
         with self.autocast():
-            obs = networks.prepare({k: x.unsqueeze(1) for k, x in obs.items()}) | {
-                "prev_action": state.action.unsqueeze(1)
-            }
+            obs = networks.prepare({key: x.unsqueeze(1) for key, x in obs.items()})
+            obs["prev_action"] = state.action.unsqueeze(1)
             carry, post, _ = self.world_model.observe(obs, state.carry)
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
             policy = behavior.actor(post.feat.cat()[:, 0])
-            return ActState(carry, (policy.mode() if mode == "greedy" else policy.sample()).float())
+            action = policy.mode() if mode == "greedy" else policy.sample()
+            return ActState(carry, action.float())
 
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
@@ -326,7 +284,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def decode_state(self, obs: Batch, state: ActState) -> list[Batch]:
-        """The first environment's observation, what its state decodes to, what its coarse levels alone decode to.
+        """Of the first environment: its observation, its state decoded, its coarse levels decoded.
 
         {key: (1,1,...)} each. obs: what ``act`` was given to reach ``state``, raw (N,...).
         """
@@ -340,17 +298,21 @@ class Agent(nn.Module):
         if self.config.precision != "bfloat16":
             return contextlib.nullcontext()
         # The cache of cast weights would outlive the optimiser step that changes them.
-        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, cache_enabled=False)
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
     def update(self, batch: Batch) -> Tensor:
-        """One step of every optimiser. batch: raw (B,T,...), on the device. -> metrics (M,), of ``metric_names``."""
+        """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
+
+        batch: raw (B,T,...), on the device.
+        """
         with self.autocast():
             obs = networks.prepare(batch)
             losses, carry, post, embed, mets = self.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
         metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
-        self.world_model.dynamics.learn(post)
+        self.world_model.dynamics.update_codebook(post)
 
         starts = self.config.imag.starts
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
@@ -369,7 +331,9 @@ class Agent(nn.Module):
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
-    def _update_behavior(self, prefix: str, start: Any, terminal: Tensor, reward: Callable) -> Metrics:
+    def _update_behavior(
+        self, prefix: str, start: Any, terminal: Tensor, reward: Callable
+    ) -> Metrics:
         """Dream from N starts, terminal (N,), and train one behavior on it.
 
         ``reward`` turns (dream, predicted reward (N,H+1)) into what the behavior is paid, (N,H+1).
@@ -380,13 +344,15 @@ class Agent(nn.Module):
             with torch.set_grad_enabled(behavior.backprop):
                 rew = reward(dream, self.world_model.reward(dream.x).mode())
             actor_loss, critic_loss, metrics = behavior.losses(dream, rew)
-        metrics = prefixed(prefix, metrics)
-        return metrics | self._step(f"{prefix}actor", actor_loss) | self._step(f"{prefix}critic", critic_loss)
+        steps = self._step(f"{prefix}actor", actor_loss)
+        steps |= self._step(f"{prefix}critic", critic_loss)
+        return prefixed(prefix, metrics) | steps
 
     def _step(self, name: str, loss: Tensor) -> Metrics:
-        """Train what ``loss`` is to train, at once, or with all other losses at the end of the update."""
+        """Train what ``loss`` is to train: now, or jointly at the end of the update."""
         if self.config.optim == "joint":
-            self.optimizers["joint"].gather(loss, [joint_name(name, part) for part in self.trained()[name]])
+            modules = [joint_name(name, module) for module in self.trained()[name]]
+            self.optimizers["joint"].gather(loss, modules)
             return {}
         return prefixed(f"{name}_", self.optimizers[name].step(loss))
 

@@ -1,8 +1,11 @@
 """What touches observations and actions: encoder, decoder, heads, actor.
 
-An observation is a dict of images (uint8 (H,W,C)), grids (bool (H,W,C)) and vectors (float32 (N,)), told apart by
-their spaces. Inside the networks images are floats in [-0.5, 0.5] (see ``prepare``). Keys go in alphabetical order.
-The layers' shapes are those of dreamerv3-torch.
+An observation is a dict of images (uint8 (H,W,C)), grids (bool (H,W,C)) and vectors (float32 (N,)),
+told apart by their spaces. Inside the networks images are floats in [-0.5, 0.5] (see ``prepare``).
+Keys go in alphabetical order. The layers' shapes are those of dreamerv3-torch.
+
+``norm`` and ``act`` are names, of ``nets.NORMS`` (for convolutions ``CHANNEL_NORMS``) and
+``nets.ACTIVATIONS``; ``HEADS`` are the heads by the name of what they put out.
 """
 
 from __future__ import annotations
@@ -13,51 +16,80 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
-from hidreamer.nets import EPS, MLP, Block, init_trunc, init_uniform, linear
+from hidreamer.nets import (
+    EPS,
+    MLP,
+    Block,
+    by_name,
+    init_trunc,
+    init_uniform,
+    linear,
+    make_activation,
+)
+
+Shape = tuple[int, ...]
+KINDS = {(np.uint8, 3): "image", (np.bool_, 3): "grid"}  # by dtype and axes; all others are vectors
 
 
-def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Observation keys that match ``pattern``, sorted, by kind: {"image" | "grid" | "vector": {key: shape}}.
+def kinds(
+    obs_space: Mapping[str, spaces.Space], pattern: str, name: str
+) -> dict[str, dict[str, Shape]]:
+    """Observation keys that match ``pattern``, sorted, by kind.
 
-    ``name`` is the pattern's key in the config. Raises ValueError where it is no regular expression or nothing matches,
-    or images or grids differ in height or width.
+    ``name`` is the pattern's key in the config. -> {"image" | "grid" | "vector": {key: shape}}.
+    Raises ValueError where ``pattern`` is no regular expression or nothing matches, or images or
+    grids differ in height or width.
     """
-    found: dict[str, dict[str, tuple[int, ...]]] = {"image": {}, "grid": {}, "vector": {}}
+    found: dict[str, dict[str, Shape]] = {"image": {}, "grid": {}, "vector": {}}
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{name} is {pattern!r}, which is no regular expression: {error}") from error
+        raise ValueError(
+            f"{name} is {pattern!r}, which is no regular expression: {error}"
+        ) from error
     for key in sorted(obs_space):
         if expression.fullmatch(key):
             space = obs_space[key]
-            kind = {(np.uint8, 3): "image", (np.bool_, 3): "grid"}.get((space.dtype.type, len(space.shape)), "vector")
+            kind = KINDS.get((space.dtype.type, len(space.shape)), "vector")
             found[kind][key] = space.shape
     if not any(found.values()):
-        raise ValueError(f"no observation matches {name} {pattern!r}; the task has {', '.join(sorted(obs_space))}")
+        keys = ", ".join(sorted(obs_space))
+        raise ValueError(f"no observation matches {name} {pattern!r}; the task has {keys}")
     for kind in ("image", "grid"):
-        if len({shape[:2] for shape in found[kind].values()}) > 1:
-            raise ValueError(f"{kind}s of one task must have one height and width, not {found[kind]}")
+        sizes = {shape[:2] for shape in found[kind].values()}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{kind}s of one task must have one height and width, not {found[kind]}"
+            )
     return found
 
 
 def prepare(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Raw observation tensors to floats: images to [-0.5, 0.5], grids to {0, 1}, vectors as they are."""
-    return {k: x.float() / 255.0 - 0.5 if x.dtype == torch.uint8 else x.float() for k, x in obs.items()}
+    """Raw observations to floats: images to [-0.5, 0.5], grids to {0, 1}; vectors as they are."""
+    out = {}
+    for key, x in obs.items():
+        out[key] = x.float() / 255.0 - 0.5 if x.dtype == torch.uint8 else x.float()
+    return out
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel, (B, C, H, W). In channels-last memory both permutes are free."""
+    """LayerNorm over the channels of each pixel, (B, C, H, W).
+
+    In channels-last memory both permutes are free.
+    """
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+CHANNEL_NORMS = {"layer": ChannelNorm}  # each: channels -> module over (B, C, H, W)
 
 
 def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> nn.Module:
@@ -73,26 +105,34 @@ def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> n
     return layer
 
 
+def conv_norm_act(
+    layer: nn.Conv2d | nn.ConvTranspose2d, norm: str = "layer", act: str = "silu"
+) -> list[nn.Module]:
+    """A convolution without bias, and the norm and activation that follow it."""
+    normalise = by_name(CHANNEL_NORMS, norm, "norm")(layer.out_channels)
+    return [conv(layer), normalise, make_activation(act)]
+
+
 def stages(size: tuple[int, int], minres: int) -> int:
     """How many halvings lead from an image's side to ``minres``. Raises ValueError if none do."""
     n = round(math.log2(size[0] / minres))
     if size[0] != size[1] or n < 1 or minres * 2**n != size[0]:
         raise ValueError(
-            f"images must be square with side {minres} x 2^n (n at least 1), not {size[0]}x{size[1]}: set env.size, or "
-            "both encoder.minres and decoder.minres"
+            f"images must be square with side {minres} x 2^n (n at least 1), "
+            f"not {size[0]}x{size[1]}: set env.size, or both encoder.minres and decoder.minres"
         )
     return n
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions down to ``minres``: (N, H, W, C) -> (N, dim), flattened channels first."""
+    """Strided convolutions down to ``minres``: (N, H, W, C) -> (N, dim), channels first."""
 
-    def __init__(self, shape: tuple[int, int, int], depth: int, minres: int):
+    def __init__(self, shape: tuple[int, int, int], depth: int, minres: int, **names: str):
         super().__init__()
         layers, inp = [], shape[-1]
         for i in range(stages(shape[:2], minres)):
             out = depth * 2**i
-            layers += [conv(nn.Conv2d(inp, out, 4, 2, padding=1, bias=False)), ChannelNorm(out), nn.SiLU()]
+            layers += conv_norm_act(nn.Conv2d(inp, out, 4, 2, padding=1, bias=False), **names)
             inp = out
         self.layers = nn.Sequential(*layers)
         self.dim = inp * minres**2
@@ -104,7 +144,9 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """The way back up: (N, feat) -> (N, H, W, C)."""
 
-    def __init__(self, feat_dim: int, shape: tuple[int, int, int], depth: int, minres: int):
+    def __init__(
+        self, feat_dim: int, shape: tuple[int, int, int], depth: int, minres: int, **names: str
+    ):
         super().__init__()
         n = stages(shape[:2], minres)
         inp = depth * 2 ** (n - 1)
@@ -113,7 +155,8 @@ class ConvDecoder(nn.Module):
         layers = []
         for i in reversed(range(1, n)):
             out = depth * 2 ** (i - 1)
-            layers += [conv(nn.ConvTranspose2d(inp, out, 4, 2, padding=1, bias=False)), ChannelNorm(out), nn.SiLU()]
+            up = nn.ConvTranspose2d(inp, out, 4, 2, padding=1, bias=False)
+            layers += conv_norm_act(up, **names)
             inp = out
         layers.append(conv(nn.ConvTranspose2d(inp, shape[-1], 4, 2, padding=1), scale=1.0))
         self.layers = nn.Sequential(*layers)
@@ -124,41 +167,64 @@ class ConvDecoder(nn.Module):
 
 
 class GridEncoder(nn.Module):
-    """For small boards of binary planes: one 3x3 convolution, one block. (N, H, W, C) -> (N, units)."""
+    """For small boards of binary planes: a 3x3 convolution, a block. (N, H, W, C) -> (N, units)."""
 
-    def __init__(self, shape: tuple[int, int, int], depth: int, units: int):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        depth: int,
+        units: int,
+        *,
+        norm: str = "layer",
+        act: str = "silu",
+    ):
         super().__init__()
         self.conv = conv(nn.Conv2d(shape[-1], depth, 3, padding=1))
-        self.block = Block(depth * shape[0] * shape[1], units)
+        self.act = make_activation(act)
+        self.block = Block(depth * shape[0] * shape[1], units, norm=norm, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(F.silu(self.conv(x.permute(0, 3, 1, 2))).flatten(1))
+        return self.block(self.act(self.conv(x.permute(0, 3, 1, 2))).flatten(1))
 
 
-def joined(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of several images or grids laid on each other by channel."""
+def stacked_shape(shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of several images or grids, stacked by channel."""
     first, *_ = shapes.values()
     return (*first[:2], sum(shape[-1] for shape in shapes.values()))
 
 
 class Encoder(nn.Module):
-    """Prepared observations (B, T, ...) -> embed (B, T, dim): images, then grids, then vectors (through symlog)."""
+    """Prepared observations (B, T, ...) -> embed (B, T, dim): images, grids, symlog of vectors.
+
+    keys: a regular expression of observations; depth, minres: of convolutions; layers, units: of
+    the vectors' perceptron; names: ``norm`` and ``act``.
+    """
 
     def __init__(
-        self, obs_space: Mapping[str, spaces.Space], *, keys: str, depth: int, minres: int, layers: int, units: int
+        self,
+        obs_space: Mapping[str, spaces.Space],
+        *,
+        keys: str,
+        depth: int,
+        minres: int,
+        layers: int,
+        units: int,
+        **names: str,
     ):
         super().__init__()
         self.kinds = kinds(obs_space, keys, "encoder.keys")
-        self.dim = self.places = 0  # numbers of embed; positions of the images' map, where there is one
+        self.dim = 0  # numbers of embed
+        self.map_positions = 0  # of the images' last feature map, where there is one
         if image := self.kinds["image"]:
-            self.image = ConvEncoder(joined(image), depth, minres)
-            self.places = minres**2
+            self.image = ConvEncoder(stacked_shape(image), depth, minres, **names)
+            self.map_positions = minres**2
             self.dim += self.image.dim
         if grid := self.kinds["grid"]:
-            self.grid = GridEncoder(joined(grid), depth, units)
+            self.grid = GridEncoder(stacked_shape(grid), depth, units, **names)
             self.dim += units
         if vector := self.kinds["vector"]:
-            self.vector = MLP(sum(math.prod(shape) for shape in vector.values()), layers, units, sized=True)
+            size = sum(math.prod(shape) for shape in vector.values())
+            self.vector = MLP(size, layers, units, first_bias=True, **names)
             self.dim += units
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
@@ -168,15 +234,20 @@ class Encoder(nn.Module):
                 continue
             x = [obs[key] for key in shapes]  # (B, T, ...) each
             if kind == "vector":
-                parts.append(self.vector(dists.symlog(torch.cat([v.flatten(2) for v in x], -1))))
+                vector = torch.cat([v.flatten(2) for v in x], -1)  # (B, T, size)
+                parts.append(self.vector(dists.symlog(vector)))
             else:
                 x = torch.cat(x, -1) if len(x) > 1 else x[0]  # (B, T, H, W, C)
-                parts.append(getattr(self, kind)(x.flatten(0, 1)).unflatten(0, x.shape[:2]))  # (B, T, .)
+                embed = getattr(self, kind)(x.flatten(0, 1))  # (B * T, .)
+                parts.append(embed.unflatten(0, x.shape[:2]))  # (B, T, .)
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 class Decoder(nn.Module):
-    """Features (B, T, F) -> {key: distribution of the prepared observation (B, T, ...)}."""
+    """Features (B, T, F) -> {key: distribution of the prepared observation (B, T, ...)}.
+
+    Arguments as of ``Encoder``; the perceptron decodes grids as well.
+    """
 
     def __init__(
         self,
@@ -188,21 +259,24 @@ class Decoder(nn.Module):
         minres: int,
         layers: int,
         units: int,
+        **names: str,
     ):
         super().__init__()
         self.kinds = kinds(obs_space, keys, "decoder.keys")
         if image := self.kinds["image"]:
-            self.image = ConvDecoder(feat_dim, joined(image), depth, minres)
-        self.sizes = {k: math.prod(shape) for kind in ("grid", "vector") for k, shape in self.kinds[kind].items()}
+            self.image = ConvDecoder(feat_dim, stacked_shape(image), depth, minres, **names)
+        flat = self.kinds["grid"] | self.kinds["vector"]
+        self.sizes = {key: math.prod(shape) for key, shape in flat.items()}
         if self.sizes:
-            self.vector = MLP(feat_dim, layers, units, sum(self.sizes.values()))
+            self.vector = MLP(feat_dim, layers, units, sum(self.sizes.values()), **names)
 
     def forward(self, x: Tensor) -> dict[str, dists.MSE | dists.Bernoulli]:
         out = {}
         if shapes := self.kinds["image"]:
             images = self.image(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, T, H, W, C)
             parts = images.split([shape[-1] for shape in shapes.values()], -1)
-            out |= {key: dists.MSE(part, event=3) for key, part in zip(shapes, parts, strict=True)}
+            for key, part in zip(shapes, parts, strict=True):
+                out[key] = dists.MSE(part, event=3)
         if self.sizes:
             flat = self.vector(x).split(list(self.sizes.values()), -1)  # (B, T, size) each
             for key, part in zip(self.sizes, flat, strict=True):
@@ -210,32 +284,41 @@ class Decoder(nn.Module):
                     out[key] = dists.Bernoulli(part.unflatten(-1, shape), event=3)
                 else:
                     shape = self.kinds["vector"][key]
-                    out[key] = dists.MSE(part.unflatten(-1, shape), event=len(shape), squash=True)
+                    part = part.unflatten(-1, shape)
+                    out[key] = dists.MSE(part, event=len(shape), squash=True)
         return out
 
 
 class TwoHotHead(MLP):
-    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero, so it first says exactly 0."""
+    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero: it predicts 0."""
 
-    def __init__(self, feat_dim: int, *, layers: int, units: int):
-        super().__init__(feat_dim, layers, units, dists.BINS, outscale=0.0)
+    def __init__(self, feat_dim: int, *, layers: int, units: int, **names: str):
+        super().__init__(feat_dim, layers, units, dists.BINS, outscale=0.0, **names)
 
     def forward(self, x: Tensor) -> dists.TwoHot:
         return dists.TwoHot(super().forward(x))
 
 
-class ContHead(MLP):
-    """Whether the episode goes on, (..., F) -> Bernoulli (...)."""
+class BinaryHead(MLP):
+    """A chance, such as that the episode continues: (..., F) -> Bernoulli (...)."""
 
-    def __init__(self, feat_dim: int, *, layers: int, units: int):
-        super().__init__(feat_dim, layers, units, 1)
+    def __init__(self, feat_dim: int, *, layers: int, units: int, **names: str):
+        super().__init__(feat_dim, layers, units, 1, **names)
 
     def forward(self, x: Tensor) -> dists.Bernoulli:
         return dists.Bernoulli(super().forward(x).squeeze(-1))
 
 
+HEADS = {"twohot": TwoHotHead, "binary": BinaryHead}
+
+
+def make_head(output: str, feat_dim: int, *, layers: int, units: int, **names: str) -> MLP:
+    """The head ``output`` of ``HEADS``: features (..., F) -> a distribution (...)."""
+    return by_name(HEADS, output, "output")(feat_dim, layers=layers, units=units, **names)
+
+
 class Actor(MLP):
-    """The policy, (..., F) -> OneHots or ClippedNormal over actions (..., A), as the action space asks."""
+    """The policy, (..., F) -> OneHots, or for continuous ClippedNormal, actions (..., A)."""
 
     def __init__(
         self,
@@ -247,18 +330,20 @@ class Actor(MLP):
         unimix: float,
         min_std: float,
         max_std: float,
+        **names: str,
     ):
         if isinstance(space, spaces.Box):
             sizes = None
+        elif isinstance(space, spaces.Discrete):
+            sizes = (int(space.n),)
         else:
-            sizes = (int(space.n),) if isinstance(space, spaces.Discrete) else tuple(map(int, space.nvec))
-        super().__init__(feat_dim, layers, units, sum(sizes) if sizes else 2 * space.shape[0])
+            sizes = tuple(map(int, space.nvec))
+        out = sum(sizes) if sizes else 2 * space.shape[0]
+        super().__init__(feat_dim, layers, units, out, **names)
         self.sizes, self.unimix, self.std = sizes, unimix, (min_std, max_std)
 
     def forward(self, x: Tensor) -> dists.OneHots | dists.ClippedNormal:
         x = super().forward(x)
-        return (
-            dists.ClippedNormal(*x.chunk(2, -1), *self.std)
-            if self.sizes is None
-            else dists.OneHots(x, self.sizes, self.unimix)
-        )
+        if self.sizes is None:
+            return dists.ClippedNormal(*x.chunk(2, -1), *self.std)
+        return dists.OneHots(x, self.sizes, self.unimix)

@@ -159,7 +159,7 @@ class Trainer:
             losses, _, post, _, _ = self.agent.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         self.agent.optimizers["model"].step(loss)
-        self.agent.world_model.dynamics.learn(post)
+        self.agent.world_model.dynamics.update_codebook(post)
         self.update += 1
         return loss.detach()
 

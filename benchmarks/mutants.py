@@ -30,15 +30,29 @@ LIST = Path(__file__).with_suffix(".yaml")
 TIMEOUT = 600  # seconds; a mutant that hangs the tests is noticed, too
 
 # Test files in the order in which they are tried, the quick ones first.
-FAST = ("numerics", "golden", "wiring", "mask", "quantizer", "replay", "updates", "dynamics", "legacy", "hrssm")
+FAST = (
+    "numerics",
+    "parts",
+    "golden",
+    "wiring",
+    "mask",
+    "quantizer",
+    "replay",
+    "updates",
+    "dynamics",
+    "legacy",
+    "hrssm",
+)
 FAST += ("hrvq", "agent", "losses")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
     "training.py": ("updates",),
     "envs/base.py": ("updates",),
+    "hidreamer/behavior.py": ("golden", "wiring"),
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
     "hidreamer/dynamics/hrvq.py": ("wiring", "golden", "dynamics", "hrvq"),
+    "hidreamer/dynamics/recurrent.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
     "hidreamer/explorer.py": ("wiring", "agent"),
     "hidreamer/losses.py": ("golden",),
@@ -47,7 +61,8 @@ LIKELY = {
     "hidreamer/optim.py": ("numerics", "agent", "losses"),
     "hidreamer/quantizer.py": ("numerics", "quantizer"),
     "hidreamer/replay.py": ("replay",),
-    "hidreamer/transformer.py": ("numerics", "dynamics", "hrvq"),
+    "hidreamer/rollout.py": ("parts", "dynamics", "hrvq"),
+    "hidreamer/transformer.py": ("numerics", "parts", "dynamics", "hrvq"),
     "models.py": ("golden", "wiring"),
     "networks.py": ("numerics", "wiring", "legacy"),
 }

@@ -189,7 +189,7 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
     for post in posts:  # the parts are chunks: means of them, weighted
         # Nothing foresees the first step of a chunk.
         later = tuple(level._make(x[:, 1:] for x in level) for level in post.levels)
-        for name, x in (dynamics.loss(post)[1] | kl_losses(later, dynamics.balance)[1]).items():
+        for name, x in (dynamics.loss(post)[1] | kl_losses(later, dynamics.kl_config)[1]).items():
             metrics[name] = metrics.get(name, 0.0) + x.item() * len(post.levels[0].post) / total
     if getattr(dynamics, "quantizer", None) is not None:  # use of codes cannot be averaged: all chunks at once
         index = torch.cat([post.aux.codes.index for post in posts])

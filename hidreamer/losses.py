@@ -1,7 +1,7 @@
-"""Losses as free functions of distributions and tensors, and the sum that an optimiser gets.
+"""Losses as free functions of distributions and tensors.
 
-Shapes: N dreams of H imagined steps, A action. Entry t of an (N, H+1) tensor belongs to state t, the first of which is
-the replayed one that the dream starts from.
+Shapes: N dreams of H imagined steps, A action. Entry t of an (N, H+1) tensor belongs to state t,
+the first of which is the replayed one that the dream starts from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hidreamer.returns import lambda_return
 
 
 class Policy(Protocol):
-    """What ``imag_loss`` asks of the actor's distribution in (N, H) states; one with event axes has summed them."""
+    """What ``imag_loss`` asks of the actor's distribution in (N, H) states: (N, H) each."""
 
     def log_prob(self, x: Tensor) -> Tensor: ...
 
@@ -55,17 +55,20 @@ def imag_loss(
 ) -> ImagLoss:
     """Actor and critic loss of dreams (Hafner et al. 2023, eq. 7-12).
 
-    action (N,H+1,A) taken in each state; rew (N,H+1) for arriving in it; disc (N,H+1), ``discount`` times the
-    probability that the episode goes on after it; value (N,H+1), the critic's. policy and value_dist are what actor and
-    critic say in the first H states, whose features have no gradient; slow_value (N,H) is the slow critic's, towards
-    which the critic is drawn. scale: takes the returns (N,H) and gives what advantages are divided by, ().
+    action (N,H+1,A) taken in each state; rew (N,H+1) for arriving in it; disc (N,H+1), ``discount``
+    times the probability that the episode goes on after it; value (N,H+1), the critic's. policy and
+    value_dist are what actor and critic say in the first H states, whose features have no gradient;
+    slow_value (N,H) is the slow critic's, towards which the critic is drawn. scale: takes the
+    returns (N,H) and gives what advantages are divided by, ().
 
-    reinforce: the actor's gradient is that of its actions' log-probabilities; otherwise it is that of the returns,
-    which must then depend on the actions.
+    reinforce: the actor's gradient is that of its actions' log-probabilities; otherwise it is that
+    of the returns, which must then depend on the actions.
     """
-    assert action.shape[:2] == disc.shape == rew.shape == value.shape, (action.shape, disc.shape, rew.shape)
+    shapes = action.shape[:2], disc.shape, rew.shape, value.shape
+    assert len(set(shapes)) == 1, shapes
     returns = lambda_return(rew, value, disc, lam)  # (N, H)
-    # A state counts as much as the episode is likely to have reached it; nothing counts after a terminal start.
+    # A state counts as much as the episode is likely to have reached it; nothing counts after a
+    # terminal start.
     alive = disc.detach() / discount  # (N, H+1)
     weight = torch.cat([alive[:, :1], disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
 

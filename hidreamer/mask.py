@@ -2,11 +2,11 @@
 
 Three kinds. Rows and columns are (time, level), A being level ``levels``; all are causal.
 
-- ``hierarchical`` (ssrhaso/hidreamer): rows of L0 see everything before them; all other rows see their own step,
-  and of the past only L0 and A. It is a bias, not a barrier: with two layers or more, past fine levels reach every
-  row through L0.
-- ``barrier``: a row sees columns that are as coarse as itself or coarser, A counting as L0. It is transitive, so at
-  any depth the coarse stream (L0 and A) depends on no finer level.
+- ``hierarchical`` (ssrhaso/hidreamer): rows of L0 see everything before them; all other rows see
+  their own step, and of the past only L0 and A. It is a bias, not a barrier: with two layers or
+  more, past fine levels reach every row through L0.
+- ``barrier``: a row sees columns that are as coarse as itself or coarser, A counting as L0. It is
+  transitive, so at any depth the coarse stream (L0 and A) depends on no finer level.
 - ``causal``: everything before; the control.
 """
 
@@ -19,13 +19,15 @@ KINDS = ("hierarchical", "barrier", "causal")
 
 
 def rule(kind: str, levels: int) -> Tensor:
-    """(2, levels + 1, levels + 1) bool, by row level and column level: in the past, and within one step.
+    """(2, levels + 1, levels + 1) bool, by row and column level: in the past, and within one step.
 
     Raises ValueError for an unknown kind.
     """
     n = levels + 1
     level = torch.arange(n)
-    earlier = level.unsqueeze(1) >= level  # (row, column): within a step, positions come in order of level
+    earlier = (
+        level.unsqueeze(1) >= level
+    )  # (row, column): a step's positions come in order of level
     if kind == "causal":
         past = torch.ones(n, n, dtype=torch.bool)
     elif kind == "barrier":
@@ -40,10 +42,13 @@ def rule(kind: str, levels: int) -> Tensor:
     return torch.stack([past, earlier & past if kind == "barrier" else earlier])
 
 
-def allowed(rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0) -> Tensor:
-    """(.., Q, K) bool: which columns a row may see, and which of them lie under ``window`` steps (0: any) back.
+def attn_mask(
+    rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0
+) -> Tensor:
+    """(.., Q, K) bool: True where a row may see a column, under ``window`` steps (0: any) back.
 
-    ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column`` times and levels (K,).
+    ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column``
+    times and levels (K,).
     """
     (row_time, row_level), (column_time, column_level) = row, column
     ago = row_time.unsqueeze(-1) - column_time  # (.., Q, K)
@@ -56,4 +61,4 @@ def visible(kind: str, steps: int, levels: int) -> Tensor:
     """(P, P) bool, P = steps * (levels + 1): True where the row may attend to the column."""
     time = torch.arange(steps).repeat_interleave(levels + 1)
     level = torch.arange(levels + 1).repeat(steps)
-    return allowed(rule(kind, levels), (time, level), (time, level))
+    return attn_mask(rule(kind, levels), (time, level), (time, level))

@@ -1,4 +1,5 @@
-"""What trains the world model besides its dynamics' own loss: one small class each, one entry of a list.
+"""What trains the world model besides its dynamics' own loss: one small class each, one entry of a
+list.
 
 Another objective is another class with ``loss``, and a line in ``models.WorldModel``.
 """
@@ -24,13 +25,15 @@ class Objective(Protocol):
 
 
 class Reconstruction:
-    """The likelihood of each observation, given the features that the dynamics trains its decoder on."""
+    """The likelihood of each observation, given the features that the dynamics trains its decoder
+    on.
+    """
 
     def __init__(self, decoder: nn.Module, dynamics: Dynamics):
         self.decoder, self.dynamics = decoder, dynamics
 
     def loss(self, post: Post, embed: Tensor, obs: Batch) -> dict[str, Tensor]:
-        dists = self.decoder(self.dynamics.decoded(post).cat())
+        dists = self.decoder(self.dynamics.decoder_features(post).cat())
         return {key: -dist.log_prob(obs[key]) for key, dist in dists.items()}
 
 

@@ -1,4 +1,4 @@
-"""One optimiser step: gradients of losses for exactly the given modules, their norms, clipping, a step by name."""
+"""Optimisers by name: gradients for exactly the given modules, their norms, clipping, one step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 
-def adam(params: Iterable[Tensor], *, lr: float, eps: float, capturable: bool) -> torch.optim.Optimizer:
+def adam(
+    params: Iterable[Tensor], *, lr: float, eps: float, capturable: bool
+) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=capturable)
 
 
@@ -18,11 +20,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": adam}
 class Optimizer:
     """Steps of the parameters of named modules, clipped by their global norm.
 
-    ``step(loss)`` is ``gather(loss)``, then ``apply()``; several losses may be gathered before. It touches these
-    parameters only, whatever else a loss depends on, and reads nothing on the host.
+    ``step(loss)`` is ``gather(loss)``, then ``apply()``; several losses may be gathered before. It
+    touches these parameters only, whatever else a loss depends on, and reads nothing on the host.
 
-    algorithm: makes the optimiser of parameters, as those of OPTIMIZERS do. ``clip`` 0 means no clipping.
-    ``capturable`` keeps the step counters on the device, as a CUDA graph needs.
+    algorithm: makes the optimiser of parameters, as those of OPTIMIZERS do. ``clip`` 0 means no
+    clipping. ``capturable`` keeps the step counters on the device, as a CUDA graph needs.
     """
 
     def __init__(
@@ -49,14 +51,16 @@ class Optimizer:
         return self.apply()
 
     def gather(self, loss: Tensor, modules: Iterable[str] | None = None) -> None:
-        """Add the gradient of ``loss`` () for these modules, by name (None: all), to what the next step follows."""
+        """Add the gradient of ``loss`` (), for these modules (None: all), to the next step's."""
         params = [p for name in modules or self.groups for p in self.groups[name].values()]
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         for param, grad in zip(params, grads, strict=True):
             grad = grad if param.grad is None else param.grad + grad
-            # The fused kernel walks through memory. A gradient that lies there in another order (channels last, from a
-            # convolution) would silently change other weights than its own: autograd.grad does not put it right.
-            param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+            # The fused kernel walks through memory. A gradient that lies there in another order
+            # (channels last, from a convolution) would silently change other weights than its own:
+            # autograd.grad does not put it right.
+            aligned = grad.stride() == param.stride()
+            param.grad = grad if aligned else torch.empty_like(param).copy_(grad)
 
     def apply(self) -> dict[str, Tensor]:
         """One step along what was gathered, for every module.
@@ -78,22 +82,27 @@ class Optimizer:
         return metrics
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{parameter: {"step", "exp_avg", "exp_avg_sq"}}, as Adam has it: by name, so it can move to another model."""
-        return {key: dict(self.optim.state[p]) for key, p in self.params.items() if p in self.optim.state}
+        """{parameter: {"step", "exp_avg", "exp_avg_sq"}}: by name, to fit another model."""
+        state = self.optim.state
+        return {key: dict(state[p]) for key, p in self.params.items() if p in state}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse; parameters that ``state`` does not name start afresh. Rates stay as configured now."""
+        """The inverse. Parameters that ``state`` lacks start afresh; rates stay as configured."""
         self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
-                self.optim.state[p] = {name: x.detach().clone().to(p.device) for name, x in state[key].items()}
+                self.optim.state[p] = {
+                    name: x.detach().clone().to(p.device) for name, x in state[key].items()
+                }
 
 
 def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
-    """An ``Optimizer`` by the name of its algorithm, one of OPTIMIZERS; settings as ``Optimizer`` takes them.
+    """An ``Optimizer`` whose algorithm is one of OPTIMIZERS; settings as ``Optimizer`` takes them.
 
     Raises ValueError for a name that there is not.
     """
     if kind not in OPTIMIZERS:
-        raise ValueError(f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}")
+        raise ValueError(
+            f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
+        )
     return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)

@@ -1,14 +1,16 @@
-"""Residual quantisation: G groups of d numbers become L levels of codes, each level near to what the coarser ones left.
+"""Residual quantisation: G groups of d numbers become L levels of codes, each near the residual.
 
-Level l sees the residual r_l = z - sum of the codes of the levels before it, the codes detached: attached, they would
-cancel its loss's gradient at the encoder. Four ways to choose and learn codes:
+Level l sees the residual r_l = z - sum of the codes of the levels before it, the codes detached:
+attached, they would cancel its loss's gradient at the encoder. Four ways to choose and learn codes:
 
-- ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by gradient. A level is then a
-  categorical like any other of Dreamer's, and can be trained to be predictable.
-- ``nearest`` (van den Oord et al. 2017; residual: Zeghidour et al. 2021): the nearest code; codes are moving averages
-  of their residuals; a commitment loss keeps the encoder near them.
+- ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by
+  gradient. A level is then a categorical like any other of Dreamer's, and can be trained to be
+  predictable.
+- ``nearest`` (van den Oord et al. 2017; residual: Zeghidour et al. 2021): the nearest code; codes
+  are moving averages of their residuals; a commitment loss keeps the encoder near them.
 - ``frozen``: the nearest of random codes that nothing trains; a control.
-- ``fsq`` (Mentzer et al. 2023, residual): a few numbers of each residual, bounded and rounded; no codebook to learn.
+- ``fsq`` (Mentzer et al. 2023, residual): a few numbers of each residual, bounded and rounded; no
+  codebook to learn.
 
 Shapes: (..., G, d) numbers, (..., G, K) per code, L levels.
 """
@@ -26,6 +28,7 @@ from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
 SCALES = (1.0, 0.7, 0.5)  # deviation of the first codes by level; the last also for all finer ones
+HARD = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
 
 
 class Codes(NamedTuple):
@@ -43,29 +46,43 @@ def onehots(index: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Te
 
 
 def per_level(values: list[float], levels: int, name: str) -> list[float]:
-    """One value for every level: the same for all, or the first of several. Raises ValueError for too few."""
+    """One value for every level: the same for all, or the first of several.
+
+    ``name`` is the config's key. Raises ValueError for too few.
+    """
     if len(values) == 1:
         return list(values) * levels
     if len(values) < levels:
-        raise ValueError(f"{name} has {len(values)} values for {levels} levels; give one, or one for each")
+        raise ValueError(
+            f"{name} has {len(values)} values for {levels} levels; give one, or one for each"
+        )
     return list(values[:levels])
 
 
 def split_codes(codes: int) -> list[int]:
-    """The fewest FSQ sides of 3 to 8 steps whose product is ``codes``, largest first. Raises ValueError for none."""
+    """The fewest FSQ sides of 3 to 8 steps whose product is ``codes``, largest first.
+
+    Raises ValueError where there are none.
+    """
     for count in range(1, 7):
         found = _factors(codes, count, 8)
         if found:
             return found
-    raise ValueError(f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, 256 is 8 x 8 x 4")
+    raise ValueError(
+        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; "
+        "32 is 8 x 4, 256 is 8 x 8 x 4"
+    )
 
 
-def _factors(rest: int, count: int, most: int) -> list[int] | None:
+def _factors(number: int, count: int, most: int) -> list[int] | None:
+    """``count`` factors of ``number``, between ``most`` and 3, largest first, or None."""
     if count == 0:
-        return [] if rest == 1 else None
+        return [] if number == 1 else None
     for side in range(most, 2, -1):
-        if rest % side == 0 and (tail := _factors(rest // side, count - 1, side)) is not None:
-            return [side, *tail]
+        if number % side == 0:
+            others = _factors(number // side, count - 1, side)
+            if others is not None:
+                return [side, *others]
     return None
 
 
@@ -73,7 +90,15 @@ class Quantizer(nn.Module):
     """Codebooks of every level and group; ``shared``: one codebook per level for all groups."""
 
     def __init__(
-        self, kind: str, levels: int, groups: int, codes: int, dim: int, *, unimix: float = 0.0, shared: bool = False
+        self,
+        kind: str,
+        levels: int,
+        groups: int,
+        codes: int,
+        dim: int,
+        *,
+        unimix: float = 0.0,
+        shared: bool = False,
     ):
         super().__init__()
         if kind not in KINDS:
@@ -81,64 +106,81 @@ class Quantizer(nn.Module):
         self.kind, self.levels, self.groups, self.codes = kind, levels, groups, codes
         self.unimix, self.shared = unimix, shared
         books = 1 if shared else groups
-        scale = torch.tensor([SCALES[min(level, len(SCALES) - 1)] for level in range(levels)])
+        scale = torch.tensor([SCALES[min(i, len(SCALES) - 1)] for i in range(levels)])
         if kind == "fsq":
             sides = split_codes(codes)
             self.down = nn.ModuleList(linear(dim, len(sides)) for _ in range(levels))
             self.up = nn.ModuleList(linear(len(sides), dim) for _ in range(levels))
-            self.register_buffer("sides", torch.tensor(sides, dtype=torch.float32), persistent=False)
+            sides = torch.tensor(sides, dtype=torch.float32)
+            self.register_buffer("sides", sides, persistent=False)
             return
         book = torch.randn(levels, books, codes, dim) * scale[:, None, None, None]
         if kind == "sampled":
             self.book = nn.Parameter(book)
-            # Distances grow with the square of the codes' scale and the root of their number of entries.
+            # Distances grow with the square of the codes' scale and the root of their size.
             self.log_tau = nn.Parameter((1.5 * math.sqrt(dim) * scale.square()).log())
         else:
             self.register_buffer("book", book)
         if kind == "nearest":
-            # Counts of one: from zero, the first average would throw every unused code to a norm of 1e5.
+            # Counts of one: from zero, the first average would give unused codes a norm of 1e5.
             self.register_buffer("count", torch.ones(levels, books, codes))
             self.register_buffer("total", book.clone())
 
     def encode(self, z: Tensor, sample: bool = True) -> Codes:
-        """z (..., G, d) -> Codes. ``sample`` concerns ``sampled`` only; without it the likeliest code is taken."""
-        rest, parts = z, []
-        for level in range(self.levels):
-            code, index, logit = self._level(level, rest, sample)
-            parts.append((code, index, logit, rest))
-            rest = rest - code.detach()
-        code, index, logit, residual = zip(*parts, strict=True)
-        stack = lambda xs, axis: torch.stack(xs, axis)
-        return Codes(stack(code, -3), stack(index, -2), logit, stack(residual, -3))
+        """z (..., G, d) -> Codes.
 
-    def _level(self, level: int, rest: Tensor, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """-> straight-through code (..., G, d), its index (..., G), logits (..., G, K)."""
+        ``sample`` concerns ``sampled`` only; without it the likeliest code is taken.
+        """
+        residual = z
+        codes, indices, logits, residuals = [], [], [], []
+        for level in range(self.levels):
+            code, index, logit = self._encode_level(level, residual, sample)
+            codes.append(code)
+            indices.append(index)
+            logits.append(logit)
+            residuals.append(residual)
+            residual = residual - code.detach()
+        return Codes(
+            torch.stack(codes, -3),
+            torch.stack(indices, -2),
+            tuple(logits),
+            torch.stack(residuals, -3),
+        )
+
+    def _encode_level(
+        self, level: int, residual: Tensor, sample: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., G, d) -> code (..., G, d), straight-through, index (..., G), logits (..., G, K)."""
         if self.kind == "fsq":
-            return self._round(level, rest)
-        distance = self.distance(level, rest)
+            return self._encode_fsq(level, residual)
+        distance = self.distance(level, residual)
         if self.kind == "sampled":
             logit = -distance / self.log_tau[level].exp()
             onehot = dists.draw(dists.mix(logit, self.unimix), sample)
-            return self.decode(level, onehot.to(rest.dtype)), onehot.argmax(-1), logit
+            return self.decode(level, onehot.to(residual.dtype)), onehot.argmax(-1), logit
         index = distance.argmin(-1)
-        onehot = onehots(index, self.codes, rest.dtype)
-        code = dists.straight_through(self.decode(level, onehot), rest)
+        onehot = onehots(index, self.codes, residual.dtype)
+        code = dists.straight_through(self.decode(level, onehot), residual)
         return code, index, HARD * onehot
 
-    def distance(self, level: int, rest: Tensor) -> Tensor:
-        """Squared distances (..., G, K) of residuals (..., G, d) to a level's codes, never narrow."""
-        book, rest = dists.wide(self.book[level]), dists.wide(rest)  # (G or 1, K, d)
-        with torch.autocast(rest.device.type, enabled=False):  # it would round to more than codes differ by
-            cross = torch.einsum("...gd,gkd->...gk", rest, book.expand(self.groups, -1, -1))
-        return rest.square().sum(-1, keepdim=True) - 2.0 * cross + book.square().sum(-1)
+    def distance(self, level: int, residual: Tensor) -> Tensor:
+        """Squared distances (..., G, K) of (..., G, d) to a level's codes, in float32 at least."""
+        book = dists.wide(self.book[level])  # (G or 1, K, d)
+        x = dists.wide(residual)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # it would round by more than codes differ
+            cross = torch.einsum("...gd,gkd->...gk", x, book.expand(self.groups, -1, -1))
+        return x.square().sum(-1, keepdim=True) - 2.0 * cross + book.square().sum(-1)
 
     def decode(self, level: int, onehot: Tensor) -> Tensor:
         """The codes (..., G, d) that one-hots (..., G, K) name, with a gradient to the one-hots."""
         if self.kind == "fsq":
-            return self.up[level](onehot @ self._grid().to(onehot.dtype))
-        return torch.einsum("...gk,gkd->...gd", onehot, self.book[level].expand(self.groups, -1, -1).to(onehot.dtype))
+            return self.up[level](onehot @ self._fsq_values().to(onehot.dtype))
+        book = self.book[level].expand(self.groups, -1, -1).to(onehot.dtype)  # (G, K, d)
+        return torch.einsum("...gk,gkd->...gd", onehot, book)
 
-    def _grid(self) -> Tensor:
+    def _fsq_values(self) -> Tensor:
         """(K, numbers): the rounded numbers of every FSQ code, in [-1, 1]."""
         sides = self.sides.long()
         index = torch.arange(self.codes, device=sides.device).unsqueeze(-1)  # (K, 1)
@@ -146,51 +188,56 @@ class Quantizer(nn.Module):
         return 2.0 * digits / (sides - 1.0) - 1.0
 
     def _radix(self) -> Tensor:
+        """(numbers,): what a step of each number adds to the index of a code."""
         return torch.cat([self.sides.new_ones(1), self.sides[:-1]]).cumprod(0).long()
 
-    def _round(self, level: int, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bound = dists.wide(torch.tanh(self.down[level](rest)))  # (..., G, numbers)
+    def _encode_fsq(self, level: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``_encode_level``."""
+        bound = dists.wide(torch.tanh(self.down[level](residual)))  # (..., G, numbers)
         digits = ((bound + 1.0) / 2.0 * (self.sides - 1.0)).round()
         index = (digits.long() * self._radix()).sum(-1)
-        onehot = onehots(index, self.codes, rest.dtype)
+        onehot = onehots(index, self.codes, residual.dtype)
         rounded = dists.straight_through(2.0 * digits / (self.sides - 1.0) - 1.0, bound)
-        return self.up[level](rounded.to(rest.dtype)), index, HARD * onehot
+        return self.up[level](rounded.to(residual.dtype)), index, HARD * onehot
 
     @torch.no_grad()
-    def learn(self, codes: Codes, rate: float = 0.02, floor: float = 0.2) -> None:
-        """Move ``nearest`` codebooks towards the residuals that chose them: once per training update, after backward.
+    def update_codebook(self, codes: Codes, rate: float = 0.02, floor: float = 0.2) -> None:
+        """Move ``nearest`` codebooks towards their codes' residuals (van den Oord et al. 2017).
 
-        A code whose running count of uses falls below ``floor`` is put onto a random residual of its own level. Reads
-        nothing on the host. The other kinds learn by gradient or not at all.
+        Once per training update, after backward; ``codes`` (..., L, G, .) are what ``encode``
+        found. A code whose running count of uses falls below ``floor`` is replaced by a random
+        residual of its own level. Reads nothing on the host. The other kinds learn by gradient or
+        not at all.
         """
         if self.kind != "nearest":
             return
         residual = codes.residual.flatten(0, -4).float()  # (N, L, G, d)
         onehot = onehots(codes.index.flatten(0, -3), self.codes)  # (N, L, G, K)
-        if self.shared:  # all groups feed one codebook: they become more samples of it
-            residual, onehot = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (residual, onehot))
+        if self.shared:  # all groups use one codebook: they become more samples of it
+            residual = residual.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (N * G, L, 1, d)
+            onehot = onehot.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (N * G, L, 1, K)
         self.count.lerp_(onehot.sum(0), rate)  # (L, G, K)
         self.total.lerp_(torch.einsum("nlgk,nlgd->lgkd", onehot, residual), rate)
         book = self.total / self.count.clamp(min=1e-5).unsqueeze(-1)
         pick = torch.randint(len(residual), self.count.shape, device=residual.device)  # (L, G, K)
         level, group = (torch.arange(n, device=residual.device) for n in self.count.shape[:2])
-        fresh = residual[pick, level[:, None, None], group[None, :, None]]  # (L, G, K, d)
+        random_residual = residual[pick, level[:, None, None], group[None, :, None]]  # (L, G, K, d)
         dead = self.count < floor
-        self.book.copy_(torch.where(dead.unsqueeze(-1), fresh, book))
+        self.book.copy_(torch.where(dead.unsqueeze(-1), random_residual, book))
         self.count.copy_(torch.where(dead, 1.0, self.count))
-        self.total.copy_(torch.where(dead.unsqueeze(-1), fresh, self.total))
+        self.total.copy_(torch.where(dead.unsqueeze(-1), random_residual, self.total))
 
     @torch.no_grad()
     def usage(self, index: Tensor) -> dict[str, Tensor]:
-        """index (..., L, G) -> perplexity and number of unused codes of each level, means over its codebooks, ()."""
-        share = onehots(index.flatten(0, -3), self.codes).mean(0)  # (L, G, K)
+        """index (..., L, G) -> perplexity and number of unused codes of each level, ().
+
+        Both are means over a level's codebooks.
+        """
+        frequency = onehots(index.flatten(0, -3), self.codes).mean(0)  # (L, G, K)
         if self.shared:  # all groups use one codebook
-            share = share.mean(1, keepdim=True)  # (L, 1, K)
-        perplexity = (-torch.special.xlogy(share, share).sum(-1)).exp().mean(-1)  # (L,)
-        dead = (share == 0).float().sum(-1).mean(-1)
-        return {
-            f"{name}_{i}": x[i] for name, x in (("perplexity", perplexity), ("dead", dead)) for i in range(self.levels)
-        }
-
-
-HARD = 50.0  # logit of the chosen code where the choice is hard: its probability is 1 to within float32
+            frequency = frequency.mean(1, keepdim=True)  # (L, 1, K)
+        entropy = -torch.special.xlogy(frequency, frequency).sum(-1)  # (L, G or 1)
+        perplexity = entropy.exp().mean(-1)  # (L,)
+        dead = (frequency == 0).float().sum(-1).mean(-1)
+        metrics = {f"perplexity_{i}": perplexity[i] for i in range(self.levels)}
+        return metrics | {f"dead_{i}": dead[i] for i in range(self.levels)}

@@ -1,7 +1,8 @@
-"""Token sequences of ``hrvq``: the layout of their positions, their K/V cache, and rollouts that share it.
+"""Token sequences of ``hrvq``: layout of positions, K/V cache, and rollouts that share it.
 
-Shapes: B sequences of S cached steps, n branches of each (N = B * n), T or H new steps, L levels, D deter, Z stoch,
-P = S * (L + 1) cached positions, O = H * (L + 1) imagined ones, Q new ones of one pass, h heads of d numbers.
+Shapes: B sequences of S cached steps, n branches of each (N = B * n), T or H new steps, L levels,
+D deter, Z stoch, P = S * (L + 1) cached positions, O = H * (L + 1) imagined ones, Q new ones of
+one pass, h heads of d numbers.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hidreamer.mask import allowed
+from hidreamer.mask import attn_mask
 from hidreamer.transformer import KV, Transformer, rotary, rotate
 
 
 class Layout(NamedTuple):
-    """Positions of successive steps, ``[A_{t-1}, L0_t .. L_{L-1,t}]`` each: what is known once the codes of t are.
+    """Positions of successive steps: ``[A_{t-1}, L0_t .. L_{L-1,t}]``, known once t has codes.
 
     The positions of one step are its L + 1 slots.
     """
 
     step: Tensor  # (P,) index of the step, from 0
     level: Tensor  # (P,) 0 .. L - 1, and L for the action
-    time: Tensor  # (P,) what rotary positions and the window count: an action's is that of the step before
+    time: Tensor  # (P,) of rotary positions and the window: an action's is that of the step before
 
     @classmethod
     def of(cls, steps: int, levels: int, first: int, device: torch.device) -> Layout:
@@ -35,7 +36,7 @@ class Layout(NamedTuple):
 
 
 def first_slots(x: Tensor, slots: int, count: int, dim: int = -1) -> Tensor:
-    """The first ``count`` of the ``slots`` positions of every step, which lie along ``dim`` (negative)."""
+    """The first ``count`` of every step's ``slots`` positions, along ``dim`` (negative)."""
     return x.unflatten(dim, (-1, slots)).narrow(dim, 0, count).flatten(dim - 1, dim)
 
 
@@ -58,11 +59,14 @@ class Carry(NamedTuple):
             return None
         return [KV(*kv) for kv in zip(self.keys.unbind(1), self.values.unbind(1), strict=True)]
 
-    def extend(self, keys: Tensor, values: Tensor, segment: Tensor, deter: Tensor, stoch: Tensor) -> Carry:
+    def extend(
+        self, keys: Tensor, values: Tensor, segment: Tensor, deter: Tensor, stoch: Tensor
+    ) -> Carry:
         """The sequences with T more steps, at whose last one they now are.
 
-        keys, values: (B, layers, h, T * (L + 1), d), rotated to this carry's time; segment: (B, T), the episodes
-        counted on from 0; deter (B, D) and stoch (B, Z) are those of the last step.
+        keys, values: (B, layers, h, T * (L + 1), d), rotated to this carry's time; segment: (B,
+        T), the episodes counted on from 0; deter (B, D) and stoch (B, Z) are those of the last
+        step.
         """
         steps = torch.cat([self.segment, segment], 1)  # (B, S + T)
         keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
@@ -83,17 +87,24 @@ class Carry(NamedTuple):
         )
 
     def unshared(self, count: int) -> Carry:
-        """A sequence for each branch, (N, ..): a copy of at most ``count`` steps up to the branch's own.
+        """A sequence for each branch, (N, ..): copies of at most ``count`` steps up to its own.
 
-        What would lie before the first cached step, or is of another episode than the branch, counts as an earlier one.
+        What would lie before the first cached step, or is of another episode than the branch,
+        counts as an earlier one.
         """
         batch, steps = self.segment.shape
         if not steps:
             return self
         count = min(count, steps)
-        index = self.where.unsqueeze(1) + torch.arange(1 - count, 1, device=self.where.device)  # (N, count)
+        index = self.where.unsqueeze(1) + torch.arange(
+            1 - count, 1, device=self.where.device
+        )  # (N, count)
         cached, index = index >= 0, index.clamp(min=0)
-        rows = torch.arange(batch, device=index.device).repeat_interleave(len(self.where) // batch).unsqueeze(1)
+        rows = (
+            torch.arange(batch, device=index.device)
+            .repeat_interleave(len(self.where) // batch)
+            .unsqueeze(1)
+        )
 
         def copies(x: Tensor) -> Tensor:
             x = x.unflatten(-2, (steps, -1))[rows, :, :, index]  # (N, count, layers, h, L + 1, d)
@@ -122,18 +133,31 @@ class Prefix(NamedTuple):
 
 
 class Rollout:
-    """The tokens that N branches imagine after the steps of a carry, which the branches of a sequence share.
+    """The tokens that N branches imagine after a carry's steps, which a sequence's branches share.
 
-    Rows of imagined positions are computed pass by pass, in the order of ``Layout``: A_0, then L0_1 .. A_1, and so on.
-    The K/V of imagined positions are each branch's own.
+    Rows of imagined positions are computed pass by pass, in the order of ``Layout``: A_0, then
+    L0_1 .. A_1, and so on. The K/V of imagined positions are each branch's own.
 
-    rules: what ``mask.rule`` returned; slots: by level, how many slots of earlier steps a row of that level sees.
+    rules: what ``mask.rule`` returned; slots: by level, how many slots of earlier steps a row of
+    that level sees.
     """
 
     def __init__(
-        self, transformer: Transformer, rules: Tensor, slots: list[int], window: int, carry: Carry, horizon: int
+        self,
+        transformer: Transformer,
+        rules: Tensor,
+        slots: list[int],
+        window: int,
+        carry: Carry,
+        horizon: int,
     ):
-        self.transformer, self.rules, self.slots, self.window, self.origin = transformer, rules, slots, window, carry
+        self.transformer, self.rules, self.slots, self.window, self.origin = (
+            transformer,
+            rules,
+            slots,
+            window,
+            carry,
+        )
         self.levels, self.horizon, self.graph = len(slots) - 1, horizon, torch.is_grad_enabled()
         batch, steps = carry.segment.shape
         self.shape = batch, len(carry.where) // batch  # (B, n)
@@ -142,17 +166,24 @@ class Rollout:
         self.cached = Layout.of(steps, self.levels, 1 - steps, where.device)
         self.own = Layout.of(horizon, self.levels, 1, where.device)
         rows = self.own.time, self.own.level
-        self.own_mask = allowed(rules, rows, rows, window)  # (O, O)
-        self.rope = rotary(self.start + self.own.time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
+        self.own_mask = attn_mask(rules, rows, rows, window)  # (O, O)
+        self.rope = rotary(
+            self.start + self.own.time, transformer.head_dim, carry.deter.dtype
+        )  # (B, n, O, 2, d / 2)
         self.own_kv = transformer.branches(len(self.own.time))
-        self.time, self.level, self.length = 0, self.levels, 0  # of the next row, which is A_0; rows computed so far
+        self.time, self.level, self.length = (
+            0,
+            self.levels,
+            0,
+        )  # of the next row, which is A_0; rows computed so far
         self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
         self.prefixes: dict[tuple[int, int], Prefix] = {}
         self.pieces: dict[int, list[KV]] = {}
         if steps:
             segment = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
             same = segment.unsqueeze(1) == carry.segment.gather(1, where).unsqueeze(2)  # (B, n, P)
-            # What the sequence goes on to do after the branch's step is not seen, the step's own action included.
+            # What the sequence goes on to do after the branch's step is not seen, the step's own
+            # action included.
             self.visible = same & (self.cached.step <= where.unsqueeze(2))
 
     def append(self, token: Tensor) -> None:
@@ -160,12 +191,12 @@ class Rollout:
         self.queue.append(token)
 
     def advance(self, token: Tensor) -> Tensor:
-        """Take a token (N, W), and those queued before it, through the transformer. -> the output (N, W) at it."""
+        """Compute the rows of the queued tokens and this one (N, W). -> the output (N, W) at it."""
         self.append(token)
         return self._run()
 
     def _run(self) -> Tensor:
-        """Compute the rows of all queued tokens, which are of one time. -> the output (N, W) at the last of them."""
+        """Compute the rows of all queued tokens, of one time. -> the output (N, W) at the last."""
         count = len(self.queue)
         x = torch.stack(self.queue, 1).unflatten(0, self.shape)  # (B, n, Q, W)
         rows = slice(self.length, self.length + count)
@@ -174,32 +205,38 @@ class Rollout:
             kv, visible, age = self._prefix(rows)
             mask = visible & (age < self.window - self.time)
         own_mask, last = self.own_mask[rows, : rows.stop], slice(count - 1, None)
-        out = self.transformer(x, self.rope[:, :, rows], self.own_kv, own_mask, kv, mask, last)
+        rope, level = self.rope[:, :, rows], self.own.level[rows]
+        out, _ = self.transformer(x, rope, level, self.own_kv, own_mask, kv, mask, last)
         self.queue, self.length, self.level = [], rows.stop, self.level + count
         if self.level > self.levels:  # that was an action, the last row of its time
             self.time, self.level = self.time + 1, 0
         return out.flatten(0, 2)
 
     def _prefix(self, rows: slice) -> Prefix:
-        """What ``rows`` see of the cached steps: the same at every time, since all of these lie behind them.
+        """What ``rows`` see of the cached steps: the same at every time, since these lie behind.
 
-        Only A_0 belongs to a cached step. It sees all of that; later rows only the slots that the mask gives them, and
-        are multiplied with no others.
+        Only A_0 belongs to a cached step. It sees all of that; later rows only the slots that the
+        mask gives them, and are multiplied with no others.
         """
         count = rows.stop - rows.start
         if (self.level, count) not in self.prefixes:
-            slots = max(self.slots[self.level : self.level + count]) if self.time else self.levels + 1
-            time, level, visible = (
-                first_slots(x, self.levels + 1, slots) for x in (self.cached.time, self.cached.level, self.visible)
+            slots = (
+                max(self.slots[self.level : self.level + count]) if self.time else self.levels + 1
             )
-            mask = allowed(self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level))
+            time, level, visible = (
+                first_slots(x, self.levels + 1, slots)
+                for x in (self.cached.time, self.cached.level, self.visible)
+            )
+            mask = attn_mask(
+                self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level)
+            )
             self.prefixes[self.level, count] = Prefix(
                 self._piece(slots), mask & visible.unsqueeze(2), (self.start - time).unsqueeze(2)
             )
         return self.prefixes[self.level, count]
 
     def _piece(self, slots: int) -> list[KV]:
-        """The first slots of the cached K/V, contiguous: otherwise every product with them would copy them first."""
+        """The first slots of the cached K/V, contiguous: else every product would copy them."""
         if slots not in self.pieces:
             keys, values = (
                 first_slots(x, self.levels + 1, slots, -2).transpose(0, 1).contiguous().unbind()
@@ -209,20 +246,26 @@ class Rollout:
         return self.pieces[slots]
 
     def carry(self, deter: Tensor, stoch: Tensor) -> Carry:
-        """A sequence for each branch, at its last imagined step, whose state is deter (N, D) and stoch (N, Z)."""
+        """A sequence for each branch, at its last step, of state deter (N,D), stoch (N,Z)."""
         if self.queue:
             with torch.set_grad_enabled(self.graph):  # as for all rows before
                 self._run()
-        layers = zip(*(own.kv for own in self.own_kv), strict=True)  # all keys (B, h, n, O, d), all values
-        keys, values = (torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers)  # (N, layers, h, O, d)
+        layers = zip(
+            *(own.kv for own in self.own_kv), strict=True
+        )  # all keys (B, h, n, O, d), all values
+        keys, values = (
+            torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers
+        )  # (N, layers, h, O, d)
         past = self.origin.unshared(max(self.window - self.horizon, 0))
         back = rotary(-self.start.view(-1, 1, 1), keys.shape[-1], keys.dtype)
         segment = past.segment.new_zeros(len(keys), self.horizon)
-        return past.extend(rotate(keys, back), values, segment, deter, stoch).last_steps(self.window)
+        return past.extend(rotate(keys, back), values, segment, deter, stoch).last_steps(
+            self.window
+        )
 
 
 class RolloutCarry(NamedTuple):
-    """The carry after a rollout. Only a call that goes on from it makes sequences of its branches."""
+    """The carry after a rollout; branches become sequences when a call continues from it."""
 
     deter: Tensor  # (N, D)
     stoch: Tensor  # (N, Z)

@@ -1,10 +1,10 @@
-"""A pre-norm transformer whose sequences share a prefix: the K/V of B sequences, continued by n branches each.
+"""A pre-norm transformer over B sequences, each of which n branches continue and share.
 
-Observing is the case of one branch that is the sequence itself; imagination has a branch for every start. Both run
-through the same ``forward``, so they cannot drift apart.
+Observing is the case of one branch that is the sequence itself; imagination has a branch for every
+start. Both run through the same ``forward``, so they cannot drift apart.
 
-Shapes: B sequences, n branches of each, Q new positions, P prefix positions, O positions of a branch's own, W width,
-h heads of d numbers.
+Shapes: B sequences, n branches of each, Q new positions, P prefix positions, O positions of a
+branch's own, W width, h heads of d numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hidreamer.distributions import wide
-from hidreamer.nets import EPS, linear
+from hidreamer.nets import by_name, linear, make_activation, make_norm
 
 
 class KV(NamedTuple):
@@ -29,7 +29,8 @@ class KV(NamedTuple):
 class Branch:
     """The K/V that one layer's branches add of their own, (B,h,n,O,d): at most ``room`` positions.
 
-    Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of them every time.
+    Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of
+    them every time.
     """
 
     def __init__(self, room: int):
@@ -42,7 +43,8 @@ class Branch:
         if self.kv is None and (torch.is_grad_enabled() or self.length == self.room):
             self.kv = KV(keys, values)
         elif torch.is_grad_enabled():
-            self.kv = KV(torch.cat([self.kv.keys, keys], -2), torch.cat([self.kv.values, values], -2))
+            both = zip(self.kv, (keys, values), strict=True)
+            self.kv = KV(*(torch.cat(pair, -2) for pair in both))
         else:
             if self.kv is None:
                 shape = (*keys.shape[:-2], self.room, keys.shape[-1])
@@ -53,9 +55,10 @@ class Branch:
 
 
 def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """(..., 2, dim / 2): cosines and sines of rotary positions (Su et al. 2021) for integer times (...).
+    """Rotary positions (Su et al. 2021): cosines and sines (..., 2, dim / 2) of times (...), int.
 
-    Angles are computed in at least float32, whatever the network runs in: bfloat16 cannot tell step 256 from 257.
+    Angles are computed in at least float32, whatever the network runs in: bfloat16 cannot tell
+    step 256 from 257.
     """
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rate = 10_000.0 ** (-torch.arange(dim // 2, device=times.device, dtype=dtype) / (dim // 2))
@@ -64,20 +67,53 @@ def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the halves of x (..., h, d) by the angles in ``rope`` (..., 2, d / 2), in the precision of these."""
+    """Turn the halves of x (..., h, d) by the angles ``rope`` (..., 2, d / 2), in its dtype."""
     cos, sin = rope.unsqueeze(-3).unbind(-2)  # (..., 1, d / 2) each
     a, b = x.to(rope.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
 
 
+FFNLosses = dict[str, Tensor]  # auxiliary losses of feed-forward parts, (B, n) each, as by sequence
+
+
+class Dense(nn.Module):
+    """Two linear layers, the same for all positions.
+
+    Any feed-forward part takes x (B,n,Q,W) and the positions' levels (Q,) and returns what is
+    added to x, (B,n,Q,W), and auxiliary losses; this one has none and makes no use of the levels.
+    """
+
+    def __init__(self, width: int, hidden: int, *, act: str = "silu"):
+        super().__init__()
+        self.up, self.down = linear(width, hidden), linear(hidden, width)
+        self.act = make_activation(act)
+
+    def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
+        return self.down(self.act(self.up(x))), {}
+
+
+FFNS = {"dense": Dense}  # each: (width, hidden, act=name) -> module
+
+
 class Layer(nn.Module):
-    def __init__(self, width: int, heads: int, hidden: int):
+    """Attention and a feed-forward part (``ffn``, of ``FFNS``), each with a residual connection."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        norm: str = "layer",
+        act: str = "silu",
+        ffn: str = "dense",
+    ):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
+        self.norm1, self.norm2 = make_norm(norm, width), make_norm(norm, width)
         self.qkv = linear(width, 3 * width, bias=False)
         self.out = linear(width, width, bias=False)
-        self.up, self.down = linear(width, hidden), linear(hidden, width)
+        self.ffn = by_name(FFNS, ffn, "ffn")(width, hidden, act=act)
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,n,Q,W) -> queries and keys, rotated, and values: (B,h,n,Q,d) each."""
@@ -86,69 +122,100 @@ class Layer(nn.Module):
         q, k = rotate(qk, rope).chunk(2, -2)  # (B, n, Q, h, d)
         return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Both residual branches, from what attention gathered (B,h,n,Q,d)."""
+    def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
+        """x (B,n,Q,W), what attention gave (B,h,n,Q,d), levels (Q,) -> (B,n,Q,W), losses."""
         x = x + self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
-        return x + self.down(F.silu(self.up(self.norm2(x))))
+        added, losses = self.ffn(self.norm2(x), level)
+        return x + added, losses
 
 
-HIDDEN = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
+MASKED = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
 
 
-def attend(q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None) -> Tensor:
-    """(B,h,n,Q,d): softmax attention over a shared prefix (B,h,P,d) and a branch's own positions (B,h,n,O,d).
+def attend(
+    q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None
+) -> Tensor:
+    """Softmax attention of q (B,h,n,Q,d) over a shared prefix and a branch's own positions.
 
-    prefix_mask (B,n,Q,P) and own_mask (.., Q, O) are True where a row may look; every row sees at least itself.
-    The prefix is multiplied with all branches' queries at once and never copied for them.
+    -> (B,h,n,Q,d). prefix (B,h,P,d), own (B,h,n,O,d); prefix_mask (B,n,Q,P) and own_mask (..,Q,O)
+    are True where a row may look; every row sees at least itself. The prefix is multiplied with
+    all branches' queries at once and never copied for them.
     """
     if prefix is None:
-        mask = own_mask.flatten(0, 1).unsqueeze(1) if own_mask.ndim == 4 else own_mask  # (B * n, 1, Q, O)
+        if own_mask.ndim == 4:
+            own_mask = own_mask.flatten(0, 1).unsqueeze(1)  # (B * n, 1, Q, O)
         each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
-        return F.scaled_dot_product_attention(*each, mask).unflatten(0, (len(q), -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(*each, own_mask)
+        return out.unflatten(0, (len(q), -1)).transpose(1, 2)
     q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
     own_mask = own_mask.unsqueeze(1) if own_mask.ndim == 4 else own_mask
-    scores = torch.where(own_mask, q @ own.keys.transpose(-1, -2), HIDDEN)  # (B, h, n, Q, O)
-    shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)  # (B, h, n, Q, P)
-    scores = torch.cat([torch.where(prefix_mask.unsqueeze(1), shared, HIDDEN), scores], -1)
-    weight = torch.softmax(wide(scores), -1).to(q.dtype)
+    scores = torch.where(own_mask, q @ own.keys.transpose(-1, -2), MASKED)  # (B, h, n, Q, O)
+    shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)
+    shared = torch.where(prefix_mask.unsqueeze(1), shared, MASKED)  # (B, h, n, Q, P)
+    weight = torch.softmax(wide(torch.cat([shared, scores], -1)), -1).to(q.dtype)
     shared, rest = weight.split([prefix.keys.shape[-2], own.keys.shape[-2]], -1)
     return (shared.flatten(2, 3) @ prefix.values).unflatten(2, shape) + rest @ own.values
 
 
 class Transformer(nn.Module):
-    """``layers`` blocks and a final norm. Raises ValueError for widths that the heads do not divide evenly."""
+    """``layers`` blocks and a final norm; ``norm``, ``act`` and ``ffn`` are names, as of ``Layer``.
 
-    def __init__(self, width: int, layers: int, heads: int, hidden: int):
+    Raises ValueError for widths that the heads do not divide evenly, and for unknown names.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        hidden: int,
+        *,
+        norm: str = "layer",
+        act: str = "silu",
+        ffn: str = "dense",
+    ):
         super().__init__()
         if width % heads or (width // heads) % 2:
-            raise ValueError(f"width {width} must be heads ({heads}) times an even number, for rotary positions")
+            raise ValueError(
+                f"width {width} must be heads ({heads}) times an even number, for rotary positions"
+            )
         self.heads, self.head_dim = heads, width // heads
-        self.layers = nn.ModuleList(Layer(width, heads, hidden) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(Layer(width, heads, hidden, norm=norm, act=act, ffn=ffn))
+        self.norm = make_norm(norm, width)
 
     def forward(
         self,
         x: Tensor,
         rope: Tensor,
+        level: Tensor,
         own: list[Branch],
         own_mask: Tensor,
         prefix: list[KV] | None = None,
         prefix_mask: Tensor | None = None,
         out_index: slice = slice(None),
-    ) -> Tensor:
-        """x (B,n,Q,W), its rotations ``rope`` (..,Q,2,d/2) -> outputs (B,n,R,W) of the R positions ``out_index``.
+    ) -> tuple[Tensor, FFNLosses]:
+        """x (B,n,Q,W) -> outputs (B,n,R,W) of the R positions ``out_index``, sum of layers' losses.
 
-        own_mask (..,Q,O) is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about the prefix.
-        ``own`` grows by all Q.
+        rope (..,Q,2,d/2) and level (Q,) are the new positions' rotations and levels. own_mask
+        (..,Q,O) is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about
+        the prefix. ``own`` grows by all Q.
         """
+        losses: FFNLosses = {}
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, rope)
             kv = own[i].add(k, v)
-            if layer is self.layers[-1]:  # of the others, all that anybody reads is their keys and values
-                x, q, own_mask = x[:, :, out_index], q[:, :, :, out_index], own_mask[..., out_index, :]
+            if layer is self.layers[-1]:  # of the other positions only keys and values are needed
+                x, q, level = x[:, :, out_index], q[:, :, :, out_index], level[out_index]
+                own_mask = own_mask[..., out_index, :]
                 prefix_mask = prefix_mask[:, :, out_index] if prefix else None
-            x = layer.finish(x, attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask))
-        return self.norm(x)
+            attended = attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask)
+            x, layer_losses = layer.add_residuals(x, attended, level)
+            for name, loss in layer_losses.items():
+                losses[name] = losses[name] + loss if name in losses else loss
+        return self.norm(x), losses
 
     def branches(self, room: int) -> list[Branch]:
+        """Empty K/V of every layer, for at most ``room`` positions of a branch's own."""
         return [Branch(room) for _ in self.layers]

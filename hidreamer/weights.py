@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """``state`` by parameter, with those of ``names``, which are below ``prefix``, under their new names."""
+    """``state`` with new names for the parameters {old: new} below ``prefix``."""
     names = {prefix + old: prefix + new for old, new in names.items()}
     return {names.get(name, name): x for name, x in state.items()}
 
@@ -20,12 +20,16 @@ def module_name(parameter: str) -> str:
 
 
 def match(
-    own: Mapping[str, Tensor], params: Mapping[str, Tensor], given: Mapping[str, Any], may_be_fresh: str
+    own: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    may_be_fresh: str,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A value for every name of ``own`` from ``params``, and {module: "mapped" | "split" | "fresh"}.
+    """``own`` with the values of ``params``, and {module: "mapped" | "split" | "fresh"}.
 
-    given: the names that ``params`` had before it was converted. Names that begin with ``may_be_fresh`` keep their own
-    values where ``params`` lacks them. Raises ValueError, naming the first that is missing or of another shape.
+    given: the names that ``params`` had before it was converted. Names that begin with
+    ``may_be_fresh`` keep their own values where ``params`` lacks them. Raises ValueError, naming
+    the first that is missing or of another shape.
     """
     matched, report = dict(own), {}
     for name, x in own.items():

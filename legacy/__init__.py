@@ -23,7 +23,7 @@ NAMES = (
     (r"_cell\.layers\.GRU_", "cell."),
     (r"_imgs_stat_layer", "prior_out"),
     (r"_obs_stat_layer", "post_out"),
-    (r"dynamics\.W$", "dynamics.start"),
+    (r"dynamics\.W$", "dynamics.initial_deter"),
     (r"^_wm\.(?:heads\.)?", "world_model."),
     (r"^_task_behavior\.(actor|_slow_value|value)\.", r"behavior.\1."),
     (r"^_task_behavior\.ema_vals$", "behavior.norm.range"),
@@ -67,7 +67,7 @@ def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             head, which, entry, kind = match.groups()
             parts.setdefault(f"{head}.out.{kind}", {})[which + entry] = x
         else:
-            out[name] = x.flatten() if name.endswith("dynamics.start") else x
+            out[name] = x.flatten() if name.endswith("dynamics.initial_deter") else x
     if (first := "world_model.encoder.vector.blocks.0.linear") + ".weight" in out:
         out[first + ".bias"] = torch.zeros_like(out[first + ".weight"][:, 0])  # upstream has none there
     return out | {name: torch.cat([part[key] for key in sorted(part)]) for name, part in parts.items()}

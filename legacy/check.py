@@ -54,7 +54,8 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
     _, post, embed = wm.observe(obs, sample=False)
     x, (level,) = post.feat.cat(), post.levels
     losses, _ = wm.dynamics.loss(post)
-    unclipped, _ = kl_losses(post.levels, wm.dynamics.balance._replace(dyn=1.0, rep=0.0, free=0.0))
+    kl_config = wm.dynamics.kl_config._replace(dyn=1.0, rep=0.0, free_nats=0.0)
+    unclipped, _ = kl_losses(post.levels, kl_config)
     policy, reward = behavior.actor(x), wm.reward(x)
     out = {
         "embed": embed,

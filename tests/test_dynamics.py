@@ -289,7 +289,7 @@ def gradient(loss, xs):
 def test_law_gradient_of_the_kl(dynamics):
     embed, action, is_first = inputs()
     embed.requires_grad_()
-    dynamics.balance = dynamics.balance._replace(rep=0.1, free=0.0)
+    dynamics.kl_config = dynamics.kl_config._replace(rep=0.1, free_nats=0.0)
     _, post = dynamics.observe(dynamics.initial(B), embed, action, is_first)
     losses, _ = dynamics.loss(post)
     posts, priors = zip(*post.levels, strict=True)
@@ -305,7 +305,7 @@ def test_law_gradient_of_the_kl(dynamics):
 
 
 def test_rep_gives_the_prior_layers_nothing(dynamics):
-    dynamics.balance = dynamics.balance._replace(rep=0.1, free=0.0)
+    dynamics.kl_config = dynamics.kl_config._replace(rep=0.1, free_nats=0.0)
     _, post = dynamics.observe(dynamics.initial(B), *inputs())
     losses, _ = dynamics.loss(post)
     prior = [p for name, p in dynamics.named_parameters() if name.startswith("prior")]
@@ -315,7 +315,7 @@ def test_rep_gives_the_prior_layers_nothing(dynamics):
 
 
 def test_every_parameter_is_trained(dynamics):
-    dynamics.balance = dynamics.balance._replace(free=0.0)
+    dynamics.kl_config = dynamics.kl_config._replace(free_nats=0.0)
     _, post = dynamics.observe(dynamics.initial(B), *inputs())
     loss = sum(x.sum() for x in dynamics.loss(post)[0].values()) + (post.feat.cat() ** 2).sum()
     names, params = zip(*dynamics.named_parameters(), strict=True)
@@ -349,7 +349,7 @@ def test_law_finite_under_bfloat16(dynamics):
 
 def test_free_bits_are_shared(dynamics):
     """A posterior equal to its prior costs exactly free x (dyn + rep), whatever the number of levels."""
-    dynamics.balance = dynamics.balance._replace(rep=0.1, free=1.0)
+    dynamics.kl_config = dynamics.kl_config._replace(rep=0.1, free_nats=1.0)
     _, post = dynamics.observe(dynamics.initial(B), *inputs())
     same = post._replace(levels=tuple(level._replace(post=level.prior) for level in post.levels))
     losses, metrics = dynamics.loss(same)

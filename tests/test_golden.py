@@ -290,8 +290,8 @@ def test_the_world_models_losses(kind):
     unimix, total = 0.3, {"rssm": 1.95, "hrssm": 1.3, "hrvq": 1.0}[kind]  # between the values that occur
     agent, obs = build(kind=kind, **{"dynamics.unimix": unimix, "dynamics.free": total})
     model, seen = agent.world_model, []
-    decoded = model.dynamics.decoded
-    model.dynamics.decoded = lambda post: seen.append(decoded(post)) or seen[-1]
+    decoded = model.dynamics.decoder_features
+    model.dynamics.decoder_features = lambda post: seen.append(decoded(post)) or seen[-1]
     if kind == "hrvq":
         model.dynamics.level_weights = [0.5, 0.25]
     losses, _, post, _, metrics = model.loss(obs)

@@ -10,13 +10,13 @@ from test_agent import EVERYTHING, changed, make
 import models
 import tools
 from hidreamer.dynamics import hrssm
-from hidreamer.dynamics.base import Balance, kl_losses
+from hidreamer.dynamics.base import KLConfig, kl_losses
 
-NO_FREE = Balance(dyn=0.5, rep=0.1, free=0.0, unimix=0.01)
+NO_FREE = KLConfig(dyn=0.5, rep=0.1, free_nats=0.0, unimix=0.01)
 
 
-def build(kind=hrssm.HRSSM, balance=NO_FREE, stoch=(2, 3), classes=(4, 5), embed=6, act=2):
-    return kind(embed, act, balance, deter=16, hidden=16, stoch=list(stoch), classes=list(classes))
+def build(kind=hrssm.HRSSM, kl_config=NO_FREE, stoch=(2, 3), classes=(4, 5), embed=6, act=2):
+    return kind(embed, act, kl_config, deter=16, hidden=16, stoch=list(stoch), classes=list(classes))
 
 
 def observed(dynamics, batch=5, length=4, sample=False):
@@ -37,9 +37,9 @@ def test_the_bottom_prior_is_asked_about_the_posteriors_top():
     dynamics = build()
     post = observed(dynamics, sample=True)
     size = 2 * 4
-    expected = dynamics._bottom(dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size])
+    expected = dynamics._bottom_prior(dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size])
     assert torch.allclose(post.levels[1].prior, expected, atol=1e-6)
-    other = dynamics._bottom(dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size].roll(1, -1))
+    other = dynamics._bottom_prior(dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size].roll(1, -1))
     assert not torch.allclose(post.levels[1].prior, other, atol=1e-3)
 
 
@@ -48,7 +48,7 @@ def test_bottom_depends_on_top_and_never_the_reverse():
     torch.nn.init.normal_(dynamics.delta.weight)
     u = torch.randn(16)
     top = torch.randn(8)
-    jacobian = torch.autograd.functional.jacobian(lambda z: dynamics._bottom(u, z), top)
+    jacobian = torch.autograd.functional.jacobian(lambda z: dynamics._bottom_prior(u, z), top)
     assert jacobian.abs().amax((0, 1)).min() > 0
     # Through a whole step: moving the layers of the bottom moves the bottom's logits alone.
     deter, v = torch.randn(1, 16), torch.randn(1, 16)
@@ -73,13 +73,13 @@ def test_rep_does_not_reach_the_prior_through_the_residual():
 
 
 def test_free_nats_are_per_level_and_add_up_to_the_flat_ones():
-    balance = NO_FREE._replace(free=1.0)
-    post = observed(build(balance=balance))
+    kl_config = NO_FREE._replace(free_nats=1.0)
+    post = observed(build(kl_config=kl_config))
     top, bottom = post.levels
     far = top._replace(post=top.prior + 9 * torch.randn_like(top.prior))
     # The bottom costs its floor whatever the top does: nats cannot be lent from level to level.
     for levels, floors in (((top._replace(post=top.prior), bottom), 2), ((far, bottom), 1)):
-        losses, metrics = kl_losses(levels, balance)
+        losses, metrics = kl_losses(levels, kl_config)
         above = metrics["kl_0"].item() if floors == 1 else 0.0
         assert losses["dyn"].mean().item() == pytest.approx(0.5 * (0.5 * floors + above), rel=1e-4)
 
@@ -95,13 +95,13 @@ class AskedAboutItself(hrssm.HRSSM):
 
     def priors(self, deter, stoch):
         u = self.img_out(deter)
-        return self._top(u), self._bottom(u, self._draw(self._top(u), True))
+        return self._top_prior(u), self._bottom_prior(u, self.sample_stoch(self._top_prior(u), True))
 
 
 def coherence(kind, steps=600, classes=8):
     """Train on unpredictable classes coded in both levels. -> how often the levels of a dream agree on the class."""
     torch.manual_seed(1)
-    dynamics = build(kind, NO_FREE._replace(free=0.2), stoch=(2, 2), classes=(8, 8), embed=classes, act=1)
+    dynamics = build(kind, NO_FREE._replace(free_nats=0.2), stoch=(2, 2), classes=(8, 8), embed=classes, act=1)
     readers = torch.nn.ModuleList(torch.nn.Linear(16, classes) for _ in range(2))
     params = [*dynamics.parameters(), *readers.parameters()]
     adam = torch.optim.Adam(params, lr=3e-3)
@@ -206,10 +206,10 @@ def test_two_levels_do_not_become_one():
         flat.load_state(split.save_state())
 
 
-def test_partial_decodes_keep_the_top_and_resample_the_bottom():
+def test_partial_decodes_keep_the_top_and_resample_the_bottom_prior():
     agent, batch = make(EVERYTHING, **SPLIT)
     _, post, _ = agent.world_model.observe(models.networks.prepare(batch))
-    (name, feat), *others = agent.world_model.dynamics.partial(post.feat).items()
+    (name, feat), *others = agent.world_model.dynamics.coarse_features(post.feat).items()
     assert name == "top" and not others
     assert torch.equal(feat.deter, post.feat.deter) and torch.equal(feat.stoch[..., :8], post.feat.stoch[..., :8])
     assert not torch.equal(feat.stoch[..., 8:], post.feat.stoch[..., 8:])

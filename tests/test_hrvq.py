@@ -136,7 +136,7 @@ def test_training_on_a_dream_finds_what_was_dreamt(variant):
 def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
     """A prior of 0.8 and four times 0.05; cooled and mixed, how often its likeliest code is drawn can be told."""
     dynamics = build(levels=1, groups=1, temperature=[temperature])
-    dynamics.balance = dynamics.balance._replace(unimix=unimix)
+    dynamics.kl_config = dynamics.kl_config._replace(unimix=unimix)
     torch.nn.init.zeros_(dynamics.prior[0].weight)
     dynamics.prior[0].bias.data = torch.tensor([0.05, 0.05, 0.8, 0.05, 0.05]).double().log()
     _, feat, _ = dynamics.imagine(dynamics.initial(4000), torch.zeros(4000, 1, A).double(), 1)

@@ -26,9 +26,14 @@ def test_each_levels_commitment_reaches_the_encoder():
 
 def test_exactly_one_codebook_update_per_training_update(monkeypatch):
     agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
-    quantizer, calls, learn = agent.world_model.dynamics.quantizer, [], None
-    learn = quantizer.learn
-    monkeypatch.setattr(quantizer, "learn", lambda codes: calls.append(quantizer.count.clone()) or learn(codes))
+    quantizer, calls = agent.world_model.dynamics.quantizer, []
+    update = quantizer.update_codebook
+
+    def counted(codes):
+        calls.append(quantizer.count.clone())
+        update(codes)
+
+    monkeypatch.setattr(quantizer, "update_codebook", counted)
     state, obs = agent.initial(2), {key: batch[key][:, 0] for key in (*EVERYTHING, "is_first")}
     for n in range(1, 4):
         agent.act(state, obs)
@@ -44,7 +49,11 @@ def test_checkpoints_with_former_names_are_read():
     for _ in range(2):
         agent.update(batch)
     former = {"dynamics.bos_token": "dynamics.begin", "dynamics.level_emb": "dynamics.place"}
-    former |= {f"dynamics.in_proj.{kind}": f"dynamics.inp.{kind}" for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        former[f"dynamics.in_proj.{kind}"] = f"dynamics.inp.{kind}"
+        for name in ("up", "down"):
+            layer = "dynamics.transformer.layers.0"
+            former[f"{layer}.ffn.{name}.{kind}"] = f"{layer}.{name}.{kind}"
     state = copy.deepcopy(agent.save_state())
     for name, old in former.items():
         state["params"][f"world_model.{old}"] = state["params"].pop(f"world_model.{name}")
@@ -92,7 +101,7 @@ def test_heads_read_codes_as_long_as_one_hots():
 def test_partial_decodes_are_sums_of_coarse_codes():
     dynamics = build()
     _, post = dynamics.observe(dynamics.initial(3), *inputs())
-    partial = dynamics.partial(post.feat)
+    partial = dynamics.coarse_features(post.feat)
     assert list(partial) == ["L0", "L0+L1"]
     size = dynamics.stoch_dim // 3
     for kept, feat in enumerate(partial.values(), 1):
@@ -103,11 +112,11 @@ def test_partial_decodes_are_sums_of_coarse_codes():
 def test_level_dropout_hides_fine_codes_from_the_decoder_alone():
     dynamics = build(level_dropout=0.5)
     _, post = dynamics.observe(dynamics.initial(50), *inputs(batch=50, firsts=()))
-    levels = dynamics.decoded(post).stoch.unflatten(-1, (3, -1)).abs().amax(-1) > 0  # (B, T, L)
+    levels = dynamics.decoder_features(post).stoch.unflatten(-1, (3, -1)).abs().amax(-1) > 0  # (B, T, L)
     share = levels.float().mean((0, 1))
     assert share[0] == 1.0 and 0.7 < share[1] < 0.8 and 0.45 < share[2] < 0.55  # 1 level kept in 25%, 2 in 25%
     assert (levels[..., 1] >= levels[..., 2]).all()
-    assert build(level_dropout=0.0).decoded(post) is post.feat
+    assert build(level_dropout=0.0).decoder_features(post) is post.feat
 
 
 def test_matched_capacity_and_size():

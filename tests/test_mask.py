@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hidreamer.mask import KINDS, allowed, rule, visible
+from hidreamer.mask import KINDS, attn_mask, rule, visible
 from hidreamer.transformer import Transformer, rotary
 
 LEVELS, STEPS = 3, 3
@@ -56,7 +56,7 @@ def test_transitivity(kind, expected):
 
 def test_window():
     rules, time, level = rule("causal", 1), torch.arange(6).repeat_interleave(2), torch.arange(2).repeat(6)
-    seen = allowed(rules, (time, level), (time, level), window=2)
+    seen = attn_mask(rules, (time, level), (time, level), window=2)
     assert seen[10].nonzero().flatten().tolist() == [8, 9, 10]  # L0 of step 5 sees steps 4 and 5
 
 
@@ -72,8 +72,9 @@ def influence(kind, depth, steps=4):
     seen = visible(kind, steps, LEVELS)
     time = torch.arange(steps).repeat_interleave(LEVELS + 1)
     x = torch.randn(len(time), 16, dtype=torch.float64)
-    turn = rotary(time, net.head_dim, x.dtype)
-    run = lambda x: net(x[None, None], turn, net.branches(len(time)), seen)[0, 0]
+    rope = rotary(time, net.head_dim, x.dtype)
+    level = torch.arange(LEVELS + 1).repeat(steps)
+    run = lambda x: net(x[None, None], rope, level, net.branches(len(time)), seen)[0][0, 0]
     return torch.autograd.functional.jacobian(run, x).abs().amax((1, 3))
 
 

@@ -310,8 +310,8 @@ class TestGRUCell:
 
 class TestRotary:
     def test_angles_are_time_times_falling_rates(self):
-        turn = rotary(torch.tensor([0, 1, -3]), 6, torch.float64)  # three pairs: rates 1, 10,000^(-1/3), 10,000^(-2/3)
-        for row, time in zip(turn, (0, 1, -3), strict=True):
+        rope = rotary(torch.tensor([0, 1, -3]), 6, torch.float64)  # three pairs: rates 1, 10,000^(-1/3), 10,000^(-2/3)
+        for row, time in zip(rope, (0, 1, -3), strict=True):
             for i, rate in enumerate((1.0, 0.0464158883, 0.00215443469)):
                 assert row[:, i].tolist() == pytest.approx([math.cos(time * rate), math.sin(time * rate)])
 
@@ -334,7 +334,7 @@ class TestCodebookAverages:
         quantizer = Quantizer("nearest", 1, 1, 2, 1)
         quantizer.book.copy_(torch.tensor([0.0, 10.0]).view(1, 1, 2, 1))
         quantizer.total.copy_(quantizer.book)
-        quantizer.learn(quantizer.encode(torch.tensor([1.0, 2.0, 12.0]).view(3, 1, 1)))
+        quantizer.update_codebook(quantizer.encode(torch.tensor([1.0, 2.0, 12.0]).view(3, 1, 1)))
         count, total = [0.98 + 0.02 * 2, 0.98 + 0.02 * 1], [0.02 * 3.0, 0.98 * 10 + 0.02 * 12]
         assert quantizer.count.flatten().tolist() == pytest.approx(count)
         assert quantizer.book.flatten().tolist() == pytest.approx([t / c for t, c in zip(total, count, strict=True)])
@@ -346,7 +346,7 @@ class TestCodebookAverages:
         z = torch.full((4, 1, 1), 0.25)
         steps = next(n for n in range(1, 200) if 0.98**n < 0.2)  # 80
         for step in range(1, steps + 1):
-            quantizer.learn(quantizer.encode(z))
+            quantizer.update_codebook(quantizer.encode(z))
             far = quantizer.book[0, 0, 1, 0].item()
             assert far == pytest.approx(100.0 if step < steps else 0.25, rel=1e-3)
         # The finer level's unused code comes back on its own level's residual, which is about 0 by now.

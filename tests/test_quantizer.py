@@ -84,7 +84,7 @@ class TestNearest:
         for _ in range(steps):
             z = centres[torch.randint(12, (n,))] + 0.1 * torch.randn(n, GROUPS, DIM)
             codes = quantizer.encode(z)
-            quantizer.learn(codes)
+            quantizer.update_codebook(codes)
         return z, quantizer.encode(z)
 
     def test_codebooks_are_used_and_stay_near_the_data(self):
@@ -102,7 +102,7 @@ class TestNearest:
         quantizer = make("nearest")
         before = quantizer.book.clone()
         codes = quantizer.encode(data(4))
-        quantizer.learn(codes)
+        quantizer.update_codebook(codes)
         unused = onehots(codes.index, CODES).amax(0) == 0  # (L, G, K)
         assert unused.any() and torch.allclose(quantizer.book[unused], before[unused], atol=1e-6)
         assert not torch.allclose(quantizer.book[~unused], before[~unused], atol=1e-4)
@@ -112,7 +112,7 @@ class TestNearest:
         quantizer.book.copy_(torch.tensor([-5.0, 5.0])[:, None].expand(2, DIM))
         quantizer.total.copy_(quantizer.book)
         z = torch.full((10, 1, DIM), 3.0)
-        quantizer.learn(quantizer.encode(z))
+        quantizer.update_codebook(quantizer.encode(z))
         # count 1 -> .98 + .02 * 10, total 5 -> .98 * 5 + .02 * 30
         assert quantizer.book[0, 0, 1, 0].item() == pytest.approx((0.98 * 5 + 0.02 * 30) / (0.98 + 0.2))
 
@@ -133,7 +133,7 @@ class TestNearest:
         for kind in ("sampled", "frozen", "fsq"):
             quantizer = make(kind)
             before = {key: x.clone() for key, x in quantizer.state_dict().items()}
-            quantizer.learn(quantizer.encode(data()))
+            quantizer.update_codebook(quantizer.encode(data()))
             assert all(torch.equal(x, before[key]) for key, x in quantizer.state_dict().items())
 
 
@@ -157,7 +157,7 @@ def test_shared_codebooks_are_one_per_level():
     z = data().detach()
     swapped = quantizer.encode(z.flip(1))
     assert torch.equal(swapped.index.flip(2), quantizer.encode(z).index)
-    quantizer.learn(swapped)
+    quantizer.update_codebook(swapped)
 
 
 def test_use_of_a_shared_codebook_is_that_of_all_groups():

@@ -63,7 +63,7 @@ def test_saturated_states_are_still_drawn_with_unimix(kind):
     assert others(dynamics, post.feat.stoch[:, 0], mode) == expected
     assert others(dynamics, feat.stoch[:, 1]) == expected
     if kind == "hrssm":
-        bottom = dynamics.partial(post.feat)["top"].stoch[:, 0]
+        bottom = dynamics.coarse_features(post.feat)["top"].stoch[:, 0]
         assert others(dynamics, bottom)[1] == pytest.approx(MIXED * 3 / 4, abs=TOLERANCE)
 
 
@@ -215,11 +215,11 @@ def test_bfloat16_is_for_products_alone():
 def test_codebooks_learn_once_and_after_the_step():
     agent, batch = make(**{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
     calls, model = [], agent.optimizers["model"]
-    learn, step = agent.world_model.dynamics.learn, model.step
-    agent.world_model.dynamics.learn = lambda post: calls.append("learn") or learn(post)
+    learn, step = agent.world_model.dynamics.update_codebook, model.step
+    agent.world_model.dynamics.update_codebook = lambda post: calls.append("update_codebook") or learn(post)
     model.step = lambda loss: calls.append("step") or step(loss)
     agent.update(batch)
-    assert calls == ["step", "learn"]
+    assert calls == ["step", "update_codebook"]
 
 
 @pytest.mark.parametrize("act", ["discrete", "multi"])

@@ -1,6 +1,7 @@
-"""The one interface of a latent state, the recurrent scan that ``rssm`` and ``hrssm`` share, and the KL losses.
+"""The one interface of a latent state, and the KL losses.
 
-Shapes: B sequences, T steps, N = B * n imagined ones, H imagined steps, E embedding, A action, D deter, Z stoch.
+Shapes: B sequences, T steps, N = B * n imagined ones, H imagined steps, E embedding, A action,
+D deter, Z stoch, S variables of K classes in a level.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
-from hidreamer.nets import Block, GRUCell
 
 
 class Feat(NamedTuple):
@@ -27,6 +27,7 @@ class Feat(NamedTuple):
         return torch.cat(self[::-1], -1)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Feat:
+        """``fn`` of both."""
         return Feat(*map(fn, self))
 
 
@@ -45,20 +46,27 @@ class Post(NamedTuple):
     aux: Any = None  # what only the dynamics' own ``loss`` and ``starts`` read
 
 
-class Balance(NamedTuple):
+class KLConfig(NamedTuple):
     """How the KL is weighted (Hafner et al. 2023, eq. 5)."""
 
     dyn: float  # weight of KL(sg(post) || prior), which trains the prior
     rep: float  # weight of KL(post || sg(prior)), which trains the posterior and the encoder
-    free: float  # nats below which neither has a gradient, for the whole state: L levels get 1/L each
+    free_nats: (
+        float  # below which neither has a gradient, for the whole state: L levels get 1/L each
+    )
     unimix: float  # share of the uniform distribution in every categorical
 
 
 Policy = Callable[[Feat], Tensor]
+Losses = dict[str, Tensor]  # (B, T) each
+Metrics = dict[str, Tensor]  # () each
 
 
 def start_steps(length: int, n: int) -> slice:
-    """Which replayed steps imagination starts from: ``n`` of ``length`` (0: all), evenly spaced, with the last."""
+    """Which of ``length`` replayed steps imagination starts from: ``n`` of them (0: all).
+
+    They are evenly spaced, the last step among them. Raises ValueError where ``n`` is too large.
+    """
     if not 0 <= n <= length:
         raise ValueError(f"imag.starts is {n}; a sequence has {length} steps to imagine from")
     stride = length // n if n else 1
@@ -66,22 +74,31 @@ def start_steps(length: int, n: int) -> slice:
     return slice(first, length, stride)
 
 
-def kl_losses(
-    levels: tuple[Level, ...], balance: Balance, weights: list[float] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Balanced KL with free nats per level; ``weights`` scale how much each level's prior is trained.
+def stack_feats(feats: list[Feat]) -> Feat:
+    """Features (N, .) of successive steps -> (N, steps, .)."""
+    return Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True)))
 
-    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it has a weight; and
-    metrics: per level the unclipped nats and both entropies, ().
+
+def kl_losses(
+    levels: tuple[Level, ...], config: KLConfig, weights: list[float] | None = None
+) -> tuple[Losses, Metrics]:
+    """Balanced KL with free nats per level; ``weights`` are those of the levels in ``dyn``.
+
+    -> {"dyn", "rep"}: weighted, clipped, summed over levels, (B, T) each, ``rep`` only where it
+    has a weight; and metrics: per level the unclipped nats and both entropies, ().
     """
-    losses, metrics = {"dyn": 0.0} | ({"rep": 0.0} if balance.rep else {}), {}
-    free = balance.free / len(levels)
+    losses, metrics = {"dyn": 0.0}, {}
+    if config.rep:
+        losses["rep"] = 0.0
+    free = config.free_nats / len(levels)
     for i, level in enumerate(levels):
-        post, prior = (dists.mix(logit, balance.unimix) for logit in level)  # (B, T, S, K)
+        post, prior = (dists.mix(logit, config.unimix) for logit in level)  # (B, T, S, K)
         dyn = dists.kl(post.detach(), prior)  # (B, T)
-        losses["dyn"] = losses["dyn"] + balance.dyn * (weights[i] if weights else 1.0) * dyn.clamp(min=free)
-        if balance.rep:
-            losses["rep"] = losses["rep"] + balance.rep * dists.kl(post, prior.detach()).clamp(min=free)
+        dyn_scale = config.dyn * (weights[i] if weights else 1.0)
+        losses["dyn"] = losses["dyn"] + dyn_scale * dyn.clamp(min=free)
+        if config.rep:
+            rep = dists.kl(post, prior.detach())  # (B, T)
+            losses["rep"] = losses["rep"] + config.rep * rep.clamp(min=free)
         metrics[f"kl_{i}"] = dyn.detach().mean()
         metrics[f"post_ent_{i}"] = dists.entropy(post.detach()).mean()
         metrics[f"prior_ent_{i}"] = dists.entropy(prior.detach()).mean()
@@ -89,16 +106,21 @@ def kl_losses(
 
 
 class Dynamics(nn.Module):
-    """A latent state and how it moves. Carries are NamedTuples of tensors, batch first, opaque, never mutated.
+    """A latent state and how it moves.
 
-    ``sample=False`` takes the mode wherever a sample would be drawn.
+    Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
+    the mode wherever a sample would be drawn.
     """
 
     deter_dim: int
     stoch_dim: int
+    embed_dim: int
+    act_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
     former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
-    places: int = 0  # positions that the encoder's map of images must have; 0 where that does not matter
+    map_positions: int = (
+        0  # that the encoder's map of images must have; 0 where that does not matter
+    )
 
     @property
     def bits(self) -> float:
@@ -107,27 +129,36 @@ class Dynamics(nn.Module):
 
     @property
     def feat_dim(self) -> int:
+        """D + Z."""
         return self.deter_dim + self.stoch_dim
 
     def initial(self, batch: int) -> Any:
-        """The carry before an episode's first observation."""
+        """The carry of ``batch`` sequences before an episode's first observation."""
         raise NotImplementedError
 
     def observe(
-        self, carry: Any, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        sample: bool = True,
     ) -> tuple[Any, Post]:
-        """Follow real observations: embed (B,T,E), prev_action (B,T,A) that led to each, is_first (B,T) bool.
+        """Follow real observations.
 
-        -> (carry after the last step, Post). Where ``is_first``, carry and action are those of an episode's start.
+        embed: (B,T,E); prev_action: (B,T,A), the action that led to each; is_first: (B,T) bool,
+        where carry and action are replaced by those of an episode's start.
+
+        -> the carry after the last step, and what was found at each.
         """
         raise NotImplementedError
 
-    def loss(self, post: Post) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def loss(self, post: Post) -> tuple[Losses, Metrics]:
         """-> ({name: weighted loss (B,T)}, {name: metric ()})."""
         raise NotImplementedError
 
     def starts(self, carry: Any, post: Post, n: int) -> Any:
-        """Detached carry of B * n imagination starts, sequence by sequence: the steps of ``start_steps``.
+        """Detached carry of B * n starts of imagination, by sequence: the steps of ``start_steps``.
 
         ``carry`` and ``post`` are what ``observe`` returned.
         """
@@ -137,135 +168,75 @@ class Dynamics(nn.Module):
         """The state that a carry is at, (B,.)."""
         return Feat(carry.deter, carry.stoch)
 
-    def partial(self, feat: Feat) -> dict[str, Feat]:
-        """What coarse levels alone say, {name: feat with the finer levels replaced}, coarsest first."""
+    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+        """Of features (..., .), coarsest first: {name: the same with the finer levels replaced}."""
         return {}
 
-    def decoded(self, post: Post) -> Feat:
+    def decoder_features(self, post: Post) -> Feat:
         """The features (B,T,.) that the decoder is trained on."""
         return post.feat
 
-    def learn(self, post: Post) -> None:
-        """What is learnt otherwise than by gradient: called once per training update, after the optimiser's step."""
+    def update_codebook(self, post: Post) -> None:
+        """Learn what is not learned by gradient.
 
-    def adopt(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters of another kind of state, translated so that they compute the same here. Raises ValueError."""
+        Called once per training update, after the optimiser's step.
+        """
+
+    def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of another kind of state, translated so that they compute the same here.
+
+        Parameters of this kind are returned as they are. Raises ValueError where that is
+        impossible.
+        """
         return params
 
     def compile_steps(self) -> None:
-        """Compile what runs once per step: small pieces compile in seconds, an unrolled loop in minutes."""
+        """Compile what runs once per step: small pieces take seconds, an unrolled loop minutes."""
         raise NotImplementedError
 
     def imagine(
         self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
     ) -> tuple[Any, Feat, Tensor]:
-        """Continue any carry for H >= 1 steps in imagination, with a policy or with given actions (N,H,A).
+        """Continue any carry for H >= 1 steps in imagination.
 
-        Any carry will do: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself. H1 steps and then H2 from
-        the carry that they led to equal H1 + H2 steps.
+        carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2
+        from the carry that they led to equal H1 + H2 steps. actor: a policy, or actions (N,H,A).
 
-        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions (N,H+1,A), the action taken
-        *in* each state (given actions: the last one is zero).
+        -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions
+        (N,H+1,A), the one taken *in* each state (of given actions the last one is zero).
         """
         raise NotImplementedError
 
+    # ------------------------------------------------------------ shapes, checked by every verb
 
-class Carry(NamedTuple):
-    """State of a recurrent dynamics."""
+    def check_steps(self, carry: Any, prev_action: Tensor, is_first: Tensor) -> None:
+        """The arguments of ``observe`` and its like fit together: (B,T,A), (B,T) bool."""
+        batch = len(self.feat(carry).deter)
+        assert is_first.ndim == 2 and is_first.dtype == torch.bool, (is_first.shape, is_first.dtype)
+        assert len(is_first) == batch, f"is_first {is_first.shape}, carry of {batch}"
+        shape = *is_first.shape, self.act_dim
+        assert prev_action.shape == shape, f"prev_action {prev_action.shape}, not {shape}"
 
-    deter: Tensor  # (B, D)
-    stoch: Tensor  # (B, Z)
+    def check_levels(self, post: Post) -> None:
+        """The logits that ``observe`` found have this state's sizes, (B,T,S,K)."""
+        assert len(post.levels) == len(self.shapes), len(post.levels)
+        steps = post.levels[0].post.shape[:-2]  # (B, T)
+        assert len(steps) == 2, steps
+        for level, shape in zip(post.levels, self.shapes, strict=True):
+            for logit in level:
+                assert logit.shape == (*steps, *shape), (logit.shape, steps, shape)
 
+    def check_feat(self, feat: Feat) -> None:
+        """Features (B,T,.) of this state's sizes."""
+        steps = feat.deter.shape[:-1]
+        assert len(steps) == 2, steps
+        assert feat.deter.shape == (*steps, self.deter_dim), feat.deter.shape
+        assert feat.stoch.shape == (*steps, self.stoch_dim), feat.stoch.shape
 
-class Recurrent(Dynamics):
-    """What ``rssm`` and ``hrssm`` share: GRU, learned initial state, scan. They add how a state is drawn:
-
-    - ``prior_step(deter, sample)`` (N,D) -> stoch (N,Z);
-    - ``post_step(deter, v, sample)`` (B,D), (B,hidden) -> stoch (B,Z), posterior logits per level (B,S_l,K_l);
-    - ``priors(deter, stoch)`` (B,T,D), (B,T,Z) -> prior logits per level, given the *posterior's* coarser levels.
-    """
-
-    def __init__(self, embed_dim: int, act_dim: int, deter: int, hidden: int, stoch_dim: int, balance: Balance):
-        super().__init__()
-        self.deter_dim, self.stoch_dim, self.act_dim, self.balance = deter, stoch_dim, act_dim, balance
-        self.img_in = Block(stoch_dim + act_dim, hidden)
-        self.cell = GRUCell(hidden, deter)
-        self.img_out = Block(deter, hidden)
-        self.obs_out = Block(deter + embed_dim, hidden)
-        self.start = nn.Parameter(torch.zeros(deter))
-
-    def prior_step(self, deter: Tensor, sample: bool) -> Tensor:
-        raise NotImplementedError
-
-    def post_step(self, deter: Tensor, v: Tensor, sample: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        raise NotImplementedError
-
-    def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def initial(self, batch: int) -> Carry:
-        # The memory is learned; the state is the prior's mode there, a constant, so that no loss of the posterior
-        # reaches the prior through it.
-        deter = torch.tanh(self.start).unsqueeze(0)  # (1, D)
-        return Carry(*(x.expand(batch, -1) for x in (deter, self.prior_step(deter, sample=False).detach())))
-
-    def observe(
-        self, carry: Carry, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
-    ) -> tuple[Carry, Post]:
-        # All that does not wait for the recurrence is done for T steps at once: what actions and embeddings
-        # add to the two input layers, and where episodes start.
-        in_stoch, in_action = self.img_in.linear.weight.split([self.stoch_dim, self.act_dim], 1)
-        out_deter, out_embed = self.obs_out.linear.weight.split([self.deter_dim, embed.shape[-1]], 1)
-        keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # (B, T, 1)
-        fresh = Carry(*(x.unsqueeze(1) * (1.0 - keep) for x in self.initial(len(embed))))  # (B, T, .)
-        action = (prev_action * keep) @ in_action.t()  # (B, T, hidden)
-        embed = embed @ out_embed.t()  # (B, T, hidden)
-        deters, stochs, logits = [], [], []
-        deter, stoch = carry
-        for inputs in zip(*(x.unbind(1) for x in (keep, *fresh, action, embed)), strict=True):
-            deter, stoch, logit = self.observe_step(deter, stoch, *inputs, in_stoch, out_deter, sample)
-            deters.append(deter)
-            stochs.append(stoch)
-            logits.append(logit)
-        feat = Feat(torch.stack(deters, 1), torch.stack(stochs, 1))  # (B, T, .)
-        post = [torch.stack(level, 1) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
-        prior = self.priors(*feat)
-        return Carry(deter, stoch), Post(feat, tuple(map(Level, post, prior)))
-
-    def observe_step(self, deter, stoch, keep, deter0, stoch0, action, embed, in_stoch, out_deter, sample):
-        """One step of the scan. The rows of a starting episode have keep 0 and carry deter0, stoch0 instead."""
-        deter = torch.addcmul(deter0, deter, keep)  # (B, D)
-        stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
-        x = self.img_in.finish(torch.addmm(action, stoch, in_stoch.t()))  # (B, hidden)
-        deter = self.cell(x, deter)
-        v = self.obs_out.finish(torch.addmm(embed, deter, out_deter.t()))  # (B, hidden)
-        return deter, *self.post_step(deter, v, sample)
-
-    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor, sample: bool) -> tuple[Tensor, Tensor]:
-        deter = self.cell(self.img_in(torch.cat([stoch, action], -1)), deter)  # (N, D)
-        return deter, self.prior_step(deter, sample)
-
-    def compile_steps(self) -> None:
-        self.observe_step, self.imagine_step = map(torch.compile, (self.observe_step, self.imagine_step))
-
-    def loss(self, post: Post) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return kl_losses(post.levels, self.balance)
-
-    def starts(self, carry: Carry, post: Post, n: int) -> Carry:
-        where = start_steps(post.feat.deter.shape[1], n)
-        return Carry(*(x[:, where].flatten(0, 1).detach() for x in post.feat))  # (B*n, .)
-
-    def imagine(
-        self, carry: Carry, actor: Policy | Tensor, horizon: int, sample: bool = True
-    ) -> tuple[Carry, Feat, Tensor]:
-        given = isinstance(actor, Tensor)
-        deter, stoch = carry
-        feats, actions = [Feat(deter, stoch)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            deter, stoch = self.imagine_step(deter, stoch, action, sample)
-            feats.append(Feat(deter, stoch))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        feat = Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True)))  # (N, H+1, .)
-        return Carry(deter, stoch), feat, torch.stack(actions, 1)
+    def check_imagined(self, carry: Any, actor: Policy | Tensor, horizon: int) -> None:
+        """The arguments of ``imagine``: at least one step, and an action (N,A) for each."""
+        assert horizon >= 1, horizon
+        if isinstance(actor, Tensor):
+            count = len(self.feat(carry).deter)
+            assert actor.ndim == 3 and actor.shape[::2] == (count, self.act_dim), actor.shape
+            assert actor.shape[1] >= horizon, f"{actor.shape[1]} actions for {horizon} steps"

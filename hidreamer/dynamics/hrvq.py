@@ -1,62 +1,85 @@
 """hrvq: residual-VQ codes as the state, a hierarchically masked transformer as the memory.
 
-Every step has one position per level and one for the action, ``[L0 .. L_{n-1}, A]``; a level's position carries its G
-codes. A_t predicts L0_{t+1}, L0_t predicts L1_t, L1_t predicts L2_t. The memory ``deter`` of step t+1 is the output at
-A_t; at an episode's start, that of a learned token that stands in A's place. ``stoch`` is the codes of all levels. The
-posterior sees the observation alone: a batch's posteriors come from one encoder pass, its memories from one parallel
-pass.
+Every step has one position per level and one for the action, ``[L0 .. L_{n-1}, A]``; a level's
+position carries its G codes. A_t predicts L0_{t+1}, L0_t predicts L1_t, L1_t predicts L2_t. The
+memory ``deter`` of step t+1 is the output at A_t; at an episode's start, that of a learned token
+instead of A. ``stoch`` is the codes of all levels. The posterior sees the observation alone: a
+batch's posteriors come from one encoder pass, its memories from one parallel pass.
 
-Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t that is known once o_t is seen.
+Positions are computed step by step as ``[A_{t-1}, L0_t ..]``: all of step t that is known once o_t
+is seen.
+
+Shapes: B sequences, T steps, N = B * n branches, H imagined steps, L levels, G groups, K codes of d
+numbers, E embedding, A action, W width, D deter (= W), Z stoch (= L * G * d), Q = T * (L + 1) new
+positions, P cached ones.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
-from hidreamer.dynamics.base import Balance, Dynamics, Feat, Level, Policy, Post, kl_losses, start_steps
-from hidreamer.mask import allowed, rule
+from hidreamer.dynamics.base import (
+    Dynamics,
+    Feat,
+    KLConfig,
+    Level,
+    Losses,
+    Metrics,
+    Policy,
+    Post,
+    kl_losses,
+    stack_feats,
+    start_steps,
+)
+from hidreamer.mask import attn_mask, rule
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
-from hidreamer.transformer import KV, Branch, Transformer, rotary
+from hidreamer.transformer import KV, Branch, FFNLosses, Transformer, rotary
 
 
 class Aux(NamedTuple):
-    """What ``loss``, ``starts`` and ``learn`` need of a pass over (B, T)."""
+    """What ``loss``, ``starts`` and ``update_codebook`` need of a pass over (B, T)."""
 
     codes: Codes
     is_first: Tensor  # (B, T)
     cache: Carry  # all S + T steps, not only the window that the carry keeps
+    ffn_losses: FFNLosses  # (B, 1) each, of the pass that makes the priors
 
 
 class Attention(NamedTuple):
     """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
 
     rope: Tensor  # (Q, 2, d / 2) their rotations
-    mask: Tensor  # (B, 1, Q, Q) among themselves
+    level: Tensor  # (Q,) their levels, L for the action
+    attn_mask: Tensor  # (B, 1, Q, Q) among themselves
     prefix: list[KV] | None  # of each layer, cached steps
     prefix_mask: Tensor | None  # (B, 1, Q, P)
 
 
-class HRVQ(Dynamics):
-    """``deter`` is the transformer's width, ``hidden`` that of its feed-forward layers."""
+FORMER_NAMES = {
+    "begin": "bos_token",
+    "place": "level_emb",
+    "inp.weight": "in_proj.weight",
+    "inp.bias": "in_proj.bias",
+}
 
-    former_names: ClassVar = {
-        "begin": "bos_token",
-        "place": "level_emb",
-        "inp.weight": "in_proj.weight",
-        "inp.bias": "in_proj.bias",
-    }
+
+class HRVQ(Dynamics):
+    """``deter`` is the transformer's width, ``hidden`` that of its feed-forward layers.
+
+    names: ``norm``, ``act`` and ``ffn`` of the transformer.
+    """
 
     def __init__(
         self,
         embed_dim: int,
         act_dim: int,
-        balance: Balance,
+        kl_config: KLConfig,
         *,
         deter: int,
         hidden: int,
@@ -75,43 +98,61 @@ class HRVQ(Dynamics):
         temperature: list[float],
         level_dropout: float,
         spatial: bool,
+        **names: str,
     ):
         super().__init__()
         if deter % heads or (deter // heads) % 2:  # rotary positions turn pairs of numbers
-            raise ValueError(f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number")
-        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be near to it, all it
-        # can do is become vague. So nothing draws it there, and no nats are free: the prior is always trained.
-        self.balance = balance._replace(rep=0.0, free=0.0)
-        self.levels, self.window, self.chain, self.level_dropout = levels, window, chain, level_dropout
+            raise ValueError(
+                f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number"
+            )
+        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to
+        # be near to it, all it can do is become vague. So nothing draws it there, and no nats are
+        # free: the prior is always trained.
+        self.kl_config = kl_config._replace(rep=0.0, free_nats=0.0)
+        self.levels, self.window, self.chain = levels, window, chain
+        self.level_dropout = level_dropout
         self.deter_dim, self.stoch_dim = deter, levels * groups * code_dim
+        self.embed_dim, self.act_dim = embed_dim, act_dim
         self.shapes = ((groups, codes),) * levels
-        commits = posterior == "nearest"  # with the others the key means nothing: any number of levels goes
-        weights = per_level(commitment if commits else [0.0], levels, "dynamics.hrvq.commitment")
+        if posterior != "nearest":
+            commitment = [0.0]  # the key means nothing there: it may have any number of values
+        weights = per_level(commitment, levels, "dynamics.hrvq.commitment")
         self.register_buffer("commitment", torch.tensor(weights), persistent=False)
         self.level_weights = per_level(level_weights, levels, "dynamics.hrvq.level_weights")
         self.temperature = per_level(temperature, levels, "dynamics.hrvq.temperature")
         if spatial and embed_dim % groups:
-            raise ValueError(f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions")
+            raise ValueError(
+                f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions"
+            )
         self.register_buffer("rules", rule(mask, levels), persistent=False)
-        # By level of a row: it sees nothing of earlier steps behind their first so many positions (A, L0, L1 ..).
+        # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
+        # ..).
         with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
             past = rule(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
-        self.in_proj = linear(embed_dim // groups, code_dim) if spatial else linear(embed_dim, groups * code_dim)
-        self.quantizer = Quantizer(posterior, levels, groups, codes, code_dim, unimix=balance.unimix, shared=spatial)
-        self.places, self.code_shape = groups if spatial else 0, (groups, code_dim)
-        self.token = nn.ModuleList([*(linear(groups * code_dim, deter) for _ in range(levels)), linear(act_dim, deter)])
+        self.code_shape = groups, code_dim
+        self.map_positions = groups if spatial else 0
+        if spatial:
+            self.in_proj = linear(embed_dim // groups, code_dim)
+        else:
+            self.in_proj = linear(embed_dim, groups * code_dim)
+        self.quantizer = Quantizer(
+            posterior, levels, groups, codes, code_dim, unimix=kl_config.unimix, shared=spatial
+        )
+        self.token = nn.ModuleList(linear(groups * code_dim, deter) for _ in range(levels))
+        self.token.append(linear(act_dim, deter))
         self.level_emb = nn.Parameter(0.02 * torch.randn(levels + 1, deter))
-        self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # in place of the action before an episode
-        self.transformer = Transformer(deter, layers, heads, hidden)
+        self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
+        self.transformer = Transformer(deter, layers, heads, hidden, **names)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
+        self.former_names = FORMER_NAMES | former_ffn_names(layers)
 
     # ------------------------------------------------------------ pieces
 
     def _project(self, embed: Tensor) -> Tensor:
-        """(..., E) -> (..., G, d): what is quantised, normalised without statistics of the batch."""
+        """(..., E) -> (..., G, d): what is quantised, normalised without batch statistics."""
         groups, dim = self.code_shape
-        if self.places:  # a map of channels x positions, each position a group
+        if self.map_positions:  # a map of channels x positions, each position a group
             z = self.in_proj(embed.unflatten(-1, (-1, groups)).transpose(-1, -2)).flatten(-2)
         else:
             z = self.in_proj(embed)
@@ -122,7 +163,7 @@ class HRVQ(Dynamics):
         return self.token[level](x) + self.level_emb[level]
 
     def _stoch(self, codes: Tensor) -> Tensor:
-        """Codes (..., L * G * d) as the heads read them: each about as long as the one-hot of a categorical."""
+        """Codes (..., L * G * d) as heads read them: each about as long as a one-hot."""
         return codes * self.code_shape[1] ** -0.5
 
     def _logit(self, level: int, out: Tensor) -> Tensor:
@@ -136,156 +177,222 @@ class HRVQ(Dynamics):
         return carry if len(carry.where) == len(carry.segment) else carry.unshared(self.window)
 
     def _attention(self, carry: Carry, segment: Tensor) -> Attention:
-        """Of T steps after the carry's, whose episodes are counted on from its last step's: segment (B, T)."""
+        """Of T steps after the carry's, of the episodes segment (B, T), 0 being its last step's."""
         new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
         rows = new.time, new.level
         episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
-        mask = allowed(self.rules, rows, rows, self.window)  # (Q, Q)
+        mask = attn_mask(self.rules, rows, rows, self.window)  # (Q, Q)
         mask = (mask & (episode.unsqueeze(2) == episode.unsqueeze(1))).unsqueeze(1)
         rope = rotary(new.time, self.transformer.head_dim, carry.deter.dtype)
         steps = carry.segment.shape[1]
         if not steps:
-            return Attention(rope, mask, None, None)
+            return Attention(rope, new.level, mask, None, None)
         old = Layout.of(steps, self.levels, 1 - steps, segment.device)
         past = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
-        prefix_mask = allowed(self.rules, rows, (old.time, old.level), self.window)  # (Q, P)
+        prefix_mask = attn_mask(self.rules, rows, (old.time, old.level), self.window)  # (Q, P)
         prefix_mask = (prefix_mask & (episode.unsqueeze(2) == past.unsqueeze(1))).unsqueeze(1)
-        return Attention(rope, mask, carry.prefix(), prefix_mask)
+        return Attention(rope, new.level, mask, carry.prefix(), prefix_mask)
 
     def _run_transformer(
         self, action: Tensor, codes: Tensor, attention: Attention, all_levels: bool
-    ) -> tuple[Tensor, list[Branch]]:
-        """Action tokens (B,T,W) and codes (B,T,L,G*d) -> outputs (B,T,L+1,W) and each layer's keys and values.
+    ) -> tuple[Tensor, list[Branch], FFNLosses]:
+        """Action tokens (B,T,W), codes (B,T,L,G*d) -> outputs, K/V by layer, auxiliary losses.
 
-        Without ``all_levels`` only the outputs at the actions, (B,T,1,W).
+        Outputs are (B,T,L+1,W), without ``all_levels`` only those at the actions, (B,T,1,W).
         """
         length, slots = action.shape[1], self.levels + 1
         tokens = [action, *(self._token(i, code) for i, code in enumerate(codes.unbind(2)))]
         x = torch.stack(tokens, 2).flatten(1, 2).unsqueeze(1)  # (B, 1, T * (L+1), W)
-        own, index = self.transformer.branches(length * slots), slice(0, None, 1 if all_levels else slots)
-        rope, mask, prefix, prefix_mask = attention
-        out = self.transformer(x, rope, own, mask, prefix, prefix_mask, index)
-        return out.squeeze(1).unflatten(1, (length, -1)), own
+        own = self.transformer.branches(length * slots)
+        out_index = slice(0, None, 1 if all_levels else slots)
+        rope, level, mask, prefix, prefix_mask = attention
+        out, losses = self.transformer(x, rope, level, own, mask, prefix, prefix_mask, out_index)
+        return out.squeeze(1).unflatten(1, (length, -1)), own, losses
 
     # ------------------------------------------------------------ the interface
 
     def initial(self, batch: int) -> Carry:
         x = self.bos_token
-        none = x.new_zeros(batch, len(self.transformer.layers), self.transformer.heads, 0, self.transformer.head_dim)
+        net = self.transformer
+        none = x.new_zeros(batch, len(net.layers), net.heads, 0, net.head_dim)
         steps = torch.zeros(batch, 0, dtype=torch.long, device=x.device)
-        feat = x.new_zeros(batch, self.deter_dim), x.new_zeros(batch, self.stoch_dim)
-        return Carry(*feat, none, none, steps, steps.new_zeros(batch))
+        deter, stoch = x.new_zeros(batch, self.deter_dim), x.new_zeros(batch, self.stoch_dim)
+        return Carry(deter, stoch, none, none, steps, steps.new_zeros(batch))
 
     def observe(
-        self, carry: Any, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        sample: bool = True,
     ) -> tuple[Carry, Post]:
         return self.follow(carry, self.encode(embed, sample), prev_action, is_first)
 
     def encode(self, embed: Tensor, sample: bool = True) -> Codes:
         """The posterior (..., E) -> codes (..., L, G, .): of each observation alone."""
+        assert embed.shape[-1] == self.embed_dim, (embed.shape, self.embed_dim)
         return self.quantizer.encode(self._project(embed), sample)
 
-    def follow(self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor) -> tuple[Carry, Post]:
-        """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors, in one parallel pass."""
+    def follow(
+        self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor
+    ) -> tuple[Carry, Post]:
+        """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
+
+        prev_action (B,T,A) and is_first (B,T) as of ``observe``.
+        """
+        self.check_steps(carry, prev_action, is_first)
+        expected = *is_first.shape, self.levels, *self.code_shape
+        assert codes.code.shape == expected, (codes.code.shape, expected)
         carry = self._sequences(carry)
-        action = torch.where(is_first.unsqueeze(-1), self.bos_token, self._token(self.levels, prev_action))  # (B,T,W)
+        action = self._token(self.levels, prev_action)  # (B, T, W)
+        action = torch.where(is_first.unsqueeze(-1), self.bos_token, action)
         segment = is_first.long().cumsum(1)  # (B, T), the carry's last step being 0
         attention = self._attention(carry, segment)
         flat = codes.code.flatten(-2)  # (B, T, L, G * d)
-        # What later steps need of a code shapes it through the memory; that it be easy to predict must not (law 5). So
-        # the priors come from a pass of their own, with the same numbers, that gives the codes no gradient.
+        # What later steps need of a code shapes it through the memory; that it be easy to predict
+        # must not (law 5). So the priors come from a pass of their own, with the same numbers,
+        # that gives the codes no gradient. Auxiliary losses are that pass's, too: they are counted
+        # once.
         detached_pass = flat.requires_grad
-        out, own = self._run_transformer(action, flat, attention, self.chain and not detached_pass)
+        all_levels = self.chain and not detached_pass
+        out, own, ffn_losses = self._run_transformer(action, flat, attention, all_levels)
         prior_out = out
         if detached_pass:
-            prior_out, _ = self._run_transformer(action, flat.detach(), attention, self.chain)
+            prior_out, _, ffn_losses = self._run_transformer(
+                action, flat.detach(), attention, self.chain
+            )
         levels = []
         for i, logit in enumerate(codes.logit):
-            levels.append(Level(logit, self._logit(i, prior_out[:, :, i if self.chain else 0])))
+            at = i if self.chain else 0  # the position whose output predicts this level
+            levels.append(Level(logit, self._logit(i, prior_out[:, :, at])))
         feat = Feat(out[:, :, 0], self._stoch(codes.code.flatten(2)))
-        kv = zip(*(branch.kv for branch in own), strict=True)  # the keys (B, h, 1, T * (L+1), d) of all layers; values
-        keys, values = (torch.stack([x.squeeze(2) for x in layers], 1).detach() for layers in kv)
+        keys = torch.stack([branch.kv.keys.squeeze(2) for branch in own], 1).detach()
+        values = torch.stack([branch.kv.values.squeeze(2) for branch in own], 1).detach()
         cache = carry.extend(keys, values, segment, feat.deter[:, -1], feat.stoch[:, -1])
-        return cache.last_steps(self.window), Post(feat, tuple(levels), Aux(codes, is_first, cache))
+        aux = Aux(codes, is_first, cache, ffn_losses)
+        return cache.last_steps(self.window), Post(feat, tuple(levels), aux)
 
-    def loss(self, post: Post) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """KL per level, of the prior alone; where codes are chosen hard, their cross-entropy up to a constant."""
-        losses, metrics = kl_losses(post.levels, self.balance, self.level_weights)
-        codes, is_first, _ = post.aux
+    def loss(self, post: Post) -> tuple[Losses, Metrics]:
+        """KL per level, of the prior alone: for codes that are chosen hard, their cross-entropy.
+
+        ``nearest`` adds the commitment loss, and feed-forward parts their auxiliary losses.
+        """
+        self.check_levels(post)
+        losses, metrics = kl_losses(post.levels, self.kl_config, self.level_weights)
+        codes, is_first = post.aux.codes, post.aux.is_first
         if self.quantizer.kind == "nearest":
-            error = (codes.residual - codes.code.detach()).square().sum((-2, -1))  # (B, T, L), summed over G and d
+            error = (codes.residual - codes.code.detach()).square()  # (B, T, L, G, d)
+            error = error.sum((-2, -1))  # (B, T, L)
             losses["commit"] = (error * self.commitment).sum(-1)
-            metrics |= {f"commit_{i}": error[..., i].detach().mean() for i in range(self.levels)}
-        return losses, metrics | self.quantizer.usage(codes.index) | self._accuracy(post.levels, codes.index, is_first)
+            for i in range(self.levels):
+                metrics[f"commit_{i}"] = error[..., i].detach().mean()
+        for name, loss in post.aux.ffn_losses.items():  # (B, 1) each
+            losses[name] = loss.expand(is_first.shape)
+        metrics |= self.quantizer.usage(codes.index)
+        return losses, metrics | self._accuracy(post.levels, codes.index, is_first)
 
     @torch.no_grad()
-    def _accuracy(self, levels: tuple[Level, ...], index: Tensor, is_first: Tensor) -> dict[str, Tensor]:
-        """How often the likeliest code is right: of all, beside repeating the last one, and of those that changed."""
+    def _accuracy(self, levels: tuple[Level, ...], index: Tensor, is_first: Tensor) -> Metrics:
+        """How often the likeliest code is right, of all and of those that changed, and a copy is.
+
+        index: (B, T, L, G).
+        """
         metrics, same_episode = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
         same_episode = same_episode.expand(-1, -1, index.shape[-1]).float()
-        share = lambda x, among: (x.float() * among).sum() / among.sum().clamp(min=1.0)
         for i, level in enumerate(levels):
             now, before = index[:, 1:, i], index[:, :-1, i]  # (B, T-1, G)
             right = level.prior[:, 1:].argmax(-1) == now
             changed = same_episode * (now != before).float()
-            metrics[f"accuracy_{i}"] = share(right, same_episode)
-            metrics[f"accuracy_copy_{i}"] = share(now == before, same_episode)
-            metrics[f"accuracy_changed_{i}"] = share(right, changed)
+            metrics[f"accuracy_{i}"] = weighted_mean(right, same_episode)
+            metrics[f"accuracy_copy_{i}"] = weighted_mean(now == before, same_episode)
+            metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
         return metrics
 
-    def learn(self, post: Post) -> None:
-        self.quantizer.learn(post.aux.codes)
+    def update_codebook(self, post: Post) -> None:
+        self.quantizer.update_codebook(post.aux.codes)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
+        self.check_feat(post.feat)
         length, cache = post.feat.deter.shape[1], post.aux.cache
         chosen = start_steps(length, n)
-        steps = torch.arange(length, device=cache.segment.device)[chosen] + cache.segment.shape[1] - length
-        feat = (x[:, chosen].flatten(0, 1).detach() for x in post.feat)
-        return Carry(*feat, *cache[2:5], steps.repeat(len(cache.segment)))
+        cached = cache.segment.shape[1] - length  # steps before the post's
+        steps = torch.arange(length, device=cache.segment.device)[chosen] + cached
+        deter, stoch = (x[:, chosen].flatten(0, 1).detach() for x in post.feat)  # (B * n, .)
+        where = steps.repeat(len(cache.segment))
+        return cache._replace(deter=deter, stoch=stoch, where=where)
 
     def imagine(
         self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
     ) -> tuple[RolloutCarry, Feat, Tensor]:
+        self.check_imagined(carry, actor, horizon)
         given = isinstance(actor, Tensor)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
         rollout = Rollout(self.transformer, self.rules, self.slots, self.window, carry, horizon)
         feats, actions = [self.feat(carry)], []
         for t in range(horizon):
             action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
-            codes = []
-            for level in range(self.levels):
-                probs = dists.mix(self._logit(level, out) / self.temperature[level], self.balance.unimix)
-                code = self.quantizer.decode(level, dists.draw(probs, sample).to(out.dtype))  # (N, G, d)
-                codes.append(code.flatten(1))
-                token = self._token(level, codes[-1])
-                if self.chain and level < self.levels - 1:
-                    out = rollout.advance(token)
-                else:  # nothing is predicted from it before the next action: it goes through together with that
-                    rollout.append(token)
-            feats.append(Feat(deter, self._stoch(torch.cat(codes, 1))))
+            feats.append(self._imagine_step(rollout, action, sample))
             actions.append(action)
         actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        feat = Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True)))  # (N, H+1, .)
+        feat = stack_feats(feats)  # (N, H+1, .)
         return RolloutCarry(*feats[-1], rollout), feat, torch.stack(actions, 1)
 
-    def partial(self, feat: Feat) -> dict[str, Feat]:
-        """L0 alone, L0+L1, and so on, finer codes being zero; all levels together are ``feat`` itself."""
-        size = self.stoch_dim // self.levels
-        level = torch.arange(self.stoch_dim, device=feat.stoch.device).div(size, rounding_mode="floor")
-        names = ["+".join(f"L{j}" for j in range(i)) for i in range(1, self.levels)]
-        return {name: feat._replace(stoch=feat.stoch * (level <= i)) for i, name in enumerate(names)}
+    def _imagine_step(self, rollout: Rollout, action: Tensor, sample: bool) -> Feat:
+        """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""
+        deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
+        codes = []
+        for level in range(self.levels):
+            logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
+            probs = dists.mix(logit, self.kl_config.unimix)
+            onehot = dists.draw(probs, sample).to(out.dtype)
+            codes.append(self.quantizer.decode(level, onehot).flatten(1))  # (N, G * d)
+            token = self._token(level, codes[-1])
+            if self.chain and level < self.levels - 1:
+                out = rollout.advance(token)
+            else:  # predicts nothing before the next action, and is computed together with that
+                rollout.append(token)
+        return Feat(deter, self._stoch(torch.cat(codes, 1)))
 
-    def decoded(self, post: Post) -> Feat:
-        """Fine levels are dropped now and then, so that decoding coarse ones alone means something."""
+    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+        """L0 alone, L0+L1, and so on, finer codes being zero; all levels would be ``feat``."""
+        size = self.stoch_dim // self.levels
+        level = torch.arange(self.stoch_dim, device=feat.stoch.device)
+        level = level.div(size, rounding_mode="floor")  # (Z,)
+        out, name = {}, "L0"
+        for i in range(self.levels - 1):
+            out[name] = feat._replace(stoch=feat.stoch * (level <= i))
+            name += f"+L{i + 1}"
+        return out
+
+    def decoder_features(self, post: Post) -> Feat:
+        """Features (B,T,.), at random steps without fine levels: coarse ones can be decoded."""
         if not self.level_dropout or self.levels == 1:
             return post.feat
         stoch = post.feat.stoch.unflatten(-1, (self.levels, -1))  # (B, T, L, G * d)
-        some = torch.rand(stoch.shape[:2], device=stoch.device) < self.level_dropout
-        kept = torch.randint(1, self.levels, stoch.shape[:2], device=stoch.device).where(some, self.levels)  # (B, T)
-        level = torch.arange(self.levels, device=stoch.device)
-        return post.feat._replace(stoch=(stoch * (level < kept.unsqueeze(-1)).unsqueeze(-1)).flatten(-2))
+        steps, device = stoch.shape[:2], stoch.device
+        dropped = torch.rand(steps, device=device) < self.level_dropout
+        kept = torch.randint(1, self.levels, steps, device=device)
+        kept = kept.where(dropped, self.levels)  # (B, T) levels
+        level = torch.arange(self.levels, device=device)
+        keep = (level < kept.unsqueeze(-1)).unsqueeze(-1)  # (B, T, L, 1)
+        return post.feat._replace(stoch=(stoch * keep).flatten(-2))
 
     def compile_steps(self) -> None:
         for layer in self.transformer.layers:
-            layer.project, layer.finish = map(torch.compile, (layer.project, layer.finish))
+            layer.project = torch.compile(layer.project)
+            layer.add_residuals = torch.compile(layer.add_residuals)
+
+
+def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
+    return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def former_ffn_names(layers: int) -> dict[str, str]:
+    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
+    names = {}
+    for i in range(layers):
+        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
+            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
+    return names
