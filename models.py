@@ -1,4 +1,4 @@
-"""World model, actor-critic in imagination, and the one update of the agent (Hafner et al. 2023, DreamerV3).
+"""World model, agent, and the one update (DreamerV3, Hafner et al. 2023).
 
 The update is a function of tensors: nothing in it reads the host, and metrics stay on the device.
 """
@@ -6,7 +6,7 @@ The update is a function of tensors: nothing in it reads the host, and metrics s
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,20 +16,29 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
+from hidreamer.behavior import Behavior
 from hidreamer.capture import FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
-from hidreamer.nets import MLP
-from hidreamer.optim import Optimizer
-from hidreamer.returns import ReturnNorm, lambda_return
+from hidreamer.explorer import Explorer
+from hidreamer.losses import scaled
+from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
+from hidreamer.optim import make_optimizer
+from hidreamer.weights import match, module_name, renamed
 from tools import Config, ConfigError
 
-Batch = Mapping[str, Tensor]  # observations, prev_action (B,T,A), reward, is_first, is_terminal (B,T)
+# Observations (B,T,...), prev_action (B,T,A); reward, is_first, is_terminal (B,T).
+Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]  # each ()
 
 
 class WorldModel(nn.Module):
-    """Encoder, dynamics, decoder, reward and continue heads."""
+    """Encoder, dynamics, and the objectives that train them besides the dynamics' own loss.
+
+    The parameters of an objective are those of the module of its name here, as
+    ``Agent.make_optimizers`` and checkpoints have it. An objective with parameters of its own is
+    that module itself.
+    """
 
     def __init__(self, obs_space: Mapping[str, spaces.Space], act_dim: int, config):
         super().__init__()
@@ -38,187 +47,85 @@ class WorldModel(nn.Module):
         needed, positions = self.dynamics.map_positions, self.encoder.map_positions
         if needed and positions not in (0, needed):
             raise ValueError(
-                f"dynamics.hrvq.spatial: groups is {needed} and the encoder's map has {positions} positions: "
-                "set groups to encoder.minres x encoder.minres"
+                f"dynamics.hrvq.spatial: groups is {needed} and the encoder's map has {positions} "
+                "positions: set groups to encoder.minres x encoder.minres"
             )
         self.feat_dim = self.dynamics.feat_dim
         self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
+        self.objectives: dict[str, Objective] = {
+            "decoder": Reconstruction(self.decoder, self.dynamics),
+            "reward": Reward(self.reward),
+            "cont": Continue(self.cont),
+        }
+        self.scales = {name: config.loss_scales[name] for name in self.objectives}
 
     def observe(self, obs: Batch, carry: Any = None, sample: bool = True) -> tuple[Any, Post, Tensor]:
-        """Follow prepared observations. -> carry, Post, embed (B,T,E)."""
+        """Follow prepared observations (B,T,...). -> carry, Post, embed (B,T,E)."""
         embed = self.encoder(obs)
         carry = self.dynamics.initial(len(embed)) if carry is None else carry
-        return *self.dynamics.observe(carry, embed, obs["prev_action"], obs["is_first"].bool(), sample), embed
+        is_first = obs["is_first"].bool()
+        carry, post = self.dynamics.observe(carry, embed, obs["prev_action"], is_first, sample)
+        return carry, post, embed
 
     def loss(self, obs: Batch) -> tuple[dict[str, Tensor], Any, Post, Tensor, Metrics]:
-        """-> losses (B,T) by name, carry, Post, embed, metrics."""
+        """-> losses (B,T) by name, carry, Post, embed, metrics.
+
+        The losses are weighted: their sum is to be minimised.
+        """
         carry, post, embed = self.observe(obs)
         losses, metrics = self.dynamics.loss(post)
-        decoded = self.decoder(self.dynamics.decoder_features(post).cat())
-        losses |= {key: -dist.log_prob(obs[key]) for key, dist in decoded.items()}
-        x = post.feat.cat()  # (B, T, F)
-        losses["reward"] = -self.reward(x).log_prob(obs["reward"])
-        losses["cont"] = -self.cont(x).log_prob(1.0 - obs["is_terminal"])
+        for name, objective in self.objectives.items():
+            found = objective.loss(post, embed, obs)
+            losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
         return losses, carry, post, embed, metrics
 
     @torch.no_grad()
-    def show(self, feat: Feat, levels: bool = False) -> list[dict[str, Tensor]]:
-        """What features (B,T,.) look like, {key: (B,T,...)}, images in [0, 1]; with ``levels`` coarse levels' too."""
-        feats = [feat, *(self.dynamics.coarse_features(feat).values() if levels else [])]
-        return [self.shown({key: dist.mean() for key, dist in self.decoder(f.cat()).items()}) for f in feats]
+    def decode(self, feat: Feat, levels: bool = False) -> list[dict[str, Tensor]]:
+        """Observations that features (B,T,.) stand for, {key: (B,T,...)}, images in [0, 1].
 
-    def shown(self, obs: Batch) -> dict[str, Tensor]:
+        With ``levels`` also those of the coarse levels alone, coarsest first.
+        """
+        feats = [feat]
+        if levels:
+            feats += self.dynamics.coarse_features(feat).values()
+        decoded = []
+        for feat in feats:
+            dists = self.decoder(feat.cat())
+            decoded.append(self.postprocess({key: dist.mean() for key, dist in dists.items()}))
+        return decoded
+
+    def postprocess(self, obs: Batch) -> dict[str, Tensor]:
         """Prepared observations, of those that are decoded, with images in [0, 1]."""
-        images, others = self.decoder.kinds["image"], self.decoder.sizes
-        return {key: (obs[key] + 0.5).clamp(0.0, 1.0) for key in images} | {key: obs[key] for key in others}
+        images = {key: (obs[key] + 0.5).clamp(0.0, 1.0) for key in self.decoder.kinds["image"]}
+        return images | {key: obs[key] for key in self.decoder.sizes}
 
     @torch.no_grad()
     def open_loop(self, batch: Batch, context: int, levels: bool = False) -> list[dict[str, Tensor]]:
-        """Follow ``context`` steps, then dream on with the real actions. -> truth and model, as ``show`` has them."""
+        """Observe ``context`` of T steps, then imagine the others from the real actions.
+
+        -> the observations (B,T,...), then what ``decode`` makes of the features of all T steps.
+        """
         obs = networks.prepare(batch)
-        carry, post, _ = self.observe({k: x[:, :context] for k, x in obs.items()})
+        carry, post, _ = self.observe({key: x[:, :context] for key, x in obs.items()})
         start = self.dynamics.starts(carry, post, 1)
-        _, dream, _ = self.dynamics.imagine(start, obs["prev_action"][:, context:], obs["reward"].shape[1] - context)
-        feat = Feat(*(torch.cat([seen, new[:, 1:]], 1) for seen, new in zip(post.feat, dream, strict=True)))
-        return [self.shown(obs), *self.show(feat, levels)]
+        action = obs["prev_action"][:, context:]
+        _, imagined, _ = self.dynamics.imagine(start, action, action.shape[1])
+        pairs = zip(post.feat, imagined, strict=True)
+        feat = Feat(*(torch.cat([observed, x[:, 1:]], 1) for observed, x in pairs))
+        return [self.postprocess(obs), *self.decode(feat, levels)]
 
 
-class Dream(NamedTuple):
-    """Imagined states and what the agent makes of them; entry 0 is the replayed state it started from."""
-
-    feat: Feat  # (N, H+1, .)
-    x: Tensor  # (N, H+1, F) the same, concatenated
-    action: Tensor  # (N, H+1, A) taken in each state
-    disc: Tensor  # (N, H+1) gamma times the probability that the episode goes on after each state
+def prefixed(prefix: str, metrics: Metrics) -> Metrics:
+    return {prefix + name: value for name, value in metrics.items()}
 
 
-class Behavior(nn.Module):
-    """Actor and critic, trained on dreams.
-
-    ``backprop``: the actor's gradient goes through the dynamics to the returns; otherwise it is REINFORCE's.
-    """
-
-    def __init__(self, feat_dim: int, act_space: spaces.Space, config):
-        super().__init__()
-        self.actor = networks.Actor(feat_dim, act_space, **config.actor.net)
-        self.critic = networks.make_head("twohot", feat_dim, **config.critic.net)
-        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
-        self.norm = ReturnNorm()
-        self.imag, self.slow_rate = config.imag, config.critic.slow_rate
-        gradient, self.entropy = config.actor.gradient, config.actor.entropy
-        self.backprop = gradient == "dynamics" or (gradient == "auto" and isinstance(act_space, spaces.Box))
-
-    def dream(self, model: WorldModel, start: Any, terminal: Tensor) -> Dream:
-        """Imagine H steps from N starts; terminal (N,) tells which of them ended their episode.
-
-        REINFORCE needs no gradient through the dream, so none is recorded for it.
-        """
-        with torch.set_grad_enabled(self.backprop):
-            policy = lambda feat: self.actor(feat.cat().detach()).sample()
-            _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
-            x = feat.cat()
-            cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
-            return Dream(feat, x, action, self.imag.discount * cont)
-
-    def losses(self, dream: Dream, rew: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-        """Actor and critic loss, () each. rew: (N, H+1), for arriving in each state."""
-        x = dream.x.detach()
-        value_dist = self.critic(x[:, :-1])
-        slow = self.slow(x[:, :-1]).mode()
-        # Backpropagating through the dynamics, returns depend on the features; for REINFORCE they are constants.
-        value = self.critic(dream.x).mode() if self.backprop else self._values(value_dist, x)  # (N, H+1)
-        returns = lambda_return(rew, value, dream.disc, self.imag.lam)  # (N, H)
-        # A state counts as much as the episode is likely to have reached it; nothing counts after a terminal start.
-        alive = dream.disc.detach() / self.imag.discount
-        weight = torch.cat([alive[:, :1], dream.disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
-
-        self.norm.update(returns)
-        adv = (returns - value[:, :-1]) / self.norm.scale()  # (N, H)
-        policy = self.actor(x[:, :-1])
-        entropy = policy.entropy()  # (N, H)
-        gain = adv if self.backprop else policy.log_prob(dream.action[:, :-1].detach()) * adv.detach()
-        actor_loss = -(weight * (gain + self.entropy * entropy)).mean()
-        critic_loss = -(weight * value_dist.log_prob(returns.detach(), slow)).mean()
-        metrics = {
-            "actor_loss": actor_loss,
-            "critic_loss": critic_loss,
-            "actor_entropy": entropy.mean(),
-            "imag_reward": rew[:, 1:].mean(),
-            "imag_return": returns.mean(),
-            "imag_value": value.mean(),
-            "imag_cont": alive[:, 1:].mean(),
-            "return_scale": self.norm.scale(),
-            "adv_std": adv.std(),
-        }
-        return actor_loss, critic_loss, {k: v.detach() for k, v in metrics.items()}
-
-    @torch.no_grad()
-    def _values(self, known: networks.dists.TwoHot, x: Tensor) -> Tensor:
-        """(N, H+1) values: those of ``known`` (N, H), and the last state's."""
-        return torch.cat([known.mode(), self.critic(x[:, -1:]).mode()], 1)
-
-    @torch.no_grad()
-    def update_slow(self) -> None:
-        for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, self.slow_rate)
-
-
-class Explorer(nn.Module):
-    """Plan2Explore: an ensemble that predicts the next state; where it disagrees, its own actor-critic is rewarded.
-
-    Sekar et al. 2020, with dreamerv3-torch's targets and log-disagreement.
-    """
-
-    def __init__(self, model: WorldModel, act_space: spaces.Space, act_dim: int, config):
-        super().__init__()
-        self.config = config.expl
-        dyn = model.dynamics
-        sizes = {"embed": model.encoder.dim, "stoch": dyn.stoch_dim, "deter": dyn.deter_dim, "feat": dyn.feat_dim}
-        inp = dyn.feat_dim + (act_dim if self.config.action_cond else 0)
-        net = [
-            MLP(inp, self.config.layers, self.config.units, sizes[self.config.target])
-            for _ in range(self.config.models)
-        ]
-        self.ensemble = nn.ModuleList(net)
-        self.behavior = Behavior(dyn.feat_dim, act_space, config)
-
-    def _predict(self, x: Tensor, action: Tensor) -> Tensor:
-        """(M, N, T, size) predictions from features (N,T,F) and the actions taken in them (N,T,A)."""
-        x = torch.cat([x, action], -1) if self.config.action_cond else x
-        return torch.stack([net(x) for net in self.ensemble])
-
-    def loss(self, post: Post, embed: Tensor, prev_action: Tensor) -> Tensor:
-        """Squared error of the next step's target, (). The action between two steps is the later one's prev_action."""
-        targets = {"embed": embed, "feat": post.feat.cat(), **post.feat._asdict()}
-        target = targets[self.config.target].detach()[:, 1:]
-        pred = self._predict(post.feat.cat().detach()[:, :-1], prev_action[:, 1:])
-        return 0.5 * (pred - target).square().sum(-1).mean()
-
-    def reward(self, dream: Dream, extrinsic: Tensor) -> Tensor:
-        """(N, H+1) for arriving in each state: the ensemble's disagreement about what follows.
-
-        Conditioned on the action, the disagreement belongs to taking it, and is paid one step later.
-        """
-        spread = self._predict(dream.x, dream.action).std(0).mean(-1)  # (N, H+1)
-        spread = spread.clamp(min=1e-8).log() if self.config.log else spread
-        if self.config.action_cond:
-            spread = torch.cat([torch.zeros_like(spread[:, :1]), spread[:, :-1]], 1)
-        return self.config.intr_scale * spread + self.config.extr_scale * extrinsic
-
-
-def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """``state`` by parameter, with those of ``names``, which are below ``prefix``, under their new names."""
-    names = {prefix + old: prefix + new for old, new in names.items()}
-    return {names.get(name, name): x for name, x in state.items()}
-
-
-def module_name(parameter: str) -> str:
-    """The module that a parameter belongs to, as reports name it."""
-    return parameter.rpartition(".")[0] or parameter
+def joint_name(loss: str, module: str) -> str:
+    """The module's name in a joint optimiser: the explorer has an actor and a critic as well."""
+    return f"expl_{module}" if loss.startswith("expl_") else module
 
 
 class ActState(NamedTuple):
@@ -236,29 +143,65 @@ class Agent(nn.Module):
         start_steps(config.replay.length, config.imag.starts)  # raises where they do not fit
         self.act_dim, self.config = act_dim, config
         self.world_model = WorldModel(obs_space, act_dim, config)
-        self.behavior = Behavior(self.world_model.feat_dim, act_space, config)
+        self.behavior = self._make_behavior(act_space)
         explores = config.expl.behavior == "plan2explore"
-        self.explorer = Explorer(self.world_model, act_space, act_dim, config) if explores else None
+        self.explorer = self._make_explorer(act_space) if explores else None
         self.metric_names: tuple[str, ...] = ()
 
+    def _make_behavior(self, act_space: spaces.Space) -> Behavior:
+        config, feat_dim = self.config, self.world_model.feat_dim
+        actor = networks.Actor(feat_dim, act_space, **config.actor.net)
+        critic = networks.make_head("twohot", feat_dim, **config.critic.net)
+        gradient, continuous = config.actor.gradient, isinstance(act_space, spaces.Box)
+        backprop = gradient == "dynamics" or (gradient == "auto" and continuous)
+        return Behavior(actor, critic, config, backprop)
+
+    def _make_explorer(self, act_space: spaces.Space) -> Explorer:
+        wm, config = self.world_model, self.config
+        sizes = {
+            "embed": wm.encoder.dim,
+            "stoch": wm.dynamics.stoch_dim,
+            "deter": wm.dynamics.deter_dim,
+            "feat": wm.feat_dim,
+        }
+        behavior = functools.partial(self._make_behavior, act_space)
+        return Explorer(sizes, self.act_dim, config.expl, behavior)
+
+    def behaviors(self) -> dict[str, Behavior]:
+        """By the prefix of their metrics and optimisers."""
+        return {"": self.behavior} | ({"expl_": self.explorer.behavior} if self.explorer else {})
+
+    def trained(self) -> dict[str, dict[str, nn.Module]]:
+        """{loss: {name: module}}: the modules that each loss trains, and no others."""
+        wm = self.world_model
+        names = ("encoder", "dynamics", *wm.objectives)
+        modules = {"model": {name: getattr(wm, name) for name in names}}
+        for prefix, behavior in self.behaviors().items():
+            if prefix:
+                modules["expl_model"] = {"ensemble": self.explorer.ensemble}
+            modules[f"{prefix}actor"] = {"actor": behavior.actor}
+            modules[f"{prefix}critic"] = {"critic": behavior.critic}
+        return modules
+
     def make_optimizers(self) -> None:
-        """After the agent was moved to its device."""
-        opt = lambda modules, block: Optimizer(
-            modules, lr=block.lr, eps=block.eps, clip=block.clip, capturable=next(self.parameters()).is_cuda
-        )
-        wm, cfg = self.world_model, self.config
-        modules = {name: getattr(wm, name) for name in ("encoder", "dynamics", "decoder", "reward", "cont")}
-        self.optimizers = {"model": opt(modules, cfg.model)}
-        behaviors = {"": self.behavior}
-        if self.explorer:
-            self.optimizers["expl_model"] = opt({"ensemble": self.explorer.ensemble}, cfg.model)
-            behaviors["expl_"] = self.explorer.behavior
-        for prefix, behavior in behaviors.items():
-            self.optimizers[f"{prefix}actor"] = opt({"actor": behavior.actor}, cfg.actor)
-            self.optimizers[f"{prefix}critic"] = opt({"critic": behavior.critic}, cfg.critic)
+        """After the agent was moved to its device. One for each loss, or one for all."""
+        config, modules = self.config, self.trained()
+        blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
+        if config.optim == "joint":
+            joint: dict[str, nn.Module] = {}
+            for loss, part in modules.items():
+                joint |= {joint_name(loss, name): module for name, module in part.items()}
+            modules, blocks = {"joint": joint}, {"joint": config.model}
+        capturable = next(self.parameters()).is_cuda
+        self.optimizers = {}
+        for name, part in modules.items():
+            block = blocks[name.removeprefix("expl_")]
+            settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
+            optimizer = make_optimizer("adam", part, **settings, capturable=capturable)
+            self.optimizers[name] = optimizer
 
     def make_update(self, compiled: str) -> Callable[[Batch], Tensor]:
-        """``update``, for CUDA (or ``compiled`` "on") with compiled parts, for CUDA as one recorded graph.
+        """``update``; for CUDA, or ``compiled`` "on", with compiled parts; for CUDA as one graph.
 
         Where compiling or recording fails, it warns and goes on without (see ``FastUpdate``).
         """
@@ -268,65 +211,64 @@ class Agent(nn.Module):
         return FastUpdate(self, self._compile, capture=cuda)
 
     def _compile(self) -> None:
-        wm = self.world_model
-        for module in (wm.encoder, wm.decoder, wm.reward, wm.cont, self.behavior.actor, self.behavior.critic):
+        wm, behavior = self.world_model, self.behavior
+        heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
+        for module in (wm.encoder, *heads):
             module.compile()
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
         """Parameters, buffers and optimiser states, by name."""
-        return {"params": self.state_dict(), "optim": {name: opt.state_dict() for name, opt in self.optimizers.items()}}
+        return {
+            "params": self.state_dict(),
+            "optim": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
-        """The inverse, also for a latent state that can be translated (``Dynamics.convert_state_dict``).
+        """The inverse, also for a latent state that ``Dynamics.convert_state_dict`` translates.
 
-        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that is missing or of
-        another shape; only an explorer that is not there may start afresh.
+        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that
+        is missing or of another shape; only an explorer that is not there may start afresh.
         """
-        prefix, own, former = "world_model.dynamics.", self.state_dict(), self.world_model.dynamics.former_names
-        given = renamed(state["params"], prefix, former)
-        params = {name: x for name, x in given.items() if not name.startswith(prefix)}
-        dynamics = {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
-        dynamics = self.world_model.dynamics.convert_state_dict(dynamics)
-        params |= {prefix + name: x for name, x in dynamics.items()}
-        report = {}
-        for name, x in own.items():
-            theirs = params.get(name)
-            if theirs is None and name.startswith("explorer."):
-                report[module_name(name)] = "fresh"
-                continue
-            if theirs is None or theirs.shape != x.shape:
-                shape = "nothing" if theirs is None else tuple(theirs.shape)
-                raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
-            report[module_name(name)] = "mapped" if name in given else "split"
-        self.load_state_dict({name: params.get(name, x) for name, x in own.items()})
+        prefix, dynamics = "world_model.dynamics.", self.world_model.dynamics
+        given = renamed(state["params"], prefix, dynamics.former_names)
+        params, theirs = {}, {}
+        for name, x in given.items():
+            if name.startswith(prefix):
+                theirs[name.removeprefix(prefix)] = x
+            else:
+                params[name] = x
+        params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
+        matched, report = match(self.state_dict(), params, given, may_be_fresh="explorer.")
+        self.load_state_dict(matched)
         for name, opt in self.optimizers.items():
-            moments = renamed(state["optim"].get(name, {}), "dynamics.", former)
+            moments = renamed(state["optim"].get(name, {}), "dynamics.", dynamics.former_names)
             opt.load_state_dict(moments)
             fresh = (key for key in opt.params if key not in moments)
             report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
         return report
 
     def initial(self, n: int) -> ActState:
-        device = next(self.parameters()).device
+        action = torch.zeros(n, self.act_dim, device=next(self.parameters()).device)
         with torch.no_grad():
-            return ActState(self.world_model.dynamics.initial(n), torch.zeros(n, self.act_dim, device=device))
+            return ActState(self.world_model.dynamics.initial(n), action)
 
     @torch.no_grad()
     def act(self, state: ActState, obs: Batch, mode: str = "train") -> ActState:
-        """One step in N environments. obs: raw (N, ...), with is_first. -> new state; its ``action`` (N,A) is chosen.
+        """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
-        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the explorer's. The state is
-        always sampled, as in training.
+        obs: raw (N, ...), with is_first.
+        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
+        explorer's. The state is always sampled, as in training.
         """
         with self.autocast():
-            obs = networks.prepare({k: x.unsqueeze(1) for k, x in obs.items()}) | {
-                "prev_action": state.action.unsqueeze(1)
-            }
+            obs = networks.prepare({key: x.unsqueeze(1) for key, x in obs.items()})
+            obs["prev_action"] = state.action.unsqueeze(1)
             carry, post, _ = self.world_model.observe(obs, state.carry)
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
             policy = behavior.actor(post.feat.cat()[:, 0])
-            return ActState(carry, (policy.mode() if mode == "greedy" else policy.sample()).float())
+            action = policy.mode() if mode == "greedy" else policy.sample()
+            return ActState(carry, action.float())
 
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
@@ -335,25 +277,29 @@ class Agent(nn.Module):
         return {key: move(x) for key, x in rows.items()}
 
     @torch.no_grad()
-    def levels(self, obs: Batch, state: ActState) -> list[Batch]:
-        """What the first environment shows, what its state says of it, and its coarse levels alone: {key: (1,1,...)}.
+    def decode_state(self, obs: Batch, state: ActState) -> list[Batch]:
+        """Of the first environment: its observation, its state decoded, its coarse levels decoded.
 
-        obs: what ``act`` was given to reach ``state``.
+        {key: (1,1,...)} each. obs: what ``act`` was given to reach ``state``, raw (N,...).
         """
         model = self.world_model
-        seen = networks.prepare({key: x[:1].unsqueeze(1) for key, x in obs.items()})
+        observed = networks.prepare({key: x[:1].unsqueeze(1) for key, x in obs.items()})
         feat = model.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
         with self.autocast():
-            return [model.shown(seen), *model.show(feat, levels=True)]
+            return [model.postprocess(observed), *model.decode(feat, levels=True)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.config.precision != "bfloat16":
             return contextlib.nullcontext()
         # The cache of cast weights would outlive the optimiser step that changes them.
-        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, cache_enabled=False)
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
     def update(self, batch: Batch) -> Tensor:
-        """One step of every optimiser. batch: raw, on the device. -> metrics (M,), named by ``metric_names``."""
+        """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
+
+        batch: raw (B,T,...), on the device.
+        """
         with self.autocast():
             obs = networks.prepare(batch)
             losses, carry, post, embed, mets = self.world_model.loss(obs)
@@ -366,32 +312,41 @@ class Agent(nn.Module):
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
         with torch.no_grad():
             start = self.world_model.dynamics.starts(carry, post, starts)
-        metrics |= self._improve("", self.behavior, start, terminal, lambda dream, rew: rew)
+        metrics |= self._update_behavior("", start, terminal, lambda dream, rew: rew)
         if self.explorer:
             with self.autocast():
                 loss = self.explorer.loss(post, embed, obs["prev_action"])
             metrics |= {"expl_model_loss": loss.detach()} | self._step("expl_model", loss)
-            metrics |= self._improve("expl_", self.explorer.behavior, start, terminal, self.explorer.reward)
+            metrics |= self._update_behavior("expl_", start, terminal, self.explorer.reward)
+        if self.config.optim == "joint":
+            metrics |= prefixed("joint_", self.optimizers["joint"].apply())
+        for behavior in self.behaviors().values():
+            behavior.update_slow()
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
-    def _improve(self, prefix: str, behavior: Behavior, start: Any, terminal: Tensor, reward: Callable) -> Metrics:
-        """Dream and improve one behavior on it; ``reward`` turns (dream, predicted reward) into what it is paid."""
+    def _update_behavior(self, prefix: str, start: Any, terminal: Tensor, reward: Callable) -> Metrics:
+        """Dream from N starts, terminal (N,), and train one behavior on it.
+
+        ``reward`` turns (dream, predicted reward (N,H+1)) into what the behavior is paid, (N,H+1).
+        """
+        behavior = self.behaviors()[prefix]
         with self.autocast():
             dream = behavior.dream(self.world_model, start, terminal)
             with torch.set_grad_enabled(behavior.backprop):
                 rew = reward(dream, self.world_model.reward(dream.x).mode())
             actor_loss, critic_loss, metrics = behavior.losses(dream, rew)
-        metrics |= self._step(f"{prefix}actor", actor_loss, prefix) | self._step(f"{prefix}critic", critic_loss, prefix)
-        behavior.update_slow()
-        return {prefix + name: value for name, value in metrics.items()}
+        steps = self._step(f"{prefix}actor", actor_loss)
+        steps |= self._step(f"{prefix}critic", critic_loss)
+        return prefixed(prefix, metrics) | steps
 
-    def _step(self, name: str, loss: Tensor, prefix: str = "") -> Metrics:
-        short = name.removeprefix(prefix)
-        return {
-            key.replace("grad_norm", f"{short}_grad_norm").replace("clipped", f"{short}_clipped"): value
-            for key, value in self.optimizers[name].step(loss).items()
-        }
+    def _step(self, name: str, loss: Tensor) -> Metrics:
+        """Train what ``loss`` is to train: now, or jointly at the end of the update."""
+        if self.config.optim == "joint":
+            modules = [joint_name(name, module) for module in self.trained()[name]]
+            self.optimizers["joint"].gather(loss, modules)
+            return {}
+        return prefixed(f"{name}_", self.optimizers[name].step(loss))
 
 
 def pick_device(config: Config) -> torch.device:

@@ -59,7 +59,7 @@ def predict(model: WorldModel, batch: Mapping[str, Tensor]) -> Prediction:
     _, post, _ = model.observe(networks.prepare(batch))
     x = post.feat.cat()
     open_loop = model.open_loop(batch, CONTEXT)[1] if batch["reward"].shape[1] > CONTEXT else {}
-    return Prediction(model.show(post.feat)[0], open_loop, model.reward(x), model.cont(x))
+    return Prediction(model.decode(post.feat)[0], open_loop, model.reward(x), model.cont(x))
 
 
 class Baseline:

@@ -226,7 +226,7 @@ class Trainer:
         for i, rows in enumerate(held.values()):
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
-            truth = model.shown(models.networks.prepare(batch))
+            truth = model.postprocess(models.networks.prepare(batch))
             judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
             with self.agent.autocast():
                 predicted = heldout.predict(model, batch)

@@ -54,18 +54,23 @@ FAST = (
     "legacy",
     "hrssm",
 )
-FAST += ("hrvq", "hrvq_losses", "agent", "episodes", "spaces", "run")
+FAST += ("hrvq", "hrvq_losses", "agent", "losses", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
     "training.py": ("updates", "run"),
     "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
+    "hidreamer/behavior.py": ("golden", "wiring"),
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
     "hidreamer/dynamics/hrvq.py": ("wiring", "golden", "dynamics", "hrvq"),
     "hidreamer/dynamics/recurrent.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
+    "hidreamer/explorer.py": ("wiring", "agent"),
+    "hidreamer/losses.py": ("golden",),
     "hidreamer/mask.py": ("mask",),
+    "hidreamer/objectives.py": ("golden", "wiring"),
+    "hidreamer/optim.py": ("numerics", "agent", "losses"),
     "hidreamer/quantizer.py": ("numerics", "quantizer"),
     "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),

@@ -125,7 +125,7 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
         torch.manual_seed(i)
         _, post, _ = model.observe(models.networks.prepare(batch))
         truth, predicted = model.open_loop(batch, CONTEXT)
-        error, moving = heldout.errors(model.show(post.feat)[0], truth, slice(1, None))
+        error, moving = heldout.errors(model.decode(post.feat)[0], truth, slice(1, None))
         found = {"reconstruction": error, "moving": moving}
         last = {key: x[:, CONTEXT - 1 : CONTEXT].expand_as(x) for key, x in truth.items()}
         for h in HORIZONS:
@@ -156,7 +156,7 @@ def picture(trainer: offline.Trainer) -> np.ndarray:
     torch.manual_seed(0)
     _, post, _ = model.observe(models.networks.prepare(batch))
     truth, predicted = model.open_loop(batch, CONTEXT)
-    rows = [truth, model.show(post.feat)[0], predicted]
+    rows = [truth, model.decode(post.feat)[0], predicted]
     frames = evaluation.board(rows)  # (T, 3 H, W, 3), enlarged
     return np.concatenate(frames[list(FRAMES)], 1)
 

@@ -1,7 +1,8 @@
-"""The distributions of DreamerV3, without the argument checks of ``torch.distributions``: each reads the host.
+"""The distributions of DreamerV3. Those of torch check arguments, which reads the host.
 
 Every class wraps the tensors that a network emitted and offers what its callers use of
-``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32 or wider, whatever autocast says.
+``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32 or wider,
+whatever autocast says.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: the sample. Backward: its gradient goes to the probabilities unchanged (Bengio et al. 2013)."""
+    """The sample, whose gradient goes to the probabilities unchanged (Bengio et al. 2013)."""
 
     @staticmethod
     def forward(ctx, sample: Tensor, probs: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
 
 
 def mix(logit: Tensor, unimix: float) -> Tensor:
-    """Probabilities (..., K) of logits: ``1 - unimix`` softmax + ``unimix`` uniform, so none is ever zero."""
+    """Probabilities (..., K) of logits: ``1 - unimix`` softmax + ``unimix`` uniform, never zero."""
     probs = torch.softmax(wide(logit), -1)
     return torch.add(unimix / logit.shape[-1], probs, alpha=1.0 - unimix) if unimix else probs
 
@@ -57,13 +58,14 @@ def mix(logit: Tensor, unimix: float) -> Tensor:
 def draw(probs: Tensor, sample: bool = True) -> Tensor:
     """One-hot (..., K) straight-through draw from ``probs``, or their mode.
 
-    By the inverse of the cumulative distribution: one uniform number a variable. A race of K exponentials does the same
-    and costs ten times as much on a CPU, and ``multinomial`` as well.
+    By the inverse of the cumulative distribution: one uniform number a variable. A race of K
+    exponentials does the same and costs ten times as much on a CPU, and ``multinomial`` as well.
     """
     with torch.no_grad():
         if sample:
             below = probs.cumsum(-1) < torch.rand_like(probs[..., :1])
-            index = below.sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)  # rounding may leave the sum below 1
+            # Rounding may leave the sum of all below 1.
+            index = below.sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
         else:
             index = probs.argmax(-1, keepdim=True)
         onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
@@ -71,7 +73,7 @@ def draw(probs: Tensor, sample: bool = True) -> Tensor:
 
 
 def kl(post: Tensor, prior: Tensor) -> Tensor:
-    """KL(post || prior) in nats of two probability tensors (..., S, K), summed over S and K -> (...)."""
+    """KL(post || prior) in nats of probabilities (..., S, K), summed over S and K -> (...)."""
     return (post * (post.log() - prior.log())).sum((-2, -1))
 
 
@@ -81,7 +83,10 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 class OneHots:
-    """Independent categoricals, concatenated: ``logit`` (..., sum(sizes)). MultiDiscrete actions have several."""
+    """Independent categoricals, concatenated: ``logit`` (..., sum(sizes)).
+
+    MultiDiscrete actions have several.
+    """
 
     def __init__(self, logit: Tensor, sizes: tuple[int, ...], unimix: float):
         self.probs = [mix(part, unimix) for part in logit.split(sizes, -1)]
@@ -104,9 +109,10 @@ class OneHots:
 class ClippedNormal:
     """A normal with mean tanh(m) whose draws are clipped to [-1, 1]: the continuous policy.
 
-    Upstream clips the draw and then scores it with the density of the unclipped normal, which is the wrong
-    likelihood for every draw at a bound. Here a draw at a bound has the probability of the tail beyond it
-    (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is the unclipped normal's.
+    Upstream clips the draw and then scores it with the density of the unclipped normal, which is
+    the wrong likelihood for every draw at a bound. Here a draw at a bound has the probability of
+    the tail beyond it (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is the
+    unclipped normal's.
 
     mean, std: (..., A); ``log_prob`` and ``entropy`` sum over A.
     """
@@ -132,8 +138,9 @@ class ClippedNormal:
 
 
 class TwoHot:
-    """A categorical over 255 bins in symlog space, trained with two-hot targets (Hafner et al. 2023, eq. 10).
+    """A categorical over 255 bins in symlog space, trained with two-hot targets.
 
+    Hafner et al. 2023, eq. 10.
     logit: (..., 255). ``mode`` and ``mean`` are the same: symexp of the expected bin, (...).
     """
 
@@ -141,30 +148,32 @@ class TwoHot:
         self.logit = wide(logit)
 
     def mode(self) -> Tensor:
-        # Bins come in pairs of opposite sign: taken pair by pair, a uniform output decodes to exactly 0.
+        # Bins come in pairs of opposite sign: pair by pair, a uniform output decodes to exactly 0.
         probs = torch.softmax(self.logit, -1)
         half = BINS // 2
-        bins = torch.linspace(0.0, LIMIT, half + 1, device=probs.device, dtype=probs.dtype)[1:]  # (127,)
+        where = {"device": probs.device, "dtype": probs.dtype}
+        bins = torch.linspace(0.0, LIMIT, half + 1, **where)[1:]  # (127,)
         pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
         return symexp((pairs * bins).sum(-1))  # no matrix product: autocast would round it
 
     mean = mode
 
     def log_prob(self, *targets: Tensor) -> Tensor:
-        """Summed log-likelihood of one or more targets (...), so that they share one log-softmax."""
+        """Summed log-likelihood of one or more targets (...), which share one log-softmax."""
         logp = torch.log_softmax(self.logit, -1)
         total = 0.0
         for target in targets:
             place = (symlog(target).clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2.0 * LIMIT))
             below = place.floor().clamp(max=BINS - 2)
-            index = below.nan_to_num().long().unsqueeze(-1)  # (..., 1); a NaN stays one, but not as an index
+            # A NaN stays one, but not as an index.
+            index = below.nan_to_num().long().unsqueeze(-1)  # (..., 1)
             pair = logp.gather(-1, torch.cat([index, index + 1], -1))  # (..., 2)
             total = total + torch.lerp(pair[..., 0], pair[..., 1], place - below)
         return total
 
 
 class Bernoulli:
-    """logit (...): continue flags and binary grids; ``log_prob`` sums over the last ``event`` axes."""
+    """logit (...): continue flags, binary grids; ``log_prob`` sums the last ``event`` axes."""
 
     def __init__(self, logit: Tensor, event: int = 0):
         self.logit, self.event = wide(logit), event
@@ -176,13 +185,15 @@ class Bernoulli:
         return (self.logit > 0).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        logp = -F.binary_cross_entropy_with_logits(self.logit, x.to(self.logit.dtype), reduction="none")
+        x = x.to(self.logit.dtype)
+        logp = -F.binary_cross_entropy_with_logits(self.logit, x, reduction="none")
         return logp.flatten(-self.event).sum(-1) if self.event else logp
 
 
 class MSE:
-    """A unit-variance regression up to constants: ``log_prob`` is minus the squared error summed over ``event`` axes.
+    """A unit-variance regression up to constants.
 
+    ``log_prob`` is minus the squared error summed over ``event`` axes.
     With ``squash`` it works in symlog space: vectors of unknown scale (Hafner et al. 2023, eq. 8).
     """
 

@@ -70,7 +70,7 @@ def play(
             try:
                 videos["agent"].append(envs.render(0))
                 if levels:
-                    videos["levels"] += list(board(agent.levels(inputs, state)))
+                    videos["levels"] += list(board(agent.decode_state(inputs, state)))
             except Exception as error:  # a renderer may raise anything
                 video, problem = False, error
             video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST

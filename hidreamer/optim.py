@@ -1,54 +1,102 @@
-"""One optimiser step: gradients of a loss for exactly the given modules, their norms, clipping, fused Adam."""
+"""Optimisers by name: gradients for exactly the given modules, their norms, clipping, one step."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 
-class Optimizer:
-    """Adam over the parameters of named modules, clipped by the global norm.
+def adam(params: Iterable[Tensor], *, lr: float, eps: float, capturable: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=capturable)
 
-    ``step(loss)`` touches these parameters only, whatever else the loss depends on, and reads nothing on the host.
-    ``clip`` 0 means no clipping. ``capturable`` keeps the step counters on the device, as a CUDA graph needs.
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": adam}
+
+
+class Optimizer:
+    """Steps of the parameters of named modules, clipped by their global norm.
+
+    ``step(loss)`` is ``gather(loss)``, then ``apply()``; several losses may be gathered before. It
+    touches these parameters only, whatever else a loss depends on, and reads nothing on the host.
+
+    algorithm: makes the optimiser of parameters, as those of OPTIMIZERS do. ``clip`` 0 means no
+    clipping. ``capturable`` keeps the step counters on the device, as a CUDA graph needs.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], *, lr: float, eps: float, clip: float, capturable: bool = False):
-        self.groups = {
-            name: {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
-            for name, module in modules.items()
-        }
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        lr: float,
+        eps: float,
+        clip: float,
+        capturable: bool = False,
+        algorithm: Callable[..., torch.optim.Optimizer] = adam,
+    ):
+        self.groups: dict[str, dict[str, nn.Parameter]] = {}
+        for name, module in modules.items():
+            named = module.named_parameters()
+            self.groups[name] = {f"{name}.{key}": p for key, p in named if p.requires_grad}
         self.params = {key: p for group in self.groups.values() for key, p in group.items()}
         self.clip = clip
-        self.adam = torch.optim.Adam(self.params.values(), lr=lr, eps=eps, fused=True, capturable=capturable)
+        self.optim = algorithm(self.params.values(), lr=lr, eps=eps, capturable=capturable)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
-        """loss: (). -> gradient norm in all, by module, and whether the step was clipped; each ()."""
-        params = list(self.params.values())
+        """loss: (). -> metrics of ``apply``."""
+        self.gather(loss)
+        return self.apply()
+
+    def gather(self, loss: Tensor, modules: Iterable[str] | None = None) -> None:
+        """Add the gradient of ``loss`` (), for these modules (None: all), to the next step's."""
+        params = [p for name in modules or self.groups for p in self.groups[name].values()]
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         for param, grad in zip(params, grads, strict=True):
-            # The fused kernel walks through memory. A gradient that lies there in another order (channels last, from a
-            # convolution) would silently change other weights than its own: autograd.grad does not put it right.
-            param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
-        norms = {name: nn.utils.get_total_norm([p.grad for p in group.values()]) for name, group in self.groups.items()}
+            grad = grad if param.grad is None else param.grad + grad
+            # The fused kernel walks through memory. A gradient that lies there in another order
+            # (channels last, from a convolution) would silently change other weights than its own:
+            # autograd.grad does not put it right.
+            aligned = grad.stride() == param.stride()
+            param.grad = grad if aligned else torch.empty_like(param).copy_(grad)
+
+    def apply(self) -> dict[str, Tensor]:
+        """One step along what was gathered, for every module.
+
+        -> gradient norm in all, by module, and whether the step was clipped; each ().
+        """
+        norms = {}
+        for name, group in self.groups.items():
+            norms[name] = nn.utils.get_total_norm([p.grad for p in group.values()])
         total = torch.stack(list(norms.values())).norm()
         metrics = {"grad_norm": total}
         if len(norms) > 1:
             metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
         if self.clip:
-            nn.utils.clip_grads_with_norm_(params, self.clip, total)
+            nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
             metrics["clipped"] = (total > self.clip).float()
-        self.adam.step()
-        self.adam.zero_grad()
+        self.optim.step()
+        self.optim.zero_grad()
         return metrics
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{parameter: {"step", "exp_avg", "exp_avg_sq"}}: by name, so that it can move to another model."""
-        return {key: dict(self.adam.state[p]) for key, p in self.params.items() if p in self.adam.state}
+        """{parameter: {"step", "exp_avg", "exp_avg_sq"}}: by name, to fit another model."""
+        state = self.optim.state
+        return {key: dict(state[p]) for key, p in self.params.items() if p in state}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse; parameters that ``state`` does not name start afresh. Rates stay as configured now."""
-        self.adam.state.clear()
+        """The inverse. Parameters that ``state`` lacks start afresh; rates stay as configured."""
+        self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
-                self.adam.state[p] = {name: x.detach().clone().to(p.device) for name, x in state[key].items()}
+                self.optim.state[p] = {name: x.detach().clone().to(p.device) for name, x in state[key].items()}
+
+
+def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
+    """An ``Optimizer`` whose algorithm is one of OPTIMIZERS; settings as ``Optimizer`` takes them.
+
+    Raises ValueError for a name that there is not.
+    """
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}")
+    return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)

@@ -1,7 +1,8 @@
 """Replay: one ring of steps per environment, from which any run of consecutive steps can be drawn.
 
-Row t of a stream holds an observation, the reward for arriving there, its flags, and ``prev_action``, the action that
-led to it: nothing ever shifts a sequence. Episodes lie behind each other, so short ones stay in the data.
+Row t of a stream holds an observation, the reward for arriving there, its flags, and
+``prev_action``, the action that led to it: nothing ever shifts a sequence. Episodes lie behind each
+other, so short ones stay in the data.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import mmap
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,36 +25,51 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # {key: (shape, dtype)} of o
 def row_spec(obs_space: Mapping[str, Any], act_dim: int) -> Spec:
     """What a row of replay holds, from observation spaces and the width of the action vector."""
     spec = {key: (tuple(space.shape), np.dtype(space.dtype)) for key, space in obs_space.items()}
-    spec |= {"prev_action": ((act_dim,), np.dtype(np.float32)), "reward": ((), np.dtype(np.float32))}
+    spec |= {
+        "prev_action": ((act_dim,), np.dtype(np.float32)),
+        "reward": ((), np.dtype(np.float32)),
+    }
     return spec | {key: ((), np.dtype(bool)) for key in ("is_first", "is_last", "is_terminal")}
 
 
 def record(spec: Spec) -> np.dtype:
-    """A row as it lies in memory: a sequence is one piece of it, and one read where it is on a disk."""
+    """A row as it lies in memory: a sequence is one piece of it, and one read from a disk."""
     formats = [(dtype, shape) for shape, dtype in spec.values()]
     return np.dtype({"names": list(spec), "formats": formats}, align=True)
 
 
 def rows_to_come(held: int, steps: int, streams: int) -> int:
-    """More rows than ``streams`` with ``held`` each at most can have after ``steps`` further agent steps.
+    """A bound on the rows of all streams, ``held`` each at most, after so many more agent steps.
 
-    Episodes of one step have two rows: the streams together take at least one step each in two rows.
+    Episodes of one step have two rows: the streams together take at least one step each in two
+    rows.
     """
     return streams * (held + 2 * (-(-steps // streams) + 2))
+
+
+class Addresses(NamedTuple):
+    """Where B sequences lie: good as long as their rows are kept, in this process."""
+
+    stream: np.ndarray  # (B,) int64
+    row: np.ndarray  # (B,) int64 of the first step, counted from the first row ever added
 
 
 class Stream:
     """A ring of at most ``capacity`` rows. Row 0 is the oldest that is kept.
 
-    Memory is that of the rows added so far. With ``folder`` they lie in a file there, which has no name: it goes with
-    the process, whatever ends that. It is written by calls, for a write to a mapped page that finds the disk full would
-    kill the process, and read as memory. Raises MemoryError, OSError.
+    ``extra`` columns are not added with a row but written later, beside it (``write``); until then
+    they are zero.
+
+    Memory is that of the rows added so far. With ``folder`` they lie in a file
+    there, which has no name: it goes with the process, whatever ends that. It is written by calls,
+    for a write to a mapped page that finds the disk full would kill the process, and read as
+    memory. Raises MemoryError, OSError.
     """
 
-    def __init__(self, capacity: int, spec: Spec, folder: Path | None = None):
-        self.capacity, self.spec = capacity, spec
+    def __init__(self, capacity: int, spec: Spec, folder: Path | None = None, extra: Spec | None = None):
+        self.capacity, self.spec, self.extra = capacity, spec, extra or {}
         self.added = 0  # rows ever added; the newest lies at (added - 1) % capacity
-        self.record = record(spec)
+        self.record = record(spec | self.extra)
         size = capacity * self.record.itemsize
         if folder is None:
             self.file, self.buffer = None, memory.anonymous(size)
@@ -62,7 +78,7 @@ class Stream:
             self.file.truncate(size)  # a hole: what was not written takes no space
             self.buffer = mmap.mmap(self.file.fileno(), size, access=mmap.ACCESS_READ)
         ring = np.frombuffer(self.buffer, self.record, capacity)
-        self.rows = {key: ring[key] for key in spec}
+        self.rows = {key: ring[key] for key in self.record.names}
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -87,10 +103,42 @@ class Stream:
             done += size
         self.added += count
 
+    def write(self, row: int, values: Mapping[str, np.ndarray]) -> None:
+        """Put {key: (N, ...)} of ``extra`` beside rows row, row + 1, ... of all ever added.
+
+        Those that have left the ring are passed over. Raises ValueError for rows that were never
+        added, for other keys, shapes or types. Raises OSError.
+        """
+        count = len(next(iter(values.values())))
+        for key, x in values.items():
+            shape, dtype = self.extra.get(key, (None, None))
+            if shape is None or x.shape != (count, *shape) or x.dtype != dtype:
+                what = f"{x.dtype}{x.shape} to {key!r}"
+                raise ValueError(f"replay cannot write {what}; extra columns are {self.extra}")
+        if not 0 <= row <= self.added - count:
+            raise ValueError(f"replay cannot write beside rows {row} to {row + count - 1} of {self.added}")
+        done = max(0, self.added - len(self) - row)
+        while done < count:
+            start = (row + done) % self.capacity
+            size = min(count - done, self.capacity - start)
+            part = {key: x[done : done + size] for key, x in values.items()}
+            if self.file is None:
+                self._set(start, size, part)
+            else:
+                offset = start * self.record.itemsize
+                block = np.frombuffer(self.buffer, self.record, size, offset).copy()
+                for key, x in part.items():
+                    block[key] = x
+                self.file.seek(offset)
+                self._write_block(block)
+            done += size
+
     def _write(self, start: int, size: int, rows: Rows) -> None:
+        """Whole rows; what was beside the rows that they replace becomes zero."""
         if self.file is None:
-            for key, x in rows.items():
-                self.rows[key][start : start + size] = x
+            self._set(start, size, rows)
+            for key in self.extra:
+                self.rows[key][start : start + size] = 0
             return
         self.file.seek(start * self.record.itemsize)
         step = max(1, PIECE // self.record.itemsize)
@@ -99,12 +147,19 @@ class Stream:
             part = block[: size - done]
             for key, x in rows.items():
                 part[key] = x[done : done + step]
-            left = memoryview(part).cast("B")
-            while left:  # a call may write a part
-                left = left[self.file.write(left) :]
+            self._write_block(part)
+
+    def _set(self, start: int, size: int, rows: Rows) -> None:
+        for key, x in rows.items():
+            self.rows[key][start : start + size] = x
+
+    def _write_block(self, block: np.ndarray) -> None:
+        left = memoryview(block).cast("B")
+        while left:  # a call may write a part
+            left = left[self.file.write(left) :]
 
     def read(self, start: int, out: Rows) -> None:
-        """Copy rows start, start + 1, ..., counted from the oldest, into ``out`` {key: (N, ...)}."""
+        """Copy rows start, start + 1, ..., counted from the oldest, into out {key: (N, ...)}."""
         place = (self.added - len(self) + start) % self.capacity
         for key, x in out.items():
             ring, size = self.rows[key], self.capacity - place
@@ -130,8 +185,10 @@ class Stream:
 class Replay:
     """Streams, and uniform sampling over every run of ``length`` consecutive rows in them.
 
-    rng is this replay's own; its state and the rows are all that the samples depend on. capacity is of all streams
-    together, each has an equal share. With ``folder`` the rows lie in files there. Raises MemoryError, OSError.
+    rng is this replay's own; its state and the rows are all that the samples depend on. capacity is
+    of all streams together, each has an equal share. With ``folder`` the rows lie in files there.
+    ``extra`` columns, of other names than spec's, are sampled with the others and written by
+    ``write``. Raises MemoryError, OSError.
     """
 
     def __init__(
@@ -144,10 +201,11 @@ class Replay:
         streams: int,
         rng: np.random.Generator,
         folder: Path | None = None,
+        extra: Spec | None = None,
     ):
         self.spec, self.batch, self.length, self.rng = spec, batch, length, rng
         share = max(capacity // streams, length)
-        self.streams = [Stream(share, spec, folder) for _ in range(streams)]
+        self.streams = [Stream(share, spec, folder, extra) for _ in range(streams)]
 
     def __len__(self) -> int:
         return sum(map(len, self.streams))
@@ -159,7 +217,7 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        return len(self) * record(self.spec).itemsize
+        return len(self) * self.streams[0].record.itemsize
 
     def add(self, rows: Mapping[str, np.ndarray]) -> None:
         """One row for every stream, {key: (streams, ...)}."""
@@ -171,7 +229,14 @@ class Replay:
         return any(len(stream) >= self.length for stream in self.streams)
 
     def sample(self, rng: np.random.Generator | None = None) -> Rows:
-        """{key: (B, T, ...)}; the first step of each sequence is marked ``is_first``, as upstream does."""
+        """{key: (B, T, ...)}; each sequence's first step is marked ``is_first``, as upstream's."""
+        return self.read(self.draw(rng))
+
+    def draw(self, rng: np.random.Generator | None = None) -> Addresses:
+        """Where B sequences lie, each run of T rows as likely as any other.
+
+        Raises ValueError where there is none.
+        """
         rng = self.rng if rng is None else rng
         counts = np.array([max(0, len(stream) - self.length + 1) for stream in self.streams])
         ends = counts.cumsum()
@@ -179,12 +244,31 @@ class Replay:
             raise ValueError(f"replay holds no {self.length} consecutive steps yet")
         picks = rng.integers(0, ends[-1], self.batch)
         owners = np.searchsorted(ends, picks, side="right")
-        places = [(self.streams[i], int(pick - (ends[i] - counts[i]))) for i, pick in zip(owners, picks, strict=True)]
-        for stream, start in places:
+        oldest = np.array([stream.added - len(stream) for stream in self.streams])
+        return Addresses(owners, picks - (ends - counts - oldest)[owners])
+
+    def read(self, where: Addresses) -> Rows:
+        """The sequences there, as ``sample`` has them. Raises ValueError where they have left."""
+        starts = []
+        for i, row in zip(*where, strict=True):
+            stream = self.streams[i]
+            start = int(row) - (stream.added - len(stream))
+            if not 0 <= start <= len(stream) - self.length:
+                raise ValueError(f"rows {row} to {row + self.length - 1} of stream {i} are not in the replay")
             stream.prefetch(start, self.length)
-        shape = (self.batch, self.length)
-        batch = {key: np.empty((*shape, *rest), dtype) for key, (rest, dtype) in self.spec.items()}
-        for b, (stream, start) in enumerate(places):
+            starts.append((stream, start))
+        shape, spec = (len(starts), self.length), self.spec | self.streams[0].extra
+        batch = {key: np.empty((*shape, *rest), dtype) for key, (rest, dtype) in spec.items()}
+        for b, (stream, start) in enumerate(starts):
             stream.read(start, {key: x[b] for key, x in batch.items()})
         batch["is_first"][:, 0] = True
         return batch
+
+    def write(self, where: Addresses, values: Mapping[str, np.ndarray]) -> None:
+        """Put {key: (B, T, ...)} of ``extra`` columns beside the rows there, in this order.
+
+        Rows that have left the replay since are passed over. Raises ValueError as ``Stream.write``
+        does, OSError.
+        """
+        for b, (i, row) in enumerate(zip(*where, strict=True)):
+            self.streams[i].write(int(row), {key: x[b] for key, x in values.items()})

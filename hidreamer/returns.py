@@ -9,8 +9,9 @@ from torch import Tensor, nn
 def lambda_return(rew: Tensor, value: Tensor, disc: Tensor, lam: float) -> Tensor:
     """Lambda-returns (Hafner et al. 2023, eq. 7), a backward recursion over H steps.
 
-    rew, value, disc: (N, H+1); entry t belongs to state t: the reward for arriving there, its value, and
-    gamma times the probability that the episode goes on from there. -> (N, H), the return of states 0..H-1.
+    rew, value, disc: (N, H+1); entry t belongs to state t: the reward for arriving there, its
+    value, and gamma times the probability that the episode goes on from there. -> (N, H), the
+    return of states 0..H-1.
 
         R_t = rew_{t+1} + disc_{t+1} ((1 - lam) value_{t+1} + lam R_{t+1}),    R_H = value_H
     """
@@ -24,7 +25,10 @@ def lambda_return(rew: Tensor, value: Tensor, disc: Tensor, lam: float) -> Tenso
 
 
 class ReturnNorm(nn.Module):
-    """Running 5th and 95th percentile of returns; their distance, at least 1, scales advantages (eq. 11-12)."""
+    """Running 5th and 95th percentile of returns (eq. 11-12).
+
+    Their distance, at least 1, is what advantages are divided by.
+    """
 
     def __init__(self, rate: float = 0.01, low: float = 0.05, high: float = 0.95):
         super().__init__()
@@ -33,7 +37,7 @@ class ReturnNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> None:
-        """Move the percentiles towards those of ``returns`` (any shape). Sorting reads nothing on the host."""
+        """Move the percentiles towards those of ``returns`` (any shape); no host read."""
         ordered = returns.detach().float().flatten().sort().values
         now = []
         for q in self.quantiles:
@@ -41,6 +45,11 @@ class ReturnNorm(nn.Module):
             below = min(int(place), len(ordered) - 2)
             now.append(torch.lerp(ordered[below], ordered[below + 1], place - below))
         self.range.lerp_(torch.stack(now), self.rate)
+
+    def forward(self, returns: Tensor) -> Tensor:
+        """Take ``returns`` (any shape) into account. -> what to divide by now, ()."""
+        self.update(returns)
+        return self.scale()
 
     def scale(self) -> Tensor:
         """What to divide by, ()."""

@@ -159,7 +159,7 @@ def test_pictures_are_computed_in_the_precision_of_training(kind, precision):
     frames = evaluation.open_loop(agent, rows, True)
     obs = {key: x[:, 0] for key, x in batch.items() if key in (*EVERYTHING, "is_first")}
     state = agent.act(agent.initial(2), obs)
-    shown = evaluation.board(agent.levels(obs, state))
+    shown = evaluation.board(agent.decode_state(obs, state))
     assert frames.dtype == shown.dtype == np.uint8 and frames.ndim == shown.ndim == 4
     assert seen and set(seen) == {precision == "bfloat16"}
     if precision == "float32":

@@ -227,7 +227,7 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     """Rewards of the states arrived in, terminal flags of the very steps that dreams start from."""
     agent, obs = build(**{"imag.starts": starts})
     agent, batch = trainable(agent, obs)
-    agent.optimizers["model"].adam.param_groups[0]["lr"] = 0.0  # so that the heads can be evaluated afterwards
+    agent.optimizers["model"].optim.param_groups[0]["lr"] = 0.0  # so that the heads can be evaluated afterwards
     found = {}
     behavior, step = agent.behavior, agent.world_model.loss
     dream, losses = behavior.dream, behavior.losses

@@ -214,7 +214,7 @@ class TestOptimizer:
         opt.step(a(torch.ones(2)).sum() + b(torch.ones(2)).sum())
         other = Optimizer({"a": a, "b": b}, lr=0.7, eps=1e-8, clip=0.0)
         other.load_state_dict(opt.state_dict())
-        assert other.adam.param_groups[0]["lr"] == 0.7
+        assert other.optim.param_groups[0]["lr"] == 0.7
         assert torch.equal(other.state_dict()["b.weight"]["exp_avg_sq"], opt.state_dict()["b.weight"]["exp_avg_sq"])
 
     def test_the_rule_is_adams(self):

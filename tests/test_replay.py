@@ -12,7 +12,7 @@ from gymnasium.spaces import Box
 
 from conftest import ROOT
 from hidreamer import memory
-from hidreamer.replay import Replay, Stream, record, row_spec, rows_to_come
+from hidreamer.replay import Addresses, Replay, Stream, record, row_spec, rows_to_come
 
 SPEC = row_spec({"time": Box(-np.inf, np.inf, (1,))}, 1)
 
@@ -293,3 +293,72 @@ def test_memory_that_the_system_refuses_is_one_kind_of_error(monkeypatch):
     monkeypatch.setattr(memory.mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match="2 GB"):
         memory.anonymous(2 * GB)
+
+
+EXTRA = {"latent": ((3,), np.dtype(np.float32)), "seen": ((), np.dtype(bool))}
+
+
+def with_columns(folder, capacity=20, streams=2):
+    sizes = {"capacity": capacity, "batch": 6, "length": 4, "streams": streams}
+    return Replay(SPEC, **sizes, rng=np.random.default_rng(0), folder=folder, extra=EXTRA)
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_what_is_written_beside_rows_is_sampled_with_them(store, tmp_path):
+    """Across the ring's end, and gone with the rows that it stood beside."""
+    replay = with_columns(tmp_path if store == "disk" else None)
+    plain = make(capacity=20, length=4, batch=6)
+    written = {}  # what the latest write put beside a row, by its time (which also tells the stream)
+    for t in range(60):
+        for each in (replay, plain):
+            each.add(row(t, first=t % 7 == 0))
+        if t < 5:
+            continue
+        where = replay.draw()
+        batch, expected = replay.read(where), plain.sample()
+        assert all(
+            (batch[key] == x).all() for key, x in expected.items()
+        )  # the same draws, with the columns or without
+        time = batch["time"][..., 0]
+        assert (time[:, 0] == where.row + 1000 * where.stream).all()
+        for index in np.ndindex(time.shape):
+            latent, seen = written.get(time[index], (np.zeros(3), False))
+            assert (batch["latent"][index] == latent).all() and batch["seen"][index] == seen
+        latent = np.random.default_rng(t).normal(size=(6, 4, 3)).astype(np.float32)
+        replay.write(where, {"latent": latent, "seen": np.ones((6, 4), bool)})
+        for index in np.ndindex(time.shape):
+            written[time[index]] = latent[index], True
+    assert written
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_rows_that_left_are_not_written_over(store, tmp_path):
+    replay = with_columns(tmp_path if store == "disk" else None, capacity=10, streams=1)
+    fill(replay, 10)
+    where = Addresses(np.array([0]), np.array([6]))
+    old = Addresses(np.array([0]), np.array([0]))
+    for t in range(10, 12):
+        replay.add(row(t, 1))
+    latent = np.arange(1, 13, dtype=np.float32).reshape(1, 4, 3)
+    replay.write(old, {"latent": latent})  # rows 0 and 1 are gone: their places are those of 10 and 11
+    replay.write(where, {"latent": -latent})
+    found = replay.streams[0].rows["latent"]
+    assert (found[[0, 1]] == 0).all() and (found[[2, 3]] == latent[0, 2:]).all() and (found[6:10] == -latent[0]).all()
+    with pytest.raises(ValueError, match="rows 0 to 3 of stream 0"):
+        replay.read(old)
+    kept = replay.streams[0].slice(0, 10)
+    assert kept.keys() == SPEC.keys() and (kept["time"][:, 0] == np.arange(2, 12)).all()
+    for t in range(12, 22):
+        replay.add(row(t, 1))
+    assert (replay.streams[0].rows["latent"] == 0).all()
+
+
+def test_only_declared_columns_are_written():
+    replay = with_columns(None)
+    fill(replay, 8)
+    where, right = replay.draw(), np.zeros((6, 4, 3), np.float32)
+    for values in ({"reward": right[..., 0]}, {"latent": right[..., :2]}, {"latent": right.astype(np.float64)}):
+        with pytest.raises(ValueError, match="cannot write"):
+            replay.write(where, values)
+    with pytest.raises(ValueError, match="rows 6 to 9 of 8"):
+        replay.write(Addresses(np.array([0]), np.array([6])), {"latent": right[:1]})

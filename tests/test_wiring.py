@@ -178,7 +178,7 @@ def test_every_optimiser_has_its_own_settings():
     agent, _ = make(**flat, **{"expl.behavior": "plan2explore"})
     assert agent.optimizers.keys() == {*blocks, *(f"expl_{name}" for name in blocks)}
     for name, optimizer in agent.optimizers.items():
-        (group,) = optimizer.adam.param_groups
+        (group,) = optimizer.optim.param_groups
         found = {"lr": group["lr"], "eps": group["eps"], "clip": optimizer.clip}
         assert found == settings[name.removeprefix("expl_")]
         assert group["betas"] == (0.9, 0.999) and group["weight_decay"] == 0

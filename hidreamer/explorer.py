@@ -1,0 +1,55 @@
+"""Plan2Explore (Sekar et al. 2020): an ensemble whose disagreement pays for novelty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hidreamer.dynamics.base import Post
+from hidreamer.nets import MLP
+
+
+class Explorer(nn.Module):
+    """An ensemble that predicts the next state; an actor-critic is rewarded where it disagrees.
+
+    With dreamerv3-torch's targets and log-disagreement.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], act_dim: int, config, behavior: Callable[[], nn.Module]):
+        """sizes: of every target. config: the block ``expl``. behavior: makes the actor-critic."""
+        super().__init__()
+        self.config = config
+        inputs = sizes["feat"] + (act_dim if config.action_cond else 0)
+        shape = inputs, config.layers, config.units, sizes[config.target]
+        self.ensemble = nn.ModuleList(MLP(*shape) for _ in range(config.models))
+        self.behavior = behavior()
+
+    def _predict(self, x: Tensor, action: Tensor) -> Tensor:
+        """Features (N,T,F) and the actions (N,T,A) taken in them -> predictions (M,N,T,size)."""
+        x = torch.cat([x, action], -1) if self.config.action_cond else x
+        return torch.stack([net(x) for net in self.ensemble])
+
+    def loss(self, post: Post, embed: Tensor, prev_action: Tensor) -> Tensor:
+        """Squared error of the next step's target, ().
+
+        The action between two steps is the later one's prev_action (B,T,A).
+        """
+        targets = {"embed": embed, "feat": post.feat.cat(), **post.feat._asdict()}
+        target = targets[self.config.target].detach()[:, 1:]
+        pred = self._predict(post.feat.cat().detach()[:, :-1], prev_action[:, 1:])
+        return 0.5 * (pred - target).square().sum(-1).mean()
+
+    def reward(self, dream: Any, extrinsic: Tensor) -> Tensor:
+        """What arriving in each state of a ``Dream`` pays, (N, H+1): disagreement on what follows.
+
+        Conditioned on the action, the disagreement belongs to taking it, and is paid one step
+        later.
+        """
+        spread = self._predict(dream.x, dream.action).std(0).mean(-1)  # (N, H+1)
+        spread = spread.clamp(min=1e-8).log() if self.config.log else spread
+        if self.config.action_cond:
+            spread = torch.cat([torch.zeros_like(spread[:, :1]), spread[:, :-1]], 1)
+        return self.config.intr_scale * spread + self.config.extr_scale * extrinsic

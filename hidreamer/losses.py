@@ -1,0 +1,95 @@
+"""Losses as free functions of distributions and tensors.
+
+Shapes: N dreams of H imagined steps, A action. Entry t of an (N, H+1) tensor belongs to state t,
+the first of which is the replayed one that the dream starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hidreamer.returns import lambda_return
+
+
+class Policy(Protocol):
+    """What ``imag_loss`` asks of the actor's distribution in (N, H) states: (N, H) each."""
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+    def entropy(self) -> Tensor: ...
+
+
+class Value(Protocol):
+    """What ``imag_loss`` asks of the critic's distribution in (N, H) states."""
+
+    def log_prob(self, *targets: Tensor) -> Tensor: ...
+
+
+class ImagLoss(NamedTuple):
+    """Of each imagined state but the last one, not yet averaged."""
+
+    actor: Tensor  # (N, H)
+    critic: Tensor  # (N, H)
+    returns: Tensor  # (N, H) what the critic is trained on
+    metrics: dict[str, Tensor]  # each (), without gradient
+
+
+def imag_loss(
+    action: Tensor,
+    disc: Tensor,
+    rew: Tensor,
+    value: Tensor,
+    policy: Policy,
+    value_dist: Value,
+    slow_value: Tensor,
+    scale: Callable[[Tensor], Tensor],
+    *,
+    discount: float,
+    lam: float,
+    entropy: float,
+    reinforce: bool,
+) -> ImagLoss:
+    """Actor and critic loss of dreams (Hafner et al. 2023, eq. 7-12).
+
+    action (N,H+1,A) taken in each state; rew (N,H+1) for arriving in it; disc (N,H+1), ``discount``
+    times the probability that the episode goes on after it; value (N,H+1), the critic's. policy and
+    value_dist are what actor and critic say in the first H states, whose features have no gradient;
+    slow_value (N,H) is the slow critic's, towards which the critic is drawn. scale: takes the
+    returns (N,H) and gives what advantages are divided by, ().
+
+    reinforce: the actor's gradient is that of its actions' log-probabilities; otherwise it is that
+    of the returns, which must then depend on the actions.
+    """
+    shapes = action.shape[:2], disc.shape, rew.shape, value.shape
+    assert len(set(shapes)) == 1, shapes
+    returns = lambda_return(rew, value, disc, lam)  # (N, H)
+    # A state counts as much as the episode is likely to have reached it; nothing counts after a
+    # terminal start.
+    alive = disc.detach() / discount  # (N, H+1)
+    weight = torch.cat([alive[:, :1], disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
+
+    denominator = scale(returns)
+    adv = (returns - value[:, :-1]) / denominator  # (N, H)
+    policy_entropy = policy.entropy()  # (N, H)
+    gain = policy.log_prob(action[:, :-1].detach()) * adv.detach() if reinforce else adv  # (N, H)
+    actor = -(weight * (gain + entropy * policy_entropy))
+    critic = -(weight * value_dist.log_prob(returns.detach(), slow_value))
+    metrics = {
+        "actor_entropy": policy_entropy.mean(),
+        "imag_reward": rew[:, 1:].mean(),
+        "imag_return": returns.mean(),
+        "imag_value": value.mean(),
+        "imag_cont": alive[:, 1:].mean(),
+        "return_scale": denominator,
+        "adv_std": adv.std(),
+    }
+    return ImagLoss(actor, critic, returns, {name: x.detach() for name, x in metrics.items()})
+
+
+def scaled(loss: Tensor, scale: float) -> Tensor:
+    """``loss`` times its weight; a weight of 1 costs nothing."""
+    return loss if scale == 1.0 else scale * loss

@@ -1,0 +1,45 @@
+"""Parameters by name: those of another model, fitted into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
+    """``state`` with new names for the parameters {old: new} below ``prefix``."""
+    names = {prefix + old: prefix + new for old, new in names.items()}
+    return {names.get(name, name): x for name, x in state.items()}
+
+
+def module_name(parameter: str) -> str:
+    """The module that a parameter belongs to, as reports name it."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def match(
+    own: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    may_be_fresh: str,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``own`` with the values of ``params``, and {module: "mapped" | "split" | "fresh"}.
+
+    given: the names that ``params`` had before it was converted. Names that begin with
+    ``may_be_fresh`` keep their own values where ``params`` lacks them. Raises ValueError, naming
+    the first that is missing or of another shape.
+    """
+    matched, report = dict(own), {}
+    for name, x in own.items():
+        theirs = params.get(name)
+        if theirs is None and name.startswith(may_be_fresh):
+            report[module_name(name)] = "fresh"
+            continue
+        if theirs is None or theirs.shape != x.shape:
+            shape = "nothing" if theirs is None else tuple(theirs.shape)
+            raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
+        report[module_name(name)] = "mapped" if name in given else "split"
+        matched[name] = theirs
+    return matched, report
