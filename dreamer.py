@@ -44,14 +44,18 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         source = found[0] if found else source / "checkpoints" / "latest.pt"
     if source is not None and not source.exists():
         raise ConfigError(f"--resume: there is no checkpoint {source}")
-    home = source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
+    home = (
+        source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
+    )
     # it goes on as it was
     alone = home is not None and not args.presets and "logdir" not in args.overrides
     saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
-    logdir = Path(config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}").expanduser()
+    logdir = Path(
+        config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
+    ).expanduser()
     own = home is not None and logdir.resolve() == home.resolve()
     return config, logdir, None if own else source
 
@@ -83,7 +87,9 @@ def capacity(args: tools.Args) -> str:
         batch = {key: torch.from_numpy(x) for key, x in rows.items()}
         update = functools.partial(agent.update, batch)
         update()  # the first one allocates the optimisers' states
-        columns[name] = cost.sizes(agent) | {"FLOPs per update": cost.flops(update)} | cost.operators(update)
+        columns[name] = (
+            cost.sizes(agent) | {"FLOPs per update": cost.flops(update)} | cost.operators(update)
+        )
     return cost.table(columns)
 
 
@@ -112,7 +118,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                signum: signal.signal(signum, self._on_signal)
+                for signum in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -179,12 +188,18 @@ def start(argv: list[str], signals: Signals) -> int:
                     train(run, screen, signals)
             except Stop as stop:
                 name = signal.Signals(stop.signum).name
-                screen.line(f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is")
+                screen.line(
+                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is"
+                )
                 run.save()
-                screen.line(f"stopped by {name} at step {run.step}; checkpoint {run.folder / 'latest.pt'}")
+                screen.line(
+                    f"stopped by {name} at step {run.step}; checkpoint {run.folder / 'latest.pt'}"
+                )
                 return 128 + stop.signum
             except EnvError as error:
-                raise Failure(f"{error}; the last checkpoint is {run.folder / 'latest.pt'}") from error
+                raise Failure(
+                    f"{error}; the last checkpoint is {run.folder / 'latest.pt'}"
+                ) from error
             screen.line(summary(run, argv))
             return 0
 
@@ -242,7 +257,11 @@ def resource(error: Exception) -> str:
     cause = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
         what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
-    elif isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or "allocate memory" in cause:
+    elif (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", 0) == errno.ENOMEM
+        or "allocate memory" in cause
+    ):
         less = "replay.capacity or replay.store disk, replay.batch, env.count"
         what = f"the memory is full ({cause}): ask for less with {less}"
     elif isinstance(error, OSError):

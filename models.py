@@ -61,7 +61,9 @@ class WorldModel(nn.Module):
         }
         self.scales = {name: config.loss_scales[name] for name in self.objectives}
 
-    def observe(self, obs: Batch, carry: Any = None, sample: bool = True) -> tuple[Any, Post, Tensor]:
+    def observe(
+        self, obs: Batch, carry: Any = None, sample: bool = True
+    ) -> tuple[Any, Post, Tensor]:
         """Follow prepared observations (B,T,...). -> carry, Post, embed (B,T,E)."""
         embed = self.encoder(obs)
         carry = self.dynamics.initial(len(embed)) if carry is None else carry
@@ -104,7 +106,9 @@ class WorldModel(nn.Module):
         return images | {key: obs[key] for key in self.decoder.sizes}
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int, levels: bool = False) -> list[dict[str, Tensor]]:
+    def open_loop(
+        self, batch: Batch, context: int, levels: bool = False
+    ) -> list[dict[str, Tensor]]:
         """Observe ``context`` of T steps, then imagine the others from the real actions.
 
         -> the observations (B,T,...), then what ``decode`` makes of the features of all T steps.
@@ -138,7 +142,9 @@ class ActState(NamedTuple):
 class Agent(nn.Module):
     """World model and behavior with their optimisers: ``act`` and ``update``."""
 
-    def __init__(self, obs_space: Mapping[str, spaces.Space], act_space: spaces.Space, act_dim: int, config):
+    def __init__(
+        self, obs_space: Mapping[str, spaces.Space], act_space: spaces.Space, act_dim: int, config
+    ):
         super().__init__()
         start_steps(config.replay.length, config.imag.starts)  # raises where they do not fit
         self.act_dim, self.config = act_dim, config
@@ -325,7 +331,9 @@ class Agent(nn.Module):
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
-    def _update_behavior(self, prefix: str, start: Any, terminal: Tensor, reward: Callable) -> Metrics:
+    def _update_behavior(
+        self, prefix: str, start: Any, terminal: Tensor, reward: Callable
+    ) -> Metrics:
         """Dream from N starts, terminal (N,), and train one behavior on it.
 
         ``reward`` turns (dream, predicted reward (N,H+1)) into what the behavior is paid, (N,H+1).

@@ -35,7 +35,9 @@ Shape = tuple[int, ...]
 KINDS = {(np.uint8, 3): "image", (np.bool_, 3): "grid"}  # by dtype and axes; all others are vectors
 
 
-def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dict[str, dict[str, Shape]]:
+def kinds(
+    obs_space: Mapping[str, spaces.Space], pattern: str, name: str
+) -> dict[str, dict[str, Shape]]:
     """Observation keys that match ``pattern``, sorted, by kind.
 
     ``name`` is the pattern's key in the config. -> {"image" | "grid" | "vector": {key: shape}}.
@@ -46,7 +48,9 @@ def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dic
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{name} is {pattern!r}, which is no regular expression: {error}") from error
+        raise ValueError(
+            f"{name} is {pattern!r}, which is no regular expression: {error}"
+        ) from error
     for key in sorted(obs_space):
         if expression.fullmatch(key):
             space = obs_space[key]
@@ -58,7 +62,9 @@ def kinds(obs_space: Mapping[str, spaces.Space], pattern: str, name: str) -> dic
     for kind in ("image", "grid"):
         sizes = {shape[:2] for shape in found[kind].values()}
         if len(sizes) > 1:
-            raise ValueError(f"{kind}s of one task must have one height and width, not {found[kind]}")
+            raise ValueError(
+                f"{kind}s of one task must have one height and width, not {found[kind]}"
+            )
     return found
 
 
@@ -99,7 +105,9 @@ def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> n
     return layer
 
 
-def conv_norm_act(layer: nn.Conv2d | nn.ConvTranspose2d, norm: str = "layer", act: str = "silu") -> list[nn.Module]:
+def conv_norm_act(
+    layer: nn.Conv2d | nn.ConvTranspose2d, norm: str = "layer", act: str = "silu"
+) -> list[nn.Module]:
     """A convolution without bias, and the norm and activation that follow it."""
     normalise = by_name(CHANNEL_NORMS, norm, "norm")(layer.out_channels)
     return [conv(layer), normalise, make_activation(act)]
@@ -136,7 +144,9 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """The way back up: (N, feat) -> (N, H, W, C)."""
 
-    def __init__(self, feat_dim: int, shape: tuple[int, int, int], depth: int, minres: int, **names: str):
+    def __init__(
+        self, feat_dim: int, shape: tuple[int, int, int], depth: int, minres: int, **names: str
+    ):
         super().__init__()
         n = stages(shape[:2], minres)
         inp = depth * 2 ** (n - 1)

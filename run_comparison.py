@@ -67,13 +67,17 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     ),
     "jobs": (
         0,
-        ("Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."),
+        (
+            "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."
+        ),
     ),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
     "backend": ("local", "Who runs them. One of: local ray slurm."),
     "resources": (
         [],
-        ("KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition (slurm), ..."),
+        (
+            "KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition (slurm), ..."
+        ),
     ),
     "allow_differences": (
         False,
@@ -96,7 +100,9 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
     args = tools.parse(argv)
     values, options = dict(args.overrides), {}
     if args.resume or args.capacity:
-        raise ConfigError("--resume and --capacity belong to dreamer.py; here the same command again continues")
+        raise ConfigError(
+            "--resume and --capacity belong to dreamer.py; here the same command again continues"
+        )
     for key, (default, sentence) in OPTIONS.items():
         options[key] = default
         if key in values:
@@ -112,7 +118,9 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
         if key == "seed":
             raise ConfigError("--seed is one run's; write --seeds 3 or --seed-list 7 11 13")
         if key not in known:
-            raise ConfigError(f"there is no option {key!r}; {tools.nearest(key, [*known, *OPTIONS])}")
+            raise ConfigError(
+                f"there is no option {key!r}; {tools.nearest(key, [*known, *OPTIONS])}"
+            )
     return SimpleNamespace(**options), args.presets, values
 
 
@@ -144,8 +152,12 @@ def help_text() -> str:
     for key, (default, sentence) in OPTIONS.items():
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
         lines.append(f"  --{key.replace('_', '-'):<18} {sentence} [{shown}]")
-    lines += ["  --configs NAME ...   Presets that are stacked on the suite's for all runs, below the model's."]
-    return "\n".join([*lines, f"  --key value          Any config key ({train} --help), for all runs."])
+    lines += [
+        "  --configs NAME ...   Presets that are stacked on the suite's for all runs, below the model's."
+    ]
+    return "\n".join(
+        [*lines, f"  --key value          Any config key ({train} --help), for all runs."]
+    )
 
 
 # ---------------------------------------------------------------- the matrix
@@ -183,9 +195,13 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
         for model in options.models:
             stacks[task, model] = [*suite, *presets, model]
             configs[task, model] = tools.load_config(stacks[task, model], {**values, "task": task})
-        differing |= fairness.unfair({model: configs[task, model].flat() for model in options.models})
+        differing |= fairness.unfair(
+            {model: configs[task, model].flat() for model in options.models}
+        )
     refuse(differing, options)
-    counted = {model: fairness.capacity(configs[options.task[0], model]) for model in options.models}
+    counted = {
+        model: fairness.capacity(configs[options.task[0], model]) for model in options.models
+    }
     return Plan(stacks, configs, values, differing, counted)
 
 
@@ -209,7 +225,9 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
         jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, {"model": model}))
     signum, failed = run(jobs, options, plan, folder)
     found = [runs.read(job.folder) for job in jobs if (job.folder / "metrics.jsonl").exists()]
-    return signum, Content(options.models, found, plan.capacity, options.task[0], plan.differences, failed)
+    return signum, Content(
+        options.models, found, plan.capacity, options.task[0], plan.differences, failed
+    )
 
 
 def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
@@ -226,7 +244,9 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
         words = [sys.executable, "-m", "analysis.offline", *command(plan, task, model, seed, home)]
         words += ["--episodes", *sources, "--updates", str(updates)]
         done = functools.partial(offline.finished, home, updates)
-        jobs[model, seed] = Job(f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates")
+        jobs[model, seed] = Job(
+            f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates"
+        )
     signum, failed = run(list(jobs.values()), options, plan, folder)
     results = {model: [] for model in options.models}
     for seed in seeds(options):
@@ -242,7 +262,9 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     return signum, Content(options.models, [], plan.capacity, task, plan.differences, failed, found)
 
 
-def run(jobs: list[Job], options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, list[dict[str, str]]]:
+def run(
+    jobs: list[Job], options: SimpleNamespace, plan: Plan, folder: Path
+) -> tuple[int, list[dict[str, str]]]:
     """-> the signal that stopped it, or 0; what failed."""
     backend = make_backend(options, plan.configs[options.task[0], options.models[0]].device, folder)
     signum = Matrix(jobs, backend, Console()).run()
@@ -260,7 +282,9 @@ def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
     if options.backend == "slurm":
         return backends.Slurm(options.jobs, device, given, folder / "slurm")
     if given:
-        raise ConfigError("--resources are for --backend ray or slurm; local runs share what the machine has")
+        raise ConfigError(
+            "--resources are for --backend ray or slurm; local runs share what the machine has"
+        )
     return backends.Local(options.jobs, device, options.per_gpu)
 
 
@@ -282,7 +306,9 @@ def collect(options: SimpleNamespace) -> Content:
     order = sorted(kinds, key=lambda model: (kinds[model] != "rssm", kinds[model], model))
     if options.models != OPTIONS["models"][0]:
         if missing := [model for model in options.models if model not in kinds]:
-            raise ConfigError(f"--models: there is no run of {missing[0]!r}; {tools.nearest(missing[0], kinds)}")
+            raise ConfigError(
+                f"--models: there is no run of {missing[0]!r}; {tools.nearest(missing[0], kinds)}"
+            )
         order = options.models
     found = [run for run in found if run.model in order]
     differing = fairness.unfair_runs(found)
@@ -303,12 +329,16 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     """summary.json, report.md, report.html and curves.png."""
     report = summary.summarise(what.runs, what.models)
     known = {model: what.capacity.get(model, {}) | report["costs"][model] for model in what.models}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")
+    }
     made = provenance() | {
         "command": shlex.join([*app.command("run_comparison"), *argv]),
         "versions": versions,
     }
-    warnings = fairness.warnings({model: column for model, column in known.items() if "error" not in column})
+    warnings = fairness.warnings(
+        {model: column for model, column in known.items() if "error" not in column}
+    )
     report |= {
         "made": made,
         "capacity": known,
@@ -316,7 +346,9 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
         "warnings": warnings,
         "offline": what.offline,
     }
-    page.write(summary.plain(report | {"differences": what.differences, "failed": what.failed}), folder)
+    page.write(
+        summary.plain(report | {"differences": what.differences, "failed": what.failed}), folder
+    )
 
 
 # ---------------------------------------------------------------- main
@@ -334,14 +366,18 @@ def main(argv: list[str]) -> int:
         folder = Path(options.logdir).expanduser().resolve()
         if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
-            folder = Path(sources[0]).resolve() if options.logdir == OPTIONS["logdir"][0] else folder
+            folder = (
+                Path(sources[0]).resolve() if options.logdir == OPTIONS["logdir"][0] else folder
+            )
         elif options.paired_offline:
             folder /= "offline"
             signum, what = train_offline(options, make_plan(options, presets, values), folder)
         else:
             signum, what = train(options, make_plan(options, presets, values), folder)
         if signum:
-            more = "" if options.paired_offline else f", and --from {folder} reports on what there is"
+            more = (
+                "" if options.paired_offline else f", and --from {folder} reports on what there is"
+            )
             print(f"stopped; the same command continues{more}")
             return 128 + signum
         for failed in what.failed:

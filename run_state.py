@@ -68,7 +68,9 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
         try:
             run.agent.load_state(state["agent"])
         except ValueError as error:
-            raise ConfigError(f"{run.logdir} is of another version of this code ({error}): {instead}") from None
+            raise ConfigError(
+                f"{run.logdir} is of another version of this code ({error}): {instead}"
+            ) from None
         _restore_parts(run, state, rows)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointError(

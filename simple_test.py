@@ -34,7 +34,9 @@ def batch(config: tools.Config) -> dict[str, torch.Tensor]:
     return {
         "image": torch.randint(0, 256, (*shape, 16, 16, 3), dtype=torch.uint8),
         "vector": torch.randn(*shape, 5),
-        "prev_action": (torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS).float()),
+        "prev_action": (
+            torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS).float()
+        ),
         "reward": torch.randn(shape),
         "is_first": first,
         "is_terminal": torch.zeros(shape, dtype=torch.bool),

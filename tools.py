@@ -81,14 +81,20 @@ class Config(Mapping):
 def flatten(tree: Mapping, path: str = "") -> dict[str, Any]:
     out = {}
     for key, value in tree.items():
-        out |= flatten(value, f"{path}{key}.") if isinstance(value, Mapping) else {path + str(key): value}
+        out |= (
+            flatten(value, f"{path}{key}.")
+            if isinstance(value, Mapping)
+            else {path + str(key): value}
+        )
     return out
 
 
 def nearest(name: str, names: Any) -> str:
     """', did you mean x or y?', or the whole list where nothing is near."""
     close = difflib.get_close_matches(name, list(names), 3, 0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
+    return (
+        f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
+    )
 
 
 def sentences() -> dict[str, str]:
@@ -227,7 +233,9 @@ def parse(argv: list[str]) -> Args:
     while i < len(argv):
         word = argv[i]
         if not word.startswith("--"):
-            raise ConfigError(f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key value")
+            raise ConfigError(
+                f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key value"
+            )
         key, has_value, value = word[2:].partition("=")
         key, values = key.replace("-", "_"), [value] if has_value else []
         i += 1
@@ -249,12 +257,20 @@ def help_text(usage: str) -> str:
     help_by_key = sentences()
     defaults = load_config([], {}).flat()
     lines = [usage.strip(), "", "Presets, stacked left to right over the defaults:"]
-    lines += [f"  {name:<22} {text}" for name, text in help_by_key.items() if "." not in name and name != "defaults"]
+    lines += [
+        f"  {name:<22} {text}"
+        for name, text in help_by_key.items()
+        if "." not in name and name != "defaults"
+    ]
     lines += [
         "",
-        ("  --resume PATH          Continue a run, or start from another's weights, optimiser and episodes."),
+        (
+            "  --resume PATH          Continue a run, or start from another's weights, optimiser and episodes."
+        ),
     ]
-    lines += ["  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."]
+    lines += [
+        "  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."
+    ]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)

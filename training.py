@@ -139,7 +139,9 @@ class Run:
         plan = {"steps": left, "state": episodes, "copies": copies}
         spec, block = row_spec(self.envs.obs_space, self.envs.act_dim), self.config.replay
         try:
-            return make_replay(spec, block, self.envs.count, rng, **plan, folder=self.logdir, report=self.report)
+            return make_replay(
+                spec, block, self.envs.count, rng, **plan, folder=self.logdir, report=self.report
+            )
         except MemoryError as error:
             raise ConfigError(str(error)) from None
 
@@ -208,7 +210,9 @@ class Run:
         if self._filled() and self.replay.ready():
             if not self.started:
                 self.started, self.pending_updates = True, float(config.replay.pretrain)
-            self.pending_updates += taken * config.replay.ratio / (config.replay.batch * config.replay.length)
+            self.pending_updates += (
+                taken * config.replay.ratio / (config.replay.batch * config.replay.length)
+            )
 
     def _least_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""
@@ -308,7 +312,9 @@ class Run:
                 count = min(config.env.count, config.eval_episodes)
                 drawable = RENDER not in best_effort.off
                 with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    scores, played = evaluation.evaluate(self.agent, envs, config, drawable, self.poll)
+                    scores, played = evaluation.evaluate(
+                        self.agent, envs, config, drawable, self.poll
+                    )
                 self.logger.scalars(self.step, scores)
                 self.report(f"[{self.step}] {evaluation.line(scores)}")
                 if played.problem:

@@ -117,18 +117,26 @@ def score(
         if "reconstruction, moving" in out:
             out[f"open loop, {h}, moving"] = moving
     out["reward log-likelihood"] = predicted.reward.log_prob(batch["reward"]).mean().item()
-    out["continue log-likelihood"] = predicted.cont.log_prob(1.0 - batch["is_terminal"].float()).mean().item()
+    out["continue log-likelihood"] = (
+        predicted.cont.log_prob(1.0 - batch["is_terminal"].float()).mean().item()
+    )
     return out
 
 
-def errors(predicted: Mapping[str, Tensor], truth: Mapping[str, Tensor], at: slice) -> tuple[float, float | None]:
+def errors(
+    predicted: Mapping[str, Tensor], truth: Mapping[str, Tensor], at: slice
+) -> tuple[float, float | None]:
     """Squared error at some steps, mean over all keys; and over moving pixels, None if nothing has
     pixels.
     """
     total, moving, count = [], 0.0, 0
     pixels = [key for key, x in truth.items() if x.ndim == 5]
     for key, x in truth.items():
-        a, b = (predicted[key], x) if key in pixels else (dists.symlog(predicted[key]), dists.symlog(x))
+        a, b = (
+            (predicted[key], x)
+            if key in pixels
+            else (dists.symlog(predicted[key]), dists.symlog(x))
+        )
         error = (a - b).square()
         total.append(error[:, at].mean().item())
         if key in pixels:

@@ -69,7 +69,9 @@ def check(files: list[Path], config: Config) -> None:
             return
         except EpisodeError as error:
             problems.append(f"{path}: {error}")
-    raise ConfigError(f"{problems[0]}; nor is another of the first {LEAST} episodes one of task {config.task}")
+    raise ConfigError(
+        f"{problems[0]}; nor is another of the first {LEAST} episodes one of task {config.task}"
+    )
 
 
 def load(files: Iterable[Path], spec: Spec) -> dict[Path, Rows]:
@@ -129,7 +131,9 @@ class Trainer:
         for rows in self.episodes.values():
             self.replay.streams[0].extend(rows)
         if not self.replay.ready():
-            raise ConfigError(f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}")
+            raise ConfigError(
+                f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}"
+            )
         decoder = self.agent.world_model.decoder
         rows = self.replay.streams[0].slice(0, total)
         self.baseline = heldout.Baseline(rows, [*decoder.kinds["image"], *decoder.sizes])
@@ -153,7 +157,9 @@ class Trainer:
                 loss = self.step()
                 if self.update % LOG == 0 or self.update == updates:
                     if not loss.isfinite():
-                        raise ArithmeticError(f"model_loss became {loss.item()} by update {self.update}")
+                        raise ArithmeticError(
+                            f"model_loss became {loss.item()} by update {self.update}"
+                        )
                     record = {"step": self.update, "model_loss": loss.item()}
                     record["perf/updates_per_s"] = rates(0, self.update)[1]
                     log.write(json.dumps(record) + "\n")
@@ -194,9 +200,13 @@ class Trainer:
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
             return
-        state = checkpoint.load_checkpoint(path, ("update", "same", "agent", "torch_rng", "replay_rng"))
+        state = checkpoint.load_checkpoint(
+            path, ("update", "same", "agent", "torch_rng", "replay_rng")
+        )
         if state["same"] != self.same:
-            raise ConfigError(f"{self.logdir} was trained on other episodes or with another config: choose a --logdir")
+            raise ConfigError(
+                f"{self.logdir} was trained on other episodes or with another config: choose a --logdir"
+            )
         if state["update"] > updates:
             raise ConfigError(
                 f"{self.logdir} has had {state['update']} updates: ask for as many or more, or"
@@ -227,7 +237,9 @@ class Trainer:
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
             truth = model.postprocess(models.networks.prepare(batch))
-            judge = functools.partial(heldout.score, truth=truth, batch=batch, length=self.config.replay.length)
+            judge = functools.partial(
+                heldout.score, truth=truth, batch=batch, length=self.config.replay.length
+            )
             with self.agent.autocast():
                 predicted = heldout.predict(model, batch)
             by = {"model": judge(predicted), "sceptic": judge(self.baseline.predict(truth))}

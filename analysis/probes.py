@@ -153,7 +153,9 @@ def valid_steps(ram: np.ndarray, columns: list[int], balls: bool) -> np.ndarray:
     return (ram[:, columns] > 0).all(-1) | (not balls)
 
 
-def mean_errors(ridge: Any, feat: np.ndarray | None, chunk: Rows | None, columns: list[int], balls: bool) -> np.ndarray:
+def mean_errors(
+    ridge: Any, feat: np.ndarray | None, chunk: Rows | None, columns: list[int], balls: bool
+) -> np.ndarray:
     """(columns,): mean squared errors over the valid steps of an episode, NaN without any."""
     if chunk is None:
         return np.full(len(columns), np.nan)

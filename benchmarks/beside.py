@@ -58,7 +58,9 @@ def counts(update: Callable[[], object]) -> dict[str, int]:
 def ours(config: tools.Config, device: torch.device) -> Measured:
     agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
     agent.make_optimizers()
-    batch = agent.tensors(random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length))
+    batch = agent.tensors(
+        random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
+    )
     counted = counts(lambda: agent.update(batch))
     update = agent.make_update(config.compile)
     update(batch)  # compiles the parts: the dream has them as training does
@@ -79,7 +81,11 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
 @contextlib.contextmanager
 def importing(folder: Path) -> Iterator[None]:
     """Their modules have the names of ours: hide ours while theirs are imported."""
-    hidden = {name: sys.modules.pop(name) for name in ("tools", "networks", "models") if name in sys.modules}
+    hidden = {
+        name: sys.modules.pop(name)
+        for name in ("tools", "networks", "models")
+        if name in sys.modules
+    }
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -134,7 +140,9 @@ def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measur
     return Measured(counts(update), update)
 
 
-def replay_figures(config: tools.Config, steps: int = 100_000, repeats: int = 50) -> dict[str, float]:
+def replay_figures(
+    config: tools.Config, steps: int = 100_000, repeats: int = 50
+) -> dict[str, float]:
     """Seconds to draw one batch from a full ring of random Atari steps, and the ring's resident
     memory.
     """
@@ -161,7 +169,9 @@ def resident_mb() -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("presets", nargs="+")
     parser.add_argument("--upstream", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
@@ -169,7 +179,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
     try:
-        configs = {preset: tools.load_config([preset], {"device": args.device}) for preset in args.presets}
+        configs = {
+            preset: tools.load_config([preset], {"device": args.device}) for preset in args.presets
+        }
         device = models.pick_device(configs[args.presets[0]])
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -198,7 +210,9 @@ def main() -> int:
         if one.dream:
             ms = [1000 * wall / one.horizon for _, wall in times[f"{name}, dream"]]
             report["updates"][name]["imagine_wall_ms"] = measure.median(ms)
-    report["replay_share"] = round(report["replay_sample_cpu_s"] / report["updates"][first]["cpu_s"], 4)
+    report["replay_share"] = round(
+        report["replay_sample_cpu_s"] / report["updates"][first]["cpu_s"], 4
+    )
     text = json.dumps(report, indent=1)
     print(text)
     if args.out:

@@ -39,7 +39,9 @@ def learning(paths: list[Path], out: Path) -> None:
     """
     reports = [json.loads(path.read_text()) for path in paths]
     tasks = sorted({report["task"] for report in reports})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 3.2), squeeze=False, layout="constrained"
+    )
     for ax, task in zip(axes[0], tasks, strict=True):
         of_task = [report for report in reports if report["task"] == task]
         usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
@@ -57,7 +59,9 @@ def learning(paths: list[Path], out: Path) -> None:
         for name, least in of_task[0]["bars"].items():
             where = [int(word) for word in name.split("_") if word.isdigit()]
             if name.startswith("return_at"):
-                ax.plot(where[0], least, "k_", ms=14, label="threshold" if where[0] == 20_000 else None)
+                ax.plot(
+                    where[0], least, "k_", ms=14, label="threshold" if where[0] == 20_000 else None
+                )
             elif name.startswith("last"):
                 ax.axhline(least, color="k", lw=0.8, label="threshold, last 10 episodes")
         ax.axhline(of_task[0]["random_return"], color="0.6", lw=0.8, ls="--", label="random play")
@@ -77,7 +81,9 @@ def monitor(folder: Path, keys: list[str], note: str, out: Path) -> None:
     missing = [key for key, points in found.items() if not points]
     if missing:
         sys.exit(f"error: {folder / 'metrics.jsonl'} has no {', '.join(missing)}")
-    figure, axes = plt.subplots(1, len(keys), figsize=(3 * len(keys), 2.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(3 * len(keys), 2.4), squeeze=False, layout="constrained"
+    )
     for ax, (key, points) in zip(axes[0], found.items(), strict=True):
         ax.plot(*zip(*points, strict=True), color=COLOURS["hrssm"], lw=1.2)
         ax.set(title=key, xlabel="environment frames")
@@ -111,7 +117,9 @@ def save(figure: plt.Figure, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     many = kinds.add_parser("learning", help="learning curves from learning.py's files")
     many.add_argument("paths", nargs="+", type=Path)

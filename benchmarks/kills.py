@@ -59,7 +59,9 @@ def wait(pid: int, log: Path) -> None:
     _, status = os.waitpid(pid, 0)
     if status:
         last = log.read_text().strip().splitlines()[-3:]
-        raise RuntimeError(f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(last)}")
+        raise RuntimeError(
+            f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(last)}"
+        )
 
 
 def kill_once(argv: list[str], log: Path, seconds: float) -> bool:
@@ -83,7 +85,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     state = load_checkpoint(folder / "checkpoints" / "latest.pt")
     records = []
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        records.append({key: x for key, x in json.loads(line).items() if not key.startswith("perf/")})
+        records.append(
+            {key: x for key, x in json.loads(line).items() if not key.startswith("perf/")}
+        )
     episodes = {path.name: members(path) for path in (folder / "train_eps").glob("*.npz")}
     return {
         "records": records,
@@ -113,7 +117,9 @@ def checkpoint_step(folder: Path) -> int | None:
         return None
 
 
-def one_run(task: str, kind: str, seed: int, folder: Path, rng: np.random.Generator, most: int) -> dict[str, Any]:
+def one_run(
+    task: str, kind: str, seed: int, folder: Path, rng: np.random.Generator, most: int
+) -> dict[str, Any]:
     """A run that is never killed, and the same with at most ``most`` kills."""
     words = [*WORDS.split(), "--task", task, "--dynamics.type", kind, "--seed", str(seed)]
     log, began = folder / "log", time.monotonic()
@@ -143,10 +149,14 @@ def one_run(task: str, kind: str, seed: int, folder: Path, rng: np.random.Genera
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--each", type=int, default=5, help="kills of one run at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; the runs count theirs from here")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments; the runs count theirs from here"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--dynamics", nargs="+", default=list(TYPES))
     parser.add_argument("--out", type=Path, help="write the report to this file")
@@ -182,7 +192,9 @@ def main() -> int:
             f"{done} kills; {task} {kind}:",
             "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal",
         )
-    print(f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill")
+    print(
+        f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill"
+    )
     return int(bool(differing))
 
 

@@ -106,7 +106,9 @@ def copy_tree(folder: Path) -> None:
     for pattern in NEEDED:
         for path in ROOT.glob(pattern):
             if path.is_dir():
-                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy(path, folder / path.name)
 
@@ -120,7 +122,9 @@ def in_order(names: Sequence[str], mutant: Mutant | None = None) -> list[str]:
 def run_tests(folder: Path, files: list[str]) -> tuple[bool, str]:
     """-> whether all pass, and the first test that does not ("" where pytest itself broke)."""
     with tempfile.TemporaryFile("w+") as log:
-        child = os.fork()  # a child starts with torch imported: that alone takes longer than most of the tests
+        child = (
+            os.fork()
+        )  # a child starts with torch imported: that alone takes longer than most of the tests
         if not child:
             run_child(folder, files, log.fileno())
         done, deadline = 0, time.monotonic() + TIMEOUT
@@ -150,7 +154,10 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         # No bytecode: Python compares its time in seconds and its size, and two mutants may share both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
-        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT))]
+        sys.path[:] = [
+            str(folder),
+            *(path for path in sys.path if Path(path).resolve() not in (HERE, ROOT)),
+        ]
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
         status = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *files]))
         sys.stdout.flush()
@@ -161,7 +168,9 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
 def mutated(mutant: Mutant, text: str) -> str:
     """Raises ValueError where ``old`` does not occur exactly once."""
     if (count := text.count(mutant.old)) != 1:
-        raise ValueError(f"mutant {mutant.name!r}: {mutant.file} has {mutant.old!r} {count} times, not once")
+        raise ValueError(
+            f"mutant {mutant.name!r}: {mutant.file} has {mutant.old!r} {count} times, not once"
+        )
     return text.replace(mutant.old, mutant.new)
 
 
@@ -180,7 +189,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="parts of mutants' names; all mutants without any")
     parser.add_argument("--list", type=Path, default=LIST, help="another list than mutants.yaml")
-    parser.add_argument("--tests", nargs="+", default=FAST, choices=FAST, help="other test files than all quick ones")
+    parser.add_argument(
+        "--tests",
+        nargs="+",
+        default=FAST,
+        choices=FAST,
+        help="other test files than all quick ones",
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes, too")
     args = parser.parse_args(argv)
     try:
@@ -200,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
 
     start, survivors, noticed = time.monotonic(), [], {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "tree"  # its parent holds nothing, so that fixtures beside the repository do not help
+        folder = (
+            Path(name) / "tree"
+        )  # its parent holds nothing, so that fixtures beside the repository do not help
         folder.mkdir()
         copy_tree(folder)
         whole, failed = run_tests(folder, in_order(args.tests))

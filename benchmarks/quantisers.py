@@ -115,7 +115,9 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
     held = list(trainer.load(trainer.held_files).values())
     pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
     if not pieces:
-        raise tools.ConfigError(f"no held-out episode has the {length} steps of a sequence: record longer ones")
+        raise tools.ConfigError(
+            f"no held-out episode has the {length} steps of a sequence: record longer ones"
+        )
     rows = {key: np.concatenate([x[key] for x in pieces]) for key in pieces[0]}
     picks = np.random.default_rng(0).permutation(len(rows["reward"]))[:PIECES]
     sums: dict[str, list[float]] = {}
@@ -216,7 +218,9 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
         later = []
         for level in post.levels:
             later.append(level._make(x[:, 1:] for x in level))
-        for name, x in (dynamics.loss(post)[1] | kl_losses(tuple(later), dynamics.kl_config)[1]).items():
+        for name, x in (
+            dynamics.loss(post)[1] | kl_losses(tuple(later), dynamics.kl_config)[1]
+        ).items():
             metrics[name] = metrics.get(name, 0.0) + x.item() * len(post.levels[0].post) / total
     # use of codes cannot be averaged: all chunks at once
     if getattr(dynamics, "quantizer", None) is not None:
@@ -237,7 +241,9 @@ def spatial_note(world: str, rows: list[str]) -> list[str]:
     others = [row for row, yes in spatial.items() if not yes]
     if len(others) == len(spatial):
         return []
-    return [f"Groups are positions of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."]
+    return [
+        f"Groups are positions of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."
+    ]
 
 
 def table(found: Found, names: dict[str, str]) -> str:
@@ -280,7 +286,9 @@ SHOWN |= {
 SHOWN |= {"accuracy_copy": "copy last", "accuracy_changed": "changed", "returns": "return"}
 NOTES = {
     "nats": "Nats: KL of posterior to prior, a step; unused: codes of each codebook.",
-    "accuracy": ("Copy last: what repeating the last code scores; changed: accuracy where it is another."),
+    "accuracy": (
+        "Copy last: what repeating the last code scores; changed: accuracy where it is another."
+    ),
     "returns": (
         "Return: of the agent's episodes between 18,000 and 20,000 frames, each seed, from"
         " {returns}; set besides the latent state: {others}."
@@ -317,7 +325,9 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
                 dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
                 found.setdefault(name, {})[seed] = judge(trainer)
     first = found[rows[0]][str(args.seeds[0])]
-    copied = {name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")}
+    copied = {
+        name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")
+    }
     return found | {LAST: {str(args.seeds[0]): copied}}  # the same for all
 
 
@@ -362,14 +372,18 @@ def page(world: str, found: Found, others: dict[str, str], files: list[Path]) ->
     for row in [row for row in found if row in others]:
         by_others.setdefault(others[row] or "nothing", []).append(row)
     set_besides = "; ".join(f"{what} in {', '.join(rows)}" for what, rows in by_others.items())
-    text = text.format(returns=", ".join(map(str, files)), others=set_besides) + table(found, columns)
+    text = text.format(returns=", ".join(map(str, files)), others=set_besides) + table(
+        found, columns
+    )
     if ram := {name: name.removeprefix("RAM ") for name in first if name.startswith("RAM ")}:
         text += f"\n{RAM_NOTE}\n\n" + table(found, ram)
     return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("world", choices=WORLDS)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--episodes", nargs="+", help="run folders whose episodes are used")
@@ -387,13 +401,23 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1, if none are named")
     parser.add_argument("--updates", type=int, help="2000, if not given")
-    parser.add_argument("--out", type=Path, help="write the figures to this file, and the tables beside it")
-    parser.add_argument("--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs")
-    parser.add_argument("--picture", type=Path, help="write frames, the same decoded, and the open loop")
+    parser.add_argument(
+        "--out", type=Path, help="write the figures to this file, and the tables beside it"
+    )
+    parser.add_argument(
+        "--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="write frames, the same decoded, and the open loop"
+    )
     args = parser.parse_args()
     made_by = provenance()  # before anything is written that would count as a change
-    if args.given and any(x is not None for x in (args.rows, args.seeds, args.updates, args.picture)):
-        parser.error("--from trains and judges nothing: --rows, --seeds, --updates and --picture do not go with it")
+    if args.given and any(
+        x is not None for x in (args.rows, args.seeds, args.updates, args.picture)
+    ):
+        parser.error(
+            "--from trains and judges nothing: --rows, --seeds, --updates and --picture do not go with it"
+        )
     args.seeds = args.seeds or [0, 1]
     args.updates = 2000 if args.updates is None else args.updates
     rows = args.rows or list(WORLDS[args.world].rows)
@@ -416,13 +440,19 @@ def main() -> int:
     found = report["rows"]
     for row in found.keys() & scores.keys():
         next(iter(found[row].values()))["returns"] = scores[row][0]
-    text = page(args.world, found, {row: others for row, (_, others) in scores.items()}, args.returns)
+    text = page(
+        args.world, found, {row: others for row, (_, others) in scores.items()}, args.returns
+    )
     print(text)
     if args.out:
-        added = f"; returns added by `{made_by['command']}`, {made_by['commit']}" if args.given else ""
+        added = (
+            f"; returns added by `{made_by['command']}`, {made_by['commit']}" if args.given else ""
+        )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(f"`{report['command']}`, {report['commit']}{added}\n\n{text}")
+        args.out.with_suffix(".md").write_text(
+            f"`{report['command']}`, {report['commit']}{added}\n\n{text}"
+        )
     return 0
 
 

@@ -61,7 +61,9 @@ def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
 
     def make() -> Replay:
         rng = np.random.default_rng(0)
-        return Replay(spec, capacity=1_000_000, batch=16, length=64, streams=1, rng=rng, folder=disk)
+        return Replay(
+            spec, capacity=1_000_000, batch=16, length=64, streams=1, rng=rng, folder=disk
+        )
 
     def fill(replay: Replay, episodes: Episodes) -> None:
         last = np.zeros(1, bool)
@@ -132,8 +134,12 @@ def forget(replay: Replay) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", nargs="+", choices=("memory", "disk"), default=["memory", "disk"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--store", nargs="+", choices=("memory", "disk"), default=["memory", "disk"]
+    )
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
     parser.add_argument("--out", type=Path)

@@ -44,7 +44,9 @@ class Process:
     noted in ``folder``.
     """
 
-    def __init__(self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]):
+    def __init__(
+        self, command: list[str], folder: Path, log: Path, note: dict[str, Any], env: dict[str, str]
+    ):
         self.command, self.folder, self.log, self.note, self.env = command, folder, log, note, env
         self.popen: subprocess.Popen | None = None
         self.signals: deque[int] = deque()  # that came and the command has not got yet
@@ -63,7 +65,9 @@ class Process:
             env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
             # A session of its own: Ctrl-C in a terminal must reach the command through us, once.
             command = [*SHIELD, *self.command]
-            self.popen = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+            self.popen = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+            )
         self._pass_on()
         return True
 
@@ -109,7 +113,9 @@ class Process:
         self.stop(signal.SIGTERM)
         if self.popen is not None:
             self.popen.wait()
-        return submitit.helpers.DelayedSubmission(Process(self.command, self.folder, self.log, self.note, self.env))
+        return submitit.helpers.DelayedSubmission(
+            Process(self.command, self.folder, self.log, self.note, self.env)
+        )
 
 
 # ---------------------------------------------------------------- this machine
@@ -142,7 +148,11 @@ class Local:
 
 def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(torch.cuda.device_count())] if named is None else [x for x in named.split(",") if x]
+    return (
+        [str(i) for i in range(torch.cuda.device_count())]
+        if named is None
+        else [x for x in named.split(",") if x]
+    )
 
 
 # ---------------------------------------------------------------- clusters
@@ -153,7 +163,9 @@ def extra(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--backend {name} needs its extra: pip install -e '.[{name}]' ({error})") from None
+        raise ConfigError(
+            f"--backend {name} needs its extra: pip install -e '.[{name}]' ({error})"
+        ) from None
 
 
 class Remote:
@@ -199,10 +211,14 @@ class Ray:
         self.actor = self.ray.remote(max_concurrency=2)(Process)
 
     def start(self, job: Any) -> Remote:
-        actor = self.actor.options(**self.options).remote(job.command, job.folder, job.log, job.note, {})
+        actor = self.actor.options(**self.options).remote(
+            job.command, job.folder, job.log, job.note, {}
+        )
         status = actor.run.remote()
         ready = lambda: bool(self.ray.wait([status], timeout=0)[0])
-        return Remote(ready, lambda: self.ray.get(status), lambda signum: actor.stop.remote(signum), job.log)
+        return Remote(
+            ready, lambda: self.ray.get(status), lambda signum: actor.stop.remote(signum), job.log
+        )
 
 
 class Slurm:
@@ -231,4 +247,6 @@ class Slurm:
 
     def start(self, job: Any) -> Remote:
         submitted = self.executor.submit(Process(job.command, job.folder, job.log, job.note, {}))
-        return Remote(submitted.done, submitted.result, lambda signum: submitted.cancel(check=False), job.log)
+        return Remote(
+            submitted.done, submitted.result, lambda signum: submitted.cancel(check=False), job.log
+        )

@@ -42,7 +42,9 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
 
 def unfair(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
     """Differences between models that are not the latent state's."""
-    return {key: found for key, found in differences(configs).items() if not key.startswith("dynamics.")}
+    return {
+        key: found for key, found in differences(configs).items() if not key.startswith("dynamics.")
+    }
 
 
 def unfair_runs(runs: list[Run]) -> Differences:

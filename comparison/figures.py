@@ -54,7 +54,9 @@ def picture(draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
         figure = Figure(figsize=(WIDTH, height))
         draw(figure.subplots())
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
@@ -81,7 +83,8 @@ def save_curves(summary: Mapping[str, Any], path: Any) -> None:
         for ax in axes[len(drawings) :]:
             ax.set_axis_off()
         lines = [
-            matplotlib.lines.Line2D([], [], color=c, lw=2.2, label=m) for m, c in colours(summary["models"]).items()
+            matplotlib.lines.Line2D([], [], color=c, lw=2.2, label=m)
+            for m, c in colours(summary["models"]).items()
         ]
         figure.legend(handles=lines, loc="outside upper center", ncols=len(lines))
         figure.savefig(path)
@@ -93,7 +96,9 @@ def save_curves(summary: Mapping[str, Any], path: Any) -> None:
 def band(ax: Axes, x: np.ndarray, found: Mapping[str, Any], colour: str) -> None:
     ax.plot(x, np.array(found["value"], float), color=colour, lw=2.2)
     if found["low"] is not None:
-        ax.fill_between(x, *(np.array(found[k], float) for k in ("low", "high")), color=colour, alpha=0.14, lw=0)
+        ax.fill_between(
+            x, *(np.array(found[k], float) for k in ("low", "high")), color=colour, alpha=0.14, lw=0
+        )
 
 
 def mean_curves(ax: Axes, summary: Mapping[str, Any]) -> None:
@@ -132,7 +137,9 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         color=SOFT,
     )
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set(title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"]))
+    ax.set(
+        title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"])
+    )
 
 
 def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
@@ -141,8 +148,14 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     for i, (model, colour) in enumerate(colours(summary["models"]).items()):
         key = (task, model, "complete")
         rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == key]
-        times = np.array([r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float)
-        shift = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2) if len(times) < 6 else np.zeros(len(times))
+        times = np.array(
+            [r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float
+        )
+        shift = (
+            0.12 * (np.arange(len(times)) - (len(times) - 1) / 2)
+            if len(times) < 6
+            else np.zeros(len(times))
+        )
         never = ~np.isfinite(times)
         ax.plot(times[~never], i + shift[~never], "o", color=colour, ms=6, alpha=0.8)
         edge = np.full(never.sum(), facts["steps"] * 1.04)
@@ -184,7 +197,9 @@ def forest(
 
 def differences(ax: Axes, summary: Mapping[str, Any]) -> None:
     colour = colours(summary["models"])
-    rows = [(m, colour[m], d["value"], d["low"], d["high"]) for m, d in summary["comparisons"].items()]
+    rows = [
+        (m, colour[m], d["value"], d["low"], d["high"]) for m, d in summary["comparisons"].items()
+    ]
     forest(ax, rows, 0.0, f"score minus that of {summary['models'][0]}")
     ax.set_title("difference of normalised final returns")
 
@@ -200,7 +215,9 @@ def improvements(ax: Axes, summary: Mapping[str, Any]) -> None:
 def profiles(ax: Axes, summary: Mapping[str, Any]) -> None:
     for model, colour in colours(summary["models"]).items():
         if model in summary["profile"]["models"]:
-            band(ax, np.array(summary["profile"]["tau"]), summary["profile"]["models"][model], colour)
+            band(
+                ax, np.array(summary["profile"]["tau"]), summary["profile"]["models"][model], colour
+            )
     ax.set(
         title="performance profile",
         xlabel="normalised score τ",

@@ -134,8 +134,16 @@ class Matrix:
             if done or self.signum:
                 self._enter(job, "done" if done else "stopped")
                 continue
-            killed = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            job.reason = killed if status else "it ended well, but its last checkpoint is not that of a finished run"
+            killed = (
+                f"killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"exit status {status}"
+            )
+            job.reason = (
+                killed
+                if status
+                else "it ended well, but its last checkpoint is not that of a finished run"
+            )
             self._enter(job, "waiting" if job.attempts < ATTEMPTS else "failed", job.reason)
 
     def _start(self) -> None:
@@ -183,8 +191,12 @@ class Matrix:
             title += f", about {clock(max(left))} left"
         table = Table(title=title, title_justify="left", expand=False)
         for name in ("run", "state", "step", f"{self.jobs[0].unit}/s", "last return", "left"):
-            table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
-        for job in sorted(self.jobs, key=lambda job: ORDER.index(job.state))[: max(5, self.console.height - 6)]:
+            table.add_column(
+                name, justify="left" if name in ("run", "state") else "right", no_wrap=True
+            )
+        for job in sorted(self.jobs, key=lambda job: ORDER.index(job.state))[
+            : max(5, self.console.height - 6)
+        ]:
             table.add_row(*cells(job), style=COLOURS[job.state])
         return table
 

@@ -56,7 +56,9 @@ def write(report: Report, folder: Path) -> None:
     for kind in ("html", "md"):
         pages[f"report.{kind}"] = templates.get_template(f"page.{kind}").render(context)
     for name, text in pages.items():
-        checkpoint.replace_file(folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        checkpoint.replace_file(
+            folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
+        )
     if report["runs"]:
         figures.save_curves(report, folder / "curves.png")
 
@@ -74,7 +76,9 @@ def headline(report: Report) -> str:
         ]
     if report["offline"]:
         found = report["offline"]
-        facts.append(f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline")
+        facts.append(
+            f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline"
+        )
     return " · ".join(facts)
 
 
@@ -102,7 +106,10 @@ def fairness_section(report: Report) -> Section:
     columns = report["capacity"]
     known = {model: column for model, column in columns.items() if "error" not in column}
     rows = {label: key for key, label in fairness.SIZES.items()}
-    rows |= {f"parameters of the {part}": part for part in ("dynamics", "encoder", "decoder", "actor", "critic")}
+    rows |= {
+        f"parameters of the {part}": part
+        for part in ("dynamics", "encoder", "decoder", "actor", "critic")
+    }
     rows |= {label: key for key, label in fairness.COSTS.items()}
     base = next(iter(known.values()), {})
     cells = []
@@ -115,8 +122,12 @@ def fairness_section(report: Report) -> Section:
     if any(label == "updates/s" for label, *_ in cells):
         medians = "; updates/s and memory are medians over the runs"
     note = f"Counted on {report['counted_on']}{medians}. In brackets: the ratio to the first model."
-    section = Section("Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else [])
-    section.warnings = report["warnings"] + [f"{m}: {c['error']}" for m, c in columns.items() if "error" in c]
+    section = Section(
+        "Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else []
+    )
+    section.warnings = report["warnings"] + [
+        f"{m}: {c['error']}" for m, c in columns.items() if "error" in c
+    ]
     if report["differences"]:
         header = ["config key", "differs besides the latent state (allowed on the command line)"]
         rows = [[key, fairness.describe({key: by})] for key, by in report["differences"].items()]
@@ -164,7 +175,9 @@ def provenance(report: Report) -> Section:
             " for other tasks 0 is random play and ±1 the final return of the run that got furthest"
             " from it."
         ),
-        (f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe."),
+        (
+            f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe."
+        ),
         (
             f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out"
             " 0, and so does a test that shuffles the runs of each task between the two models"
@@ -182,7 +195,9 @@ def provenance(report: Report) -> Section:
     pre = [made["command"]]
     if not rows:
         return Section("How this was made", text, pre=pre)
-    return Section("How this was made", text, lists={"Definitions": methods}, tables=[table], pre=pre)
+    return Section(
+        "How this was made", text, lists={"Definitions": methods}, tables=[table], pre=pre
+    )
 
 
 def failures(report: Report) -> Section | None:
@@ -193,8 +208,12 @@ def failures(report: Report) -> Section | None:
     for row in unfinished:
         name = f"{row['task']}/{row['model']}/{row['seed']}"
         rows.append([name, row["status"], f"{row['steps']:,} of {row['steps_asked']:,}"])
-    section = Section("What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else [])
-    section.pre = [f"{failed['name']}: {failed['reason']}\n{failed['log']}" for failed in report["failed"]]
+    section = Section(
+        "What failed", tables=[Table(["run", "status", "frames"], rows)] if rows else []
+    )
+    section.pre = [
+        f"{failed['name']}: {failed['reason']}\n{failed['log']}" for failed in report["failed"]
+    ]
     return section
 
 
@@ -218,16 +237,22 @@ def runs(report: Report) -> Section:
 
 
 def support(report: Report) -> Section:
-    drawing = figures.picture(lambda ax: figures.differences(ax, report), 0.9 + 0.35 * len(report["comparisons"]))
+    drawing = figures.picture(
+        lambda ax: figures.differences(ax, report), 0.9 + 0.35 * len(report["comparisons"])
+    )
     lists = {
         "Is there a difference?": words.verdicts(report),
         "What this cannot show": words.limits(report),
     }
-    return Section("What the data support", lists=lists, figures=[drawing] if report["comparisons"] else [])
+    return Section(
+        "What the data support", lists=lists, figures=[drawing] if report["comparisons"] else []
+    )
 
 
 def learning(report: Report) -> Section:
-    text = ["Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."]
+    text = [
+        "Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."
+    ]
     return Section(
         "Learning curves",
         text,
@@ -243,13 +268,17 @@ def aggregate(report: Report) -> Section | None:
     rows = []
     for name in names:
         rows.append([name, *(estimate(by[name]) for by in found.values())])
-    better = {model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()}
+    better = {
+        model: estimate(entry["improvement"]) for model, entry in report["comparisons"].items()
+    }
     if better:
         rows.append(["probability of improvement", *(better.get(model, "–") for model in found)])
     rows.append(["seeds", *(str(report["seeds"][model]) for model in found)])
     drawings = [figures.picture(lambda ax: figures.profiles(ax, report))]
     if better:
-        drawings.append(figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better)))
+        drawings.append(
+            figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better))
+        )
     note = "Normalised scores. With few seeds these intervals are too narrow: they describe, and claim nothing."
     return Section("Over all tasks", figures=drawings, tables=[Table(["", *found], rows, note)])
 
@@ -326,7 +355,9 @@ def levels(report: Report) -> Section | None:
     text = [
         "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its prior, before free bits."
     ]
-    return Section("Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)])
+    return Section(
+        "Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)]
+    )
 
 
 def offline(report: Report) -> Section:

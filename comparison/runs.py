@@ -129,13 +129,17 @@ def find(folders: Iterable[Path]) -> list[Run]:
         inside = [path.parent for path in sorted(folder.rglob("metrics.jsonl"))]
         inside = [path for path in inside if (path / "config.yaml").exists()]
         if not inside:
-            raise ConfigError(f"there is no run in {folder}: a run is a folder with config.yaml and metrics.jsonl")
+            raise ConfigError(
+                f"there is no run in {folder}: a run is a folder with config.yaml and metrics.jsonl"
+            )
         runs |= {path.resolve(): read(path) for path in inside}
     named = name_models(list(runs.values()))
     seen: dict[str, Run] = {}
     for run in named:
         if run.name in seen:
-            raise ConfigError(f"{run.folder} and {seen[run.name].folder} are both {run.name}: leave one of them out")
+            raise ConfigError(
+                f"{run.folder} and {seen[run.name].folder} are both {run.name}: leave one of them out"
+            )
         seen[run.name] = run
     return named
 
@@ -162,4 +166,8 @@ def name_models(runs: list[Run]) -> list[Run]:
 
 def levels(run: Run) -> dict[str, np.ndarray]:
     """The per-level curves: {"kl_0": (n, 2), ...}."""
-    return {key: run.series[key] for key in sorted(run.series) if re.fullmatch(r"(kl|perplexity)_\d+", key)}
+    return {
+        key: run.series[key]
+        for key in sorted(run.series)
+        if re.fullmatch(r"(kl|perplexity)_\d+", key)
+    }

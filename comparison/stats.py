@@ -26,7 +26,9 @@ LEVEL = 0.95
 REPS = 2000  # bootstrap replications
 SHUFFLES = 20_000
 POWER = 0.8
-BOOTSTRAP = f"rliable, {LEVEL:.0%} percentile bootstrap over seeds, stratified by task, {REPS} replications"
+BOOTSTRAP = (
+    f"rliable, {LEVEL:.0%} percentile bootstrap over seeds, stratified by task, {REPS} replications"
+)
 TEST = f"Welch's t over seeds, stratified by task, {LEVEL:.0%} jointly for all models"
 PAIRED = f"{LEVEL:.0%}, t over seeds and over episodes, both being samples (Howe 1974)"
 
@@ -233,7 +235,9 @@ def least(x: Scores, y: Scores) -> float:
     """The smallest two-sided p that so many runs can give: two of all the ways to split them
     between the models.
     """
-    return min(1.0, 2.0 / math.prod(math.comb(len(a) + len(b), len(a)) for a, b in zip(x, y, strict=True)))
+    return min(
+        1.0, 2.0 / math.prod(math.comb(len(a) + len(b), len(a)) for a, b in zip(x, y, strict=True))
+    )
 
 
 def seeds_for(detectable: float, target: float, seeds: int) -> int:
@@ -264,9 +268,13 @@ def two_way(differences: np.ndarray) -> tuple[float, float | None, float | None]
     return float(mean), float(mean - half), float(mean + half)
 
 
-def paired(columns: Mapping[str, np.ndarray], base: str) -> dict[str, tuple[float, float | None, float | None]]:
+def paired(
+    columns: Mapping[str, np.ndarray], base: str
+) -> dict[str, tuple[float, float | None, float | None]]:
     """{model: difference from ``base``} of {model: (seeds, episodes)}, over the episodes that all
     of them have.
     """
     known = np.isfinite(np.stack(list(columns.values()))).all((0, 1))
-    return {name: two_way((x - columns[base])[:, known]) for name, x in columns.items() if name != base}
+    return {
+        name: two_way((x - columns[base])[:, known]) for name, x in columns.items() if name != base
+    }

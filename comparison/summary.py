@@ -139,7 +139,9 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     """How the returns of a task are normalised, the same for all models, and the threshold of its
     learning speed.
     """
-    at_random = np.concatenate([random_returns(run) for run in runs if run.task == task] or [np.zeros(0)])
+    at_random = np.concatenate(
+        [random_returns(run) for run in runs if run.task == task] or [np.zeros(0)]
+    )
     finals = np.array([row["final_return"] for row in rows])
     chance = float(at_random.mean()) if len(at_random) else 0.0
     zero, unit, how = chance, float(np.abs(finals - chance).max(initial=0.0)) or 1.0, "run"
@@ -257,7 +259,9 @@ def level_means(done: Matrix, model: str) -> dict[str, Any]:
     return out
 
 
-def per_task(done: Matrix, models: Sequence[str], scales: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
+def per_task(
+    done: Matrix, models: Sequence[str], scales: Mapping[str, dict]
+) -> dict[str, dict[str, Any]]:
     """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps
     to the threshold}}.
     """
@@ -293,7 +297,9 @@ def task_entry(rows: list[dict], scale: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- world models on the same episodes
 
 
-def paired(results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]) -> dict[str, Any]:
+def paired(
+    results: Mapping[str, Sequence[Mapping[str, np.ndarray]]], about: Mapping[str, Any]
+) -> dict[str, Any]:
     """{model: what each of its seeds' jobs measured}, the first model the baseline; the same seeds
     for all.
     """

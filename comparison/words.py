@@ -28,7 +28,11 @@ def interval(low: float | None, high: float | None, sign: bool = False) -> str:
 
 def estimate(x: Mapping[str, Any] | None, sign: bool = False) -> str:
     """'value [low, high]'."""
-    return "–" if x is None else f"{number(x['value'], sign)} {interval(x['low'], x['high'], sign)}".strip()
+    return (
+        "–"
+        if x is None
+        else f"{number(x['value'], sign)} {interval(x['low'], x['high'], sign)}".strip()
+    )
 
 
 def percent(x: float) -> str:
@@ -45,10 +49,16 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     for model in summary["models"][1:]:
         found = summary["comparisons"].get(model)
         if found is None:
-            lines.append(f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task.")
+            lines.append(
+                f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task."
+            )
             continue
         value, between = found["value"], interval(found["low"], found["high"], sign=True)
-        share = f", {percent(abs(value) / found['baseline'])} of the baseline's score" if found["baseline"] > 0 else ""
+        share = (
+            f", {percent(abs(value) / found['baseline'])} of the baseline's score"
+            if found["baseline"] > 0
+            else ""
+        )
         if found["claimed"]:
             word = "higher" if value > 0 else "lower"
             lines.append(
@@ -56,9 +66,13 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
                 f"{number(value, sign=True)} {between}{share}."
             )
         elif found["low"] is None:
-            lines.append(f"Nothing can be concluded about {model} and {base}: single runs have no interval.")
+            lines.append(
+                f"Nothing can be concluded about {model} and {base}: single runs have no interval."
+            )
         elif found["low"] <= 0 <= found["high"]:
-            lines.append(f"No difference between {model} and {base} is shown: it lies in {between}, which includes 0.")
+            lines.append(
+                f"No difference between {model} and {base} is shown: it lies in {between}, which includes 0."
+            )
         else:
             lines.append(
                 f"No difference between {model} and {base} is shown: its interval {between} leaves"
@@ -104,7 +118,9 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
             " difference of returns can be put down to the latent state alone."
         )
     names = ", ".join(summary["tasks"])
-    lines.append(f"The intervals are about other seeds on {names}; they say nothing about other tasks.")
+    lines.append(
+        f"The intervals are about other seeds on {names}; they say nothing about other tasks."
+    )
     return lines
 
 

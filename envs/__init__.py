@@ -51,12 +51,16 @@ def make_env(
         raise EnvError(f"action_repeat must be at least 1, not {repeat}")
     size = tuple(env["size"])
     if len(size) != 2 or min(size) < 1:
-        raise EnvError(f"env.size is height and width in pixels, as 64 64, not {' '.join(map(str, size))}")
+        raise EnvError(
+            f"env.size is height and width in pixels, as 64 64, not {' '.join(map(str, size))}"
+        )
     try:
         module = importlib.import_module(f"envs.{suite}")
     except ModuleNotFoundError as error:
         extra = f".[{suite}]" if suite in EXTRAS else "."
-        raise EnvError(f"{task} needs the package {error.name!r}: pip install -e '{extra}'") from error
+        raise EnvError(
+            f"{task} needs the package {error.name!r}: pip install -e '{extra}'"
+        ) from error
     kind = getattr(module, SUITES[suite])
     options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})
     built = kind(name, size, repeat, **options)

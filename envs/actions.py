@@ -54,7 +54,9 @@ def _sizes(agent: Discrete | MultiDiscrete) -> np.ndarray:
     return np.atleast_1d(agent.n if isinstance(agent, Discrete) else agent.nvec)
 
 
-def _composed(space: gymnasium.Space, shown: str) -> tuple[gymnasium.Space, Callable[[np.ndarray], Any]]:
+def _composed(
+    space: gymnasium.Space, shown: str
+) -> tuple[gymnasium.Space, Callable[[np.ndarray], Any]]:
     """Of a Dict or Tuple: the vectors of its parts side by side."""
     named = isinstance(space, Dict)
     parts = [action_codec(part) for part in (space.spaces.values() if named else space.spaces)]
@@ -80,7 +82,9 @@ def _composed(space: gymnasium.Space, shown: str) -> tuple[gymnasium.Space, Call
     return agent, split
 
 
-def _choices(space: gymnasium.Space, shown: str) -> tuple[MultiDiscrete, Callable[[np.ndarray], np.ndarray]] | None:
+def _choices(
+    space: gymnasium.Space, shown: str
+) -> tuple[MultiDiscrete, Callable[[np.ndarray], np.ndarray]] | None:
     """Of a MultiDiscrete, a MultiBinary or an integer Box: an array of choices, each from a first
     value on.
     """
@@ -113,7 +117,9 @@ def _scaled(space: Box) -> tuple[Box, Callable[[np.ndarray], np.ndarray]]:
     """Of a float Box: [-1, 1] for the agent wherever both bounds are finite."""
     low, high = space.low.ravel(), space.high.ravel()
     bounded = np.isfinite(low) & np.isfinite(high)
-    agent = Box(np.where(bounded, -1, low).astype(np.float32), np.where(bounded, 1, high).astype(np.float32))
+    agent = Box(
+        np.where(bounded, -1, low).astype(np.float32), np.where(bounded, 1, high).astype(np.float32)
+    )
     bottom, top = np.where(bounded, low, -1).astype(float), np.where(bounded, high, 1).astype(float)
     # 0 and 1, which change nothing, where unbounded
     centre, half = (top + bottom) / 2, (top - bottom) / 2

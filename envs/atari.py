@@ -64,7 +64,9 @@ class Atari(Suite):
         self.ale.setFloat("repeat_action_probability", 0.0)
         self.ale.loadROM(self._rom)
         self._screen = self.ale.getScreenGrayscale if grayscale else self.ale.getScreenRGB
-        self.actions = self.ale.getMinimalActionSet() if actions == "needed" else self.ale.getLegalActionSet()
+        self.actions = (
+            self.ale.getMinimalActionSet() if actions == "needed" else self.ale.getLegalActionSet()
+        )
         self.action_space = Discrete(len(self.actions))
         self.observation_space = Dict(image=Box(0, 255, (*size, 1 if grayscale else 3), np.uint8))
         self._held = NOOP  # the action that the console saw last

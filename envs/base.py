@@ -128,9 +128,13 @@ class Env:
             truncated = truncated or 0 < self._time_limit <= self._frames
             is_terminal = terminated or info.get("is_terminal", False)
             logs = {key: info[key] for key in self.suite.log_keys}
-            return self._output(obs, logs, reward, is_last=terminated or truncated, is_terminal=is_terminal)
+            return self._output(
+                obs, logs, reward, is_last=terminated or truncated, is_terminal=is_terminal
+            )
         except BadValue as error:
-            self._note(error, f"step {self._frames // self.repeat} (frame {self._frames}) of its episode")
+            self._note(
+                error, f"step {self._frames // self.repeat} (frame {self._frames}) of its episode"
+            )
         logs = dict.fromkeys(self.suite.log_keys, 0.0)
         return self._output(self._obs, logs, 0.0, is_last=True, invalid=1)
 
@@ -143,10 +147,14 @@ class Env:
         for invalid in range(RESETS):
             seed, self._seed = self._seed, None
             try:
-                return self._output(self.suite.reset(seed=seed)[0], logs, 0.0, is_first=True, invalid=invalid)
+                return self._output(
+                    self.suite.reset(seed=seed)[0], logs, 0.0, is_first=True, invalid=invalid
+                )
             except BadValue as error:
                 self._note(error, "the reset of an episode")
-        raise BadValue(f"{self._name}: {RESETS} resets in a row gave a NaN or an infinity; fix the environment")
+        raise BadValue(
+            f"{self._name}: {RESETS} resets in a row gave a NaN or an infinity; fix the environment"
+        )
 
     def render(self) -> np.ndarray:
         """uint8 (H, W, 3): the present moment, for videos. Raises EnvError where nothing can be
@@ -185,7 +193,9 @@ class Env:
     def close(self) -> None:
         self.suite.close()
 
-    def _output(self, obs, logs, reward, is_first=False, is_last=False, is_terminal=False, invalid=0) -> dict[str, Any]:
+    def _output(
+        self, obs, logs, reward, is_first=False, is_last=False, is_terminal=False, invalid=0
+    ) -> dict[str, Any]:
         """What `step` and `reset` return, of copies: suites may reuse their buffers. Raises
         BadValue, EnvError.
         """
@@ -196,7 +206,10 @@ class Env:
         }
         # a float64 that no float32 holds becomes an infinity, which is looked for
         with np.errstate(over="ignore"):
-            output = {key: self._observation(key, space, obs[key]) for key, space in self.obs_space.items()}
+            output = {
+                key: self._observation(key, space, obs[key])
+                for key, space in self.obs_space.items()
+            }
             scalars = {key: np.float32(value) for key, value in scalars.items()}
         for key, value in scalars.items():
             if not math.isfinite(value):
@@ -208,7 +221,9 @@ class Env:
     def _observation(self, key: str, space: Box, value: Any) -> np.ndarray:
         value = np.asarray(value)
         if value.shape != space.shape:
-            raise EnvError(f"{self._name}: observation {key!r} has shape {value.shape}, its space says {space.shape}")
+            raise EnvError(
+                f"{self._name}: observation {key!r} has shape {value.shape}, its space says {space.shape}"
+            )
         if space.dtype != np.float32:
             if value.dtype != space.dtype:
                 line = f"{self._name}: observation {key!r} is {value.dtype}, its space says {space.dtype}"
@@ -246,9 +261,13 @@ def _checked(space: Dict) -> dict[str, Box]:
     for key, leaf in space.items():
         kind = (leaf.dtype.name, len(leaf.shape)) if isinstance(leaf, Box) else None
         if kind not in {("uint8", 3), ("bool", 3), ("float32", 1)}:
-            raise EnvError(f"observation {key!r} is {one_line(leaf)}, which is no image, grid or vector")
+            raise EnvError(
+                f"observation {key!r} is {one_line(leaf)}, which is no image, grid or vector"
+            )
         if not isinstance(key, str) or not key:
-            raise EnvError(f"observation {key!r} has no name: the keys of a Dict space must be text")
+            raise EnvError(
+                f"observation {key!r} has no name: the keys of a Dict space must be text"
+            )
         if key in RESERVED or key.startswith("log_"):
             raise EnvError(
                 f"observation {key!r} has a reserved name: rename it in the environment (docs/own_environment.md)"
@@ -281,15 +300,23 @@ def picture(frame: Any) -> np.ndarray:
     if array.ndim == 2:
         array = array[..., None]
     if frame is None or array.dtype.kind not in "biuf" or array.ndim != 3 or not array.size:
-        what = f"an array of shape {array.shape}" if isinstance(frame, np.ndarray) else f"a {type(frame).__name__}"
+        what = (
+            f"an array of shape {array.shape}"
+            if isinstance(frame, np.ndarray)
+            else f"a {type(frame).__name__}"
+        )
         raise EnvError(f"render gave {what} where render_mode rgb_array means uint8 (H, W, 3)")
     if array.shape[2] not in (1, 3, 4):
-        raise EnvError(f"render gave shape {array.shape} where render_mode rgb_array means uint8 (H, W, 3)")
+        raise EnvError(
+            f"render gave shape {array.shape} where render_mode rgb_array means uint8 (H, W, 3)"
+        )
     if array.dtype.kind == "b":
         array = array * np.uint8(255)
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 255):  # also for NaN
-        raise EnvError(f"render gave numbers in [{low}, {high}] where render_mode rgb_array means uint8")
+        raise EnvError(
+            f"render gave numbers in [{low}, {high}] where render_mode rgb_array means uint8"
+        )
     if array.dtype.kind == "f":
         array = np.rint(array * (255 if high <= 1 else 1))
     array = array[..., :3].astype(np.uint8)

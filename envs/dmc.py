@@ -51,9 +51,13 @@ class DMC(Suite):
         # `reset` seeds; lqr draws its masses here
         self._env = suite.load(domain, task, task_kwargs={"random": 0})
         bounds = self._env.action_spec()
-        self.action_space = Box(bounds.minimum.astype(np.float32), bounds.maximum.astype(np.float32))
+        self.action_space = Box(
+            bounds.minimum.astype(np.float32), bounds.maximum.astype(np.float32)
+        )
         sensors = self._env.observation_spec() if proprio else {}
-        spaces = {key: Box(-np.inf, np.inf, (int(np.prod(spec.shape)),)) for key, spec in sensors.items()}
+        spaces = {
+            key: Box(-np.inf, np.inf, (int(np.prod(spec.shape)),)) for key, spec in sensors.items()
+        }
         if image:
             self._draw(*size)  # fail now, not at the first step
             spaces["image"] = Box(0, 255, (*size, 3), np.uint8)

@@ -80,7 +80,11 @@ class Dummy(Suite):
     def render(self) -> np.ndarray:
         """uint8 (64, 64, 3): the cue as a bar, in shades for numbers."""
         if self._name == "continuous":
-            shade = (self._cue - self.action_space.low) / (self.action_space.high - self.action_space.low) * 255
+            shade = (
+                (self._cue - self.action_space.low)
+                / (self.action_space.high - self.action_space.low)
+                * 255
+            )
             return np.tile(shade.astype(np.uint8).repeat(32)[None, :, None], (64, 1, 3))
         return self._bar(Box(0, 255, (64, 64, 3), np.uint8))
 

@@ -59,7 +59,9 @@ class Gym(Suite):
     expression; observations whose whole key does not match are left out.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"):
+    def __init__(
+        self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"
+    ):
         self._name, self._repeat = f"gym_{name}", repeat
         self._env = _make(name, _mapping(kwargs))
         space, self.action_space = self._space("observation_space"), self._space("action_space")
@@ -73,8 +75,12 @@ class Gym(Suite):
         try:
             result = self._env.reset(seed=seed)
         except TypeError as error:
-            if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
-                raise self._mistake("reset must have the arguments (self, *, seed=None, options=None)") from error
+            if re.search(
+                r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)
+            ):
+                raise self._mistake(
+                    "reset must have the arguments (self, *, seed=None, options=None)"
+                ) from error
             raise
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise self._mistake(f"reset must return (observation, info), not {_count(result)}")
@@ -135,7 +141,9 @@ class Gym(Suite):
         if not (isinstance(result, tuple) and len(result) == 5):
             raise self._mistake(f"{STEP}, not {_count(result)}")
         obs, *scalars, _ = result
-        for i, (name, value) in enumerate(zip(("reward", "terminated", "truncated"), scalars, strict=True)):
+        for i, (name, value) in enumerate(
+            zip(("reward", "terminated", "truncated"), scalars, strict=True)
+        ):
             if type(value) in (bool, float):
                 continue
             array = np.asarray(value)
@@ -149,11 +157,15 @@ class Gym(Suite):
         """The agent's observation. Raises EnvError, BadValue for one that is not of its space."""
         if self._nested:
             if not isinstance(obs, dict):
-                raise self._mistake(f"the observation must be a dict as its space is, not {_count(obs)}")
+                raise self._mistake(
+                    f"the observation must be a dict as its space is, not {_count(obs)}"
+                )
             if missing := sorted(self._read.keys() - obs.keys()):
                 raise self._mistake(f"the observation lacks {missing[0]!r}, which its space has")
         try:
-            return {key: read(obs[key] if self._nested else obs) for key, read in self._read.items()}
+            return {
+                key: read(obs[key] if self._nested else obs) for key, read in self._read.items()
+            }
         except BadValue:
             raise  # `Env` knows what to do
         except EnvError as error:
@@ -162,15 +174,21 @@ class Gym(Suite):
     def _space(self, name: str) -> gymnasium.Space:
         space = getattr(self._env, name, None)
         if not isinstance(space, gymnasium.Space):
-            raise self._mistake(f"{name} must be a space of gymnasium.spaces, not {one_line(repr(space), 80)}")
+            raise self._mistake(
+                f"{name} must be a space of gymnasium.spaces, not {one_line(repr(space), 80)}"
+            )
         return space
 
-    def _chosen(self, leaves: dict[str, gymnasium.Space], pattern: str) -> dict[str, gymnasium.Space]:
+    def _chosen(
+        self, leaves: dict[str, gymnasium.Space], pattern: str
+    ) -> dict[str, gymnasium.Space]:
         """Those whose key matches. Raises EnvError for none, or one that cannot be read."""
         try:
             chosen = {key: leaf for key, leaf in leaves.items() if re.fullmatch(pattern, str(key))}
         except re.error as error:
-            raise EnvError(f"env.gym.keys is {pattern!r}, which is no regular expression: {error}") from error
+            raise EnvError(
+                f"env.gym.keys is {pattern!r}, which is no regular expression: {error}"
+            ) from error
         if not chosen:
             raise EnvError(
                 f"no observation matches env.gym.keys {pattern!r}; {self._name} has {', '.join(map(str, leaves))}"
@@ -179,7 +197,11 @@ class Gym(Suite):
             if readable(leaf):
                 continue
             good = [re.escape(other) for other, space in chosen.items() if readable(space)]
-            remedy = f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate" if good else "translate"
+            remedy = (
+                f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate"
+                if good
+                else "translate"
+            )
             raise EnvError(
                 f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read:"
                 f" {remedy} it in a wrapper (docs/own_environment.md)"
@@ -196,9 +218,13 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         mapping = YAML(typ="safe").load(text) if text.strip() else {}
     except YAMLError as error:
-        raise EnvError(f"env.gym.kwargs is {text!r}, which is no YAML: {one_line(error)}") from error
+        raise EnvError(
+            f"env.gym.kwargs is {text!r}, which is no YAML: {one_line(error)}"
+        ) from error
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
-        raise EnvError(f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: false}}'")
+        raise EnvError(
+            f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: false}}'"
+        )
     return mapping
 
 
@@ -209,14 +235,20 @@ def _import(module: str) -> None:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module != missing and not module.startswith(f"{missing}."):
-            raise EnvError(f"module {module!r} needs the package {missing!r}: install it") from error
+            raise EnvError(
+                f"module {module!r} needs the package {missing!r}: install it"
+            ) from error
         raise EnvError(
             f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the"
             " folder that it lies in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if isinstance(error, SyntaxError) else f" ({os.path.basename(place.filename)}:{place.lineno})"
+        where = (
+            ""
+            if isinstance(error, SyntaxError)
+            else f" ({os.path.basename(place.filename)}:{place.lineno})"
+        )
         # a SyntaxError says itself where it is
         cause = f"{type(error).__name__} {one_line(error)}{where}"
         raise EnvError(f"module {module!r} cannot be imported: {cause}") from error

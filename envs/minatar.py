@@ -45,7 +45,11 @@ class MinAtar(Suite):
             raise unknown("minatar.actions", actions, ("minimal", "all"))
         self._repeat = repeat
         self.game = minatar.Environment(name, sticky_action_prob=sticky)
-        self.actions = self.game.minimal_action_set() if actions == "minimal" else list(range(self.game.num_actions()))
+        self.actions = (
+            self.game.minimal_action_set()
+            if actions == "minimal"
+            else list(range(self.game.num_actions()))
+        )
         self.action_space = Discrete(len(self.actions))
         self.observation_space = Dict(grid=Box(0, 1, tuple(self.game.state_shape()), np.bool_))
 
@@ -75,7 +79,9 @@ class MinAtar(Suite):
 
     def get_state(self) -> dict[str, Any]:
         return {
-            "game": {key: value for key, value in vars(self.game.env).items() if key not in CONSTANT},
+            "game": {
+                key: value for key, value in vars(self.game.env).items() if key not in CONSTANT
+            },
             "last_action": self.game.last_action,
             "random": self.game.random.get_state(legacy=False),
         }

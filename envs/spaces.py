@@ -75,7 +75,9 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
     """
     width = gymnasium.spaces.flatdim(space)
     if width == 0:
-        raise EnvError(f"observation {key!r} is {one_line(space)}, which is empty (docs/own_environment.md)")
+        raise EnvError(
+            f"observation {key!r} is {one_line(space)}, which is empty (docs/own_environment.md)"
+        )
     if found := layout(space):
         box = Box(0, 255, (*size, found.shape[2]), np.uint8)
         return box, functools.partial(_read_picture, key, space, found, size)
@@ -100,7 +102,9 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
     return box, functools.partial(_read_vector, key, space)
 
 
-def _read_picture(key: str, space: Box, found: Layout, size: tuple[int, int], value: Any) -> np.ndarray:
+def _read_picture(
+    key: str, space: Box, found: Layout, size: tuple[int, int], value: Any
+) -> np.ndarray:
     """-> uint8 (*size, C)"""
     array = _array(key, space, value)
     top = float(space.high.flat[0])
@@ -113,7 +117,9 @@ def _read_picture(key: str, space: Box, found: Layout, size: tuple[int, int], va
         low, high = array.min(), array.max()
         check_finite(f"observation {key!r}", np.array([low, high]))  # a NaN is both
         if low < -SLACK * top or high > top + SLACK * top:
-            raise EnvError(f"observation {key!r} has values in [{low}, {high}], its space says [0, {top:g}]")
+            raise EnvError(
+                f"observation {key!r} has values in [{low}, {high}], its space says [0, {top:g}]"
+            )
         array = np.rint(np.clip(array, 0, top) * (255 / top)).astype(np.uint8)
     return resize(array.transpose(found.axes).reshape(found.shape), size)
 
@@ -129,7 +135,11 @@ def _read_grid(key: str, space: Box, value: Any) -> np.ndarray:
 def _read_choice(key: str, space: Discrete, value: Any) -> np.ndarray:
     """-> one-hot (n,)"""
     array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind not in "iu" or not 0 <= int(array.item()) - space.start < space.n:
+    if (
+        array.size != 1
+        or array.dtype.kind not in "iu"
+        or not 0 <= int(array.item()) - space.start < space.n
+    ):
         raise EnvError(f"observation {key!r} is {one_line(repr(value))}, its space says {space}")
     one_hot = np.zeros(space.n, np.float32)
     one_hot[int(array.item()) - space.start] = 1
@@ -151,7 +161,9 @@ def _array(key: str, space: gymnasium.Space, value: Any) -> np.ndarray:
     except (TypeError, ValueError):  # lists of unequal lengths
         array = np.empty((), object)
     if array.dtype.kind not in "biuf":
-        raise EnvError(f"observation {key!r} is {one_line(repr(value))}, its space says {one_line(space)}")
+        raise EnvError(
+            f"observation {key!r} is {one_line(repr(value))}, its space says {one_line(space)}"
+        )
     if array.shape != space.shape:
         raise EnvError(f"observation {key!r} has shape {array.shape}, its space says {space.shape}")
     return array

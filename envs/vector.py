@@ -66,13 +66,17 @@ class Envs:
                 self._workers.append(self._start(self._make, index, 0, timeout))
             for index, born in enumerate([worker.answer() for worker in self._workers]):
                 if isinstance(born, Crash):
-                    raise EnvError(f"environment {index} cannot be built: {born}{self._log(index, born)}") from born
+                    raise EnvError(
+                        f"environment {index} cannot be built: {born}{self._log(index, born)}"
+                    ) from born
                 if isinstance(born, Exception):
                     raise born
         except BaseException:
             self.close()
             raise
-        self.obs_space, self.act_space, self.act_dim, self.log_keys, self.repeat, self._summary = born
+        self.obs_space, self.act_space, self.act_dim, self.log_keys, self.repeat, self._summary = (
+            born
+        )
 
     def step(self, action: np.ndarray | None) -> dict[str, np.ndarray]:
         """Steps all; an environment that has not started or was at is_last is reset instead, its
@@ -87,12 +91,16 @@ class Envs:
         if action is None and not all(resets):
             raise ValueError("an action is needed: environments are in mid-episode")
         if action is not None and np.shape(action) != (self.count, self.act_dim):
-            raise ValueError(f"actions have shape {(self.count, self.act_dim)}, not {np.shape(action)}")
+            raise ValueError(
+                f"actions have shape {(self.count, self.act_dim)}, not {np.shape(action)}"
+            )
         for index, worker in enumerate(self._workers):
             worker.send("reset") if resets[index] else worker.send("step", action[index])
         # All replies before any is examined: none may stay in its pipe.
         replies = [worker.answer() for worker in self._workers]
-        self._outputs = [self._settle(index, reply, resets[index]) for index, reply in enumerate(replies)]
+        self._outputs = [
+            self._settle(index, reply, resets[index]) for index, reply in enumerate(replies)
+        ]
         stacked = {}
         for key in self._outputs[0]:
             stacked[key] = np.stack([output[key] for output in self._outputs])
@@ -113,7 +121,9 @@ class Envs:
                     stacklevel=2,
                 )
                 reply = None
-            states.append(None if reply is None else {"env": reply, "output": plain(self._outputs[index])})
+            states.append(
+                None if reply is None else {"env": reply, "output": plain(self._outputs[index])}
+            )
         return states
 
     def load_state(self, states: list[dict[str, Any] | None]) -> np.ndarray:
@@ -122,7 +132,11 @@ class Envs:
         """
         if len(states) != self.count:
             raise ValueError(f"{len(states)} states for {self.count} environments")
-        given = [(index, worker) for index, worker in enumerate(self._workers) if states[index] is not None]
+        given = [
+            (index, worker)
+            for index, worker in enumerate(self._workers)
+            if states[index] is not None
+        ]
         for index, worker in given:
             worker.send("set_state", states[index]["env"])
         self._outputs = [None] * self.count
@@ -138,7 +152,11 @@ class Envs:
         self._workers[index].send("render")
         reply = self._workers[index].answer()
         if isinstance(reply, Exception):
-            raise (reply if isinstance(reply, EnvError) else EnvError(f"environment {index} cannot be drawn: {reply}"))
+            raise (
+                reply
+                if isinstance(reply, EnvError)
+                else EnvError(f"environment {index} cannot be drawn: {reply}")
+            )
         return reply
 
     def summary(self, episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -194,7 +212,9 @@ class Envs:
                 stacklevel=4,
             )
             close([self._workers[index]])
-            self._workers[index] = self._start(self._make, index, self._replaced[index], self._timeout)
+            self._workers[index] = self._start(
+                self._make, index, self._replaced[index], self._timeout
+            )
             cause = self._workers[index].answer()
         if isinstance(cause, Exception):
             raise cause
@@ -209,7 +229,9 @@ class Envs:
             try:
                 self._error_log.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._error_log, "a") as file:
-                    file.write(f"environment {index}, restart {self._replaced[index]}\n{crash.trace}\n")
+                    file.write(
+                        f"environment {index}, restart {self._replaced[index]}\n{crash.trace}\n"
+                    )
             except OSError:  # a full disk is no reason to stop for
                 return ""
             self._logged.add(crash.error)

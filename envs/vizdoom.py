@@ -122,7 +122,11 @@ def _mapped(pid: int | str) -> set[str]:
     except OSError:  # it ended meanwhile, or is another user's
         return set()
     prefix = str(SHARED / "ViZDoom")
-    return {line[line.index("/") :] for line in lines if prefix in line and not line.endswith(" (deleted)")}
+    return {
+        line[line.index("/") :]
+        for line in lines
+        if prefix in line and not line.endswith(" (deleted)")
+    }
 
 
 def _abandoned(age: float = 60.0) -> set[str]:

@@ -57,7 +57,9 @@ class Inside:
     where they may hang, use a process.
     """
 
-    def __init__(self, make: Callable[[int, int], Env], index: int, restart: int, timeout: float = 0.0):
+    def __init__(
+        self, make: Callable[[int, int], Env], index: int, restart: int, timeout: float = 0.0
+    ):
         self._env: Env | None = None
         self._timeout = timeout
         self._task = lambda: self._build(make, index, restart)
@@ -144,7 +146,11 @@ class Outside:
     def _fate(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(PATIENCE)
-            return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            return (
+                f"was killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with status {status}"
+            )
         return "closed its pipe"
 
 
@@ -153,7 +159,9 @@ def serve(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     # a child of the environment must not hold the pipe open when we die
     os.set_inheritable(fd, False)
-    subprocess.Popen(["/bin/sh", "-c", WATCHDOG], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.Popen(
+        ["/bin/sh", "-c", WATCHDOG], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     # the watchdog alone waits for the end of our standard input
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     pipe = Connection(fd)
@@ -194,7 +202,12 @@ def _call(task: Callable[[], Any], seconds: float) -> Any:
             signals.running = False
     except (EnvError, ActionError) as error:
         value = error
-    except (Exception, KeyboardInterrupt, SystemExit, _TimeUp) as error:  # others end the program, not a call
+    except (
+        Exception,
+        KeyboardInterrupt,
+        SystemExit,
+        _TimeUp,
+    ) as error:  # others end the program, not a call
         value = Crash(_late(seconds)) if signals.late else _crash(error)
     finally:
         signals.restore()

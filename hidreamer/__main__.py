@@ -12,7 +12,9 @@ def help_text() -> str:
     lines = ["hidreamer COMMAND [ARGUMENTS]", ""]
     for name, (_, sentence) in app.COMMANDS.items():
         lines.append(f"  {name:<10} {sentence}")
-    return "\n".join([*lines, "", "hidreamer COMMAND --help: its arguments. hidreamer --version: this version."])
+    return "\n".join(
+        [*lines, "", "hidreamer COMMAND --help: its arguments. hidreamer --version: this version."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

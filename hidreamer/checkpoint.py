@@ -131,11 +131,17 @@ def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
         reason = "holds more than tensors and plain values, so that reading it could run code"
         raise CheckpointError(f"{path} is no checkpoint of this program: it {reason}") from None
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError):
-        raise CheckpointError(f"{path} is damaged, copied in part, or no checkpoint at all") from None
+        raise CheckpointError(
+            f"{path} is damaged, copied in part, or no checkpoint at all"
+        ) from None
     except Exception as error:  # whatever else a damaged file makes zipfile and torch raise
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__})"
+        ) from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is no checkpoint of this program: it holds a {type(state).__name__}")
+        raise CheckpointError(
+            f"{path} is no checkpoint of this program: it holds a {type(state).__name__}"
+        )
     written_by = state.get("format", 0)
     if isinstance(written_by, int) and written_by > FORMAT:
         message = f"{path} was written by a newer version of this program (format {written_by}, not {FORMAT})"
@@ -148,7 +154,9 @@ def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
 Rows = dict[str, np.ndarray]
 
 
-def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any] | None, Rows, list[str]]:
+def find_checkpoint(
+    folder: Path, fields: Iterable[str]
+) -> tuple[dict[str, Any] | None, Rows, list[str]]:
     """The newest whole checkpoint in a run's ``checkpoints/``, rows of its unfinished episodes,
     lines about others.
 
@@ -165,7 +173,10 @@ def find_checkpoint(folder: Path, fields: Iterable[str]) -> tuple[dict[str, Any]
         except CheckpointError as error:
             problems.append((path, str(error)))
             continue
-        message = [f"{problem}; continuing from {path} at step {state.get('step')}" for _, problem in problems]
+        message = [
+            f"{problem}; continuing from {path} at step {state.get('step')}"
+            for _, problem in problems
+        ]
         return state, rows, message
     if there := [problem for path, problem in problems if os.path.lexists(path)]:
         what = f"put whole ones back, or move {folder.parent} away to start anew"
@@ -263,7 +274,9 @@ def lock_file(path: Path) -> TextIO:
             holder = file.read().strip() or "another process"
             file.close()
             message = f"{path.parent} is in use by {holder}"
-            raise FolderError(f"{message}: wait for it, stop it, or choose another --logdir") from None
+            raise FolderError(
+                f"{message}: wait for it, stop it, or choose another --logdir"
+            ) from None
         except OSError as error:
             message = f"{path.parent} is on a disk without locks ({error.strerror}): start no second run in it"
             warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -111,7 +111,9 @@ def table(columns: Mapping[str, dict]) -> str:
             rows.setdefault(key, []).append(value)
     lines = [["", *columns]]
     for key, values in rows.items():
-        shown = [f"{v:,.0f}" if isinstance(v, int | float) else " + ".join(map(str, v)) for v in values]
+        shown = [
+            f"{v:,.0f}" if isinstance(v, int | float) else " + ".join(map(str, v)) for v in values
+        ]
         for i, value in enumerate(values[1:], 1):
             if isinstance(value, int | float) and value != values[0] and values[0]:
                 shown[i] += f" ({value / values[0]:.3f})"

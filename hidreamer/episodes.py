@@ -110,18 +110,26 @@ class Episodes:
                 out |= {f"{i}.{key}": x for key, x in self._tail(stream, i).items()}
         return out
 
-    def restore(self, replay: Replay, state: Mapping[str, Any], running: Mapping[str, np.ndarray]) -> list[str]:
+    def restore(
+        self, replay: Replay, state: Mapping[str, Any], running: Mapping[str, np.ndarray]
+    ) -> list[str]:
         """Fill an empty replay as it was; this run's episodes written after ``state`` are removed.
 
         -> lines about the episodes that are lost or damaged, which are left out. Raises
         EpisodeError, with nothing removed, where ``running`` does not fit.
         """
-        tails = [self._running_rows(replay.spec, running, i, n) for i, n in enumerate(state["running"])]
+        tails = [
+            self._running_rows(replay.spec, running, i, n) for i, n in enumerate(state["running"])
+        ]
         self.count, self.running = state["count"], list(state["running"])
         self.run = state.get("run", "")
         for path in self.folder.iterdir():
             match = OURS.fullmatch(path.name.removesuffix(".tmp"))
-            if match and int(match[1]) >= self.count and (path.suffix == ".tmp" or self._is_own(path)):
+            if (
+                match
+                and int(match[1]) >= self.count
+                and (path.suffix == ".tmp" or self._is_own(path))
+            ):
                 path.unlink()
         problems = []
         for i, stream in enumerate(replay.streams):
@@ -165,7 +173,9 @@ class Episodes:
         except (OSError, zipfile.BadZipFile):
             return False
 
-    def _running_rows(self, spec: Spec, running: Mapping[str, np.ndarray], i: int, count: int) -> Rows:
+    def _running_rows(
+        self, spec: Spec, running: Mapping[str, np.ndarray], i: int, count: int
+    ) -> Rows:
         rows = {key.split(".", 1)[1]: x for key, x in running.items() if key.startswith(f"{i}.")}
         return fit(rows, spec, count) if count else {}
 
@@ -178,7 +188,9 @@ class Episodes:
         name = f"{self.count:07d}-{i:02d}-{count}.npz"
         path = self.folder / name
         if path.exists() and not self._is_own(path):
-            raise FileExistsError(errno.EEXIST, "an episode of another run would be overwritten", str(path))
+            raise FileExistsError(
+                errno.EEXIST, "an episode of another run would be overwritten", str(path)
+            )
         save_episode(path, rows, self.run)
         self.files[i].append((name, count))
         self.held[i] += count
@@ -225,7 +237,9 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
     for found in kinds.values():
         path, error = found[0]
         if len(found) > MANY:
-            lines.append(f"skipped {len(found)} of {total} episodes of {path.parent}, e.g. {path.name}: {error}")
+            lines.append(
+                f"skipped {len(found)} of {total} episodes of {path.parent}, e.g. {path.name}: {error}"
+            )
         else:
             lines += [f"skipped episode {path}: {error}" for path, error in found]
     return lines
@@ -253,9 +267,13 @@ def make_replay(
     where = folder if block.store == "disk" else None
     held = rows_held(state) if state else [0] * streams
     copied = sum(named_rows(path) or 0 for path in copies)
-    report(memory.check(min(block.capacity, sum(held) + copied + steps), record(spec).itemsize, where))
+    report(
+        memory.check(min(block.capacity, sum(held) + copied + steps), record(spec).itemsize, where)
+    )
     # A name may be wrong about the rows of what is copied.
-    capacity = block.capacity if copies else min(block.capacity, rows_to_come(max(held), steps, streams))
+    capacity = (
+        block.capacity if copies else min(block.capacity, rows_to_come(max(held), steps, streams))
+    )
     sizes = {"capacity": capacity, "batch": block.batch, "length": block.length, "streams": streams}
     return Replay(spec, **sizes, rng=rng, folder=where)
 
@@ -265,7 +283,9 @@ def make_replay(
 
 def recorded(checkpoint: Path) -> list[Path]:
     """The episodes beside a checkpoint of ours or dreamerv3-torch's, oldest first."""
-    home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    home = (
+        checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    )
     return sorted((home / "train_eps").glob("*.npz"))
 
 
@@ -305,7 +325,9 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     except MemoryError:
         raise
     except OSError as error:
-        raise EpisodeError(f"it cannot be read ({error.strerror or 'no whole npz archive'})") from None
+        raise EpisodeError(
+            f"it cannot be read ({error.strerror or 'no whole npz archive'})"
+        ) from None
     except Exception:  # whatever a damaged or foreign file makes numpy and zipfile raise
         raise EpisodeError("it is damaged: no whole npz archive of arrays") from None
     for key in ("action", "reward"):
@@ -335,13 +357,19 @@ def fit(rows: Rows, spec: Spec, count: int | None) -> Rows:
         if x.shape[1:] != shape or not x.ndim:
             raise EpisodeError(f"{key} has shape {x.shape[1:]}, not {shape}")
         if len(x) != total:
-            raise EpisodeError(f"it has {total} rewards and {len(x)} rows of {key}", f"lengths of {key}")
+            raise EpisodeError(
+                f"it has {total} rewards and {len(x)} rows of {key}", f"lengths of {key}"
+            )
         x = out[key] = cast(key, x, dtype)
         if dtype.kind == "f" and not (finite := np.isfinite(x)).all():
             row = int(np.argwhere(~finite)[0][0])
-            raise EpisodeError(f"{key} is {x[row][~finite[row]].flat[0]} in row {row}", f"{key} is not finite")
+            raise EpisodeError(
+                f"{key} is {x[row][~finite[row]].flat[0]} in row {row}", f"{key} is not finite"
+            )
     if not total or (count is not None and total != count):
-        raise EpisodeError(f"it has {total} rows, not {count or 'at least one'}", "another number of rows")
+        raise EpisodeError(
+            f"it has {total} rows, not {count or 'at least one'}", "another number of rows"
+        )
     return out
 
 

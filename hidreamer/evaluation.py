@@ -82,7 +82,9 @@ def play(
     return Played(ended, videos, problem)
 
 
-def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = None) -> dict[str, float]:
+def scores(
+    episodes: Sequence[Mapping[str, float]], summary: Summary | None = None
+) -> dict[str, float]:
     """``eval_*`` metrics of at least one episode as ``play`` has them: means over the episodes.
 
     A key ``log_x`` becomes ``eval_x``. summary: a suite's metrics of all episodes together, {name:
@@ -91,7 +93,9 @@ def scores(episodes: Sequence[Mapping[str, float]], summary: Summary | None = No
     means = {}
     for key in episodes[0]:
         means[key] = float(np.mean([episode[key] for episode in episodes]))
-    named = {key.removeprefix("log_"): mean for key, mean in means.items()} | dict(summary(episodes) if summary else {})
+    named = {key.removeprefix("log_"): mean for key, mean in means.items()} | dict(
+        summary(episodes) if summary else {}
+    )
     named |= {
         "return": means["return"],
         "return_std": float(np.std([episode["return"] for episode in episodes])),
@@ -145,7 +149,9 @@ def record(
     logger.video(step, "open_loop", open_loop(agent, batch, levels), fps=5)
 
 
-def open_loop(agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context: int = 5) -> np.ndarray:
+def open_loop(
+    agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context: int = 5
+) -> np.ndarray:
     """(T,H,W,3) truth, model and error above each other for six sequences, open loop after
     ``context`` steps.
     """

@@ -18,7 +18,9 @@ class Explorer(nn.Module):
     With dreamerv3-torch's targets and log-disagreement.
     """
 
-    def __init__(self, sizes: Mapping[str, int], act_dim: int, config, behavior: Callable[[], nn.Module]):
+    def __init__(
+        self, sizes: Mapping[str, int], act_dim: int, config, behavior: Callable[[], nn.Module]
+    ):
         """sizes: of every target. config: the block ``expl``. behavior: makes the actor-critic."""
         super().__init__()
         self.config = config

@@ -158,7 +158,9 @@ class Logger:
         even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         # In memory: a codec that cannot write its file says so in a traceback of its own, and
         # leaves half a video.
-        data = iio.imwrite("<bytes>", even, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+        data = iio.imwrite(
+            "<bytes>", even, extension=".mp4", plugin="pyav", codec="libx264", fps=fps
+        )
         temporary = path.with_suffix(".tmp")
         try:
             temporary.write_bytes(data)
@@ -188,7 +190,9 @@ def stack(frames: Iterable[np.ndarray]) -> np.ndarray:
         frame = np.asarray(frame)
         picture = frame[..., None] if frame.ndim == 2 else frame
         if picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
-            raise ValueError(f"a picture has shape {frame.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+            raise ValueError(
+                f"a picture has shape {frame.shape}, not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+            )
         pictures.append(picture[..., :3])
     height = max((picture.shape[0] for picture in pictures), default=0)
     width = max((picture.shape[1] for picture in pictures), default=0)
@@ -230,8 +234,12 @@ class EventFile:
         """movie: (T,H,W,3) uint8, shown as an animated picture."""
         data = iio.imwrite("<bytes>", movie, extension=".gif", duration=1000 / fps, loop=0)
         height, width = movie.shape[1:3]
-        image = self.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-        self._write(step=step, summary=self.Summary(value=[self.Summary.Value(tag=name, image=image)]))
+        image = self.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=data
+        )
+        self._write(
+            step=step, summary=self.Summary(value=[self.Summary.Value(tag=name, image=image)])
+        )
 
     def flush(self) -> None:
         self.writer.flush()
@@ -295,7 +303,9 @@ class Screen:
         """Whether what is shown is old: half a second on a terminal, a minute elsewhere."""
         return time.monotonic() - self.shown > (60.0 if self.bar.disable else 0.5)
 
-    def update(self, step: int, updates: int, losses: Mapping[str, float], score: float | None) -> None:
+    def update(
+        self, step: int, updates: int, losses: Mapping[str, float], score: float | None
+    ) -> None:
         """The state of the run. It is shown if that is ``due``; otherwise it waits for the next
         update or the end.
         """
@@ -303,7 +313,9 @@ class Screen:
         if self.due():
             self._show(*self.latest)
 
-    def _show(self, step: int, updates: int, losses: Mapping[str, float], score: float | None) -> None:
+    def _show(
+        self, step: int, updates: int, losses: Mapping[str, float], score: float | None
+    ) -> None:
         self.shown, self.latest = time.monotonic(), None
         frames, ups = self.rates(step, updates)
         shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())

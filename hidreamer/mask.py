@@ -25,7 +25,9 @@ def rule(kind: str, levels: int) -> Tensor:
     """
     n = levels + 1
     level = torch.arange(n)
-    earlier = level.unsqueeze(1) >= level  # (row, column): a step's positions come in order of level
+    earlier = (
+        level.unsqueeze(1) >= level
+    )  # (row, column): a step's positions come in order of level
     if kind == "causal":
         past = torch.ones(n, n, dtype=torch.bool)
     elif kind == "barrier":
@@ -40,7 +42,9 @@ def rule(kind: str, levels: int) -> Tensor:
     return torch.stack([past, earlier & past if kind == "barrier" else earlier])
 
 
-def attn_mask(rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0) -> Tensor:
+def attn_mask(
+    rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0
+) -> Tensor:
     """(.., Q, K) bool: True where a row may see a column, under ``window`` steps (0: any) back.
 
     ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column``

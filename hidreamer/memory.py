@@ -41,7 +41,9 @@ def anonymous(size: int) -> Any:
         # machine with 8.
         return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     except OSError as error:
-        raise MemoryError(f"the system refuses {gigabytes(size)} of memory ({error.strerror})") from None
+        raise MemoryError(
+            f"the system refuses {gigabytes(size)} of memory ({error.strerror})"
+        ) from None
 
 
 def gigabytes(size: float) -> str:
@@ -63,7 +65,10 @@ def available_memory(root: Path = Path("/")) -> Room | None:
     root: where ``proc`` and ``sys`` lie.
     """
     info = read(root / "proc/meminfo")
-    known = {key: 1024 * int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", info, re.MULTILINE)}
+    known = {
+        key: 1024 * int(value)
+        for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", info, re.MULTILINE)
+    }
     if not {"MemTotal", "MemAvailable"} <= known.keys():
         return None
     rooms = [
@@ -138,7 +143,9 @@ def check(steps: int, size: int, folder: Path | None) -> str:
     remedy = "lower --replay.capacity, the size of images (--env.size) or --steps"
     remedy += ", or set --replay.store disk" if folder is None else ""
     if room is not None and need > room.total:
-        raise MemoryError(f"{text}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}")
+        raise MemoryError(
+            f"{text}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}"
+        )
     if room is not None and need > TIGHT * room.free:
         text += f", of which {gigabytes(room.free)} are free now: if it does not fit, {remedy}"
     return text

@@ -27,7 +27,9 @@ class Means:
 
     def read(self, names: Sequence[str]) -> dict[str, float]:
         """{name: mean} of what was added; {} where that is nothing."""
-        return dict(zip(names, (self.sums / self.count).tolist(), strict=True)) if self.count else {}
+        return (
+            dict(zip(names, (self.sums / self.count).tolist(), strict=True)) if self.count else {}
+        )
 
     def first_broken(self, means: Mapping[str, float]) -> str:
         """The metric that was the first to be not finite, "" if all of ``means`` are finite.
@@ -63,6 +65,9 @@ class EpisodeScores:
             self.sums[key] = np.where(first, 0.0, score) + added
         ended = []
         for i in np.flatnonzero(obs["is_last"]):
-            scores = {f"train_{key.removeprefix('log_')}": float(score[i]) for key, score in self.sums.items()}
+            scores = {
+                f"train_{key.removeprefix('log_')}": float(score[i])
+                for key, score in self.sums.items()
+            }
             ended.append({name: value for name, value in scores.items() if np.isfinite(value)})
         return ended

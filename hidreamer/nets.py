@@ -86,7 +86,9 @@ class Block(nn.Module):
     norm, act: names of ``NORMS`` and ``ACTIVATIONS``.
     """
 
-    def __init__(self, inp: int, out: int, *, bias: bool = False, norm: str = "layer", act: str = "silu"):
+    def __init__(
+        self, inp: int, out: int, *, bias: bool = False, norm: str = "layer", act: str = "silu"
+    ):
         super().__init__()
         self.linear = linear(inp, out, bias=bias)
         if bias:
@@ -179,7 +181,9 @@ class GRUCell(nn.Module):
         return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
 
 
-CELLS = {"gru": GRUCell}  # each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter)
+CELLS = {
+    "gru": GRUCell
+}  # each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter)
 
 
 def make_cell(name: str, inp: int, deter: int, *, norm: str = "layer") -> nn.Module:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 
-def adam(params: Iterable[Tensor], *, lr: float, eps: float, capturable: bool) -> torch.optim.Optimizer:
+def adam(
+    params: Iterable[Tensor], *, lr: float, eps: float, capturable: bool
+) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=capturable)
 
 
@@ -89,7 +91,9 @@ class Optimizer:
         self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
-                self.optim.state[p] = {name: x.detach().clone().to(p.device) for name, x in state[key].items()}
+                self.optim.state[p] = {
+                    name: x.detach().clone().to(p.device) for name, x in state[key].items()
+                }
 
 
 def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
@@ -98,5 +102,7 @@ def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: floa
     Raises ValueError for a name that there is not.
     """
     if kind not in OPTIMIZERS:
-        raise ValueError(f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}")
+        raise ValueError(
+            f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
+        )
     return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)

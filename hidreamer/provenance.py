@@ -23,7 +23,9 @@ def git(*args: str) -> str:
     if ROOT == INSTALLED:  # a repository around an installed package is another project's
         return ""
     try:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         return ""
 

@@ -53,7 +53,9 @@ def per_level(values: list[float], levels: int, name: str) -> list[float]:
     if len(values) == 1:
         return list(values) * levels
     if len(values) < levels:
-        raise ValueError(f"{name} has {len(values)} values for {levels} levels; give one, or one for each")
+        raise ValueError(
+            f"{name} has {len(values)} values for {levels} levels; give one, or one for each"
+        )
     return list(values[:levels])
 
 
@@ -66,7 +68,9 @@ def split_codes(codes: int) -> list[int]:
         found = _factors(codes, count, 8)
         if found:
             return found
-    raise ValueError(f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, 256 is 8 x 8 x 4")
+    raise ValueError(
+        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, 256 is 8 x 8 x 4"
+    )
 
 
 def _factors(number: int, count: int, most: int) -> list[int] | None:
@@ -142,7 +146,9 @@ class Quantizer(nn.Module):
             torch.stack(residuals, -3),
         )
 
-    def _encode_level(self, level: int, residual: Tensor, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_level(
+        self, level: int, residual: Tensor, sample: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(..., G, d) -> code (..., G, d), straight-through, index (..., G), logits (..., G, K)."""
         if self.kind == "fsq":
             return self._encode_fsq(level, residual)
@@ -160,7 +166,9 @@ class Quantizer(nn.Module):
         """Squared distances (..., G, K) of (..., G, d) to a level's codes, in float32 at least."""
         book = dists.wide(self.book[level])  # (G or 1, K, d)
         x = dists.wide(residual)
-        with torch.autocast(x.device.type, enabled=False):  # it would round by more than codes differ
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # it would round by more than codes differ
             cross = torch.einsum("...gd,gkd->...gk", x, book.expand(self.groups, -1, -1))
         return x.square().sum(-1, keepdim=True) - 2.0 * cross + book.square().sum(-1)
 

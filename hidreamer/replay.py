@@ -66,7 +66,9 @@ class Stream:
     memory. Raises MemoryError, OSError.
     """
 
-    def __init__(self, capacity: int, spec: Spec, folder: Path | None = None, extra: Spec | None = None):
+    def __init__(
+        self, capacity: int, spec: Spec, folder: Path | None = None, extra: Spec | None = None
+    ):
         self.capacity, self.spec, self.extra = capacity, spec, extra or {}
         self.added = 0  # rows ever added; the newest lies at (added - 1) % capacity
         self.record = record(spec | self.extra)
@@ -94,7 +96,9 @@ class Stream:
         for key, (shape, dtype) in self.spec.items():
             x = rows[key]
             if x.shape != (count, *shape) or x.dtype != dtype:
-                raise ValueError(f"replay key {key} is {count} x {dtype}{shape}, not {x.dtype}{x.shape}")
+                raise ValueError(
+                    f"replay key {key} is {count} x {dtype}{shape}, not {x.dtype}{x.shape}"
+                )
         done = max(0, count - self.capacity)
         while done < count:
             start = (self.added + done) % self.capacity
@@ -116,7 +120,9 @@ class Stream:
                 what = f"{x.dtype}{x.shape} to {key!r}"
                 raise ValueError(f"replay cannot write {what}; extra columns are {self.extra}")
         if not 0 <= row <= self.added - count:
-            raise ValueError(f"replay cannot write beside rows {row} to {row + count - 1} of {self.added}")
+            raise ValueError(
+                f"replay cannot write beside rows {row} to {row + count - 1} of {self.added}"
+            )
         done = max(0, self.added - len(self) - row)
         while done < count:
             start = (row + done) % self.capacity
@@ -254,7 +260,9 @@ class Replay:
             stream = self.streams[i]
             start = int(row) - (stream.added - len(stream))
             if not 0 <= start <= len(stream) - self.length:
-                raise ValueError(f"rows {row} to {row + self.length - 1} of stream {i} are not in the replay")
+                raise ValueError(
+                    f"rows {row} to {row + self.length - 1} of stream {i} are not in the replay"
+                )
             stream.prefetch(start, self.length)
             starts.append((stream, start))
         shape, spec = (len(starts), self.length), self.spec | self.streams[0].extra

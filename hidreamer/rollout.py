@@ -59,7 +59,9 @@ class Carry(NamedTuple):
             return None
         return [KV(*kv) for kv in zip(self.keys.unbind(1), self.values.unbind(1), strict=True)]
 
-    def extend(self, keys: Tensor, values: Tensor, segment: Tensor, deter: Tensor, stoch: Tensor) -> Carry:
+    def extend(
+        self, keys: Tensor, values: Tensor, segment: Tensor, deter: Tensor, stoch: Tensor
+    ) -> Carry:
         """The sequences with T more steps, at whose last one they now are.
 
         keys, values: (B, layers, h, T * (L + 1), d), rotated to this carry's time; segment: (B,
@@ -94,9 +96,15 @@ class Carry(NamedTuple):
         if not steps:
             return self
         count = min(count, steps)
-        index = self.where.unsqueeze(1) + torch.arange(1 - count, 1, device=self.where.device)  # (N, count)
+        index = self.where.unsqueeze(1) + torch.arange(
+            1 - count, 1, device=self.where.device
+        )  # (N, count)
         cached, index = index >= 0, index.clamp(min=0)
-        rows = torch.arange(batch, device=index.device).repeat_interleave(len(self.where) // batch).unsqueeze(1)
+        rows = (
+            torch.arange(batch, device=index.device)
+            .repeat_interleave(len(self.where) // batch)
+            .unsqueeze(1)
+        )
 
         def copies(x: Tensor) -> Tensor:
             x = x.unflatten(-2, (steps, -1))[rows, :, :, index]  # (N, count, layers, h, L + 1, d)
@@ -159,7 +167,9 @@ class Rollout:
         self.own = Layout.of(horizon, self.levels, 1, where.device)
         rows = self.own.time, self.own.level
         self.own_mask = attn_mask(rules, rows, rows, window)  # (O, O)
-        self.rope = rotary(self.start + self.own.time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
+        self.rope = rotary(
+            self.start + self.own.time, transformer.head_dim, carry.deter.dtype
+        )  # (B, n, O, 2, d / 2)
         self.own_kv = transformer.branches(len(self.own.time))
         self.time, self.level, self.length = (
             0,
@@ -210,11 +220,16 @@ class Rollout:
         """
         count = rows.stop - rows.start
         if (self.level, count) not in self.prefixes:
-            slots = max(self.slots[self.level : self.level + count]) if self.time else self.levels + 1
-            time, level, visible = (
-                first_slots(x, self.levels + 1, slots) for x in (self.cached.time, self.cached.level, self.visible)
+            slots = (
+                max(self.slots[self.level : self.level + count]) if self.time else self.levels + 1
             )
-            mask = attn_mask(self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level))
+            time, level, visible = (
+                first_slots(x, self.levels + 1, slots)
+                for x in (self.cached.time, self.cached.level, self.visible)
+            )
+            mask = attn_mask(
+                self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level)
+            )
             self.prefixes[self.level, count] = Prefix(
                 self._piece(slots), mask & visible.unsqueeze(2), (self.start - time).unsqueeze(2)
             )
@@ -235,12 +250,18 @@ class Rollout:
         if self.queue:
             with torch.set_grad_enabled(self.graph):  # as for all rows before
                 self._run()
-        layers = zip(*(own.kv for own in self.own_kv), strict=True)  # all keys (B, h, n, O, d), all values
-        keys, values = (torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers)  # (N, layers, h, O, d)
+        layers = zip(
+            *(own.kv for own in self.own_kv), strict=True
+        )  # all keys (B, h, n, O, d), all values
+        keys, values = (
+            torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers
+        )  # (N, layers, h, O, d)
         past = self.origin.unshared(max(self.window - self.horizon, 0))
         back = rotary(-self.start.view(-1, 1, 1), keys.shape[-1], keys.dtype)
         segment = past.segment.new_zeros(len(keys), self.horizon)
-        return past.extend(rotate(keys, back), values, segment, deter, stoch).last_steps(self.window)
+        return past.extend(rotate(keys, back), values, segment, deter, stoch).last_steps(
+            self.window
+        )
 
 
 class RolloutCarry(NamedTuple):

@@ -23,7 +23,9 @@ def random_rows(
         if kind == np.float32:
             rows[key] = rng.standard_normal(shape, kind)
         else:
-            rows[key] = rng.integers(0, 256 if kind == np.uint8 else 2, shape, np.uint8).astype(kind)
+            rows[key] = rng.integers(0, 256 if kind == np.uint8 else 2, shape, np.uint8).astype(
+                kind
+            )
     rows["prev_action"] = random_action(act_space, batch * length, rng).reshape(batch, length, -1)
     rows["reward"] = rng.standard_normal((batch, length), np.float32)
     rows["is_first"] = np.zeros((batch, length), bool)
@@ -37,4 +39,6 @@ def random_action(space: spaces.Space, count: int, rng: np.random.Generator) -> 
     if isinstance(space, spaces.Box):
         return rng.uniform(-1.0, 1.0, (count, *space.shape)).astype(np.float32)
     widths = [int(space.n)] if isinstance(space, spaces.Discrete) else list(map(int, space.nvec))
-    return np.concatenate([np.eye(n, dtype=np.float32)[rng.integers(0, n, count)] for n in widths], -1)
+    return np.concatenate(
+        [np.eye(n, dtype=np.float32)[rng.integers(0, n, count)] for n in widths], -1
+    )

@@ -132,7 +132,9 @@ class Layer(nn.Module):
 MASKED = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
 
 
-def attend(q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None
+) -> Tensor:
     """Softmax attention of q (B,h,n,Q,d) over a shared prefix and a branch's own positions.
 
     -> (B,h,n,Q,d). prefix (B,h,P,d), own (B,h,n,O,d); prefix_mask (B,n,Q,P) and own_mask (..,Q,O)
@@ -174,7 +176,9 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         if width % heads or (width // heads) % 2:
-            raise ValueError(f"width {width} must be heads ({heads}) times an even number, for rotary positions")
+            raise ValueError(
+                f"width {width} must be heads ({heads}) times an even number, for rotary positions"
+            )
         self.heads, self.head_dim = heads, width // heads
         self.layers = nn.ModuleList()
         for _ in range(layers):

@@ -34,10 +34,16 @@ def build(checkpoint: Path, config: Path, batch: dict[str, np.ndarray]) -> model
     theirs = json.loads(config.read_text())
     obs = {k: x for k, x in batch.items() if k not in NOT_OBSERVED}
     box = lambda x: (
-        spaces.Box(0, 255, x.shape[2:], x.dtype) if x.dtype == np.uint8 else spaces.Box(-np.inf, np.inf, x.shape[2:])
+        spaces.Box(0, 255, x.shape[2:], x.dtype)
+        if x.dtype == np.uint8
+        else spaces.Box(-np.inf, np.inf, x.shape[2:])
     )
     actions = batch["action"].shape[-1]
-    act_space = spaces.Discrete(actions) if theirs["actor"]["dist"] == "onehot" else spaces.Box(-1, 1, (actions,))
+    act_space = (
+        spaces.Discrete(actions)
+        if theirs["actor"]["dist"] == "onehot"
+        else spaces.Box(-1, 1, (actions,))
+    )
     ours = tools.load_config([], legacy.config(theirs, {k: x.shape[2:] for k, x in obs.items()}))
     agent = models.Agent({k: box(x) for k, x in obs.items()}, act_space, actions, ours)
     state = load_checkpoint(checkpoint)
@@ -48,7 +54,11 @@ def build(checkpoint: Path, config: Path, batch: dict[str, np.ndarray]) -> model
 @torch.no_grad()
 def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Everything that upstream's fixtures name."""
-    raw = {k: torch.from_numpy(x) for k, x in batch.items() if k not in ("action", "discount", "logprob")}
+    raw = {
+        k: torch.from_numpy(x)
+        for k, x in batch.items()
+        if k not in ("action", "discount", "logprob")
+    }
     obs = networks.prepare(raw | {"prev_action": torch.from_numpy(batch["action"])})
     wm, behavior = agent.world_model, agent.behavior
     _, post, embed = wm.observe(obs, sample=False)
@@ -79,12 +89,16 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
     else:
         out |= {"actor_mean": policy.loc, "actor_std": policy.std}
     for key, dist in wm.decoder(x).items():
-        out[f"decoder_{key}_mode"] = dist.mode() + (0.5 if key in wm.decoder.kinds["image"] else 0.0)
+        out[f"decoder_{key}_mode"] = dist.mode() + (
+            0.5 if key in wm.decoder.kinds["image"] else 0.0
+        )
     return out
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m legacy.check", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m legacy.check", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("checkpoint", type=Path, help="upstream's latest.pt")
     for name, what in (
         ("config", "its resolved config"),
@@ -94,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
     args = parser.parse_args(argv)
     try:
-        batch, expected = (dict(np.load(path, allow_pickle=False)) for path in (args.batch, args.expected))
+        batch, expected = (
+            dict(np.load(path, allow_pickle=False)) for path in (args.batch, args.expected)
+        )
         ours = outputs(build(args.checkpoint, args.config, batch), batch)
     except (
         OSError,
@@ -112,7 +128,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:24s} not computed here")
             worst = np.inf
             continue
-        diff = np.abs(ours[name].numpy() - theirs).max() if ours[name].shape == theirs.shape else np.inf
+        diff = (
+            np.abs(ours[name].numpy() - theirs).max()
+            if ours[name].shape == theirs.shape
+            else np.inf
+        )
         worst = max(worst, diff) if np.isfinite(diff) else np.inf
         print(
             f"{name:24s} {diff:.2e}"

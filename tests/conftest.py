@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core make a test ten times as slow
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # threads that wait for a busy core make a test ten times as slow
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -25,7 +25,9 @@ def run(logdir, *args):
 
 def records(logdir):
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
+    ]
 
 
 def steps_of(name, logdir):

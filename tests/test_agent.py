@@ -30,7 +30,9 @@ ACTIONS = {
 
 
 def make(obs=VECTOR, act="discrete", batch=2, length=8, **overrides):
-    config = tools.load_config(["debug"], {"replay.batch": batch, "replay.length": length, **overrides})
+    config = tools.load_config(
+        ["debug"], {"replay.batch": batch, "replay.length": length, **overrides}
+    )
     space = ACTIONS[act]
     dim = {"discrete": 3, "multi": 5, "continuous": 2}[act]
     agent = models.Agent(obs, space, dim, config)
@@ -66,7 +68,9 @@ def test_each_optimiser_changes_its_own_part():
         before = copy.deepcopy(agent.state_dict())
         agent.update(batch)
         agent.update(batch)
-        part = {"model": "world_model.", "actor": "behavior.actor.", "critic": "behavior.critic."}[only]
+        part = {"model": "world_model.", "actor": "behavior.actor.", "critic": "behavior.critic."}[
+            only
+        ]
         moved = {
             key
             for key in changed(before, agent.state_dict())
@@ -85,7 +89,9 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
     x = torch.randn(2, 9, 9, 3)
     loss = lambda conv: conv(x.permute(0, 3, 1, 2)).square().sum()
     grad = torch.autograd.grad(loss(ours), ours.weight)[0]
-    assert grad.stride() != ours.weight.stride(), "this test needs a gradient that lies otherwise than its weight"
+    assert grad.stride() != ours.weight.stride(), (
+        "this test needs a gradient that lies otherwise than its weight"
+    )
     for _ in range(3):
         optimizer.step(loss(ours))
         reference.zero_grad()
@@ -98,9 +104,15 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_the_model_learns_to_show_an_image(scrambled):
     """A checkerboard is learned by heart; not by the broken twin, whose convolutions get gradients out of order."""
-    agent, batch = make({"image": EVERYTHING["image"]}, **{"model.lr": 3e-3, "encoder.depth": 8, "decoder.depth": 8})
-    odd = (torch.arange(16) // 4 + torch.arange(16).unsqueeze(1) // 4).unsqueeze(-1) % 2  # (16, 16, 1)
-    batch["image"][:] = torch.where(odd.bool(), torch.tensor([20, 200, 90]), torch.tensor([230, 30, 60])).byte()
+    agent, batch = make(
+        {"image": EVERYTHING["image"]}, **{"model.lr": 3e-3, "encoder.depth": 8, "decoder.depth": 8}
+    )
+    odd = (torch.arange(16) // 4 + torch.arange(16).unsqueeze(1) // 4).unsqueeze(
+        -1
+    ) % 2  # (16, 16, 1)
+    batch["image"][:] = torch.where(
+        odd.bool(), torch.tensor([20, 200, 90]), torch.tensor([230, 30, 60])
+    ).byte()
     for p in agent.world_model.parameters():
         if scrambled and p.ndim == 4:
             order = torch.randperm(p.numel())
@@ -134,7 +146,10 @@ def test_the_counter_sees_host_reads():
 def test_products_inside_fused_attention_count(device):
     """Two forward; backward four, and the scores once more, of which nothing is kept."""
     q, k, v = (torch.randn(2, 4, 8, 16, device=device, requires_grad=True) for _ in range(3))
-    seen, product = torch.ones(2, 1, 8, 8, dtype=torch.bool, device=device), 2 * (2 * 4 * 8 * 8 * 16)
+    seen, product = (
+        torch.ones(2, 1, 8, 8, dtype=torch.bool, device=device),
+        2 * (2 * 4 * 8 * 8 * 16),
+    )
     attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
     assert cost.flops(attend) == 2 * product
     assert cost.flops(lambda: attend().sum().backward()) == 7 * product
@@ -161,7 +176,9 @@ def dream(agent, batch):
 
 def actor_gradient(agent, dreamt, rew):
     loss, _, _ = agent.behavior.losses(dreamt, rew)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.behavior.actor.parameters()))])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, list(agent.behavior.actor.parameters()))]
+    )
 
 
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
@@ -219,7 +236,9 @@ def test_truncation_is_not_termination():
     """Only is_terminal teaches the continue head that an episode ends."""
     agent, batch = make()
     targets = []
-    agent.world_model.cont.forward = lambda x: type("Cont", (), {"log_prob": lambda self, y: targets.append(y) or y})()
+    agent.world_model.cont.forward = lambda x: type(
+        "Cont", (), {"log_prob": lambda self, y: targets.append(y) or y}
+    )()
     batch["is_terminal"][0, 3] = True
     agent.world_model.loss(networks.prepare(batch))
     assert torch.equal(targets[0], 1.0 - batch["is_terminal"].float())
@@ -268,7 +287,8 @@ def test_other_sizes_are_refused_with_both_shapes():
 
 
 @pytest.mark.parametrize(
-    ("target", "action_cond"), [("embed", "true"), ("stoch", "false"), ("deter", "true"), ("feat", "false")]
+    ("target", "action_cond"),
+    [("embed", "true"), ("stoch", "false"), ("deter", "true"), ("feat", "false")],
 )
 def test_plan2explore(target, action_cond):
     overrides = {
@@ -279,7 +299,9 @@ def test_plan2explore(target, action_cond):
         "model.lr": 1e-3,
     }
     agent, batch = make(**overrides, **{"expl.behavior": "plan2explore"})
-    losses = [dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False)) for _ in range(40)]
+    losses = [
+        dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False)) for _ in range(40)
+    ]
     assert losses[-1]["expl_model_loss"] < losses[1]["expl_model_loss"]
     assert {"expl_actor_loss", "expl_critic_grad_norm", "actor_loss"} < losses[-1].keys()
     obs = {key: batch[key][:, 0] for key in ("vector", "is_first")}
@@ -305,7 +327,10 @@ def test_acting(act):
     kept = copy.deepcopy(state)
     greedy = [torch.manual_seed(3) and agent.act(state, obs, "greedy").action for _ in range(2)]
     assert torch.equal(*greedy)
-    assert all(torch.equal(x, y) for x, y in zip((*state.carry, state.action), (*kept.carry, kept.action), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip((*state.carry, state.action), (*kept.carry, kept.action), strict=True)
+    )
     samples = torch.stack([agent.act(state, obs).action for _ in range(20)])
     assert samples.std(0).max() > 0
     assert (samples.abs() <= 1).all()
@@ -346,7 +371,9 @@ def test_open_loop_shows_truth_then_dreams():
     assert torch.equal(a["image"], b["image"])
 
 
-@pytest.mark.parametrize("preset", ["hdreamer", "hdreamer_asymmetric", "hidreamer", "hidreamer_spatial"])
+@pytest.mark.parametrize(
+    "preset", ["hdreamer", "hdreamer_asymmetric", "hidreamer", "hidreamer_spatial"]
+)
 def test_large_presets_act_and_learn_at_their_sizes(preset):
     shape = {"replay.batch": 1, "replay.length": 4, "imag.horizon": 2, "imag.starts": 2}
     config = tools.load_config([preset], shape)
@@ -358,15 +385,22 @@ def test_large_presets_act_and_learn_at_their_sizes(preset):
     assert metrics.isfinite().all()
     loss = agent.metric_names.index("image_loss")
     assert metrics[2, loss] < metrics[0, loss]  # of the same four frames
-    assert agent.act(agent.initial(1), {key: batch[key][:, 0] for key in ("image", "is_first")}).action.shape == (1, 6)
+    assert agent.act(
+        agent.initial(1), {key: batch[key][:, 0] for key in ("image", "is_first")}
+    ).action.shape == (1, 6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["rssm", "hrvq"])
 def test_captured_update_equals_eager(kind, monkeypatch):
     """With the same draws the recorded graph computes what the eager update computes."""
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # compiled code would draw other numbers
-    few = {"dynamics.type": kind, "imag.horizon": 2}  # rounding may turn a draw: the more of them, the likelier
+    monkeypatch.setattr(
+        "torch._inductor.config.fallback_random", True
+    )  # compiled code would draw other numbers
+    few = {
+        "dynamics.type": kind,
+        "imag.horizon": 2,
+    }  # rounding may turn a draw: the more of them, the likelier
     runs = []
     for compiled in ("off", "on"):
         torch.manual_seed(0)

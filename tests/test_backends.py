@@ -45,7 +45,14 @@ def one_cluster():
 
 def job(folder, script, steps=1):
     """A shell script that is done when it has left a file "done"."""
-    return Job(folder.name, ["sh", "-c", f"cd {folder} && {script}"], folder, steps, (folder / "done").exists, {})
+    return Job(
+        folder.name,
+        ["sh", "-c", f"cd {folder} && {script}"],
+        folder,
+        steps,
+        (folder / "done").exists,
+        {},
+    )
 
 
 def wait_for(path):
@@ -75,7 +82,12 @@ def test_ends_and_signals_are_passed_on(name, make, tmp_path):
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert Matrix([first, second], backend, console).run() == signal.SIGTERM
-    assert (first.state, first.attempts, second.state, second.attempts) == ("stopped", 1, "stopped", 0)
+    assert (first.state, first.attempts, second.state, second.attempts) == (
+        "stopped",
+        1,
+        "stopped",
+        0,
+    )
     wait_for(first.folder / "tidied")  # submitit's local executor does not wait for what it cancels
     assert (first.folder / "tidied").exists()
 
@@ -102,11 +114,22 @@ def test_a_run_that_ends_well_but_early_has_failed(make, tmp_path):
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_a_matrix_on_a_cluster(name, tmp_path, capsys):
     needs(name)
-    args = ["--configs", "debug", "--task", "dummy_vector", "--steps", "80", "--models", "tiny_dreamerv3"]
+    args = [
+        "--configs",
+        "debug",
+        "--task",
+        "dummy_vector",
+        "--steps",
+        "80",
+        "--models",
+        "tiny_dreamerv3",
+    ]
     args += ["--seeds", "2", "--jobs", "2", "--logdir", str(tmp_path)]
     assert run_comparison.main([*args, "--backend", name]) == 0
     report = json.loads((tmp_path / "summary.json").read_text())
-    assert [(r["seed"], r["status"], r["steps"]) for r in report["runs"]] == [(i, "complete", 80) for i in (0, 1)]
+    assert [(r["seed"], r["status"], r["steps"]) for r in report["runs"]] == [
+        (i, "complete", 80) for i in (0, 1)
+    ]
 
 
 def test_gpus_are_shared_evenly(tmp_path, monkeypatch):

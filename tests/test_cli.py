@@ -15,7 +15,18 @@ from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.dynamics import TYPES
 
-QUICK = ["--steps", "60", "--log_every", "30", "--eval_every", "60", "--checkpoint_every", "60", "--eval_episodes", "1"]
+QUICK = [
+    "--steps",
+    "60",
+    "--log_every",
+    "30",
+    "--eval_every",
+    "60",
+    "--checkpoint_every",
+    "60",
+    "--eval_episodes",
+    "1",
+]
 
 
 def run(logdir, *args):
@@ -28,7 +39,14 @@ def records(logdir):
 
 TASKS = {
     "atari_pong": ["--env.action_repeat", 4, "--steps", 240, "--env.time_limit", 80],
-    "dmc_cartpole_balance": ["--env.dmc.image", "false", "--env.dmc.proprio", "true", "--env.time_limit", 40],
+    "dmc_cartpole_balance": [
+        "--env.dmc.image",
+        "false",
+        "--env.dmc.proprio",
+        "true",
+        "--env.time_limit",
+        40,
+    ],
     "crafter_reward": ["--env.time_limit", 30],
     "vizdoom_basic": ["--env.action_repeat", 4, "--steps", 240, "--env.time_limit", 80],
     "minatar_freeway": ["--env.time_limit", 30],
@@ -41,14 +59,24 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_suite_trains_evaluates_and_saves(task, tmp_path, capsys):
-    module = {"crafter": "crafter", "vizdoom": "vizdoom", "dmc": "dm_control"}.get(task.split("_")[0], "numpy")
+    module = {"crafter": "crafter", "vizdoom": "vizdoom", "dmc": "dm_control"}.get(
+        task.split("_")[0], "numpy"
+    )
     pytest.importorskip(module)
     assert run(tmp_path, "--task", task, *QUICK, "--env.action_repeat", 1, *TASKS[task]) == 0
     out = capsys.readouterr().out
     assert "checkpoint:" in out and "continue:   python dreamer.py" in out
     found = records(tmp_path)
     keys = {key for record in found for key in record}
-    assert {"step", "model_loss", "kl_0", "actor_loss", "eval_return", "train_return", "train_length"} <= keys
+    assert {
+        "step",
+        "model_loss",
+        "kl_0",
+        "actor_loss",
+        "eval_return",
+        "train_return",
+        "train_length",
+    } <= keys
     assert all(np.isfinite(value) for record in found for value in record.values())
     assert [record["step"] for record in found] == sorted(record["step"] for record in found)
     assert list((tmp_path / "videos").glob("*-agent.mp4"))
@@ -58,7 +86,20 @@ def test_every_suite_trains_evaluates_and_saves(task, tmp_path, capsys):
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_every_dynamics_trains_on_vectors_and_images(kind, tmp_path):
     for task in ("dummy_vector", "dummy_image"):
-        assert run(tmp_path / task, "--task", task, *QUICK, "--env.size", 16, 16, "--dynamics.type", kind) == 0
+        assert (
+            run(
+                tmp_path / task,
+                "--task",
+                task,
+                *QUICK,
+                "--env.size",
+                16,
+                16,
+                "--dynamics.type",
+                kind,
+            )
+            == 0
+        )
 
 
 def test_the_folder_holds_what_the_contract_says(tmp_path):
@@ -84,7 +125,9 @@ def test_tensorboard_has_the_same_names(tmp_path):
     ours = {key for record in records(tmp_path) for key in record} - {"step"}
     assert set(board.Tags()["scalars"]) == ours
     assert set(board.Tags()["images"]) == {"agent", "open_loop"}
-    (loss,) = [record for record in records(tmp_path) if record["step"] >= 60 and "model_loss" in record][-1:]
+    (loss,) = [
+        record for record in records(tmp_path) if record["step"] >= 60 and "model_loss" in record
+    ][-1:]
     assert board.Scalars("model_loss")[-1].value == pytest.approx(loss["model_loss"], rel=1e-5)
 
 
@@ -94,7 +137,11 @@ def test_videos_are_videos(tmp_path):
     assert run(tmp_path, "--task", "dummy_image", *QUICK, "--env.size", 16, 16) == 0
     (path,) = (tmp_path / "videos").glob("*-open_loop.mp4")
     frames = iio.imread(path, plugin="pyav")
-    assert len(frames) == 8 and frames.shape[1:] == (3 * 16 * 8, 2 * 16 * 8, 3)  # 2 sequences of 8 steps, enlarged 8x
+    assert len(frames) == 8 and frames.shape[1:] == (
+        3 * 16 * 8,
+        2 * 16 * 8,
+        3,
+    )  # 2 sequences of 8 steps, enlarged 8x
     truth, model = frames[0][: 16 * 8].astype(int), frames[0][16 * 8 : 2 * 16 * 8].astype(int)
     assert truth.std() > 5 and abs(truth - model).mean() > 1  # hardly trained: they differ
 
@@ -104,8 +151,14 @@ def test_levels_are_shown_when_asked_for(tmp_path):
 
     task = ["--task", "dummy_image", *QUICK, "--env.size", 16, 16, "--decode-levels"]
     assert run(tmp_path / "flat", *task) == 0
-    assert run(tmp_path / "two", *task, "--dynamics.type", "hrssm", "--dynamics.hrssm.stoch", 2, 3) == 0
-    for kind, rows in (("flat", (3, 2)), ("two", (4, 3))):  # truth, model, error, top; truth, model, top
+    assert (
+        run(tmp_path / "two", *task, "--dynamics.type", "hrssm", "--dynamics.hrssm.stoch", 2, 3)
+        == 0
+    )
+    for kind, rows in (
+        ("flat", (3, 2)),
+        ("two", (4, 3)),
+    ):  # truth, model, error, top; truth, model, top
         for name, count in zip(("open_loop", "levels"), rows, strict=True):
             (path,) = (tmp_path / kind / "videos").glob(f"*-{name}.mp4")
             assert iio.imread(path, plugin="pyav").shape[1] == count * 16 * 8
@@ -113,11 +166,29 @@ def test_levels_are_shown_when_asked_for(tmp_path):
 
 def test_capacity_prints_presets_side_by_side(capsys):
     assert (
-        dreamer.main(["--configs", "debug", "tiny_hdreamer", "--capacity", "tiny_dreamerv3", "--task", "dummy_image"])
+        dreamer.main(
+            [
+                "--configs",
+                "debug",
+                "tiny_hdreamer",
+                "--capacity",
+                "tiny_dreamerv3",
+                "--task",
+                "dummy_image",
+            ]
+        )
         == 0
     )
     out = capsys.readouterr().out
-    words = ("bits", "feature", "FLOPs per update", "kernels", "parameters world_model", "tiny_hdreamer", "4 + 8")
+    words = (
+        "bits",
+        "feature",
+        "FLOPs per update",
+        "kernels",
+        "parameters world_model",
+        "tiny_hdreamer",
+        "4 + 8",
+    )
     assert all(word in out for word in words)
     assert dreamer.main(["--configs", "tiny_hdreamer", "--capacity", "tiny_dreamer"]) == 2
 
@@ -141,15 +212,24 @@ WRONG = {
     "no value": (["--steps"], "needs a value"),
     "stray word": (["train"], "unexpected"),
     "sizes": (["--env.size", "60", "60"], "both encoder.minres and decoder.minres"),
-    "no square": (["--env.size", "64", "32"], "env.size, or both encoder.minres and decoder.minres"),
+    "no square": (
+        ["--env.size", "64", "32"],
+        "env.size, or both encoder.minres and decoder.minres",
+    ),
     "one size": (["--env.size", "64"], "env.size is height and width"),
     "three sizes": (["--env.size", "64", "64", "3"], "env.size is height and width"),
     "no size": (["--env.size", "0", "64"], "env.size"),
     "no number": (["--env.size", "64x64"], "env.size"),
-    "no expression": (["--encoder.keys", "image|("], "encoder.keys is 'image|(', which is no regular expression"),
+    "no expression": (
+        ["--encoder.keys", "image|("],
+        "encoder.keys is 'image|(', which is no regular expression",
+    ),
     "nor here": (["--decoder.keys", "*"], "decoder.keys is '*', which is no regular expression"),
     "empty expression": (["--encoder.keys", ""], "no observation matches encoder.keys ''"),
-    "nor there": (["--decoder.keys", "pixels"], "no observation matches decoder.keys 'pixels'; the task has image"),
+    "nor there": (
+        ["--decoder.keys", "pixels"],
+        "no observation matches decoder.keys 'pixels'; the task has image",
+    ),
     "bad policy": (["--env.invalid", "skip"], "stop, truncate"),
     "no device": (["--device", "cuda"], "CUDA"),
     "no checkpoint": (["--resume", "/nowhere/latest.pt"], "/nowhere/latest.pt"),
@@ -164,7 +244,10 @@ def test_wrong_arguments_are_one_line_and_status_2(name, tmp_path, capsys, monke
         pytest.importorskip("vizdoom")
     args, hint = WRONG[name]
     monkeypatch.chdir(tmp_path)
-    assert dreamer.main([*args, "--logdir", str(tmp_path / "run")] if name != "stray word" else args) == 2
+    assert (
+        dreamer.main([*args, "--logdir", str(tmp_path / "run")] if name != "stray word" else args)
+        == 2
+    )
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and hint in err
     assert not list(tmp_path.iterdir())  # nothing was begun
@@ -196,7 +279,9 @@ def test_help_shows_every_key_with_its_sentence(capsys):
 def test_a_reader_that_leaves_is_no_error(script):
     """As with --help | head."""
     command = [sys.executable, str(ROOT / script), "--help"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 1
 
@@ -207,8 +292,18 @@ def test_no_arguments_show_the_help_and_fail(capsys):
 
 
 def test_as_a_program(tmp_path):
-    command = [sys.executable, str(ROOT / "dreamer.py"), "--configs", "debug", "--task", "dummy_vector", *QUICK]
-    result = subprocess.run([*command, "--logdir", str(tmp_path)], capture_output=True, text=True, cwd="/", timeout=120)
+    command = [
+        sys.executable,
+        str(ROOT / "dreamer.py"),
+        "--configs",
+        "debug",
+        "--task",
+        "dummy_vector",
+        *QUICK,
+    ]
+    result = subprocess.run(
+        [*command, "--logdir", str(tmp_path)], capture_output=True, text=True, cwd="/", timeout=120
+    )
     assert result.returncode == 0 and result.stderr == ""
 
 
@@ -216,15 +311,33 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
     """Runs that between them use everything; a key that none of them reads is dead."""
     made = []
     original = tools.load_config
-    monkeypatch.setattr(tools, "load_config", lambda *args: made.append(original(*args)) or made[-1])
-    runs = [["--task", "dummy_image", "--env.size", 16, 16, "--dynamics.type", kind] for kind in TYPES]
-    runs.append(["--task", "dummy_continuous", "--expl.behavior", "plan2explore", "--expl.units", 8])
+    monkeypatch.setattr(
+        tools, "load_config", lambda *args: made.append(original(*args)) or made[-1]
+    )
+    runs = [
+        ["--task", "dummy_image", "--env.size", 16, 16, "--dynamics.type", kind] for kind in TYPES
+    ]
+    runs.append(
+        ["--task", "dummy_continuous", "--expl.behavior", "plan2explore", "--expl.units", 8]
+    )
     for i, args in enumerate(runs):
         assert run(tmp_path / str(i), *args, *QUICK) == 0
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
     # The suites take their own blocks; each of these is an argument of the suite's class, which Python checks.
-    suites = {key for key in keys if key.startswith(("env.atari.", "env.dmc.", "env.gym.", "env.minatar."))}
-    assert sorted(keys - read - suites - {"env.size", "env.action_repeat", "env.time_limit", "env.invalid"}) == []
+    suites = {
+        key
+        for key in keys
+        if key.startswith(("env.atari.", "env.dmc.", "env.gym.", "env.minatar."))
+    }
+    assert (
+        sorted(
+            keys
+            - read
+            - suites
+            - {"env.size", "env.action_repeat", "env.time_limit", "env.invalid"}
+        )
+        == []
+    )
 
 
 def test_starting_from_another_run(tmp_path, capsys):
@@ -266,7 +379,17 @@ def test_resuming_a_run_by_its_folder(tmp_path, capsys):
 def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path, capsys):
     assert run(tmp_path / "a", "--task", "dummy_vector", *QUICK) == 0
     assert (
-        run(tmp_path / "b", "--task", "dummy_vector", *QUICK, "--critic.net.units", 17, "--resume", tmp_path / "a") == 2
+        run(
+            tmp_path / "b",
+            "--task",
+            "dummy_vector",
+            *QUICK,
+            "--critic.net.units",
+            17,
+            "--resume",
+            tmp_path / "a",
+        )
+        == 2
     )
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "behavior.critic" in err and "(17," in err and "(16," in err

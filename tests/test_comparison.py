@@ -15,7 +15,18 @@ from hidreamer import checkpoint
 from hidreamer.provenance import provenance
 
 MODELS = ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"]
-QUICK = ["--configs", "debug", "--task", "dummy_vector", "--steps", "160", "--log_every", "20", "--eval_every", "1000"]
+QUICK = [
+    "--configs",
+    "debug",
+    "--task",
+    "dummy_vector",
+    "--steps",
+    "160",
+    "--log_every",
+    "20",
+    "--eval_every",
+    "1000",
+]
 QUICK += ["--checkpoint_every", "40", "--jobs", "2"]
 
 # Python reads this file when it starts: it makes a run die as the plan says, once it has a checkpoint.
@@ -90,8 +101,17 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert "continuing" in killed.with_suffix(".log").read_text()
     assert steps_logged(killed) == sorted(steps_logged(killed)) and steps_logged(killed)[-1] == 160
     for row in report["runs"]:
-        assert row["steps"] == 160 and row["peak_mb"] > 50 and row["wall_s"] > 0 and row["updates_per_s"] > 0
-        assert np.isfinite(row["final_return"]) and row["commit"] != "unknown" and row["eval_returns"][-1][0] == 160
+        assert (
+            row["steps"] == 160
+            and row["peak_mb"] > 50
+            and row["wall_s"] > 0
+            and row["updates_per_s"] > 0
+        )
+        assert (
+            np.isfinite(row["final_return"])
+            and row["commit"] != "unknown"
+            and row["eval_returns"][-1][0] == 160
+        )
     assert report["capacity"]["tiny_hdreamer"]["bits"] == 60.0
 
 
@@ -113,7 +133,10 @@ def test_ctrl_c_leaves_everything_resumable(tmp_path, capsys):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     first = folder / "dummy_vector" / "tiny_dreamerv3" / "0"
     deadline = time.monotonic() + 60
-    while not (first / "checkpoints" / "running-000000000080.npz").exists() and time.monotonic() < deadline:
+    while (
+        not (first / "checkpoints" / "running-000000000080.npz").exists()
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
@@ -176,7 +199,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(name, tmp_path, capsys):
     args, says = BAD[name]
-    status = run_comparison.main(["--configs", "debug", "--task", "dummy_vector", "--logdir", str(tmp_path), *args])
+    status = run_comparison.main(
+        ["--configs", "debug", "--task", "dummy_vector", "--logdir", str(tmp_path), *args]
+    )
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and says in err, err
     assert not list(tmp_path.iterdir())
@@ -184,10 +209,20 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
 
 def test_an_unfair_comparison_is_refused(tmp_path, capsys):
     """crafter's preset has larger heads than tiny_dreamerv3."""
-    args = ["--models", "tiny_dreamerv3", "crafter", "--task", "dummy_vector", "--logdir", str(tmp_path)]
+    args = [
+        "--models",
+        "tiny_dreamerv3",
+        "crafter",
+        "--task",
+        "dummy_vector",
+        "--logdir",
+        str(tmp_path),
+    ]
     assert run_comparison.main(args) == 2
     err = capsys.readouterr().err
-    assert "actor.net.layers: 2 (tiny_dreamerv3), 5 (crafter)" in err and "--allow-differences" in err
+    assert (
+        "actor.net.layers: 2 (tiny_dreamerv3), 5 (crafter)" in err and "--allow-differences" in err
+    )
     assert "dynamics." not in err and not list(tmp_path.iterdir())
 
 

@@ -37,13 +37,20 @@ def test_after_a_failed_compilation_all_is_as_without(kind):
     agent, _ = make(EVERYTHING, **{"dynamics.type": kind, "dynamics.hrvq.posterior": "nearest"})
     agent.load_state_dict(eager.state_dict())
     fast = capture.FastUpdate(agent, lambda: break_actor(agent), capture=False)
-    with pytest.warns(RuntimeWarning, match=r"cannot compile .*--compile off.*: no compiler$") as seen:
+    with pytest.warns(
+        RuntimeWarning, match=r"cannot compile .*--compile off.*: no compiler$"
+    ) as seen:
         found = updates(agent, batch, fast)
     assert len(seen) == 1
     assert torch.equal(found, updates(eager, batch, eager.update))
     assert all(torch.equal(x, eager.state_dict()[key]) for key, x in agent.state_dict().items())
-    assert "forward" not in vars(agent.behavior.actor) and "forward" not in vars(agent.world_model.encoder)
-    assert agent.act(agent.initial(2), {key: x[:, 0] for key, x in batch.items() if key in (*EVERYTHING, "is_first")})
+    assert "forward" not in vars(agent.behavior.actor) and "forward" not in vars(
+        agent.world_model.encoder
+    )
+    assert agent.act(
+        agent.initial(2),
+        {key: x[:, 0] for key, x in batch.items() if key in (*EVERYTHING, "is_first")},
+    )
 
 
 class FailingCapture:
@@ -69,7 +76,9 @@ def test_after_a_failed_recording_all_is_as_without(monkeypatch):
     agent, _ = make()
     agent.load_state_dict(eager.state_dict())
     fast = capture.FastUpdate(agent, lambda: None, capture=True)
-    with pytest.warns(RuntimeWarning, match=r"cannot record .*--compile off.*not permitted when stream") as seen:
+    with pytest.warns(
+        RuntimeWarning, match=r"cannot record .*--compile off.*not permitted when stream"
+    ) as seen:
         found = updates(agent, batch, fast)
     assert len(seen) == 1 and torch.equal(found, updates(eager, batch, eager.update))
     assert fast.compiled and not fast.capture
@@ -94,17 +103,43 @@ def test_what_works_is_not_copied_again(monkeypatch):
 
 
 def test_without_a_compiler_a_run_is_one_line_and_the_same(tmp_path):
-    words = ["--configs", "debug", "--task", "dummy_vector", "--steps", "80", "--eval_every", "40", "--video", "false"]
+    words = [
+        "--configs",
+        "debug",
+        "--task",
+        "dummy_vector",
+        "--steps",
+        "80",
+        "--eval_every",
+        "40",
+        "--video",
+        "false",
+    ]
     env = {key: x for key, x in os.environ.items() if key != "CXX"}
     env |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     for compiled in ("on", "off"):
-        command = [sys.executable, str(ROOT / "dreamer.py"), *words, "--device", "cpu", "--compile", compiled]
+        command = [
+            sys.executable,
+            str(ROOT / "dreamer.py"),
+            *words,
+            "--device",
+            "cpu",
+            "--compile",
+            compiled,
+        ]
         command += ["--logdir", str(tmp_path / compiled)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("\n") == (compiled == "on") and ("C++" in done.stderr) == (compiled == "on")
+        assert done.stderr.count("\n") == (compiled == "on") and ("C++" in done.stderr) == (
+            compiled == "on"
+        )
     found = []
     for compiled in ("on", "off"):
-        lines = [json.loads(line) for line in (tmp_path / compiled / "metrics.jsonl").read_text().splitlines()]
-        found.append([{key: x for key, x in line.items() if not key.startswith("perf/")} for line in lines])
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / compiled / "metrics.jsonl").read_text().splitlines()
+        ]
+        found.append(
+            [{key: x for key, x in line.items() if not key.startswith("perf/")} for line in lines]
+        )
     assert found[0] == found[1] and any("model_loss" in line for line in found[0])

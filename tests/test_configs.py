@@ -25,8 +25,14 @@ def test_presets_resolve(preset):
 
 def test_presets_stack_left_to_right():
     config = tools.load_config(["atari100k", "tiny_dreamerv3"], {"dynamics.deter": "99"})
-    assert (config.replay.ratio, config.dynamics.rssm.stoch, config.dynamics.deter) == (1024, 12, 99)
-    assert config.model.lr == 1e-4 and isinstance(config.model.lr, float)  # PyYAML would have made it a string
+    assert (config.replay.ratio, config.dynamics.rssm.stoch, config.dynamics.deter) == (
+        1024,
+        12,
+        99,
+    )
+    assert config.model.lr == 1e-4 and isinstance(
+        config.model.lr, float
+    )  # PyYAML would have made it a string
 
 
 def test_every_key_has_a_sentence():
@@ -70,7 +76,9 @@ def test_wrong_values(key, value, hint):
 
 
 def test_values_that_people_write():
-    config = tools.load_config([], {"steps": "4e5", "env.size": "32,32", "video": "False", "actor.entropy": "1e-3"})
+    config = tools.load_config(
+        [], {"steps": "4e5", "env.size": "32,32", "video": "False", "actor.entropy": "1e-3"}
+    )
     assert config.steps == 400_000 and config.env["size"] == [32, 32]
     assert config.video is False and config.actor.entropy == 1e-3
     assert tools.load_config([], {"env.size": ["32", "32"]}).env["size"] == [32, 32]
@@ -121,7 +129,10 @@ SPACES = {  # what tasks of a suite show, and what can be done there
     "minatar": ({"grid": spaces.Box(0, 1, (10, 10, 4), np.bool_)}, spaces.Discrete(3)),
     "gym": ({"vector": spaces.Box(-9, 9, (4,), np.float32)}, spaces.Discrete(2)),
     "dmc": ({"image": IMAGE["image"]}, spaces.Box(-1, 1, (6,), np.float32)),
-    "proprio": ({"velocity": spaces.Box(-9, 9, (9,), np.float32)}, spaces.Box(-1, 1, (6,), np.float32)),
+    "proprio": (
+        {"velocity": spaces.Box(-9, 9, (9,), np.float32)},
+        spaces.Box(-1, 1, (6,), np.float32),
+    ),
     "games": (IMAGE, spaces.Discrete(6)),
 }
 
@@ -131,20 +142,37 @@ def networks():
     found = {}
     for preset in ["defaults", *PRESETS]:
         for kind in TYPES:
-            config = tools.load_config([preset] if preset in PRESETS else [], {"dynamics.type": kind})
+            config = tools.load_config(
+                [preset] if preset in PRESETS else [], {"dynamics.type": kind}
+            )
             suite = "proprio" if config.env.dmc.proprio else config.task.split("_")[0]
-            used = {key: x for key, x in config.dynamics.tree().items() if key not in TYPES or key == kind}
-            heads = [config[name].tree() for name in ("encoder", "decoder", "reward", "cont", "actor", "critic")]
+            used = {
+                key: x
+                for key, x in config.dynamics.tree().items()
+                if key not in TYPES or key == kind
+            }
+            heads = [
+                config[name].tree()
+                for name in ("encoder", "decoder", "reward", "cont", "actor", "critic")
+            ]
             suite = suite if suite in SPACES else "games"
             found.setdefault((str([used, heads]), suite), []).append((preset, kind))
     return found
 
 
-@pytest.mark.parametrize(("suite", "names"), [(suite, names) for (_, suite), names in networks().items()], ids=str)
+@pytest.mark.parametrize(
+    ("suite", "names"), [(suite, names) for (_, suite), names in networks().items()], ids=str
+)
 def test_every_preset_trains_with_every_latent_state(suite, names):
     """Built, and updated once, at its own widths. Tensors are fake (shapes without numbers): no memory, little time."""
     preset, kind = names[0]
-    small = {"dynamics.type": kind, "replay.batch": 2, "replay.length": 2, "imag.horizon": 1, "imag.starts": 1}
+    small = {
+        "dynamics.type": kind,
+        "replay.batch": 2,
+        "replay.length": 2,
+        "imag.horizon": 1,
+        "imag.starts": 1,
+    }
     config = tools.load_config([preset] if preset in PRESETS else [], small)
     obs_space, act_space = SPACES[suite]
     rows = random_rows(obs_space, act_space, 2, 2)
@@ -157,14 +185,19 @@ def test_every_preset_trains_with_every_latent_state(suite, names):
         metrics = agent.update(batch)
     assert metrics.shape == (len(agent.metric_names),)
     for optimizer in agent.optimizers.values():
-        assert optimizer.state_dict().keys() == optimizer.params.keys(), "every parameter has moments"
+        assert optimizer.state_dict().keys() == optimizer.params.keys(), (
+            "every parameter has moments"
+        )
 
 
 def test_heads_that_do_not_divide_the_width_are_told_with_both_keys():
     config = tools.load_config([], {"dynamics.type": "hrvq", "dynamics.hrvq.heads": 6})
     with pytest.raises(ValueError) as error, torch.device("meta"):
         models.Agent(IMAGE, spaces.Discrete(6), 6, config)
-    assert str(error.value) == "dynamics.deter 512 must be dynamics.hrvq.heads (6) times an even number"
+    assert (
+        str(error.value)
+        == "dynamics.deter 512 must be dynamics.hrvq.heads (6) times an even number"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +205,9 @@ def test_heads_that_do_not_divide_the_width_are_told_with_both_keys():
     [("auto", False, True), ("reinforce", False, False), ("dynamics", True, True)],
 )
 def test_which_gradient_the_actor_has(gradient, discrete, continuous):
-    config = tools.load_config(["debug"], {"actor.gradient": gradient, "expl.behavior": "plan2explore"})
+    config = tools.load_config(
+        ["debug"], {"actor.gradient": gradient, "expl.behavior": "plan2explore"}
+    )
     for space, dim, expected in (
         (spaces.Discrete(3), 3, discrete),
         (spaces.MultiDiscrete([2, 3]), 5, discrete),
@@ -202,4 +237,6 @@ def test_sizes_that_do_not_fit(overrides, hint):
     config = tools.load_config([], SMALL | overrides)
     size = config.env["size"]
     with pytest.raises(ValueError, match=hint):
-        models.Agent({"image": spaces.Box(0, 255, (*size, 3), np.uint8)}, spaces.Discrete(6), 6, config)
+        models.Agent(
+            {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}, spaces.Discrete(6), 6, config
+        )

@@ -13,7 +13,15 @@ from hidreamer.dynamics.base import start_steps
 B, T, E, A = 3, 9, 7, 4
 SMALL = {"deter": 16, "hidden": 12}
 SIZES = {"rssm": {"stoch": 3, "classes": 4}, "hrssm": {"stoch": [2, 3], "classes": [4, 3]}}
-SIZES["hrvq"] = {"levels": 3, "groups": 2, "codes": 5, "code_dim": 4, "layers": 2, "heads": 2, "window": 4}
+SIZES["hrvq"] = {
+    "levels": 3,
+    "groups": 2,
+    "codes": 5,
+    "code_dim": 4,
+    "layers": 2,
+    "heads": 2,
+    "window": 4,
+}
 
 
 def build(kind, dtype=torch.float64, **overrides):
@@ -59,11 +67,16 @@ def test_shapes(dynamics):
     assert post.feat.deter.shape == (B, T, dynamics.deter_dim)
     assert post.feat.stoch.shape == (B, T, dynamics.stoch_dim)
     assert post.feat.cat().shape == (B, T, dynamics.feat_dim)
-    assert all(level.post.shape == level.prior.shape and level.post.shape[:2] == (B, T) for level in post.levels)
+    assert all(
+        level.post.shape == level.prior.shape and level.post.shape[:2] == (B, T)
+        for level in post.levels
+    )
     losses, metrics = dynamics.loss(post)
     assert all(loss.shape == (B, T) for loss in losses.values())
     assert all(metric.shape == () and not metric.requires_grad for metric in metrics.values())
-    _, feat, action = dynamics.imagine(dynamics.starts(carry, post, T), lambda feat: torch.zeros(B * T, A).double(), 5)
+    _, feat, action = dynamics.imagine(
+        dynamics.starts(carry, post, T), lambda feat: torch.zeros(B * T, A).double(), 5
+    )
     assert feat.deter.shape == (B * T, 6, dynamics.deter_dim) and action.shape == (B * T, 6, A)
 
 
@@ -73,10 +86,15 @@ def test_law_chunk(dynamics):
     for cut in (1, 4, 5):
         carry, first = observe(dynamics, embed[:, :cut], action[:, :cut], is_first[:, :cut])
         carry, second = observe(dynamics, embed[:, cut:], action[:, cut:], is_first[:, cut:], carry)
-        assert close(flat(post), [torch.cat(pair, 1) for pair in zip(flat(first), flat(second), strict=True)])
+        assert close(
+            flat(post), [torch.cat(pair, 1) for pair in zip(flat(first), flat(second), strict=True)]
+        )
         # The carries lead to the same dreams.
         given = torch.randn(B, 4, A).double()
-        assert close(dynamics.imagine(carry_all, given, 4, False)[1], dynamics.imagine(carry, given, 4, False)[1])
+        assert close(
+            dynamics.imagine(carry_all, given, 4, False)[1],
+            dynamics.imagine(carry, given, 4, False)[1],
+        )
 
 
 def test_law_acting_is_observing_step_by_step(dynamics):
@@ -84,7 +102,9 @@ def test_law_acting_is_observing_step_by_step(dynamics):
     _, post = observe(dynamics, embed, action, is_first)
     carry, steps = dynamics.initial(B), []
     for t in range(T):
-        carry, step = observe(dynamics, embed[:, t : t + 1], action[:, t : t + 1], is_first[:, t : t + 1], carry)
+        carry, step = observe(
+            dynamics, embed[:, t : t + 1], action[:, t : t + 1], is_first[:, t : t + 1], carry
+        )
         steps.append(flat(step))
     assert close(flat(post), [torch.cat(xs, 1) for xs in zip(*steps, strict=True)])
 
@@ -93,7 +113,10 @@ def test_law_reset(dynamics):
     embed, action, is_first = inputs()
     _, post = observe(dynamics, embed, action, is_first)
     other = embed.clone(), action.clone(), is_first.clone()
-    other[0][1, :4], other[1][1, :5] = 9.0, 9.0  # all before step 4 of sequence 1, and the action into it
+    other[0][1, :4], other[1][1, :5] = (
+        9.0,
+        9.0,
+    )  # all before step 4 of sequence 1, and the action into it
     noise = type(dynamics.initial(B))(
         *(torch.randn_like(x) if x.is_floating_point() else x for x in dynamics.initial(B))
     )
@@ -116,7 +139,9 @@ def test_memory_reaches_across_steps(dynamics):
 def test_law_starts(dynamics):
     embed, action, is_first = inputs()
     carry, post = observe(dynamics, embed, action, is_first)
-    given = torch.randn(B * T, 4, A).double()  # other actions than the replayed ones, which must not be peeked at
+    given = torch.randn(
+        B * T, 4, A
+    ).double()  # other actions than the replayed ones, which must not be peeked at
     _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), given, 4, sample=False)
     for t in range(T):
         carry_t, _ = observe(dynamics, embed[:, : t + 1], action[:, : t + 1], is_first[:, : t + 1])
@@ -124,11 +149,15 @@ def test_law_starts(dynamics):
         assert close(feat_t, [x.unflatten(0, (B, T))[:, t] for x in feat])
 
 
-@pytest.mark.parametrize(("n", "steps"), [(0, range(9)), (9, range(9)), (3, (2, 5, 8)), (4, (2, 4, 6, 8)), (1, (8,))])
+@pytest.mark.parametrize(
+    ("n", "steps"), [(0, range(9)), (9, range(9)), (3, (2, 5, 8)), (4, (2, 4, 6, 8)), (1, (8,))]
+)
 def test_fewer_starts(dynamics, n, steps):
     carry, post = observe(dynamics, *inputs())
     given = torch.randn(B, len(steps), 2, A).double()
-    _, some, _ = dynamics.imagine(dynamics.starts(carry, post, n), given.flatten(0, 1), 2, sample=False)
+    _, some, _ = dynamics.imagine(
+        dynamics.starts(carry, post, n), given.flatten(0, 1), 2, sample=False
+    )
     assert list(range(T))[start_steps(T, n)] == list(steps)
     assert torch.allclose(some.deter[:, 0].unflatten(0, (B, -1)), post.feat.deter[:, list(steps)])
 
@@ -143,7 +172,9 @@ def test_law_purity(dynamics):
     dynamics.loss(post)
     dynamics.imagine(starts, lambda feat: torch.ones(B * T, A).double(), 3)
     assert all(torch.equal(x, y) for x, y in zip(kept, (*args, *carry), strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(kept_too, (*flat(post), *new, *starts), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(kept_too, (*flat(post), *new, *starts), strict=True)
+    )
 
 
 VARIANTS = {
@@ -226,7 +257,9 @@ def test_law_a_carry_is_a_carry(variant):
             whole, taken = dream(variant, carry, actor, [6], sample)
             again, actions = dream(variant, carry, actor, parts, sample)
             assert close(again, whole) and close([actions], [taken]), (name, parts)
-            assert actor is policy or whole[0].std(0).amax() > 1e-3, "this test needs dreams that differ"
+            assert actor is policy or whole[0].std(0).amax() > 1e-3, (
+                "this test needs dreams that differ"
+            )
 
 
 def test_law_memory_imagined_and_observed_is_one(variant):
@@ -244,7 +277,10 @@ def test_law_observing_from_a_start_is_observing_on(variant):
     embed, action, is_first = inputs()
     carry, post = observe(variant, embed, action, is_first)
     starts = variant.starts(carry, post, 0)
-    again = [x.repeat(T, *(1,) * (x.ndim - 1)).unflatten(0, (T, B)).transpose(0, 1) for x in inputs(firsts=((0, 3),))]
+    again = [
+        x.repeat(T, *(1,) * (x.ndim - 1)).unflatten(0, (T, B)).transpose(0, 1)
+        for x in inputs(firsts=((0, 3),))
+    ]
     _, found = variant.observe(starts, *(x.flatten(0, 1) for x in again), sample=False)
     for t in range(T):
         carry_t, _ = observe(variant, embed[:, : t + 1], action[:, : t + 1], is_first[:, : t + 1])
@@ -265,7 +301,11 @@ def test_law_purity_of_an_imagined_carry(variant):
             variant.imagine(carry, 2.0 * given, 3)
             variant.observe(carry, *(x[:1].repeat(B * T, *(1,) * (x.ndim - 1)) for x in inputs()))
             again = variant.imagine(carry, given, 5, sample=False)[1]
-        assert close(first, again) and close(feat, kept) and close(variant.feat(carry), [x[:, -1] for x in kept])
+        assert (
+            close(first, again)
+            and close(feat, kept)
+            and close(variant.feat(carry), [x[:, -1] for x in kept])
+        )
 
 
 def test_the_gradient_goes_through_an_imagined_carry(variant):
@@ -295,7 +335,9 @@ def test_law_gradient_of_the_kl(dynamics):
     posts, priors = zip(*post.levels, strict=True)
     for t in range(T):
         # At its own step, dyn trains the prior alone and rep the posterior alone.
-        (encoder,) = torch.autograd.grad(losses["dyn"][:, t].sum(), embed, retain_graph=True, allow_unused=True)
+        (encoder,) = torch.autograd.grad(
+            losses["dyn"][:, t].sum(), embed, retain_graph=True, allow_unused=True
+        )
         assert encoder is None or encoder[:, t:].abs().max() == 0.0
     assert min(gradient(losses["dyn"].sum(), priors)) > 0.0
     assert gradient(losses["dyn"].sum(), posts) == [0.0] * len(posts)
@@ -331,7 +373,9 @@ def test_law_teacher_forcing(dynamics):
     """One imagined step with the real action carries the memory that training has at the next step."""
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
     carry, post = observe(dynamics, embed, action, is_first)
-    following = torch.cat([action[:, 1:], action[:, :1]], 1).reshape(B * T, 1, A)  # the last one leads nowhere
+    following = torch.cat([action[:, 1:], action[:, :1]], 1).reshape(
+        B * T, 1, A
+    )  # the last one leads nowhere
     _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), following, 1, sample=False)
     assert close([feat.deter.unflatten(0, (B, T))[:, :-1, 1]], [post.feat.deter[:, 1:]])
 
@@ -342,7 +386,9 @@ def test_law_finite_under_bfloat16(dynamics):
     with torch.autocast("cpu", torch.bfloat16):
         carry, post = dynamics.observe(dynamics.initial(B), 100 * embed, action, is_first)
         losses, _ = dynamics.loss(post)
-        _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, T), action[:, :1].repeat(T, 5, 1), 5)
+        _, feat, _ = dynamics.imagine(
+            dynamics.starts(carry, post, T), action[:, :1].repeat(T, 5, 1), 5
+        )
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in losses.values())
     assert all(x.isfinite().all() for x in feat)
 

@@ -62,7 +62,10 @@ def impatient(envs, seconds=0.5):
 @pytest.fixture
 def signals_as_before():
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGALRM)}
-    began, (left, _) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)  # pytest-timeout has one
+    began, (left, _) = (
+        time.monotonic(),
+        signal.getitimer(signal.ITIMER_REAL),
+    )  # pytest-timeout has one
     yield
     assert {signum: signal.getsignal(signum) for signum in before} == before
     expected = left - (time.monotonic() - began) if left else 0.0
@@ -78,17 +81,25 @@ def test_a_hung_environment_is_ended_and_replaced(method, parallel, fault, signa
     after = {"step": 3, "reset": 1}[method]
     vector = impatient(Envs(faulty(method, fault, after=after), 2, parallel, timeout=60))
     started = time.monotonic()
-    with pytest.warns(RuntimeWarning, match=r"^environment 0 crashed and is replaced: no answer within 0.5 s \(env.ti"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"^environment 0 crashed and is replaced: no answer within 0.5 s \(env.ti",
+    ):
         outputs = play(vector, 30)
     assert vector.restarts == 1 and time.monotonic() - started < 20
     last = np.stack([output["is_last"] for output in outputs])
     if method == "step":
-        assert last[4].tolist() == [True, False] and outputs[5]["is_first"].tolist() == [True, False]
+        assert last[4].tolist() == [True, False] and outputs[5]["is_first"].tolist() == [
+            True,
+            False,
+        ]
     vector.close()
 
 
 def test_all_that_hang_at_once_are_waited_for_once():
-    vector = Envs(lambda index, restart: faulty("step", sleep, index=index)(index, restart), 4, True)
+    vector = Envs(
+        lambda index, restart: faulty("step", sleep, index=index)(index, restart), 4, True
+    )
     vector.step(None)
     workers = pids(vector)
     os.kill(workers[3], signal.SIGSTOP)
@@ -105,7 +116,9 @@ def test_all_that_hang_at_once_are_waited_for_once():
 @BOTH
 def test_an_environment_that_is_never_built_is_one_line(parallel):
     started = time.monotonic()
-    with pytest.raises(EnvError, match=r"^environment 0 cannot be built: no answer within 1 s \(env.timeout\)$"):
+    with pytest.raises(
+        EnvError, match=r"^environment 0 cannot be built: no answer within 1 s \(env.timeout\)$"
+    ):
         Envs(faulty("construct", sleep), 1, parallel, timeout=1.0)
     assert time.monotonic() - started < 20
 
@@ -114,7 +127,9 @@ def test_an_environment_that_is_never_built_is_one_line(parallel):
 def test_states_and_pictures_that_hang(parallel, signals_as_before):
     vector = impatient(Envs(faulty("get_state", sleep), 2, parallel, timeout=60))
     play(vector, 3)
-    with pytest.warns(RuntimeWarning, match="environment 0 could not save its state: no answer within 0.5 s"):
+    with pytest.warns(
+        RuntimeWarning, match="environment 0 could not save its state: no answer within 0.5 s"
+    ):
         states = vector.state()
     assert states[0] is None and states[1] is not None
     other = impatient(Envs(faulty("set_state", sleep), 2, parallel, timeout=60))
@@ -124,14 +139,18 @@ def test_states_and_pictures_that_hang(parallel, signals_as_before):
     with pytest.raises(EnvError, match=r"environment 0 cannot be drawn: no answer within 0.5 s"):
         pictures.render(0)
     if parallel:  # then the process was ended for it, and the next step says why
-        with pytest.warns(RuntimeWarning, match="environment 0 crashed and is replaced: no answer within 0.5 s"):
+        with pytest.warns(
+            RuntimeWarning, match="environment 0 crashed and is replaced: no answer within 0.5 s"
+        ):
             play(pictures, 1, start=False)
 
 
 @BOTH
 def test_closing_hung_environments_takes_one_patience(parallel, monkeypatch, signals_as_before):
     monkeypatch.setattr(envs.worker, "PATIENCE", 1.0)
-    vector = Envs(lambda index, restart: faulty("close", sleep, index=index)(index, restart), 4, parallel)
+    vector = Envs(
+        lambda index, restart: faulty("close", sleep, index=index)(index, restart), 4, parallel
+    )
     workers = pids(vector) if parallel else []
     started = time.monotonic()
     vector.close()
@@ -140,7 +159,10 @@ def test_closing_hung_environments_takes_one_patience(parallel, monkeypatch, sig
 
 def test_somebody_elses_alarm_rings_after_the_call(signals_as_before):
     rung = []
-    timer, handler = signal.setitimer(signal.ITIMER_REAL, 0), signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    timer, handler = (
+        signal.setitimer(signal.ITIMER_REAL, 0),
+        signal.signal(signal.SIGALRM, lambda *_: rung.append(1)),
+    )
     began = time.monotonic()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -157,7 +179,9 @@ def test_somebody_elses_alarm_rings_after_the_call(signals_as_before):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize(("parallel", "handler"), [(False, "python"), (False, "run"), (True, "run")])
+@pytest.mark.parametrize(
+    ("parallel", "handler"), [(False, "python"), (False, "run"), (True, "run")]
+)
 def test_an_environment_may_not_interrupt_us(kind, handler, parallel, signals_as_before, request):
     if handler == "run":  # as dreamer.py
         before = signal.signal(signal.SIGINT, lambda *_: None)
@@ -168,10 +192,16 @@ def test_an_environment_may_not_interrupt_us(kind, handler, parallel, signals_as
 
     for method in ("step", "reset"):
         vector = Envs(faulty(method, fault), 2, parallel)
-        with pytest.warns(RuntimeWarning, match=rf"^environment 0 crashed .*: {kind.__name__}: away \(test_env_faults"):
+        with pytest.warns(
+            RuntimeWarning,
+            match=rf"^environment 0 crashed .*: {kind.__name__}: away \(test_env_faults",
+        ):
             play(vector, 3)
         assert vector.restarts == 1
-    with pytest.raises(EnvError, match=rf"^environment 0 cannot be built: {kind.__name__}: away \(test_env_faults.py"):
+    with pytest.raises(
+        EnvError,
+        match=rf"^environment 0 cannot be built: {kind.__name__}: away \(test_env_faults.py",
+    ):
         Envs(faulty("construct", fault), 2, parallel)
     vector = Envs(faulty("render", fault), 1, parallel)
     vector.step(None)
@@ -225,12 +255,21 @@ def test_the_same_error_right_after_a_restart_is_not_tried_again(parallel, tmp_p
             play(vector, 30)
         assert vector.restarts == 1 == len(warned)
     text = log.read_text()
-    assert "in fault" in text and "LookupError: first" in text and text.count("environment 0, restart 0") == 2
+    assert (
+        "in fault" in text
+        and "LookupError: first" in text
+        and text.count("environment 0, restart 0") == 2
+    )
     assert text.count("OSError: out of luck") == 2  # each error once for each `Envs`
     with pytest.raises(EnvError, match=rf"cannot be built: OSError.*; traceback: {log}"):
         Envs(faulty("construct", fault), 1, parallel, error_log=log)
-    unwritable = Envs(faulty("reset", fault, restarts=99), 1, parallel, error_log=log / "below a file")
-    with pytest.warns(RuntimeWarning), pytest.raises(EnvError, match=r"\(test_env_faults.py:\d+\)$"):
+    unwritable = Envs(
+        faulty("reset", fault, restarts=99), 1, parallel, error_log=log / "below a file"
+    )
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(EnvError, match=r"\(test_env_faults.py:\d+\)$"),
+    ):
         unwritable.step(None)
 
 
@@ -340,7 +379,15 @@ MODULE = """
 
 def command(tmp_path, fault, *words):
     (tmp_path / "faultyenv.py").write_text(textwrap.dedent(MODULE))
-    args = ["--configs", "gym", "debug", "--task", "gym_faultyenv:Faulty-v0", "--logdir", str(tmp_path / "run")]
+    args = [
+        "--configs",
+        "gym",
+        "debug",
+        "--task",
+        "gym_faultyenv:Faulty-v0",
+        "--logdir",
+        str(tmp_path / "run"),
+    ]
     return subprocess.Popen(
         [sys.executable, "dreamer.py", *args, "--video", "false", *words],
         cwd=ROOT,
@@ -354,10 +401,30 @@ def command(tmp_path, fault, *words):
 @pytest.mark.parametrize(
     ("fault", "words", "status", "line"),
     [
-        ("construct hang", ["--env.timeout", "1"], 2, "environment 0 cannot be built: no answer within 1 s"),
-        ("construct interrupt", [], 2, r"environment 0 cannot be built: KeyboardInterrupt (faultyenv.py:"),
-        ("step interrupt", [], 1, "environment 0 fails in the same way as before its restart: KeyboardInterrupt ("),
-        ("step error", ["--env.parallel", "true"], 1, "before its restart: LookupError: nothing there (faultyenv.py:"),
+        (
+            "construct hang",
+            ["--env.timeout", "1"],
+            2,
+            "environment 0 cannot be built: no answer within 1 s",
+        ),
+        (
+            "construct interrupt",
+            [],
+            2,
+            r"environment 0 cannot be built: KeyboardInterrupt (faultyenv.py:",
+        ),
+        (
+            "step interrupt",
+            [],
+            1,
+            "environment 0 fails in the same way as before its restart: KeyboardInterrupt (",
+        ),
+        (
+            "step error",
+            ["--env.parallel", "true"],
+            1,
+            "before its restart: LookupError: nothing there (faultyenv.py:",
+        ),
     ],
 )
 def test_a_run_with_a_broken_environment_ends_with_one_line(tmp_path, fault, words, status, line):
@@ -388,7 +455,9 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
 
 def games(ancestor):
     """{pid: instance} of the ViZDoom games below a process."""
-    rows = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    rows = subprocess.run(
+        ["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True
+    ).stdout.splitlines()
     parents = {int(row.split()[0]): int(row.split()[1]) for row in rows}
     found = {}
     for row in rows:
@@ -403,7 +472,9 @@ def games(ancestor):
 
 def shared(found):
     """Files of the games' shared memory."""
-    return [path for path in Path("/dev/shm").iterdir() if path.name.endswith(tuple(found.values()))]
+    return [
+        path for path in Path("/dev/shm").iterdir() if path.name.endswith(tuple(found.values()))
+    ]
 
 
 @pytest.mark.parametrize("parallel", ["false", "true"])
@@ -411,7 +482,15 @@ def test_a_killed_run_leaves_no_game_and_no_shared_memory_behind(parallel, tmp_p
     pytest.importorskip("vizdoom")
     words = "--configs vizdoom debug --env.count 2 --steps 100000 --eval_every 100 --eval_episodes 200 --video false"
     run = subprocess.Popen(
-        [sys.executable, "dreamer.py", *words.split(), "--env.parallel", parallel, "--logdir", str(tmp_path / "run")],
+        [
+            sys.executable,
+            "dreamer.py",
+            *words.split(),
+            "--env.parallel",
+            parallel,
+            "--logdir",
+            str(tmp_path / "run"),
+        ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -419,7 +498,9 @@ def test_a_killed_run_leaves_no_game_and_no_shared_memory_behind(parallel, tmp_p
     try:
         end = time.monotonic() + 120
         found = games(run.pid)
-        while (len(found) < 4 or shared(found)) and time.monotonic() < end:  # two that train, two that evaluate
+        while (
+            len(found) < 4 or shared(found)
+        ) and time.monotonic() < end:  # two that train, two that evaluate
             time.sleep(0.2)
             found = games(run.pid)
         assert len(found) == 4
@@ -456,7 +537,9 @@ def test_shared_memory_of_killed_starts_goes_with_the_next_one():
     old, used, young = leave("old", 3600), leave("used", 3600), leave("young", 0)
     code = f"import mmap; f = open({str(used)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print('mapped', flush=True)"
     code += "; input()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert other.stdout.readline() == b"mapped\n"
         maker("vizdoom_basic")(0, 0).close()

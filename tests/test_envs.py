@@ -34,7 +34,9 @@ TASKS = {  # task -> what it overrides of the defaults in `build`
 def build(task, seed=0, **overrides):
     """An environment; skips the test, saying why, where its package or its OpenGL is missing."""
     try:
-        return make_env(task, {"size": [64, 64], "action_repeat": 1, "time_limit": 0} | overrides, seed)
+        return make_env(
+            task, {"size": [64, 64], "action_repeat": 1, "time_limit": 0} | overrides, seed
+        )
     except EnvError as error:
         if re.search("needs the package '(crafter|dm_control|vizdoom)'|no OpenGL", str(error)):
             pytest.skip(str(error))
@@ -91,19 +93,41 @@ def test_outputs_match_the_spaces_and_flags(task):
     env = build(task, **TASKS[task])
     outputs = play(env, 12)
     first = outputs[0]
-    assert first["is_first"] and first["reward"] == 0 and not first["is_last"] and not first["is_terminal"]
-    assert not any(step["is_first"] and not before["is_last"] for before, step in itertools.pairwise(outputs))
+    assert (
+        first["is_first"]
+        and first["reward"] == 0
+        and not first["is_last"]
+        and not first["is_terminal"]
+    )
+    assert not any(
+        step["is_first"] and not before["is_last"] for before, step in itertools.pairwise(outputs)
+    )
     for output in outputs:
-        assert set(output) == {*env.obs_space, *env.log_keys, "reward", "is_first", "is_last", "is_terminal"}
+        assert set(output) == {
+            *env.obs_space,
+            *env.log_keys,
+            "reward",
+            "is_first",
+            "is_last",
+            "is_terminal",
+        }
         for key, space in env.obs_space.items():
-            assert (space.dtype.name, len(space.shape)) in {("uint8", 3), ("bool", 3), ("float32", 1)}
+            assert (space.dtype.name, len(space.shape)) in {
+                ("uint8", 3),
+                ("bool", 3),
+                ("float32", 1),
+            }
             assert output[key].dtype == space.dtype and output[key].shape == space.shape
             assert np.isfinite(output[key]).all()
         assert all(type(output[key]) is np.float32 for key in (*env.log_keys, "reward"))
         assert all(type(output[key]) is bool for key in ("is_first", "is_last", "is_terminal"))
     picture = env.render()
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-    expected = {Discrete: lambda s: s.n, MultiDiscrete: lambda s: s.nvec.sum(), Box: lambda s: s.shape[0]}
+    expected = {
+        Discrete: lambda s: s.n,
+        MultiDiscrete: lambda s: s.nvec.sum(),
+        Box: lambda s: s.shape[0],
+    }
     assert env.act_dim == expected[type(env.act_space)](env.act_space)
     assert env.repeat == TASKS[task].get("action_repeat", 1)
     env.close()
@@ -121,7 +145,13 @@ def test_a_seed_fixes_the_trajectory_and_outputs_are_no_aliases(task):
     assert same(outputs, copies)
 
 
-ENDLESS = ["crafter_reward", "vizdoom_deadly_corridor", "gym_Pendulum-v1", "minatar_freeway", "dummy_vector"]
+ENDLESS = [
+    "crafter_reward",
+    "vizdoom_deadly_corridor",
+    "gym_Pendulum-v1",
+    "minatar_freeway",
+    "dummy_vector",
+]
 
 
 @pytest.mark.parametrize("task", ["atari_pong", "dmc_cup_catch", *ENDLESS])
@@ -133,10 +163,17 @@ def test_a_time_limit_counts_frames_and_truncates(task, limit):
     assert not any(output["is_terminal"] for output in outputs)
 
 
-REPEATED = {"gym_Pendulum-v1": 60, "minatar_breakout": 60, "dmc_reacher_easy": 60, "vizdoom_basic": 60}
+REPEATED = {
+    "gym_Pendulum-v1": 60,
+    "minatar_breakout": 60,
+    "dmc_reacher_easy": 60,
+    "vizdoom_basic": 60,
+}
 
 
-@pytest.mark.parametrize(("task", "steps"), [*REPEATED.items(), ("crafter_reward", 25), ("atari_ms_pacman", 120)])
+@pytest.mark.parametrize(
+    ("task", "steps"), [*REPEATED.items(), ("crafter_reward", 25), ("atari_ms_pacman", 120)]
+)
 def test_action_repeat_sums_rewards(task, steps):
     options = {"minatar": {"sticky": 0.0}, "dmc": {"image": False, "proprio": True}}
     slow, fast = build(task, action_repeat=4, **options), build(task, action_repeat=1, **options)
@@ -149,7 +186,10 @@ def test_action_repeat_sums_rewards(task, steps):
         while len(frames) < 4 and not frames[-1]["is_last"]:
             frames.append(fast.step(action))
         assert output["reward"] == pytest.approx(sum(frame["reward"] for frame in frames), abs=1e-4)
-        assert output["is_last"] == frames[-1]["is_last"] and output["is_terminal"] == frames[-1]["is_terminal"]
+        assert (
+            output["is_last"] == frames[-1]["is_last"]
+            and output["is_terminal"] == frames[-1]["is_terminal"]
+        )
         total += abs(output["reward"])
         if output["is_last"]:
             slow.reset(), fast.reset()
@@ -169,7 +209,9 @@ EXACT = [
 
 def is_plain(value):
     if isinstance(value, dict | list):
-        return all(is_plain(item) for item in (value.values() if isinstance(value, dict) else value))
+        return all(
+            is_plain(item) for item in (value.values() if isinstance(value, dict) else value)
+        )
     return type(value) in (type(None), bool, int, float, str, np.ndarray)
 
 
@@ -187,7 +229,10 @@ def test_a_state_continues_exactly_in_a_fresh_object(task, options):
     assert is_plain(state)
     future = play(ours, 250, seed=1, output=start)
     assert any(output["is_first"] for output in future)
-    for other in (fresh, used):  # one that never was reset, one in mid-episode; and the state serves twice
+    for other in (
+        fresh,
+        used,
+    ):  # one that never was reset, one in mid-episode; and the state serves twice
         other.set_state(state)
         assert np.array_equal(other.render(), picture)
         assert same(future, play(other, 250, seed=1, output=start))
@@ -202,7 +247,9 @@ def test_a_state_from_before_the_first_reset_starts_all_randomness_afresh(task):
     assert same(play(ours, 50), play(other, 50))
 
 
-@pytest.mark.parametrize("task", ["crafter_reward", "dmc_cup_catch", "vizdoom_basic", "gym_FrozenLake-v1"])
+@pytest.mark.parametrize(
+    "task", ["crafter_reward", "dmc_cup_catch", "vizdoom_basic", "gym_FrozenLake-v1"]
+)
 def test_states_that_cannot_be_told_are_none(task):
     env = build(task, **TASKS.get(task, {}))
     env.reset()
@@ -220,17 +267,26 @@ def test_discrete_actions_are_one_hot():
 
 
 def test_box_actions_are_clipped_and_scaled():
-    low, high = np.array([[-2, 0], [-np.inf, 0]], np.float32), np.array([[2, 10], [np.inf, np.inf]], np.float32)
+    low, high = (
+        np.array([[-2, 0], [-np.inf, 0]], np.float32),
+        np.array([[2, 10], [np.inf, np.inf]], np.float32),
+    )
     space, dim, decode = action_codec(Box(low, high))
     assert dim == 4
-    assert space.low.tolist() == [-1, -1, -np.inf, 0] and space.high.tolist() == [1, 1, np.inf, np.inf]
+    assert space.low.tolist() == [-1, -1, -np.inf, 0] and space.high.tolist() == [
+        1,
+        1,
+        np.inf,
+        np.inf,
+    ]
     assert decode(np.array([-1, -1, -7, 3], np.float32)).tolist() == [[-2, 0], [-7, 3]]
     assert decode(np.array([0.5, 0, 7, -3], np.float32)).tolist() == [[1, 5], [7, 0]]
     assert decode(np.array([9, 1, 0, 0], np.float32)).tolist() == [[2, 10], [0, 0]]
 
 
 @pytest.mark.parametrize(
-    "action", [[1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0.5, 0.5, 0, 0], [-1, 1, 1, 0], [1, np.nan, 0, 0]]
+    "action",
+    [[1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0.5, 0.5, 0, 0], [-1, 1, 1, 0], [1, np.nan, 0, 0]],
 )
 def test_invalid_actions_raise(action):
     env = build("dummy_vector")
@@ -283,5 +339,7 @@ def test_suites_are_imported_only_when_asked_for_and_in_silence():
         "make_env('atari_pong', {'size': [64, 64], 'action_repeat': 4, 'time_limit': 0}, 0).reset()"
     )
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

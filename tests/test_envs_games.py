@@ -21,7 +21,9 @@ def atari(name, repeat=4, size=(64, 64), time_limit=0, seed=0, **options):
 def test_atari_actions_are_the_games_own_or_all():
     needed, every = atari("pong"), atari("pong", actions="all")
     names = [action.name for action in needed.suite.actions]
-    assert names == ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"] and every.act_dim == 18
+    assert (
+        names == ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"] and every.act_dim == 18
+    )
     with pytest.raises(EnvError, match=r"atari.actions 'al'; nearest: all"):
         atari("pong", actions="al")
     for env in (needed, every):  # the paddle's byte falls when it goes right, that is up
@@ -67,12 +69,21 @@ def test_atari_lives(lives):
     env.step(one_hot(env, 1))  # serve
     if lives == "unused":
         outputs = [
-            output for _ in range(5) for output in (*hold(env, 1, 1), *hold(env, 0, 80)) if env.suite.ale.lives()
+            output
+            for _ in range(5)
+            for output in (*hold(env, 1, 1), *hold(env, 0, 80))
+            if env.suite.ale.lives()
         ]
-        assert len(outputs) > 100 and not any(output["is_terminal"] or output["is_last"] for output in outputs)
+        assert len(outputs) > 100 and not any(
+            output["is_terminal"] or output["is_last"] for output in outputs
+        )
         return
     output = until(env, 0, "is_terminal")
-    assert output["is_terminal"] and output["is_last"] == (lives == "reset") and env.suite.ale.lives() == 4
+    assert (
+        output["is_terminal"]
+        and output["is_last"] == (lives == "reset")
+        and env.suite.ale.lives() == 4
+    )
     if lives == "discount":
         assert not hold(env, 0, 1)[0]["is_terminal"]  # once a life
 
@@ -87,18 +98,29 @@ def test_atari_lives_that_reset_go_on_with_the_next_life():
         while not output["is_last"]:
             action = one_hot(env, rng.integers(env.act_dim))
             output, other = env.step(action), whole.step(action)
-            assert np.array_equal(output["image"], other["image"]) and output["reward"] == other["reward"]
+            assert (
+                np.array_equal(output["image"], other["image"])
+                and output["reward"] == other["reward"]
+            )
             total += output["reward"]
         assert output["is_terminal"] and other["is_last"] == (len(lives) == 5)
         returns.append(total)
         first = env.reset()
-        other = whole.reset() if other["is_last"] else whole.step(one_hot(whole, 0))  # a no-op begins the next life
-        assert first["is_first"] and not first["reward"] and np.array_equal(first["image"], other["image"])
+        other = (
+            whole.reset() if other["is_last"] else whole.step(one_hot(whole, 0))
+        )  # a no-op begins the next life
+        assert (
+            first["is_first"]
+            and not first["reward"]
+            and np.array_equal(first["image"], other["image"])
+        )
     assert lives == [5, 4, 3, 2, 1, 5] and sum(returns[:5]) > 0
     limited = atari("breakout", 1, time_limit=10, lives="reset")
     limited.reset()
     hold(limited, 0, 10)
-    assert limited.reset()["is_first"] and limited.suite.ale.getEpisodeFrameNumber() == 0  # out of time: a new game
+    assert (
+        limited.reset()["is_first"] and limited.suite.ale.getEpisodeFrameNumber() == 0
+    )  # out of time: a new game
 
 
 def test_atari_state_between_two_lives():
@@ -108,16 +130,25 @@ def test_atari_state_between_two_lives():
     other = atari("breakout", lives="reset", sticky=0.25, seed=5)
     other.set_state(env.get_state())
     assert same([env.reset()], [other.reset()]) and other.suite.ale.lives() == 4
-    assert same(play(env, 100, output={"is_last": False}), play(other, 100, output={"is_last": False}))
+    assert same(
+        play(env, 100, output={"is_last": False}), play(other, 100, output={"is_last": False})
+    )
     state = env.get_state()
     del state["suite"]["goes_on"]  # as checkpoints were before
     other.set_state(state)
 
 
 def test_atari_evaluation_plays_whole_games(tmp_path):
-    config = {"size": [64, 64], "action_repeat": 4, "time_limit": 0, "atari": {"noops": 0, "lives": "reset"}}
+    config = {
+        "size": [64, 64],
+        "action_repeat": 4,
+        "time_limit": 0,
+        "atari": {"noops": 0, "lives": "reset"},
+    }
     assert make_env("atari_breakout", config, 0).suite._lives == "reset" == config["atari"]["lives"]
-    run = tools.load_config(["debug"], {"task": "atari_breakout", "env.atari.lives": "reset", "env.action_repeat": "4"})
+    run = tools.load_config(
+        ["debug"], {"task": "atari_breakout", "env.atari.lives": "reset", "env.action_repeat": "4"}
+    )
     home = types.SimpleNamespace(config=run, logdir=tmp_path)
     for role, ends in ((0, 5), (1, 1)):
         envs = Run._make_envs(home, 1, role, 0)
@@ -165,7 +196,9 @@ def test_minatar_actions_ends_and_picture():
     env = build("minatar_breakout", minatar={"sticky": 0.0})
     assert env.act_dim == 3 and build("minatar_breakout", minatar={"actions": "all"}).act_dim == 6
     place = [int(env.reset()["grid"][9, :, 0].argmax())]
-    place += [int(env.step(one_hot(env, index))["grid"][9, :, 0].argmax()) for index in (0, 1, 1, 2)]
+    place += [
+        int(env.step(one_hot(env, index))["grid"][9, :, 0].argmax()) for index in (0, 1, 1, 2)
+    ]
     assert place == [4, 4, 3, 2, 3]  # no-op, left, left, right
     assert until(env, 0, "is_last")["is_terminal"]
     freeway = build("minatar_freeway")
@@ -180,7 +213,8 @@ def test_minatar_sticky_actions_stick():
         env = build("minatar_freeway", minatar={"sticky": sticky})
         env.reset()
         return sum(
-            hold(env, step % 2, 1) and env.suite.game.last_action != env.suite.actions[step % 2] for step in range(999)
+            hold(env, step % 2, 1) and env.suite.game.last_action != env.suite.actions[step % 2]
+            for step in range(999)
         )
 
     assert kept(0.0) == 0 and 30 < kept(0.1) < 150
@@ -217,7 +251,9 @@ def test_vizdoom_buttons_do_what_their_names_say(scenario, tmp_path, monkeypatch
         before = env.suite.variables()
         hold(env, index, 8)
         after = env.suite.variables()
-        moved = {name: (after[name] - before[name] + 180) % 360 - 180 for name, _ in EFFECTS.values()}
+        moved = {
+            name: (after[name] - before[name] + 180) % 360 - 180 for name, _ in EFFECTS.values()
+        }
         if scenario == "health_gathering":  # the player starts looking anywhere
             x, y, turn = moved["POSITION_X"], moved["POSITION_Y"], np.deg2rad(before["ANGLE"])
             moved["POSITION_X"] = x * np.cos(turn) + y * np.sin(turn)
@@ -235,7 +271,9 @@ def test_vizdoom_basic_is_solved_by_looking_and_shooting():
     for _ in range(3):
         output, total = env.reset(), 0.0
         while not output["is_last"]:
-            image = env.render().astype(int)[50:75]  # the monster is the reddest thing at the height of the eyes
+            image = env.render().astype(int)[
+                50:75
+            ]  # the monster is the reddest thing at the height of the eyes
             red = np.clip((image[..., 0] - image[..., 2]).max(axis=0) - 60, 0, None)
             column = int(np.convolve(red, np.ones(5), "same").argmax())
             output = env.step(one_hot(env, 1 if column < 77 else 2 if column > 83 else 3))

@@ -25,15 +25,25 @@ def test_dmc_observations_scaling_and_ends():
     output = both.reset()
     assert output["image"].shape == (32, 48, 3) and output["image"].std() > 10
     assert output["torso_upright"].shape == (1,) and output["egocentric_state"].shape == (44,)
-    assert both.suite._camera == 2 and build("dmc_quadruped_walk", dmc={"camera": 1}).suite._camera == 1
+    assert (
+        both.suite._camera == 2
+        and build("dmc_quadruped_walk", dmc={"camera": 1}).suite._camera == 1
+    )
     env = build("dmc_cup_catch", action_repeat=10, dmc={"image": False, "proprio": True})
     assert set(env.reset()) & {"image", "position", "velocity"} == {"position", "velocity"}
     outputs = [env.step(np.zeros(2)) for _ in range(100)]
-    assert [output["is_last"] for output in outputs] == [False] * 99 + [True] and not outputs[-1]["is_terminal"]
+    assert [output["is_last"] for output in outputs] == [False] * 99 + [True] and not outputs[-1][
+        "is_terminal"
+    ]
     env.reset()
     physics = env.suite._env
-    stop, physics.step = physics.step, lambda action: stop(action)._replace(step_type=2, discount=0.0)
-    assert env.step(np.zeros(2))["is_terminal"]  # no task of the suite has such an end, so we made one
+    stop, physics.step = (
+        physics.step,
+        lambda action: stop(action)._replace(step_type=2, discount=0.0),
+    )
+    assert env.step(np.zeros(2))[
+        "is_terminal"
+    ]  # no task of the suite has such an end, so we made one
     with pytest.raises(EnvError, match="the agent would see nothing"):
         build("dmc_cup_catch", dmc={"image": False})
 
@@ -50,7 +60,9 @@ def test_dmc_without_opengl_does_physics_and_says_what_pictures_need():
         "    except EnvError as error: print(error)\n"
     )
     variables = os.environ | {"MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
     first, *errors = done.stdout.splitlines()
     assert first == "(4,)" and len(errors) == 2 and done.stderr == ""
     assert all("no OpenGL to draw with: apt install libegl1" in error for error in errors)
@@ -61,7 +73,9 @@ def test_crafter_score_is_the_geometric_mean_of_success_rates(parallel):
     build("crafter_reward")  # or skip
     from envs.crafter import ACHIEVEMENTS, crafter_score
 
-    assert crafter_score([0.07, 0.01]) == pytest.approx(3.0)  # sqrt((1 + 7) (1 + 1)) - 1, in percent
+    assert crafter_score([0.07, 0.01]) == pytest.approx(
+        3.0
+    )  # sqrt((1 + 7) (1 + 1)) - 1, in percent
     assert crafter_score([0.0] * 22) == 0.0 and crafter_score([1.0] * 22) == pytest.approx(100.0)
     config = {"size": [64, 64], "action_repeat": 1, "time_limit": 0}
     envs = Envs(lambda index, restart: make_env("crafter_reward", config, index), 1, parallel)
@@ -71,7 +85,10 @@ def test_crafter_score_is_the_geometric_mean_of_success_rates(parallel):
     assert envs.summary([episode, better]) == {"score": pytest.approx(np.exp(np.log(51) / 22) - 1)}
     assert envs.summary([]) == {}
     envs.close()
-    assert Envs(lambda index, restart: make_env("dummy_vector", config, 0), 1, parallel).summary([{}]) == {}
+    assert (
+        Envs(lambda index, restart: make_env("dummy_vector", config, 0), 1, parallel).summary([{}])
+        == {}
+    )
 
 
 def test_crafter_counts_achievements_and_tells_death_from_time():
@@ -85,7 +102,11 @@ def test_crafter_counts_achievements_and_tells_death_from_time():
         logs.append(output["log_achievement_collect_wood"])
         first.append(output["log_success_collect_wood"])
     assert logs == [0, 1, 0, 2, 0] and first == [0, 1, 0, 0, 0] and len(env.log_keys) == 44
-    assert env.reset()["log_achievement_collect_wood"] == 0 == hold(env, 0, 1)[0]["log_achievement_collect_wood"]
+    assert (
+        env.reset()["log_achievement_collect_wood"]
+        == 0
+        == hold(env, 0, 1)[0]["log_achievement_collect_wood"]
+    )
     inner._length = 4
     assert [(output["is_last"], output["is_terminal"]) for output in hold(env, 0, 3)][1:] == [
         (False, False),
@@ -105,7 +126,11 @@ def test_crafter_is_fixed_by_its_seed_and_not_moved_by_drawing():
     rng, last, ballast = np.random.default_rng(0), {"is_last": True}, []
     for _ in range(350):
         action = sample(quiet.act_space, rng)
-        step = (lambda env: env.reset()) if last["is_last"] else (lambda env, action=action: env.step(action))
+        step = (
+            (lambda env: env.reset())
+            if last["is_last"]
+            else (lambda env, action=action: env.step(action))
+        )
         ours, theirs = step(quiet), step(drawn)
         assert same([ours], [theirs])
         drawn.render(), ballast.append([object() for _ in range(rng.integers(9))])
@@ -131,7 +156,10 @@ class Odd(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.observation_space.seed(seed)
-        return self.observation_space.sample() | {"choice": np.int64(3), "flags": np.array([1, 0, 1], np.int8)}, {}
+        return self.observation_space.sample() | {
+            "choice": np.int64(3),
+            "flags": np.array([1, 0, 1], np.int8),
+        }, {}
 
     def step(self, action):
         return self.reset()[0], 1, False, bool(action), {"is_terminal": True}
@@ -180,11 +208,15 @@ def test_outputs_do_not_change_with_the_environments_buffers():
 
 
 def test_gym_ends_and_scaling():
-    falling, climbing, swinging = (build(f"gym_{name}") for name in ("CartPole-v1", "MountainCar-v0", "Pendulum-v1"))
+    falling, climbing, swinging = (
+        build(f"gym_{name}") for name in ("CartPole-v1", "MountainCar-v0", "Pendulum-v1")
+    )
     falling.reset(), climbing.reset(), swinging.reset()
     assert until(falling, 0, "is_last")["is_terminal"]
     outputs = hold(climbing, 0, 200)
-    assert [output["is_last"] for output in outputs] == [False] * 199 + [True] and not outputs[-1]["is_terminal"]
+    assert [output["is_last"] for output in outputs] == [False] * 199 + [True] and not outputs[-1][
+        "is_terminal"
+    ]
     for ours, torque in ((1, 2), (-1, -2), (0.25, 0.5), (7, 2)):
         swinging.step(np.array([ours], np.float32))
         assert swinging.suite._env.unwrapped.last_u == torque
@@ -199,7 +231,11 @@ def test_dummies_reward_the_right_answer(name):
             return obs["vector"]
         if name == "grid":
             return np.eye(4, dtype=np.float32)[obs["grid"][-1, 0].argmax()]
-        bar = np.eye(4, dtype=np.float32)[obs["image"][-1, 8::16, 0].argmax()] if "image" in obs else None
+        bar = (
+            np.eye(4, dtype=np.float32)[obs["image"][-1, 8::16, 0].argmax()]
+            if "image" in obs
+            else None
+        )
         return {
             "vector": lambda: obs["vector"],
             "image": lambda: bar,

@@ -91,7 +91,12 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         def __array__(self, *args, **kwargs):
             raise Full
 
-    rows = {"prev_action": Breaks(), "is_last": np.ones(1), "is_terminal": np.zeros(1), "reward": np.zeros(1)}
+    rows = {
+        "prev_action": Breaks(),
+        "is_last": np.ones(1),
+        "is_terminal": np.zeros(1),
+        "reward": np.zeros(1),
+    }
     with pytest.raises(Full):
         save_episode(tmp_path / "x.npz", rows)
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +137,10 @@ WRONG = {
     "no reward": (episode(reward=None), "no reward"),
     "no flag": (episode(is_first=None), "no is_first"),
     "shape": (episode(time=np.zeros((7, 2), np.float32)), r"time has shape \(2,\), not \(1,\)"),
-    "action's width": (episode(action=np.zeros((7, 3), np.float32)), r"action has shape \(3,\), not \(1,\)"),
+    "action's width": (
+        episode(action=np.zeros((7, 3), np.float32)),
+        r"action has shape \(3,\), not \(1,\)",
+    ),
     "reward's shape": (episode(reward=np.zeros((7, 1))), "reward has shape"),
     "one reward": (episode(reward=np.float32(0)), "no reward"),
     "one flag": (episode(is_first=np.bool_(True)), "is_first"),
@@ -140,7 +148,10 @@ WRONG = {
     "complex": (episode(reward=np.zeros(7, complex)), "reward is complex128"),
     "flags": (episode(is_terminal=np.arange(7)), "is_terminal is int64, not bool"),
     "NaN in an observation": (episode(time=with_nan(GOOD["time"])), "time is nan in row 3"),
-    "inf in an action": (episode(action=with_nan(GOOD["action"], -np.inf)), "action is -inf in row 3"),
+    "inf in an action": (
+        episode(action=with_nan(GOOD["action"], -np.inf)),
+        "action is -inf in row 3",
+    ),
     "NaN in a reward": (episode(reward=with_nan(GOOD["reward"])), "reward is nan in row 3"),
     "beyond float32": (episode(reward=with_nan(GOOD["reward"], 1e300)), "reward is inf in row 3"),
     "NaN as a flag": (episode(is_first=with_nan(np.zeros(7))), "is_first is float64"),
@@ -167,7 +178,9 @@ def test_a_wrong_file_is_told_and_no_row_of_it_is_added(kind, tmp_path):
     with pytest.raises(EpisodeError, match=says):
         load_episode(victim, SPEC, 7)
     for ring in (other, imported):
-        assert (ring.streams[0].slice(0, 14)["time"][:, 0] == [*range(7), *range(14, 21)]).all() and len(ring) == 14
+        assert (
+            ring.streams[0].slice(0, 14)["time"][:, 0] == [*range(7), *range(14, 21)]
+        ).all() and len(ring) == 14
     assert [count for _, count in fresh.files[0]] == [7, 7]
 
 
@@ -187,20 +200,36 @@ def test_the_first_file_does_not_decide(bad_first, tmp_path):
 def test_numbers_that_mean_the_same_are_taken(tmp_path):
     """Upstream's rewards and flags have other types than ours."""
     path = tmp_path / "free-name-99.npz"  # neither ours nor upstream's: its number says nothing
-    types = {"time": np.float64, "action": np.int64, "reward": np.int32, "is_first": np.float32, "is_terminal": int}
+    types = {
+        "time": np.float64,
+        "action": np.int64,
+        "reward": np.int32,
+        "is_first": np.float32,
+        "is_terminal": int,
+    }
     np.savez(path, **{key: GOOD[key].astype(kind) for key, kind in types.items()})
     rows = load_episode(path, SPEC)
     assert {key: (x.shape[1:], x.dtype) for key, x in rows.items()} == SPEC
-    assert all((rows[key] == x).all() for key, x in block(0, 7).items() if key not in ("is_last", "is_first"))
+    assert all(
+        (rows[key] == x).all()
+        for key, x in block(0, 7).items()
+        if key not in ("is_last", "is_first")
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY", b"plain text", None])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY", b"plain text", None]
+)
 def test_a_file_that_is_no_archive_is_our_sentence(content, tmp_path):
     path = tmp_path / "0000000-00-7.npz"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(EpisodeError, match=r"damaged|cannot be read") as error:
         load_episode(path, SPEC, 7)
-    assert "pickle" not in str(error.value) and "zip" not in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "pickle" not in str(error.value)
+        and "zip" not in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("lost", ["folder", "half", "two"])
@@ -252,7 +281,9 @@ def test_other_runs_episodes_are_never_deleted(tmp_path):
     again = Episodes(tmp_path / "ours", 2, keep=False)
     again.restore(make(), state, {})
     left = {path.name: path.read_bytes() for path in again.present()}
-    assert len(left) == 16 and all(left[path.name] == path.read_bytes() for path in theirs.present()[8:])
+    assert len(left) == 16 and all(
+        left[path.name] == path.read_bytes() for path in theirs.present()[8:]
+    )
     other = make()
     with pytest.raises(FileExistsError, match="another run"):  # nor overwritten
         fill(other, 70, episodes=again)
@@ -315,7 +346,10 @@ def test_no_kill_loses_what_a_checkpoint_needs(seed, tmp_path):
             if t % 7 == 6:
                 tick()
             if t % 11 == 10:
-                state, rings = episodes.state(), [stream.slice(0, len(stream)) for stream in replay.streams]
+                state, rings = (
+                    episodes.state(),
+                    [stream.slice(0, len(stream)) for stream in replay.streams],
+                )
                 running = episodes.running_rows(replay)
                 tick()
                 saved = [*saved[-1:], (state, running, rings)]
@@ -324,7 +358,9 @@ def test_no_kill_loses_what_a_checkpoint_needs(seed, tmp_path):
     except Killed:
         pass
     assert len(saved) == 2 and t < 9_999
-    for state, running, expected in saved[::-1]:  # from the latest, and from the one before where that is damaged
+    for state, running, expected in saved[
+        ::-1
+    ]:  # from the latest, and from the one before where that is damaged
         shutil.copytree(tmp_path, tmp_path.with_name("copy"))
         other, again = make(capacity=40), Episodes(tmp_path.with_name("copy"), 2, keep=False)
         assert again.restore(other, state, running) == []
@@ -333,7 +369,9 @@ def test_no_kill_loses_what_a_checkpoint_needs(seed, tmp_path):
             assert all((x == rows[key]).all() for key, x in stream.slice(0, 20).items())
         again.checkpointed(again.state())
         again.checkpointed(again.state())
-        assert len(again.present()) == sum(map(len, again.files)) <= 8  # and what a killed process left is gone
+        assert (
+            len(again.present()) == sum(map(len, again.files)) <= 8
+        )  # and what a killed process left is gone
         shutil.rmtree(tmp_path.with_name("copy"))
 
 
@@ -345,7 +383,9 @@ def test_a_resumed_run_keeps_what_it_began_from(tmp_path):
     other, again = make(capacity=40), Episodes(tmp_path, 2, keep=False)
     assert again.restore(other, state, {}) == []
     for _ in range(2):  # the second time another one is the one to fall back on
-        lines = Episodes(shutil.copytree(tmp_path, tmp_path / "copy"), 2).restore(make(capacity=40), state, {})
+        lines = Episodes(shutil.copytree(tmp_path, tmp_path / "copy"), 2).restore(
+            make(capacity=40), state, {}
+        )
         assert lines == []
         shutil.rmtree(tmp_path / "copy")
         fill(other, 42, episodes=again)

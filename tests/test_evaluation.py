@@ -44,7 +44,12 @@ class StubEnvs:
         last = self.at == self.lengths
         one = (~first).astype(np.float32)
         flags = {"is_first": first, "is_last": last, "is_terminal": last & self.terminal}
-        return {"vector": np.zeros((self.count, 1), np.float32), "reward": one, "log_hits": 3 * one, **flags}
+        return {
+            "vector": np.zeros((self.count, 1), np.float32),
+            "reward": one,
+            "log_hits": 3 * one,
+            **flags,
+        }
 
     def render(self, index):
         self.drawn.append(int(self.at[index]))
@@ -96,7 +101,9 @@ def test_an_environment_that_cannot_be_drawn_is_evaluated_all_the_same():
     envs = StubEnvs(20, 3, render_fails_at=3)
     played = play(envs, 2, video=True)
     assert len(played.episodes) == 2 and len(played.videos["agent"]) == 2
-    assert str(played.problem) == "no display" and len(envs.drawn) == 3  # it is not tried at every step
+    assert (
+        str(played.problem) == "no display" and len(envs.drawn) == 3
+    )  # it is not tried at every step
 
 
 def test_a_signal_is_seen_before_the_next_step():
@@ -124,13 +131,22 @@ def test_scores_are_means_and_name_what_was_cut():
     assert found["eval_truncated"] == 1 and found["eval_episodes"] == 2
     assert found["eval_return"] == found["eval_length"] == 11.5 and found["eval_return_std"] == 8.5
     assert found["eval_hits"] == 34.5
-    assert evaluation.scores(play(StubEnvs(20), 1, limit=40).episodes)["eval_truncated"] == 0  # it ended there
-    assert evaluation.scores(play(StubEnvs(20, terminal=False), 1, limit=42).episodes)["eval_truncated"] == 0
+    assert (
+        evaluation.scores(play(StubEnvs(20), 1, limit=40).episodes)["eval_truncated"] == 0
+    )  # it ended there
+    assert (
+        evaluation.scores(play(StubEnvs(20, terminal=False), 1, limit=42).episodes)[
+            "eval_truncated"
+        ]
+        == 0
+    )
 
 
 def test_a_suite_may_say_something_of_all_episodes_together():
     episodes = play(StubEnvs(20, 3), 2).episodes
-    found = evaluation.scores(episodes, lambda all: {"score": sum(episode["log_hits"] for episode in all)})
+    found = evaluation.scores(
+        episodes, lambda all: {"score": sum(episode["log_hits"] for episode in all)}
+    )
     assert found["eval_score"] == 69.0
     hostile = evaluation.scores(episodes, lambda all: {"return": -1.0})
     assert hostile["eval_return"] == 11.5
@@ -153,7 +169,9 @@ def test_there_always_is_a_limit(own, training, repeat, limit):
 def test_pictures_are_computed_in_the_precision_of_training(kind, precision):
     agent, batch = make(EVERYTHING, **{"dynamics.type": kind, "precision": precision})
     seen = []
-    agent.world_model.decoder.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    agent.world_model.decoder.register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
     rows = {key: x.numpy() for key, x in batch.items()}
     torch.manual_seed(3)
     frames = evaluation.open_loop(agent, rows, True)
@@ -164,7 +182,9 @@ def test_pictures_are_computed_in_the_precision_of_training(kind, precision):
     assert seen and set(seen) == {precision == "bfloat16"}
     if precision == "float32":
         torch.manual_seed(3)
-        assert np.array_equal(frames, evaluation.board(agent.world_model.open_loop(batch, 5, True), error=True))
+        assert np.array_equal(
+            frames, evaluation.board(agent.world_model.open_loop(batch, 5, True), error=True)
+        )
 
 
 # ---------------------------------------------------------------- in a run
@@ -176,7 +196,9 @@ def run(logdir, *words):
 
 def records(logdir):
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
+    ]
 
 
 def evaluations(logdir):
@@ -195,7 +217,10 @@ def test_a_policy_that_stands_still_is_cut(tmp_path, capsys):
         "--checkpoint_every",
         "20",
     ]
-    assert run(tmp_path, *words, "--steps", "40", "--eval_time_limit", "30", "--eval_episodes", "2") == 0
+    assert (
+        run(tmp_path, *words, "--steps", "40", "--eval_time_limit", "30", "--eval_episodes", "2")
+        == 0
+    )
     (found,) = evaluations(tmp_path)
     assert found["eval_length"] == 30 and found["eval_truncated"] == found["eval_episodes"] == 2
     assert "2 of them cut by the limit" in capsys.readouterr().out
@@ -207,11 +232,20 @@ def test_a_policy_that_stands_still_is_cut(tmp_path, capsys):
 
 @pytest.mark.parametrize("parallel", ["false", "true"])
 def test_a_signal_ends_an_evaluation(parallel, tmp_path):
-    words = ["--task", "gym_CliffWalking-v1", "--eval_time_limit", "1000000000", "--env.parallel", parallel]
+    words = [
+        "--task",
+        "gym_CliffWalking-v1",
+        "--eval_time_limit",
+        "1000000000",
+        "--env.parallel",
+        parallel,
+    ]
     command = [sys.executable, str(ROOT / "dreamer.py"), *QUICK, *words, "--logdir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + 120
-    reached = lambda: (tmp_path / "metrics.jsonl").exists() and any(x["step"] >= 40 for x in records(tmp_path))
+    reached = lambda: (
+        (tmp_path / "metrics.jsonl").exists() and any(x["step"] >= 40 for x in records(tmp_path))
+    )
     while not reached() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     time.sleep(2.0)  # into the evaluation
@@ -228,14 +262,23 @@ def test_a_render_that_fails_is_one_warning_and_the_run_goes_on(tmp_path, monkey
 
     monkeypatch.setattr(Dummy, "render", render)
     words = ["--task", "dummy_image", "--env.size", "16", "16", "--steps", "80"]
-    with pytest.warns(RuntimeWarning, match="drawing the env.* failed .*--video false.*no display in sight") as seen:
+    with pytest.warns(
+        RuntimeWarning, match="drawing the env.* failed .*--video false.*no display in sight"
+    ) as seen:
         assert run(tmp_path, *words) == 0
-    assert len([x for x in seen if "--video" in str(x.message)]) == 1 and len(evaluations(tmp_path)) == 2
-    assert {path.name[10:] for path in (tmp_path / "videos").iterdir()} == {"open_loop.mp4"}  # needs no drawing
+    assert (
+        len([x for x in seen if "--video" in str(x.message)]) == 1
+        and len(evaluations(tmp_path)) == 2
+    )
+    assert {path.name[10:] for path in (tmp_path / "videos").iterdir()} == {
+        "open_loop.mp4"
+    }  # needs no drawing
 
 
 def test_frames_that_grow_with_a_fourth_channel_are_filmed(tmp_path, monkeypatch):
-    monkeypatch.setattr(Dummy, "render", lambda self: np.full((9 + self._steps, 7, 4), 99, np.uint8))
+    monkeypatch.setattr(
+        Dummy, "render", lambda self: np.full((9 + self._steps, 7, 4), 99, np.uint8)
+    )
     assert run(tmp_path, "--steps", "40") == 0
     (path,) = (tmp_path / "videos").glob("*-agent.mp4")
     assert iio.imread(path, plugin="pyav").shape[0] == 21
@@ -243,9 +286,23 @@ def test_frames_that_grow_with_a_fourth_channel_are_filmed(tmp_path, monkeypatch
 
 def test_an_evaluation_leaves_the_training_as_it_was(tmp_path):
     """Its films and its random numbers are its own."""
-    words = ["--task", "dummy_image", "--env.size", "16", "16", "--env.count", "2", "--steps", "120", "--decode_levels"]
+    words = [
+        "--task",
+        "dummy_image",
+        "--env.size",
+        "16",
+        "16",
+        "--env.count",
+        "2",
+        "--steps",
+        "120",
+        "--decode_levels",
+    ]
     for name, episodes in (("with", "3"), ("without", "0")):
         assert run(tmp_path / name, *words, "--eval_episodes", episodes) == 0
-    training = [[x for x in records(tmp_path / name) if "eval_return" not in x] for name in ("with", "without")]
+    training = [
+        [x for x in records(tmp_path / name) if "eval_return" not in x]
+        for name in ("with", "without")
+    ]
     assert training[0] == training[1] and any("model_loss" in x for x in training[0])
     assert len(evaluations(tmp_path / "with")) == 3 and not evaluations(tmp_path / "without")

@@ -49,7 +49,9 @@ def test_a_run_that_starts_from_another_and_is_killed_goes_on(tiny, tmp_path, mo
     monkeypatch.undo()
     assert run(tmp_path / "new", *args) == 0
     assert records(tmp_path / "new") == records(tmp_path / "whole")
-    ours, theirs = (sorted(p.name for p in (tmp_path / d / "train_eps").iterdir()) for d in ("new", "whole"))
+    ours, theirs = (
+        sorted(p.name for p in (tmp_path / d / "train_eps").iterdir()) for d in ("new", "whole")
+    )
     assert ours == theirs
 
 
@@ -85,7 +87,11 @@ def test_a_locked_file_that_was_removed_is_no_lock(tmp_path, monkeypatch):
         return flock(file, how)
 
     monkeypatch.setattr(checkpoint.fcntl, "flock", race)
-    with checkpoint.locked(tmp_path), pytest.raises(checkpoint.FolderError), checkpoint.locked(tmp_path):
+    with (
+        checkpoint.locked(tmp_path),
+        pytest.raises(checkpoint.FolderError),
+        checkpoint.locked(tmp_path),
+    ):
         pass
 
 
@@ -100,7 +106,12 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
 
 def test_folders_that_cannot_be_are_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for logdir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none/such", f"{tmp_path}/{'x' * 300}"):
+    for logdir in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        "/proc/none/such",
+        f"{tmp_path}/{'x' * 300}",
+    ):
         assert run(logdir, "--steps", 10) == 2
         one_line(capsys, "--logdir", str(logdir))
     assert (tmp_path / "file").read_text() == "mine"
@@ -198,7 +209,9 @@ def test_what_is_no_checkpoint_is_one_line_of_ours(kind, tiny, capsys):
         return
     assert run(tiny, "--steps", 80, "--checkpoint_every", 45) == 0
     assert "continuing from" in capsys.readouterr().out  # the previous one
-    assert checkpoint.load_checkpoint(folder / "previous.pt")["step"] >= 45  # and it stays as whole as it was
+    assert (
+        checkpoint.load_checkpoint(folder / "previous.pt")["step"] >= 45
+    )  # and it stays as whole as it was
     for name in ("latest.pt", "previous.pt"):
         FOREIGN[kind](folder / name)
     episodes = sorted((tiny / "train_eps").iterdir())
@@ -208,7 +221,10 @@ def test_what_is_no_checkpoint_is_one_line_of_ours(kind, tiny, capsys):
     assert sorted((tiny / "train_eps").iterdir()) == episodes
     if kind in ("without its rows", "no rows named"):
         return  # weights can be had from these
-    assert dreamer.main(["--resume", str(folder / "latest.pt"), "--logdir", str(tiny / "new"), *TINY]) == 2
+    assert (
+        dreamer.main(["--resume", str(folder / "latest.pt"), "--logdir", str(tiny / "new"), *TINY])
+        == 2
+    )
     one_line(capsys, "checkpoint")
 
 
@@ -222,7 +238,14 @@ def test_a_checkpoint_of_a_newer_version_says_so(tiny, capsys):
 def test_a_checkpoint_whose_parts_are_of_other_kinds_is_one_line(tiny, capsys):
     path = tiny / "checkpoints" / "latest.pt"
     whole = path.read_bytes()
-    for wrong in ({"counters": [1]}, {"score": 3}, {"agent": {"params": 3}}, {"sums": "x"}, {"act": [1]}, {"obs": 2}):
+    for wrong in (
+        {"counters": [1]},
+        {"score": 3},
+        {"agent": {"params": 3}},
+        {"sums": "x"},
+        {"act": [1]},
+        {"obs": 2},
+    ):
         edited(**wrong)(path)
         assert run(tiny, "--steps", 80, "--checkpoint_every", 45) == 2
         one_line(capsys, "checkpoint" if "agent" not in wrong else "")
@@ -252,7 +275,9 @@ def test_damaged_bytes_are_seen_or_harmless(tiny):
                     continue
                 assert found.keys() == state.keys() and found["counters"] == state["counters"]
                 params = state["agent"]["params"]
-                assert all(torch.equal(x, params[key]) for key, x in found["agent"]["params"].items())
+                assert all(
+                    torch.equal(x, params[key]) for key, x in found["agent"]["params"].items()
+                )
         path.write_bytes(data)
 
 
@@ -277,7 +302,9 @@ def test_a_config_edited_by_hand_is_one_line(kind, tiny, capsys):
     one_line(capsys, str(path), hint, "--configs")
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe\x00\x01", b"a: [1", b"", b"\x00", b"&a {b: *a}", b"text"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe\x00\x01", b"a: [1", b"", b"\x00", b"&a {b: *a}", b"text"]
+)
 def test_a_config_that_is_none_is_one_line(data, tiny, capsys):
     (tiny / "config.yaml").write_bytes(data)
     assert dreamer.main(["--resume", str(tiny)]) == 2

@@ -16,7 +16,13 @@ import networks
 from hidreamer.dynamics import TYPES
 
 GAMMA, LAM, ETA = 0.9, 0.8, 0.05  # far from 1 and from 0, so that each of them shows
-SETTINGS = {"imag.discount": GAMMA, "imag.lam": LAM, "actor.entropy": ETA, "actor.net.unimix": 0.2, "imag.horizon": 4}
+SETTINGS = {
+    "imag.discount": GAMMA,
+    "imag.lam": LAM,
+    "actor.entropy": ETA,
+    "actor.net.unimix": 0.2,
+    "imag.horizon": 4,
+}
 SETTINGS["actor.gradient"] = "reinforce"  # or what a test names
 LOW, HIGH = -3.0, 7.0  # percentiles before the update
 
@@ -47,7 +53,14 @@ def trainable(agent, obs):
 def logits(head, x):
     """What a head's perceptron computes, from its weights."""
     for block in head.blocks:
-        x = F.silu(F.layer_norm(x @ block.linear.weight.T, block.norm.normalized_shape, *block.norm.parameters(), 1e-3))
+        x = F.silu(
+            F.layer_norm(
+                x @ block.linear.weight.T,
+                block.norm.normalized_shape,
+                *block.norm.parameters(),
+                1e-3,
+            )
+        )
     return x @ head.out.weight.T + head.out.bias
 
 
@@ -115,13 +128,17 @@ def slow_losses(behavior, act, x, action, rew, cont, through):
         for t in range(horizon):
             if t:
                 weight = weight * GAMMA * cont[n, t].item()
-            logp, entropy = policy_terms(act, logits(behavior.actor, fixed[n, t]), action[n, t].detach())
+            logp, entropy = policy_terms(
+                act, logits(behavior.actor, fixed[n, t]), action[n, t].detach()
+            )
             advantage = (rows[n][t] - value[n, t]) / scale
             gain = advantage if through else logp * advantage.detach()
             actor = actor - weight * (gain + ETA * entropy)
             out = logits(behavior.critic, fixed[n, t])
             slow = decode(logits(behavior.slow, fixed[n, t])).item()
-            critic = critic - weight * (twohot_logp(out, returns[n, t].item()) + twohot_logp(out, slow))
+            critic = critic - weight * (
+                twohot_logp(out, returns[n, t].item()) + twohot_logp(out, slow)
+            )
     return actor / (count * horizon), critic / (count * horizon), returns[:, :horizon], scale
 
 
@@ -168,7 +185,9 @@ def test_dreamt_actions_are_the_policys_in_their_own_state():
     agent, obs = build(**{"actor.net.unimix": 0})
     agent.behavior.actor.out.weight.data.mul_(1e4)  # saturated: a draw is the mode
     _, _, dream = dreamt(agent, obs)
-    assert torch.equal(dream.action, F.one_hot(logits(agent.behavior.actor, dream.x).argmax(-1), 3).double())
+    assert torch.equal(
+        dream.action, F.one_hot(logits(agent.behavior.actor, dream.x).argmax(-1), 3).double()
+    )
     assert 0 < dream.action[..., 0].mean() < 1
 
 
@@ -180,7 +199,9 @@ def test_reinforce(act):
     rew = 2 * torch.randn(dream.disc.shape, dtype=torch.float64)
     cont = torch.sigmoid(logits(agent.world_model.cont, dream.x).squeeze(-1)).detach()
     cont[:, 0] = 1 - terminal
-    actor, critic, returns, scale = slow_losses(behavior, act, dream.x, dream.action, rew, cont, through=False)
+    actor, critic, returns, scale = slow_losses(
+        behavior, act, dream.x, dream.action, rew, cont, through=False
+    )
     assert scale > 1.5 and (dream.action.abs().max() == 1 or act != "continuous")
     got_actor, got_critic, metrics = behavior.losses(dream, rew)
     assert got_actor.item() == pytest.approx(actor.item(), abs=1e-6)
@@ -191,7 +212,9 @@ def test_reinforce(act):
     same(gradients(got_critic, behavior.critic), gradients(critic, behavior.critic))
     # Neither trains the other, nor the slow critic.
     for loss, other in ((got_actor, behavior.critic), (got_critic, behavior.actor)):
-        found = torch.autograd.grad(loss, list(other.parameters()), allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(
+            loss, list(other.parameters()), allow_unused=True, retain_graph=True
+        )
         assert all(g is None or not g.any() for g in found)
     assert not any(p.requires_grad for p in behavior.slow.parameters())
 
@@ -214,7 +237,9 @@ def test_backpropagation_through_the_dynamics(act):
     assert torch.allclose(x, dream.x) and torch.equal(action, dream.action)
     cont = torch.sigmoid(logits(model.cont, x).squeeze(-1))
     cont = torch.cat([1 - terminal.unsqueeze(1), cont[:, 1:]], 1)
-    actor, critic, _, _ = slow_losses(behavior, act, x, action, decode(logits(model.reward, x)), cont, through=True)
+    actor, critic, _, _ = slow_losses(
+        behavior, act, x, action, decode(logits(model.reward, x)), cont, through=True
+    )
     got_actor, got_critic, _ = behavior.losses(dream, model.reward(dream.x).mode())
     assert got_actor.item() == pytest.approx(actor.item(), abs=1e-6)
     assert got_critic.item() == pytest.approx(critic.item(), abs=1e-6)
@@ -227,15 +252,23 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     """Rewards of the states arrived in, terminal flags of the very steps that dreams start from."""
     agent, obs = build(**{"imag.starts": starts})
     agent, batch = trainable(agent, obs)
-    agent.optimizers["model"].optim.param_groups[0]["lr"] = 0.0  # so that the heads can be evaluated afterwards
+    agent.optimizers["model"].optim.param_groups[0]["lr"] = (
+        0.0  # so that the heads can be evaluated afterwards
+    )
     found = {}
     behavior, step = agent.behavior, agent.world_model.loss
     dream, losses = behavior.dream, behavior.losses
     monkeypatch.setattr(agent.world_model, "loss", lambda obs: found.setdefault("loss", step(obs)))
     monkeypatch.setattr(
-        behavior, "dream", lambda *args: found.update(args=args) or found.setdefault("dream", dream(*args))
+        behavior,
+        "dream",
+        lambda *args: found.update(args=args) or found.setdefault("dream", dream(*args)),
     )
-    monkeypatch.setattr(behavior, "losses", lambda dream, rew: found.update(used=dream, rew=rew) or losses(dream, rew))
+    monkeypatch.setattr(
+        behavior,
+        "losses",
+        lambda dream, rew: found.update(used=dream, rew=rew) or losses(dream, rew),
+    )
     assert not torch.equal(batch["is_first"], batch["is_terminal"])
     agent.update(batch)
     steps = [0, 1, 2, 3, 4, 5] if starts == 0 else [2, 5]
@@ -245,13 +278,18 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     post = found["loss"][2]
     assert torch.equal(start.deter, post.feat.deter[:, steps].flatten(0, 1))
     assert found["used"] is found["dream"]
-    assert torch.allclose(found["rew"], decode(logits(agent.world_model.reward, found["dream"].x)), atol=1e-4)
+    assert torch.allclose(
+        found["rew"], decode(logits(agent.world_model.reward, found["dream"].x)), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("explorer", [False, True])
 @pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
 def test_rewards_have_a_gradient_only_through_the_dynamics(gradient, explorer, monkeypatch):
-    behaves = {"actor.gradient": gradient, "expl.behavior": "plan2explore" if explorer else "greedy"}
+    behaves = {
+        "actor.gradient": gradient,
+        "expl.behavior": "plan2explore" if explorer else "greedy",
+    }
     agent, obs = build("continuous", **behaves)
     agent, batch = trainable(agent, obs)
     behavior = agent.explorer.behavior if explorer else agent.behavior
@@ -259,7 +297,11 @@ def test_rewards_have_a_gradient_only_through_the_dynamics(gradient, explorer, m
 
     def look(dream, rew):
         through = rew.requires_grad and dream.x.requires_grad
-        grads = torch.autograd.grad(rew.sum(), [dream.x], allow_unused=True, retain_graph=True) if through else [None]
+        grads = (
+            torch.autograd.grad(rew.sum(), [dream.x], allow_unused=True, retain_graph=True)
+            if through
+            else [None]
+        )
         found.append(grads[0] is not None and bool(grads[0].any()))
         return losses(dream, rew)
 
@@ -281,13 +323,20 @@ def test_one_update_moves_the_slow_critic_after_the_critic():
 
 def slow_kl(p, q):
     """KL in nats between two (S,K) tables of probabilities."""
-    return sum(p[s, k] * (torch.log(p[s, k]) - torch.log(q[s, k])) for s in range(len(p)) for k in range(p.shape[1]))
+    return sum(
+        p[s, k] * (torch.log(p[s, k]) - torch.log(q[s, k]))
+        for s in range(len(p))
+        for k in range(p.shape[1])
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_the_world_models_losses(kind):
     """Each loss of a step, worked out from the features and logits: KL with unimix and free nats, and the heads'."""
-    unimix, total = 0.3, {"rssm": 1.95, "hrssm": 1.3, "hrvq": 1.0}[kind]  # between the values that occur
+    unimix, total = (
+        0.3,
+        {"rssm": 1.95, "hrssm": 1.3, "hrvq": 1.0}[kind],
+    )  # between the values that occur
     agent, obs = build(kind=kind, **{"dynamics.unimix": unimix, "dynamics.free": total})
     model, seen = agent.world_model, []
     decoded = model.dynamics.decoder_features
@@ -309,18 +358,30 @@ def test_the_world_models_losses(kind):
             assert losses["dyn"][b, t].item() == pytest.approx(dyn, abs=1e-9)
             if kind != "hrvq":
                 assert losses["rep"][b, t].item() == pytest.approx(0.1 * sum(clipped), abs=1e-9)
-            reward, cont = logits(model.reward, x[b, t]), torch.sigmoid(logits(model.cont, x[b, t])).item()
+            reward, cont = (
+                logits(model.reward, x[b, t]),
+                torch.sigmoid(logits(model.cont, x[b, t])).item(),
+            )
             alive = 1 - obs["is_terminal"][b, t].item()
             assert losses["reward"][b, t].item() == pytest.approx(
                 -twohot_logp(reward, obs["reward"][b, t].item()).item()
             )
-            assert losses["cont"][b, t].item() == pytest.approx(-math.log(cont if alive else 1 - cont))
+            assert losses["cont"][b, t].item() == pytest.approx(
+                -math.log(cont if alive else 1 - cont)
+            )
             target = torch.sign(obs["vector"][b, t]) * torch.log(obs["vector"][b, t].abs() + 1)
             error = (logits(model.decoder.vector, seen[0].cat()[b, t]) - target).square().sum()
             assert losses["vector"][b, t].item() == pytest.approx(error.item())
     assert above and (below or kind == "hrvq")
     for i, level in enumerate(post.levels):
-        kl = sum(slow_kl(mix(level.post[b, t]), mix(level.prior[b, t])) for b in range(2) for t in range(6)) / 12
+        kl = (
+            sum(
+                slow_kl(mix(level.post[b, t]), mix(level.prior[b, t]))
+                for b in range(2)
+                for t in range(6)
+            )
+            / 12
+        )
         assert metrics[f"kl_{i}"].item() == pytest.approx(kl.item())
     expected = {"dyn", "reward", "cont", "vector"} | ({"rep"} if kind != "hrvq" else set())
     assert losses.keys() == expected
@@ -334,6 +395,8 @@ def test_the_update_sums_the_losses_and_averages_over_steps():
     torch.manual_seed(5)
     values = agent.update(batch).tolist()
     metrics = dict(zip(agent.metric_names, values, strict=True))
-    assert metrics["model_loss"] == pytest.approx(sum(x.mean().item() for x in losses.values()), rel=1e-5)
+    assert metrics["model_loss"] == pytest.approx(
+        sum(x.mean().item() for x in losses.values()), rel=1e-5
+    )
     for name, x in losses.items():
         assert metrics[f"{name}_loss"] == pytest.approx(x.mean().item(), rel=1e-5)

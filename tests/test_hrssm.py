@@ -16,7 +16,9 @@ NO_FREE = KLConfig(dyn=0.5, rep=0.1, free_nats=0.0, unimix=0.01)
 
 
 def build(kind=hrssm.HRSSM, kl_config=NO_FREE, stoch=(2, 3), classes=(4, 5), embed=6, act=2):
-    return kind(embed, act, kl_config, deter=16, hidden=16, stoch=list(stoch), classes=list(classes))
+    return kind(
+        embed, act, kl_config, deter=16, hidden=16, stoch=list(stoch), classes=list(classes)
+    )
 
 
 def observed(dynamics, batch=5, length=4, sample=False):
@@ -37,9 +39,13 @@ def test_the_bottom_prior_is_asked_about_the_posteriors_top():
     dynamics = build()
     post = observed(dynamics, sample=True)
     size = 2 * 4
-    expected = dynamics._bottom_prior(dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size])
+    expected = dynamics._bottom_prior(
+        dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size]
+    )
     assert torch.allclose(post.levels[1].prior, expected, atol=1e-6)
-    other = dynamics._bottom_prior(dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size].roll(1, -1))
+    other = dynamics._bottom_prior(
+        dynamics.img_out(post.feat.deter), post.feat.stoch[..., :size].roll(1, -1)
+    )
     assert not torch.allclose(post.levels[1].prior, other, atol=1e-3)
 
 
@@ -95,13 +101,17 @@ class AskedAboutItself(hrssm.HRSSM):
 
     def priors(self, deter, stoch):
         u = self.img_out(deter)
-        return self._top_prior(u), self._bottom_prior(u, self.sample_stoch(self._top_prior(u), True))
+        return self._top_prior(u), self._bottom_prior(
+            u, self.sample_stoch(self._top_prior(u), True)
+        )
 
 
 def coherence(kind, steps=600, classes=8):
     """Train on unpredictable classes coded in both levels. -> how often the levels of a dream agree on the class."""
     torch.manual_seed(1)
-    dynamics = build(kind, NO_FREE._replace(free_nats=0.2), stoch=(2, 2), classes=(8, 8), embed=classes, act=1)
+    dynamics = build(
+        kind, NO_FREE._replace(free_nats=0.2), stoch=(2, 2), classes=(8, 8), embed=classes, act=1
+    )
     readers = torch.nn.ModuleList(torch.nn.Linear(16, classes) for _ in range(2))
     params = [*dynamics.parameters(), *readers.parameters()]
     adam = torch.optim.Adam(params, lr=3e-3)
@@ -111,15 +121,21 @@ def coherence(kind, steps=600, classes=8):
     read = lambda stoch: [reader(z) for reader, z in zip(readers, stoch.chunk(2, -1), strict=True)]
     for _ in range(steps):
         label = torch.randint(0, classes, (64, 2))
-        _, post = dynamics.observe(dynamics.initial(64), F.one_hot(label, classes).float(), action, first)
+        _, post = dynamics.observe(
+            dynamics.initial(64), F.one_hot(label, classes).float(), action, first
+        )
         losses, _ = dynamics.loss(post)
-        guesses = sum(F.cross_entropy(logit.flatten(0, 1), label.flatten()) for logit in read(post.feat.stoch))
+        guesses = sum(
+            F.cross_entropy(logit.flatten(0, 1), label.flatten()) for logit in read(post.feat.stoch)
+        )
         adam.zero_grad()
         (guesses + sum(loss.mean() for loss in losses.values())).backward()
         adam.step()
     with torch.no_grad():
         known = [logit.argmax(-1) for logit in read(post.feat.stoch)]
-        assert min((guess == label).float().mean().item() for guess in known) > 0.75, "the levels do not code the class"
+        assert min((guess == label).float().mean().item() for guess in known) > 0.75, (
+            "the levels do not code the class"
+        )
         start = dynamics.starts(None, post, 0)
         _, feat, _ = dynamics.imagine(start, torch.zeros(128, 8, 1), 8)
         top, bottom = (logit.argmax(-1) for logit in read(feat.stoch[:, 1:]))
@@ -147,7 +163,12 @@ def outputs(agent, batch):
         obs = models.networks.prepare(batch)
         _, post, _ = agent.world_model.observe(obs, sample=False)
         x = post.feat.cat()
-        return x, agent.world_model.reward(x).mode(), agent.behavior.critic(x).mode(), agent.behavior.actor(x).probs[0]
+        return (
+            x,
+            agent.world_model.reward(x).mode(),
+            agent.behavior.critic(x).mode(),
+            agent.behavior.actor(x).probs[0],
+        )
 
 
 def test_conversion_changes_nothing_until_training_does():
@@ -161,8 +182,14 @@ def test_conversion_changes_nothing_until_training_does():
     before = outputs(flat, batch)
     for ours, theirs in zip(outputs(split, batch), before, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
-    assert told["world_model.dynamics.prior_bottom"] == "split" and told["world_model.dynamics.cell.linear"] == "mapped"
-    assert told["model optimiser, dynamics.delta"] == "fresh" and "model optimiser, dynamics.cell.linear" not in told
+    assert (
+        told["world_model.dynamics.prior_bottom"] == "split"
+        and told["world_model.dynamics.cell.linear"] == "mapped"
+    )
+    assert (
+        told["model optimiser, dynamics.delta"] == "fresh"
+        and "model optimiser, dynamics.cell.linear" not in told
+    )
     # The moments of what carried over came along, and training goes on.
     assert torch.equal(
         split.optimizers["model"].state_dict()["decoder.vector.out.weight"]["exp_avg"],
@@ -211,7 +238,9 @@ def test_partial_decodes_keep_the_top_and_resample_the_bottom_prior():
     _, post, _ = agent.world_model.observe(models.networks.prepare(batch))
     (name, feat), *others = agent.world_model.dynamics.coarse_features(post.feat).items()
     assert name == "top" and not others
-    assert torch.equal(feat.deter, post.feat.deter) and torch.equal(feat.stoch[..., :8], post.feat.stoch[..., :8])
+    assert torch.equal(feat.deter, post.feat.deter) and torch.equal(
+        feat.stoch[..., :8], post.feat.stoch[..., :8]
+    )
     assert not torch.equal(feat.stoch[..., 8:], post.feat.stoch[..., 8:])
 
 

@@ -24,12 +24,17 @@ SIZES = {
 
 
 def build(dtype=torch.float64, embed=E, **overrides):
-    config = tools.load_config([], {"dynamics.type": "hrvq"}).dynamics.tree() | {"deter": 16, "hidden": 24}
+    config = tools.load_config([], {"dynamics.type": "hrvq"}).dynamics.tree() | {
+        "deter": 16,
+        "hidden": 24,
+    }
     config["hrvq"] = config["hrvq"] | SIZES | overrides
     return make_dynamics(config, embed, A).to(dtype)
 
 
-def inputs(batch=3, length=14, dtype=torch.float64, firsts=((0, 0), (1, 0), (2, 0), (1, 4), (2, 9))):
+def inputs(
+    batch=3, length=14, dtype=torch.float64, firsts=((0, 0), (1, 0), (2, 0), (1, 4), (2, 9))
+):
     is_first = torch.zeros(batch, length, dtype=torch.bool)
     for b, t in firsts:
         is_first[b, t] = True
@@ -37,7 +42,14 @@ def inputs(batch=3, length=14, dtype=torch.float64, firsts=((0, 0), (1, 0), (2, 
     return torch.randn(batch, length, E, dtype=dtype), action, is_first
 
 
-VARIANTS = [{}, {"mask": "barrier"}, {"mask": "causal"}, {"levels": 1}, {"chain": False}, {"levels": 2, "chain": False}]
+VARIANTS = [
+    {},
+    {"mask": "barrier"},
+    {"mask": "causal"},
+    {"levels": 1},
+    {"chain": False},
+    {"levels": 2, "chain": False},
+]
 POSTERIORS = [{"posterior": "nearest"}, {"posterior": "fsq", "codes": 12}, {"posterior": "frozen"}]
 
 
@@ -51,7 +63,9 @@ def test_cached_stepping_equals_the_parallel_pass(variant):
     carry = dynamics.initial(3)
     for t in range(embed.shape[1]):
         now = slice(t, t + 1)
-        carry, step = dynamics.observe(carry, embed[:, now], action[:, now], is_first[:, now], sample=False)
+        carry, step = dynamics.observe(
+            carry, embed[:, now], action[:, now], is_first[:, now], sample=False
+        )
         assert carry.segment.shape[1] <= 5
         for a, b in zip(
             (*step.feat, *(level.prior for level in step.levels)),
@@ -89,7 +103,9 @@ def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, grap
     embed, action, is_first = inputs(dtype=torch.float32)
     length, horizon = embed.shape[1], 8
     carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
-    given = F.one_hot(torch.randint(0, A, (3 * length, horizon)), A).float()  # not the replayed actions
+    given = F.one_hot(
+        torch.randint(0, A, (3 * length, horizon)), A
+    ).float()  # not the replayed actions
     with torch.set_grad_enabled(graph):
         _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), given, horizon)
     stoch, deter = (x.unflatten(0, (3, length)) for x in (feat.stoch, feat.deter))  # (B, T, H+1, .)
@@ -109,7 +125,10 @@ def test_observing_is_encoding_and_following():
     torch.manual_seed(1)
     codes = dynamics.encode(embed)
     again, followed = dynamics.follow(dynamics.initial(3), codes, action, is_first)
-    assert all(torch.equal(a, b) for a, b in zip((*carry, *post.feat), (*again, *followed.feat), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip((*carry, *post.feat), (*again, *followed.feat), strict=True)
+    )
     assert all(torch.equal(a.post, b) for a, b in zip(post.levels, codes.logit, strict=True))
 
 
@@ -126,13 +145,21 @@ def test_training_on_a_dream_finds_what_was_dreamt(variant):
     _, post = dynamics.follow(dynamics.initial(3), codes_of(dynamics, feat.stoch), action, is_first)
     assert torch.allclose(feat.deter, post.feat.deter, atol=1e-10)
     assert torch.allclose(feat.stoch, post.feat.stoch, atol=1e-10)
-    likeliest = [F.one_hot(level.prior.argmax(-1), 5).double() for level in post.levels]  # (B, T, G, K) each
+    likeliest = [
+        F.one_hot(level.prior.argmax(-1), 5).double() for level in post.levels
+    ]  # (B, T, G, K) each
     codes = [dynamics.quantizer.decode(i, onehot).flatten(2) for i, onehot in enumerate(likeliest)]
-    assert torch.allclose(dynamics._stoch(torch.cat(codes, -1))[:, 1:], feat.stoch[:, 1:], atol=1e-10)
-    assert all(onehot.argmax(-1).unique().numel() > 1 for onehot in likeliest), "this test needs codes that differ"
+    assert torch.allclose(
+        dynamics._stoch(torch.cat(codes, -1))[:, 1:], feat.stoch[:, 1:], atol=1e-10
+    )
+    assert all(onehot.argmax(-1).unique().numel() > 1 for onehot in likeliest), (
+        "this test needs codes that differ"
+    )
 
 
-@pytest.mark.parametrize(("temperature", "unimix", "share"), [(1.0, 0.0, 0.8), (2.0, 0.0, 0.5), (1.0, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("temperature", "unimix", "share"), [(1.0, 0.0, 0.8), (2.0, 0.0, 0.5), (1.0, 0.5, 0.5)]
+)
 def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
     """A prior of 0.8 and four times 0.05; cooled and mixed, how often its likeliest code is drawn can be told."""
     dynamics = build(levels=1, groups=1, temperature=[temperature])
@@ -141,7 +168,9 @@ def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
     dynamics.prior[0].bias.data = torch.tensor([0.05, 0.05, 0.8, 0.05, 0.05]).double().log()
     _, feat, _ = dynamics.imagine(dynamics.initial(4000), torch.zeros(4000, 1, A).double(), 1)
     likeliest = dynamics._stoch(dynamics.quantizer.book[0, 0, 2])
-    assert (feat.stoch[:, 1] == likeliest).all(-1).double().mean().item() == pytest.approx(share, abs=0.03)
+    assert (feat.stoch[:, 1] == likeliest).all(-1).double().mean().item() == pytest.approx(
+        share, abs=0.03
+    )
 
 
 def memory_jacobian(dynamics, embed, action, is_first):
@@ -149,7 +178,9 @@ def memory_jacobian(dynamics, embed, action, is_first):
     found = dynamics.encode(embed)
 
     def memory(code, action):
-        return dynamics.follow(dynamics.initial(1), found._replace(code=code), action, is_first)[1].feat.deter[0]
+        return dynamics.follow(dynamics.initial(1), found._replace(code=code), action, is_first)[
+            1
+        ].feat.deter[0]
 
     return torch.autograd.functional.jacobian(memory, (found.code.detach(), action))
 
@@ -170,7 +201,9 @@ def test_what_reaches_the_memory_at_depth_three(mask):
     """Behind the barrier no finer code, ever; with the hierarchical mask those of the same episode do."""
     dynamics = build(mask=mask, layers=3, posterior="nearest")
     codes, _ = memory_jacobian(dynamics, *inputs(batch=1, length=6, firsts=((0, 0),)))
-    fine, coarse = (codes[:, :, 0, :, i].abs().amax((1, 3, 4)) for i in (slice(1, None), slice(0, 1)))  # (T, T, ...)
+    fine, coarse = (
+        codes[:, :, 0, :, i].abs().amax((1, 3, 4)) for i in (slice(1, None), slice(0, 1))
+    )  # (T, T, ...)
     assert coarse.max() > 1e-4
     assert fine.max() == 0.0 if mask == "barrier" else fine.max() > 1e-4
 
@@ -178,11 +211,15 @@ def test_what_reaches_the_memory_at_depth_three(mask):
 @pytest.mark.parametrize("posterior", ["sampled", "nearest", "fsq"])
 def test_the_image_loss_reaches_the_encoder(posterior):
     """In the nearest relative the decoder read raw codebook rows: the image loss gave the encoder exactly nothing."""
-    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": posterior})
+    agent, batch = make(
+        EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": posterior}
+    )
     for name in ("image", "reward", "cont"):
         torch.nn.init.normal_(agent.world_model.reward.out.weight)
         losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
-        grads = torch.autograd.grad(losses[name].sum(), list(agent.world_model.encoder.parameters()))
+        grads = torch.autograd.grad(
+            losses[name].sum(), list(agent.world_model.encoder.parameters())
+        )
         assert max(g.abs().max().item() for g in grads) > 1e-8, name
 
 
@@ -194,7 +231,9 @@ def test_later_steps_teach_codes_through_the_memory_alone(variant):
     embed.requires_grad_()
     _, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
     (grad,) = torch.autograd.grad(post.feat.deter[:, 5, :3].sum(), embed, retain_graph=True)
-    assert grad[0, 3].abs().max() > 1e-6 and grad[1, 3].abs().max() == 0.0  # the second's episode starts at 4
+    assert (
+        grad[0, 3].abs().max() > 1e-6 and grad[1, 3].abs().max() == 0.0
+    )  # the second's episode starts at 4
     (none,) = torch.autograd.grad(dynamics.loss(post)[0]["dyn"].sum(), embed, allow_unused=True)
     assert none is None or none.abs().max() == 0.0
 
@@ -222,7 +261,10 @@ def test_temperature_cools_what_is_drawn():
         dynamics = build(temperature=[0.01, fine, fine])
         carry, _ = dynamics.observe(dynamics.initial(64), *inputs(batch=64))
         given = torch.zeros(64, 1, A).double()
-        once, again = (dynamics.imagine(carry, given, 1)[1].stoch[:, 1].unflatten(-1, (3, -1)) for _ in range(2))
+        once, again = (
+            dynamics.imagine(carry, given, 1)[1].stoch[:, 1].unflatten(-1, (3, -1))
+            for _ in range(2)
+        )
         differ.append((once != again).double().mean((0, 2)))  # (3,) by level
     warm, cool = differ
     assert warm[1:].min() > 0.3 and max(warm[0], cool.max()) < 0.2
@@ -230,7 +272,11 @@ def test_temperature_cools_what_is_drawn():
 
 def test_spatial_groups_are_the_positions_of_the_map():
     obs = {"image": models.spaces.Box(0, 255, (16, 16, 3), "uint8")}
-    overrides = {"dynamics.type": "hrvq", "dynamics.hrvq.spatial": "true", "dynamics.hrvq.groups": 16}
+    overrides = {
+        "dynamics.type": "hrvq",
+        "dynamics.hrvq.spatial": "true",
+        "dynamics.hrvq.groups": 16,
+    }
     agent, batch = make(obs, **overrides)
     dynamics = agent.world_model.dynamics
     assert dynamics.quantizer.book.shape[1] == 1
@@ -238,10 +284,15 @@ def test_spatial_groups_are_the_positions_of_the_map():
     maps = embed.unflatten(-1, (-1, 4, 4)).clone()
     before = dynamics._project(embed)
     maps[..., 2, 1] += 5.0  # position 9
-    moved = dynamics.in_proj(maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)) - dynamics.in_proj(
-        embed.unflatten(-1, (-1, 16)).transpose(-1, -2)
+    moved = dynamics.in_proj(
+        maps.flatten(2).unflatten(-1, (-1, 16)).transpose(-1, -2)
+    ) - dynamics.in_proj(embed.unflatten(-1, (-1, 16)).transpose(-1, -2))
+    assert moved.abs().amax(-1).flatten().nonzero().flatten().tolist() == [9] and before.shape == (
+        1,
+        1,
+        16,
+        4,
     )
-    assert moved.abs().amax(-1).flatten().nonzero().flatten().tolist() == [9] and before.shape == (1, 1, 16, 4)
     assert agent.update(batch).isfinite().all()
     with pytest.raises(ValueError, match="groups is 8 and the encoder's map has 16 positions"):
         make(obs, **overrides | {"dynamics.hrvq.groups": 8})
@@ -250,7 +301,11 @@ def test_spatial_groups_are_the_positions_of_the_map():
 @pytest.mark.parametrize("obs", [VECTOR, EVERYTHING], ids=["vector", "everything"])
 def test_spatial_trains_on_what_is_no_image_too(obs):
     """Numbers without a place are dealt out to the groups."""
-    overrides = {"dynamics.type": "hrvq", "dynamics.hrvq.spatial": "true", "dynamics.hrvq.groups": 16}
+    overrides = {
+        "dynamics.type": "hrvq",
+        "dynamics.hrvq.spatial": "true",
+        "dynamics.hrvq.groups": 16,
+    }
     agent, batch = make(obs, "continuous", **overrides)
     for _ in range(3):
         assert agent.update(batch).isfinite().all()
@@ -261,7 +316,10 @@ def test_spatial_trains_on_what_is_no_image_too(obs):
     [
         ({"heads": 3}, r"dynamics\.deter 16 must be dynamics\.hrvq\.heads \(3\)"),
         ({"heads": 16}, "even"),
-        ({"posterior": "nearest", "commitment": [0.1, 0.1]}, "commitment has 2 values for 3 levels"),
+        (
+            {"posterior": "nearest", "commitment": [0.1, 0.1]},
+            "commitment has 2 values for 3 levels",
+        ),
         ({"spatial": True, "groups": 2}, "spatial"),
         ({"posterior": "fsq", "codes": 22}, "22 codes"),
         ({"mask": "none"}, "hierarchical"),
@@ -281,27 +339,39 @@ def test_a_dream_can_be_differentiated_by_its_actions(posterior):
     given = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
     _, feat, _ = dynamics.imagine(carry, given, 2)
     for x in feat:
-        some = (x[:, 1] * torch.randn_like(x[:, 1])).sum()  # the memory is normalised: its plain sum is constant
+        some = (
+            x[:, 1] * torch.randn_like(x[:, 1])
+        ).sum()  # the memory is normalised: its plain sum is constant
         (grad,) = torch.autograd.grad(some, given, retain_graph=True)
         assert grad[:, 0].abs().max() > 1e-6 and grad[:, 1].abs().max() == 0.0
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"levels": 1, "groups": 1}, {"levels": 5, "groups": 3, "codes": 3, "code_dim": 2}, {"layers": 1, "heads": 1}],
+    [
+        {"levels": 1, "groups": 1},
+        {"levels": 5, "groups": 3, "codes": 3, "code_dim": 2},
+        {"layers": 1, "heads": 1},
+    ],
 )
 def test_any_sizes(sizes):
     dynamics = build(**sizes)
     carry, post = dynamics.observe(dynamics.initial(3), *inputs())
-    _, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3)
-    assert feat.stoch.shape == (42, 4, dynamics.stoch_dim) and dynamics.loss(post)[0]["dyn"].isfinite().all()
+    _, feat, _ = dynamics.imagine(
+        dynamics.starts(carry, post, 0), lambda feat: torch.zeros(42, A).double(), 3
+    )
+    assert (
+        feat.stoch.shape == (42, 4, dynamics.stoch_dim)
+        and dynamics.loss(post)[0]["dyn"].isfinite().all()
+    )
 
 
 def test_memory_of_imagination_does_not_grow_with_starts_times_context():
     """The sequences' K/V are shared: no tensor holds a copy of them for every start."""
     dynamics = build(torch.float32, window=64)
     carry, post = dynamics.observe(
-        dynamics.initial(2), *inputs(batch=2, length=64, dtype=torch.float32, firsts=((0, 0), (1, 0)))
+        dynamics.initial(2),
+        *inputs(batch=2, length=64, dtype=torch.float32, firsts=((0, 0), (1, 0))),
     )
     start = dynamics.starts(carry, post, 0)
     assert start.keys.shape[0] == 2 and start.deter.shape[0] == 128

@@ -25,7 +25,9 @@ def test_each_levels_commitment_reaches_the_encoder():
 
 
 def test_exactly_one_codebook_update_per_training_update(monkeypatch):
-    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
+    agent, batch = make(
+        EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"}
+    )
     quantizer, calls = agent.world_model.dynamics.quantizer, []
     update = quantizer.update_codebook
 
@@ -40,7 +42,11 @@ def test_exactly_one_codebook_update_per_training_update(monkeypatch):
         agent.world_model.open_loop(batch, 3)
         before = quantizer.count.clone()
         agent.update(batch)
-        assert len(calls) == n and torch.equal(calls[-1], before) and not torch.equal(quantizer.count, before)
+        assert (
+            len(calls) == n
+            and torch.equal(calls[-1], before)
+            and not torch.equal(quantizer.count, before)
+        )
 
 
 def test_checkpoints_with_former_names_are_read():
@@ -72,7 +78,16 @@ def test_metrics_name_every_level():
     dynamics = build()
     _, post = dynamics.observe(dynamics.initial(3), *inputs())
     _, metrics = dynamics.loss(post)
-    for name in ("kl", "accuracy", "accuracy_copy", "accuracy_changed", "perplexity", "dead", "post_ent", "prior_ent"):
+    for name in (
+        "kl",
+        "accuracy",
+        "accuracy_copy",
+        "accuracy_changed",
+        "perplexity",
+        "dead",
+        "post_ent",
+        "prior_ent",
+    ):
         assert all(f"{name}_{i}" in metrics for i in range(3)), name
 
 
@@ -82,7 +97,9 @@ def test_accuracy_is_beside_copy_and_on_changes_only():
     index = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 0]]).reshape(1, 8, 1, 1)
     prior = torch.zeros(1, 8, 1, 5)
     prior[0, 1:].scatter_(-1, index[0, :-1], 9.0)
-    is_first = torch.tensor([[True] + [False] * 4 + [True] + [False] * 2])  # step 5 repeats by chance
+    is_first = torch.tensor(
+        [[True] + [False] * 4 + [True] + [False] * 2]
+    )  # step 5 repeats by chance
     metrics = dynamics._accuracy((hrvq.Level(prior, prior),), index, is_first)
     assert metrics["accuracy_0"].item() == pytest.approx(3 / 6)  # steps 1, 3, 6 of 1, 2, 3, 4, 6, 7
     assert metrics["accuracy_copy_0"].item() == pytest.approx(3 / 6)
@@ -112,9 +129,13 @@ def test_partial_decodes_are_sums_of_coarse_codes():
 def test_level_dropout_hides_fine_codes_from_the_decoder_alone():
     dynamics = build(level_dropout=0.5)
     _, post = dynamics.observe(dynamics.initial(50), *inputs(batch=50, firsts=()))
-    levels = dynamics.decoder_features(post).stoch.unflatten(-1, (3, -1)).abs().amax(-1) > 0  # (B, T, L)
+    levels = (
+        dynamics.decoder_features(post).stoch.unflatten(-1, (3, -1)).abs().amax(-1) > 0
+    )  # (B, T, L)
     share = levels.float().mean((0, 1))
-    assert share[0] == 1.0 and 0.7 < share[1] < 0.8 and 0.45 < share[2] < 0.55  # 1 level kept in 25%, 2 in 25%
+    assert (
+        share[0] == 1.0 and 0.7 < share[1] < 0.8 and 0.45 < share[2] < 0.55
+    )  # 1 level kept in 25%, 2 in 25%
     assert (levels[..., 1] >= levels[..., 2]).all()
     assert build(level_dropout=0.0).decoder_features(post) is post.feat
 
@@ -140,7 +161,9 @@ def test_the_prior_alone_follows(variant):
     _, post = dynamics.observe(dynamics.initial(3), *inputs())
     losses, metrics = dynamics.loss(post)
     assert "rep" not in losses
-    assert torch.allclose(losses["dyn"].mean(), 0.5 * sum(metrics[f"kl_{i}"] for i in range(dynamics.levels)))
+    assert torch.allclose(
+        losses["dyn"].mean(), 0.5 * sum(metrics[f"kl_{i}"] for i in range(dynamics.levels))
+    )
 
 
 def test_weights_of_levels():

@@ -123,7 +123,9 @@ def test_an_editable_install_works_from_any_folder(source, tmp_path):
     others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "others.pth").write_text("\n".join(others))
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([*PIP, "--python", python, "install", *OFFLINE, "--editable", source], check=True)
+    subprocess.run(
+        [*PIP, "--python", python, "install", *OFFLINE, "--editable", source], check=True
+    )
     done = start(tmp_path, tmp_path, python.with_name("hidreamer"), "train", "--help")
     assert done.returncode == 0, done.stderr
     assert "hidreamer train --configs PRESET" in done.stdout and "  --dynamics.type " in done.stdout
@@ -135,7 +137,15 @@ def test_an_editable_install_works_from_any_folder(source, tmp_path):
 @pytest.mark.parametrize("backend", ["ray", "slurm"])
 def test_clusters_and_recorded_episodes(backend, site, tmp_path):
     pytest.importorskip({"ray": "ray", "slurm": "submitit"}[backend])
-    command = [site / "bin" / "hidreamer", "compare", *DEBUG, "--models", "tiny_dreamerv3", "--seeds", 1]
+    command = [
+        site / "bin" / "hidreamer",
+        "compare",
+        *DEBUG,
+        "--models",
+        "tiny_dreamerv3",
+        "--seeds",
+        1,
+    ]
     command += ["--backend", backend, "--logdir", "out"]
     done = start(site, tmp_path, *command, "--steps", 600)
     assert done.returncode == 0, done.stdout + done.stderr

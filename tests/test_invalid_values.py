@@ -51,7 +51,13 @@ class Faulty(Suite):
     def step(self, action):
         self.t += 1
         value = lambda key, x: self.faulty.get((self.t, key), x)
-        return self._look(), value("reward", 1.0), False, False, {"log_things": value("log_things", 2.0)}
+        return (
+            self._look(),
+            value("reward", 1.0),
+            False,
+            False,
+            {"log_things": value("log_things", 2.0)},
+        )
 
     def get_state(self):
         return {"t": self.t}
@@ -76,7 +82,13 @@ WRONG = {
 
 
 def place(name):
-    return "vector" if "vector" in name else "reward" if "reward" in name or "float64" in name else name
+    return (
+        "vector"
+        if "vector" in name
+        else "reward"
+        if "reward" in name or "float64" in name
+        else name
+    )
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -87,7 +99,10 @@ def test_stop_names_environment_step_key_and_remedy(name):
     with pytest.raises(BadValue) as caught:
         env.step(one_hot(env, 0))
     line = str(caught.value)
-    assert line.startswith("gym_faulty, environment 3, step 2 (frame 4) of its episode: ") and "\n" not in line
+    assert (
+        line.startswith("gym_faulty, environment 3, step 2 (frame 4) of its episode: ")
+        and "\n" not in line
+    )
     assert expected in line and "--env.invalid truncate" in line
     assert isinstance(caught.value, EnvError) and "log_invalid" not in env.log_keys
 
@@ -106,7 +121,10 @@ def test_truncate_closes_the_episode_with_the_observation_before_it(name):
     flags = {key: bad[key] for key in ("is_first", "is_last", "is_terminal")}
     assert flags == {"is_first": False, "is_last": True, "is_terminal": False}
     assert bad["reward"] == bad["log_things"] == 0 and bad["log_invalid"] == 1
-    assert all(np.array_equal(bad[key], good[key]) and bad[key].dtype == good[key].dtype for key in env.obs_space)
+    assert all(
+        np.array_equal(bad[key], good[key]) and bad[key].dtype == good[key].dtype
+        for key in env.obs_space
+    )
     assert not any(np.shares_memory(bad[key], good[key]) for key in env.obs_space)
     assert all(np.isfinite(bad[key]).all() for key in bad) and bad.keys() == good.keys()
     assert env.reset()["is_first"] and env.step(one_hot(env, 0))["log_invalid"] == 0
@@ -119,9 +137,13 @@ def test_a_reset_is_repeated_and_counted():
             return obs | ({"vector": [NAN] * 3} if self.resets < 3 else {}), info
 
     env = Env(FaultyTwice({}), 1, 0, 7, "truncate")
-    with pytest.warns(RuntimeWarning, match="the reset of an episode: observation 'vector'") as warned:
+    with pytest.warns(
+        RuntimeWarning, match="the reset of an episode: observation 'vector'"
+    ) as warned:
         output = env.reset()
-    assert output["is_first"] and output["log_invalid"] == 2 == len(warned) and env.suite.resets == 3
+    assert (
+        output["is_first"] and output["log_invalid"] == 2 == len(warned) and env.suite.resets == 3
+    )
     with pytest.raises(BadValue, match="reset of an episode"):
         Env(FaultyTwice({}), 1, 0, 7, "stop").reset()
     with pytest.warns(RuntimeWarning), pytest.raises(BadValue, match="5 resets in a row"):
@@ -159,7 +181,9 @@ def test_through_many_environments(parallel):
     """A NaN is no crash: nothing is built anew, and `stop` reaches the caller as it is."""
 
     def make(index, restart):
-        return Env(Faulty({(2, "reward"): NAN} if index else {}), 1, 0, 0, kind, task="t", index=index)
+        return Env(
+            Faulty({(2, "reward"): NAN} if index else {}), 1, 0, 0, kind, task="t", index=index
+        )
 
     action = np.eye(2, dtype=np.float32)
     kind = "truncate"
@@ -167,7 +191,11 @@ def test_through_many_environments(parallel):
         envs.step(None), envs.step(action)
         with contextlib.nullcontext() if parallel else pytest.warns(RuntimeWarning):
             output = envs.step(action)
-        assert output["is_last"].tolist() == [False, True] == output["log_invalid"].astype(bool).tolist()
+        assert (
+            output["is_last"].tolist()
+            == [False, True]
+            == output["log_invalid"].astype(bool).tolist()
+        )
         assert envs.step(action)["is_first"].tolist() == [False, True] and envs.restarts == 0
     kind = "stop"
     with contextlib.closing(Envs(make, 2, parallel)) as envs:
@@ -206,7 +234,18 @@ def fails(tmp_path, monkeypatch):
     sys.modules.pop("failing_env", None)
 
 
-QUICK = ["--video", "false", "--eval_episodes", "0", "--log_every", "20", "--checkpoint_every", "20", "--steps", "100"]
+QUICK = [
+    "--video",
+    "false",
+    "--eval_episodes",
+    "0",
+    "--log_every",
+    "20",
+    "--checkpoint_every",
+    "20",
+    "--steps",
+    "100",
+]
 
 
 def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, capsys):
@@ -214,7 +253,9 @@ def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, ca
     run = ["--configs", "gym", "debug", "--task", fails, *QUICK, "--logdir", str(tmp_path / "run")]
     assert dreamer.main(run) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {fails}, environment 0, step 10 (frame 10) of its episode: reward is nan")
+    assert error.startswith(
+        f"error: {fails}, environment 0, step 10 (frame 10) of its episode: reward is nan"
+    )
     assert error.count("\n") == 1
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
     assert checkpoint["step"] == 40
@@ -225,7 +266,9 @@ def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, ca
     for path in (tmp_path / "run" / "train_eps").glob("*.npz"):
         with np.load(path) as file:
             assert all(np.isfinite(file[key]).all() for key in file.files)
-    assert dreamer.main([*run, "--steps", "120"]) == 0  # back to `stop`: its log keys are fewer again
+    assert (
+        dreamer.main([*run, "--steps", "120"]) == 0
+    )  # back to `stop`: its log keys are fewer again
 
 
 def test_every_suite_is_checked():

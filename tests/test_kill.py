@@ -18,7 +18,14 @@ KINDS = [("dummy_vector", "rssm"), ("gym_CartPole-v1", "hrvq"), ("dummy_vector",
 @pytest.mark.parametrize(("task", "dynamics"), KINDS)
 def test_a_run_that_is_killed_logs_what_one_that_is_not_logs(task, dynamics, tmp_path):
     out = tmp_path / "kills.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--tasks", task, "--dynamics", dynamics]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "kills.py"),
+        "--tasks",
+        task,
+        "--dynamics",
+        dynamics,
+    ]
     command += ["--kills", "2", "--each", "1", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     report = json.loads(out.read_text())
@@ -28,7 +35,17 @@ def test_a_run_that_is_killed_logs_what_one_that_is_not_logs(task, dynamics, tmp
 
 
 def test_every_difference_is_seen():
-    whole = {"records": [{"step": 1}], "episodes": {"a": b"1"}, "counters": {"step": 1}, "agent": {"w": torch.ones(2)}}
+    whole = {
+        "records": [{"step": 1}],
+        "episodes": {"a": b"1"},
+        "counters": {"step": 1},
+        "agent": {"w": torch.ones(2)},
+    }
     assert kills.differences(whole, whole) == []
-    for name, other in {"records": [], "episodes": {}, "counters": {"step": 2}, "agent": {"w": torch.zeros(2)}}.items():
+    for name, other in {
+        "records": [],
+        "episodes": {},
+        "counters": {"step": 2},
+        "agent": {"w": torch.zeros(2)},
+    }.items():
         assert kills.differences(whole, whole | {name: other}) == [name]

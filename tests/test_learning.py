@@ -16,13 +16,78 @@ from hidreamer.replay import Replay
 
 # Tiny networks at thirty times the usual learning rate. Two bits are to be known of each observation, so three nats are
 # free; dreams are short, because each action is answered at the next step.
-TOY = ["--configs", "gym", "debug", "--task", "dummy_vector", "--steps", "2500", "--seed", "0", "--video", "false"]
-TOY += ["--log_every", "2500", "--eval_every", "2500", "--eval_episodes", "10", "--checkpoint_every", "2500"]
-TOY += ["--replay.batch", "8", "--replay.length", "8", "--replay.ratio", "32", "--replay.prefill", "200"]
-TOY += ["--replay.capacity", "3000", "--model.lr", "3e-3", "--actor.lr", "3e-3", "--critic.lr", "3e-3"]
-TOY += ["--actor.entropy", "3e-3", "--imag.horizon", "3", "--imag.discount", "0.9", "--encoder.units", "32"]
-TOY += ["--decoder.units", "32", "--dynamics.deter", "32", "--dynamics.hidden", "32", "--dynamics.free", "3"]
-TOY += ["--dynamics.rssm.stoch", "4", "--dynamics.rssm.classes", "8", "--dynamics.hrssm.stoch", "2", "2"]
+TOY = [
+    "--configs",
+    "gym",
+    "debug",
+    "--task",
+    "dummy_vector",
+    "--steps",
+    "2500",
+    "--seed",
+    "0",
+    "--video",
+    "false",
+]
+TOY += [
+    "--log_every",
+    "2500",
+    "--eval_every",
+    "2500",
+    "--eval_episodes",
+    "10",
+    "--checkpoint_every",
+    "2500",
+]
+TOY += [
+    "--replay.batch",
+    "8",
+    "--replay.length",
+    "8",
+    "--replay.ratio",
+    "32",
+    "--replay.prefill",
+    "200",
+]
+TOY += [
+    "--replay.capacity",
+    "3000",
+    "--model.lr",
+    "3e-3",
+    "--actor.lr",
+    "3e-3",
+    "--critic.lr",
+    "3e-3",
+]
+TOY += [
+    "--actor.entropy",
+    "3e-3",
+    "--imag.horizon",
+    "3",
+    "--imag.discount",
+    "0.9",
+    "--encoder.units",
+    "32",
+]
+TOY += [
+    "--decoder.units",
+    "32",
+    "--dynamics.deter",
+    "32",
+    "--dynamics.hidden",
+    "32",
+    "--dynamics.free",
+    "3",
+]
+TOY += [
+    "--dynamics.rssm.stoch",
+    "4",
+    "--dynamics.rssm.classes",
+    "8",
+    "--dynamics.hrssm.stoch",
+    "2",
+    "2",
+]
 TOY += ["--dynamics.hrssm.classes", "8", "8", "--dynamics.hrvq.codes", "8"]
 
 
@@ -30,8 +95,12 @@ def play_toy(kind, folder):
     """-> mean return of the episodes played at random, and of ten greedy ones at the end; the best is 20."""
     assert dreamer.main([*TOY, "--dynamics.type", kind, "--logdir", str(folder)]) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    early = [line["train_return"] for line in lines if "train_return" in line and line["step"] <= 200]
-    return sum(early) / len(early), [line["eval_return"] for line in lines if "eval_return" in line][-1]
+    early = [
+        line["train_return"] for line in lines if "train_return" in line and line["step"] <= 200
+    ]
+    return sum(early) / len(early), [
+        line["eval_return"] for line in lines if "eval_return" in line
+    ][-1]
 
 
 @pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
@@ -61,7 +130,9 @@ def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeyp
 
 def status(*words):
     """Exit status of benchmarks/learning.py: 0 if every bar is met, or, for a broken twin, missed."""
-    return subprocess.run([sys.executable, str(ROOT / "benchmarks" / "learning.py"), *words]).returncode
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "learning.py"), *words]
+    ).returncode
 
 
 @pytest.mark.slow

@@ -15,11 +15,19 @@ from legacy import check
 GOLDEN = ROOT / "tests" / "golden" / "dreamerv3_torch_vector"
 IMAGE = ROOT / "tests" / "golden" / "dreamerv3_torch_image"
 FIXTURES = ROOT.parent / "shared" / "fixtures" / "dreamerv3_torch"
-ABSENT = pytest.mark.skip(reason="upstream's outputs at larger sizes lie in ../shared, which is absent here")
-FOLDERS = [GOLDEN, IMAGE, *(sorted(p for p in FIXTURES.iterdir() if p.is_dir()) if FIXTURES.exists() else [])]
+ABSENT = pytest.mark.skip(
+    reason="upstream's outputs at larger sizes lie in ../shared, which is absent here"
+)
+FOLDERS = [
+    GOLDEN,
+    IMAGE,
+    *(sorted(p for p in FIXTURES.iterdir() if p.is_dir()) if FIXTURES.exists() else []),
+]
 FOLDERS += [] if FIXTURES.exists() else [pytest.param(FIXTURES, marks=ABSENT)]
 each = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-trained = pytest.mark.parametrize("folder", [f for f in FOLDERS if f is not IMAGE], ids=lambda folder: folder.name)
+trained = pytest.mark.parametrize(
+    "folder", [f for f in FOLDERS if f is not IMAGE], ids=lambda folder: folder.name
+)
 
 
 def arguments(folder):
@@ -48,7 +56,10 @@ def test_the_loss_that_is_checked_is_the_dynamics_own(reverse, monkeypatch, caps
     if reverse:
         monkeypatch.setattr(dists, "kl", lambda post, prior: real(prior, post))
     assert check.main(arguments(IMAGE)) == int(reverse)
-    lines = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:-1]}
+    lines = {
+        line.split()[0]: float(line.split()[1])
+        for line in capsys.readouterr().out.splitlines()[:-1]
+    }
     assert {"kl_loss", "kl_value"} == {name for name in lines if name.startswith("kl_")}
     assert all((lines[name] > 1e-3) == (reverse and name.startswith("kl_")) for name in lines)
     with np.load(IMAGE / "expected.npz") as expected:
@@ -80,16 +91,23 @@ def test_optimiser_states_arrive(folder):
         own = agent.optimizers[optimizer]
         got = own.state_dict()
         missing = set(own.params) - set(got)
-        assert missing <= {"encoder.vector.blocks.0.linear.bias"}  # upstream has no such bias: it starts afresh
+        assert missing <= {
+            "encoder.vector.blocks.0.linear.bias"
+        }  # upstream has no such bias: it starts afresh
         for key, p in own.params.items():
             if key in missing:
                 continue
             assert got[key]["exp_avg"].shape == p.shape and got[key]["step"] == 1
     # One of them by hand: upstream's numbering follows its state dict.
     keys = [k for k in state["agent_state_dict"] if k.startswith("_wm.")]
-    theirs = state["optims_state_dict"][next(k for k in state["optims_state_dict"] if "_model_opt" in k)]["state"]
+    theirs = state["optims_state_dict"][
+        next(k for k in state["optims_state_dict"] if "_model_opt" in k)
+    ]["state"]
     index = next(i for i, k in enumerate(keys) if k.endswith("reward.mean_layer.weight"))
-    assert torch.equal(agent.optimizers["model"].state_dict()["reward.out.weight"]["exp_avg"], theirs[index]["exp_avg"])
+    assert torch.equal(
+        agent.optimizers["model"].state_dict()["reward.out.weight"]["exp_avg"],
+        theirs[index]["exp_avg"],
+    )
 
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):

@@ -25,7 +25,10 @@ def lines(logdir):
     def refuse(word):
         raise ValueError(f"{word} is no JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (logdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def board(logdir):
@@ -51,16 +54,23 @@ def test_what_is_no_number_becomes_null(tmp_path):
     log.scalars(1, {"a": float("nan"), "b": float("-inf"), "c": np.float32(0.5), "d": 2})
     log.scalars(2, {"a": 1.0})
     log.close()
-    assert lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 0.5, "d": 2}, {"step": 2, "a": 1.0}]
+    assert lines(tmp_path) == [
+        {"step": 1, "a": None, "b": None, "c": 0.5, "d": 2},
+        {"step": 2, "a": 1.0},
+    ]
 
 
 def test_readers_skip_null_and_the_nan_of_older_logs(tmp_path):
     config = load_config(["debug"], {"task": "dummy_vector", "steps": "30", "log_every": "10"})
     (tmp_path / "config.yaml").write_text(json.dumps(config.tree()))
     log = '{"step": 10, "x": 1.0, "y": null, "train_return": 5.0}\n{"step": 20, "x": null, "train_return": null}\n'
-    (tmp_path / "metrics.jsonl").write_text(log + '{"step": 30, "x": NaN, "perf/frames_per_s": null}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        log + '{"step": 30, "x": NaN, "perf/frames_per_s": null}\n'
+    )
     run = runs.read(tmp_path)
-    assert run.step == 30 and run.get("x").tolist() == [[10.0, 1.0]] and run.get("y").shape == (0, 2)
+    assert (
+        run.step == 30 and run.get("x").tolist() == [[10.0, 1.0]] and run.get("y").shape == (0, 2)
+    )
     seen = types.SimpleNamespace(folder=tmp_path, unit="frames", seen={})
     matrix.Job.look(seen)
     assert seen.seen == {"step": 30, "return": 5.0}
@@ -99,7 +109,9 @@ def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, cap
     elsewhere = lambda path, *args: open("/dev/full" if "tfevents" in str(path) else path, *args)  # noqa: SIM115
     monkeypatch.setattr(logger, "open", elsewhere, raising=False)
     log = Logger(tmp_path, 0, 0)
-    with pytest.warns(RuntimeWarning, match=r"TensorBoard failed .*metrics\.jsonl.*No space") as seen:
+    with pytest.warns(
+        RuntimeWarning, match=r"TensorBoard failed .*metrics\.jsonl.*No space"
+    ) as seen:
         for step in range(2000):
             log.scalars(step, {"x": 1.0})
             log.flush()
@@ -115,17 +127,25 @@ def test_tensorboard_that_cannot_begin_is_one_warning(tmp_path, monkeypatch):
         log.scalars(1, {"x": 1.0})
         log.video(1, "agent", [np.zeros((16, 16, 3), np.uint8)])
         log.close()
-    assert len(seen) == 1 and len(lines(tmp_path)) == 1 and list((tmp_path / "videos").glob("*.mp4"))
+    assert (
+        len(seen) == 1 and len(lines(tmp_path)) == 1 and list((tmp_path / "videos").glob("*.mp4"))
+    )
 
 
 def test_tensorflow_stays_out(tmp_path):
     """Where it is installed, its import prints pages about processors and GPUs."""
     (tmp_path / "tensorflow").mkdir()
-    (tmp_path / "tensorflow" / "__init__.py").write_text("import sys; print('rebuild TensorFlow', file=sys.stderr)")
-    code = "import pathlib; from hidreamer.logger import Logger; log = Logger(pathlib.Path(), 0, 0); "
+    (tmp_path / "tensorflow" / "__init__.py").write_text(
+        "import sys; print('rebuild TensorFlow', file=sys.stderr)"
+    )
+    code = (
+        "import pathlib; from hidreamer.logger import Logger; log = Logger(pathlib.Path(), 0, 0); "
+    )
     code += "log.scalars(1, {'x': 1.0}); log.close()"
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == ""
 
 
@@ -174,7 +194,16 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
 def test_a_run_keeps_its_wandb_id_through_other_loggers(tmp_path, monkeypatch):
     module = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    words = ["--configs", "debug", "--task", "dummy_vector", "--eval_episodes", "0", "--logdir", str(tmp_path)]
+    words = [
+        "--configs",
+        "debug",
+        "--task",
+        "dummy_vector",
+        "--eval_episodes",
+        "0",
+        "--logdir",
+        str(tmp_path),
+    ]
     for steps, kind in (("40", "wandb"), ("60", "tensorboard"), ("80", "wandb")):
         assert dreamer.main([*words, "--steps", steps, "--logger", kind]) == 0
     assert len(module.runs) == 2 and len({settings["id"] for settings in module.runs}) == 1
@@ -183,7 +212,9 @@ def test_a_run_keeps_its_wandb_id_through_other_loggers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fails", ["init", "log"])
 def test_wandb_that_fails_is_one_warning(fails, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb({fails}))
-    with pytest.warns(RuntimeWarning, match="Weights & Biases failed .*--logger tensorboard") as seen:
+    with pytest.warns(
+        RuntimeWarning, match="Weights & Biases failed .*--logger tensorboard"
+    ) as seen:
         log = Logger(tmp_path, 0, 0, CONFIG)
         for step in range(3):
             log.scalars(step, {"x": 1.0})
@@ -223,7 +254,9 @@ def test_a_codec_that_fails_is_one_warning(tmp_path, monkeypatch):
             log.video(step, "agent", [np.zeros((16, 16, 3), np.uint8)])
     log.scalars(3, {"x": 1.0})
     log.close()
-    assert len(seen) == 1 and len(lines(tmp_path)) == 1 and not list((tmp_path / "videos").iterdir())
+    assert (
+        len(seen) == 1 and len(lines(tmp_path)) == 1 and not list((tmp_path / "videos").iterdir())
+    )
 
 
 def test_a_folder_for_videos_that_is_none_is_one_warning(tmp_path):

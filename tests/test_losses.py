@@ -83,7 +83,9 @@ def test_weights_scale_the_behaviors_losses():
     found = []
     for actor, critic in ((1.0, 1.0), (3.0, 5.0)):
         agent.behavior.norm.range.copy_(before)
-        other, _ = make(**{"actor.entropy": 0.1, "loss_scales.actor": actor, "loss_scales.critic": critic})
+        other, _ = make(
+            **{"actor.entropy": 0.1, "loss_scales.actor": actor, "loss_scales.critic": critic}
+        )
         other.load_state(agent.save_state())
         found.append(other.behavior.losses(dreamt, rew)[:2])
     (actor, critic), (scaled_actor, scaled_critic) = found
@@ -121,7 +123,9 @@ def test_objectives_add_no_names_and_survive_a_copy():
     twin = copy.deepcopy(agent.world_model)
     assert twin.objectives["decoder"].decoder is twin.decoder
     assert twin.objectives["decoder"].dynamics is twin.dynamics
-    assert twin.objectives["reward"].head is twin.reward and twin.objectives["cont"].head is twin.cont
+    assert (
+        twin.objectives["reward"].head is twin.reward and twin.objectives["cont"].head is twin.cont
+    )
 
 
 def test_an_optimiser_that_there_is_not():
@@ -142,10 +146,15 @@ def test_gathered_losses_are_one_step_along_their_sum():
     apart.gather(first)
     apart.gather(second, ["a"])
     metrics = apart.apply()
-    assert metrics.keys() == {"grad_norm", "grad_norm_a", "grad_norm_b", "clipped"} and metrics["clipped"] == 1
+    assert (
+        metrics.keys() == {"grad_norm", "grad_norm_a", "grad_norm_b", "clipped"}
+        and metrics["clipped"] == 1
+    )
     for name, value in expected.items():
         assert torch.allclose(metrics[name], value)
-    for p, q in zip((*a.parameters(), *b.parameters()), [q for m in others for q in m.parameters()], strict=True):
+    for p, q in zip(
+        (*a.parameters(), *b.parameters()), [q for m in others for q in m.parameters()], strict=True
+    ):
         assert torch.allclose(p, q, atol=1e-6) and p.grad is None
 
 
@@ -182,10 +191,14 @@ def test_a_joint_agent_learns_clips_once_and_resumes_exactly():
     }
     agent, batch = make(**settings)
     before = copy.deepcopy(agent.state_dict())
-    metrics = [dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False)) for _ in range(30)]
+    metrics = [
+        dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False)) for _ in range(30)
+    ]
     assert metrics[-1]["model_loss"] < 0.8 * metrics[1]["model_loss"]
     assert metrics[-1]["expl_model_loss"] < metrics[1]["expl_model_loss"]
-    assert {"joint_clipped", "joint_grad_norm_encoder", "joint_grad_norm_expl_critic"} < metrics[-1].keys()
+    assert {"joint_clipped", "joint_grad_norm_encoder", "joint_grad_norm_expl_critic"} < metrics[
+        -1
+    ].keys()
     assert not {name for name in metrics[-1] if name.endswith("clipped")} - {"joint_clipped"}
     moved = changed(before, agent.state_dict())
     assert {name.split(".")[0] for name in moved} == {"world_model", "behavior", "explorer"}

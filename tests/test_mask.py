@@ -30,7 +30,9 @@ def test_every_entry_is_the_tables(kind, table):
         for row, (same, past) in table.items():
             for column_step in range(STEPS):
                 for column in POSITION:
-                    expected = {0: column in same, 1: column in past}.get(min(row_step - column_step, 1), False)
+                    expected = {0: column in same, 1: column in past}.get(
+                        min(row_step - column_step, 1), False
+                    )
                     got = seen[4 * row_step + POSITION[row], 4 * column_step + POSITION[column]]
                     assert got == expected, (row, row_step, column, column_step)
 
@@ -47,7 +49,9 @@ def test_causal_reflexive_and_of_the_right_shape(kind, levels):
     assert seen.diagonal().all() and not seen.triu(1).any()
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("hierarchical", False), ("barrier", True), ("causal", True)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("hierarchical", False), ("barrier", True), ("causal", True)]
+)
 def test_transitivity(kind, expected):
     """A mask holds at any depth only if seeing someone who sees x never shows more than the mask allows."""
     seen = visible(kind, 5, LEVELS).float()
@@ -55,7 +59,11 @@ def test_transitivity(kind, expected):
 
 
 def test_window():
-    rules, time, level = rule("causal", 1), torch.arange(6).repeat_interleave(2), torch.arange(2).repeat(6)
+    rules, time, level = (
+        rule("causal", 1),
+        torch.arange(6).repeat_interleave(2),
+        torch.arange(2).repeat(6),
+    )
     seen = attn_mask(rules, (time, level), (time, level), window=2)
     assert seen[10].nonzero().flatten().tolist() == [8, 9, 10]  # L0 of step 5 sees steps 4 and 5
 

@@ -27,7 +27,10 @@ def test_every_mutant_fits_the_code(mutants):
     for mutant in found:
         text = (ROOT / mutant.file).read_text()
         ast.parse(mutants.mutated(mutant, text))
-        assert mutant.old != mutant.new and "#" not in text[: text.index(mutant.old)].rsplit("\n", 1)[-1], mutant.name
+        assert (
+            mutant.old != mutant.new
+            and "#" not in text[: text.index(mutant.old)].rsplit("\n", 1)[-1]
+        ), mutant.name
 
 
 def test_an_entry_that_no_longer_fits_is_named(mutants):
@@ -38,7 +41,9 @@ def test_an_entry_that_no_longer_fits_is_named(mutants):
 def test_every_fast_file_exists(mutants):
     assert all((ROOT / name).exists() for name in mutants.in_order(mutants.FAST))
     files = {mutant.file for mutant in mutants.load(mutants.LIST)}
-    assert files >= set(mutants.LIKELY) and all(set(x) <= set(mutants.FAST) for x in mutants.LIKELY.values())
+    assert files >= set(mutants.LIKELY) and all(
+        set(x) <= set(mutants.FAST) for x in mutants.LIKELY.values()
+    )
 
 
 def run(*words):
@@ -50,17 +55,29 @@ def run(*words):
 
 def test_a_fault_is_noticed_and_what_is_none_survives(tmp_path):
     before = (ROOT / "hidreamer" / "mask.py").read_bytes()
-    faults = {"fault": ["(ago < window)", "(ago <= window)"], "harmless": ["n = levels + 1", "n = 1 + levels"]}
+    faults = {
+        "fault": ["(ago < window)", "(ago <= window)"],
+        "harmless": ["n = levels + 1", "n = 1 + levels"],
+    }
     (tmp_path / "list.yaml").write_text(json.dumps({"hidreamer/mask.py": faults}))
-    status, lines, _ = run("--list", tmp_path / "list.yaml", "--tests", "mask", "--out", tmp_path / "out.json")
-    assert status == 1 and [line.split()[:2] for line in lines[:2]] == [["killed", "fault"], ["SURVIVED", "harmless"]]
+    status, lines, _ = run(
+        "--list", tmp_path / "list.yaml", "--tests", "mask", "--out", tmp_path / "out.json"
+    )
+    assert status == 1 and [line.split()[:2] for line in lines[:2]] == [
+        ["killed", "fault"],
+        ["SURVIVED", "harmless"],
+    ]
     summary = json.loads(lines[-1])
     assert summary["survived"] == ["harmless"] and (summary["tried"], summary["killed"]) == (2, 1)
-    assert json.loads((tmp_path / "out.json").read_text())["noticed_by"]["fault"].endswith("test_window")
+    assert json.loads((tmp_path / "out.json").read_text())["noticed_by"]["fault"].endswith(
+        "test_window"
+    )
     assert before == (ROOT / "hidreamer" / "mask.py").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["a.py: {x: [only one]}", "models.py: {x: [nowhere to be found, y]}", "a: ["])
+@pytest.mark.parametrize(
+    "text", ["a.py: {x: [only one]}", "models.py: {x: [nowhere to be found, y]}", "a: ["]
+)
 def test_a_bad_list_is_one_line(text, tmp_path):
     (tmp_path / "list.yaml").write_text(text)
     status, lines, error = run("--list", tmp_path / "list.yaml")

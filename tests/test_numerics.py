@@ -44,7 +44,9 @@ class TestTwoHot:
         width = 40.0 / 254.0
         target = math.expm1(30.25 * width)  # a quarter of the way from bin 127 + 30 to the next
         expected = 0.75 * logp[157] + 0.25 * logp[158]
-        assert dists.TwoHot(logit).log_prob(torch.tensor(target)).item() == pytest.approx(expected.item(), abs=1e-4)
+        assert dists.TwoHot(logit).log_prob(torch.tensor(target)).item() == pytest.approx(
+            expected.item(), abs=1e-4
+        )
 
     def test_targets_beyond_the_bins_go_to_the_last(self):
         logit = torch.randn(dists.BINS)
@@ -136,7 +138,9 @@ def test_bernoulli_and_mse():
     assert dists.Bernoulli(logit).log_prob(torch.ones(2)).tolist() == pytest.approx(expected)
     grid = dists.Bernoulli(torch.zeros(4, 2, 2, 3), event=3).log_prob(torch.zeros(4, 2, 2, 3))
     assert grid.tolist() == pytest.approx([12 * math.log(0.5)] * 4)
-    assert dists.MSE(torch.tensor([[1.0, 2.0]]), 1).log_prob(torch.tensor([[0.0, 4.0]])).item() == -5.0
+    assert (
+        dists.MSE(torch.tensor([[1.0, 2.0]]), 1).log_prob(torch.tensor([[0.0, 4.0]])).item() == -5.0
+    )
     squashed = dists.MSE(torch.tensor([[1.0]]), 1, squash=True)
     assert squashed.log_prob(torch.tensor([[0.0]])).item() == -1.0
     assert squashed.mode().item() == pytest.approx(math.e - 1)
@@ -161,7 +165,9 @@ class TestReturns:
     def test_extremes_of_lambda(self):
         rew, value = torch.randn(5, 8), torch.randn(5, 8)
         disc = torch.rand(5, 8)
-        assert torch.allclose(lambda_return(rew, value, disc, 0.0), rew[:, 1:] + disc[:, 1:] * value[:, 1:])
+        assert torch.allclose(
+            lambda_return(rew, value, disc, 0.0), rew[:, 1:] + disc[:, 1:] * value[:, 1:]
+        )
         total = value[:, -1]
         for t in reversed(range(7)):
             total = rew[:, t + 1] + disc[:, t + 1] * total
@@ -200,7 +206,9 @@ class TestOptimizer:
         assert got == pytest.approx([5.0, 3.0, 4.0, 1.0])
         # Adam's first step has length lr whatever the gradient's; its moments hold the clipped gradient.
         assert torch.allclose(a.weight, before - torch.tensor([[0.1, 0.0]]), atol=1e-6)
-        assert torch.allclose(opt.state_dict()["a.weight"]["exp_avg"], 0.1 * torch.tensor([[0.6, 0.0]]))
+        assert torch.allclose(
+            opt.state_dict()["a.weight"]["exp_avg"], 0.1 * torch.tensor([[0.6, 0.0]])
+        )
 
     def test_touches_nothing_else(self):
         a, b, _ = self.make(clip=0.0)
@@ -215,7 +223,9 @@ class TestOptimizer:
         other = Optimizer({"a": a, "b": b}, lr=0.7, eps=1e-8, clip=0.0)
         other.load_state_dict(opt.state_dict())
         assert other.optim.param_groups[0]["lr"] == 0.7
-        assert torch.equal(other.state_dict()["b.weight"]["exp_avg_sq"], opt.state_dict()["b.weight"]["exp_avg_sq"])
+        assert torch.equal(
+            other.state_dict()["b.weight"]["exp_avg_sq"], opt.state_dict()["b.weight"]["exp_avg_sq"]
+        )
 
     def test_the_rule_is_adams(self):
         """Three steps of one number by hand: rate .1, epsilon .5 so that it shows."""
@@ -229,7 +239,10 @@ class TestOptimizer:
             m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
             w -= 0.1 * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.999**step)) + 0.5)
             assert layer.weight.item() == pytest.approx(w, abs=1e-6)
-            assert metrics["grad_norm"].item() == pytest.approx(grad, abs=1e-5) and "clipped" not in metrics
+            assert (
+                metrics["grad_norm"].item() == pytest.approx(grad, abs=1e-5)
+                and "clipped" not in metrics
+            )
 
 
 class TestInitialWeights:
@@ -240,7 +253,9 @@ class TestInitialWeights:
         assert weight.std().item() == pytest.approx(0.0632, rel=0.02) and abs(weight.mean()) < 1e-3
         limit = 2 * 0.0632456 / 0.8796256  # cut at two deviations of the uncut normal
         assert 0.98 * limit < weight.abs().max() <= limit
-        assert (weight.abs() < 0.0632).float().mean().item() == pytest.approx(0.652, abs=0.01)  # uniform: 0.577
+        assert (weight.abs() < 0.0632).float().mean().item() == pytest.approx(
+            0.652, abs=0.01
+        )  # uniform: 0.577
 
     @pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
     def test_outputs_are_uniform(self, scale):
@@ -260,9 +275,22 @@ class TestInitialWeights:
 
     def test_which_layer_begins_how(self):
         """Of every matrix of an agent: zero, uniform with variance 1 / mean fan, or truncated normal with the same."""
-        obs = {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8), "vector": spaces.Box(-np.inf, np.inf, (40,))}
-        wide = {"encoder.units": 100, "decoder.units": 100, "encoder.depth": 16, "decoder.depth": 16}
-        wide |= {"dynamics.deter": 100, "dynamics.hidden": 100, "dynamics.rssm.stoch": 10, "dynamics.rssm.classes": 10}
+        obs = {
+            "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+            "vector": spaces.Box(-np.inf, np.inf, (40,)),
+        }
+        wide = {
+            "encoder.units": 100,
+            "decoder.units": 100,
+            "encoder.depth": 16,
+            "decoder.depth": 16,
+        }
+        wide |= {
+            "dynamics.deter": 100,
+            "dynamics.hidden": 100,
+            "dynamics.rssm.stoch": 10,
+            "dynamics.rssm.classes": 10,
+        }
         wide |= {f"{head}.units": 100 for head in ("reward", "cont", "actor.net", "critic.net")}
         agent = models.Agent(obs, spaces.Discrete(30), 30, tools.load_config(["debug"], wide))
         zero, uniform = set(), set()
@@ -278,8 +306,16 @@ class TestInitialWeights:
             if p.abs().max() <= math.sqrt(3) * scale + 1e-9:
                 uniform.add(name.removesuffix(".weight"))
         assert zero == {"world_model.reward.out", "behavior.critic.out", "behavior.slow.out"}
-        model = ("dynamics.prior_out", "dynamics.post_out", "decoder.image.inp", "decoder.image.layers.3", "cont.out")
-        assert uniform == {f"world_model.{name}" for name in (*model, "decoder.vector.out")} | {"behavior.actor.out"}
+        model = (
+            "dynamics.prior_out",
+            "dynamics.post_out",
+            "decoder.image.inp",
+            "decoder.image.layers.3",
+            "cont.out",
+        )
+        assert uniform == {f"world_model.{name}" for name in (*model, "decoder.vector.out")} | {
+            "behavior.actor.out"
+        }
         # A vector's length passes through a bias that begins as the weight of a constant 1 would.
         bias = agent.world_model.encoder.vector.blocks[0].linear.bias
         assert bias.std().item() == pytest.approx(math.sqrt(2 / 140), rel=0.25)
@@ -298,7 +334,9 @@ class TestGRUCell:
         cell = nets.GRUCell(2, 3)
         x, deter = torch.randn(4, 2), torch.randn(4, 3)
         parts = torch.cat([x, deter], -1) @ cell.linear.weight.T
-        parts = (parts - parts.mean(-1, keepdim=True)) / (parts.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt()
+        parts = (parts - parts.mean(-1, keepdim=True)) / (
+            parts.var(-1, unbiased=False, keepdim=True) + 1e-3
+        ).sqrt()
         sigmoid = lambda x: 1 / (1 + torch.exp(-x))
         for b in range(4):
             for i in range(3):
@@ -310,19 +348,33 @@ class TestGRUCell:
 
 class TestRotary:
     def test_angles_are_time_times_falling_rates(self):
-        rope = rotary(torch.tensor([0, 1, -3]), 6, torch.float64)  # three pairs: rates 1, 10,000^(-1/3), 10,000^(-2/3)
+        rope = rotary(
+            torch.tensor([0, 1, -3]), 6, torch.float64
+        )  # three pairs: rates 1, 10,000^(-1/3), 10,000^(-2/3)
         for row, time in zip(rope, (0, 1, -3), strict=True):
             for i, rate in enumerate((1.0, 0.0464158883, 0.00215443469)):
-                assert row[:, i].tolist() == pytest.approx([math.cos(time * rate), math.sin(time * rate)])
+                assert row[:, i].tolist() == pytest.approx(
+                    [math.cos(time * rate), math.sin(time * rate)]
+                )
 
     def test_products_depend_on_the_difference_of_times_alone(self):
         q, k = torch.randn(1, 8, dtype=torch.float64), torch.randn(1, 8, dtype=torch.float64)
         at = lambda x, time: rotate(x, rotary(torch.tensor(time), 8, torch.float64))
         score = lambda a, b: (at(q, a) * at(k, b)).sum()
-        assert score(7, 4) == pytest.approx(score(3, 0)) and score(7, 4) != pytest.approx(score(4, 7))
-        a, b = q[0, :4].tolist(), q[0, 4:].tolist()  # pair i is (x_i, x_{i+4}), turned as a complex number
-        turned = [complex(x, y) * complex(math.cos(r), math.sin(r)) for x, y, r in zip(a, b, RATES, strict=True)]
-        assert at(q, 1)[0].tolist() == pytest.approx([z.real for z in turned] + [z.imag for z in turned])
+        assert score(7, 4) == pytest.approx(score(3, 0)) and score(7, 4) != pytest.approx(
+            score(4, 7)
+        )
+        a, b = (
+            q[0, :4].tolist(),
+            q[0, 4:].tolist(),
+        )  # pair i is (x_i, x_{i+4}), turned as a complex number
+        turned = [
+            complex(x, y) * complex(math.cos(r), math.sin(r))
+            for x, y, r in zip(a, b, RATES, strict=True)
+        ]
+        assert at(q, 1)[0].tolist() == pytest.approx(
+            [z.real for z in turned] + [z.imag for z in turned]
+        )
 
 
 RATES = (1.0, 0.1, 0.01, 0.001)  # of heads of 8 numbers
@@ -337,7 +389,9 @@ class TestCodebookAverages:
         quantizer.update_codebook(quantizer.encode(torch.tensor([1.0, 2.0, 12.0]).view(3, 1, 1)))
         count, total = [0.98 + 0.02 * 2, 0.98 + 0.02 * 1], [0.02 * 3.0, 0.98 * 10 + 0.02 * 12]
         assert quantizer.count.flatten().tolist() == pytest.approx(count)
-        assert quantizer.book.flatten().tolist() == pytest.approx([t / c for t, c in zip(total, count, strict=True)])
+        assert quantizer.book.flatten().tolist() == pytest.approx(
+            [t / c for t, c in zip(total, count, strict=True)]
+        )
 
     def test_a_code_is_revived_below_a_fifth_of_a_use(self):
         quantizer = Quantizer("nearest", 2, 1, 2, 1)
@@ -350,7 +404,9 @@ class TestCodebookAverages:
             far = quantizer.book[0, 0, 1, 0].item()
             assert far == pytest.approx(100.0 if step < steps else 0.25, rel=1e-3)
         # The finer level's unused code comes back on its own level's residual, which is about 0 by now.
-        assert quantizer.book[1, 0, 1, 0].item() == pytest.approx(0.25 - quantizer.book[0, 0, 0, 0].item(), abs=0.05)
+        assert quantizer.book[1, 0, 1, 0].item() == pytest.approx(
+            0.25 - quantizer.book[0, 0, 0, 0].item(), abs=0.05
+        )
         assert quantizer.count[0, 0, 1] == 1.0
 
 
@@ -379,12 +435,16 @@ def test_transformer_by_hand():
                 gathered = []
                 for head in range(heads):
                     q = rotated(qkv[t][0, head], t)
-                    scores = torch.stack([q @ rotated(qkv[s][1, head], s) / 2.0 for s in range(t + 1)])  # root of 4
+                    scores = torch.stack(
+                        [q @ rotated(qkv[s][1, head], s) / 2.0 for s in range(t + 1)]
+                    )  # root of 4
                     weight = torch.exp(scores) / torch.exp(scores).sum()
                     gathered.append(sum(weight[s] * qkv[s][2, head] for s in range(t + 1)))
                 row = x[t] + layer.out.weight @ torch.cat(gathered)
                 up = layer.ffn.up.weight @ layer_norm(row, layer.norm2) + layer.ffn.up.bias
-                rows.append(row + layer.ffn.down.weight @ (up * torch.sigmoid(up)) + layer.ffn.down.bias)
+                rows.append(
+                    row + layer.ffn.down.weight @ (up * torch.sigmoid(up)) + layer.ffn.down.bias
+                )
             x = torch.stack(rows)
         expected = torch.stack([layer_norm(row, net.norm) for row in x])
     assert torch.allclose(found, expected, atol=1e-10)

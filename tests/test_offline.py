@@ -54,9 +54,15 @@ def test_chunks_cover_an_episode_and_begin_as_in_training():
     rows = {"reward": np.arange(10), "is_first": np.zeros(10, bool)}
     found = heldout.chunks(rows, 4)
     assert found["reward"].tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert found["is_first"].tolist() == [[True, False, False, False]] * 3 and not rows["is_first"].any()
+    assert (
+        found["is_first"].tolist() == [[True, False, False, False]] * 3
+        and not rows["is_first"].any()
+    )
     assert heldout.chunks(rows, 64)["reward"].shape == (1, 10)
-    assert heldout.chunks({k: np.resize(x, 1000) for k, x in rows.items()}, 10)["reward"].shape == (8, 10)
+    assert heldout.chunks({k: np.resize(x, 1000) for k, x in rows.items()}, 10)["reward"].shape == (
+        8,
+        10,
+    )
 
 
 def test_horizons_are_clipped_to_the_chunk():
@@ -78,14 +84,21 @@ def test_errors_by_hand():
     zero = TwoHot(torch.zeros(1, 8, BINS))
     said = heldout.Prediction({"grid": half}, {"grid": old}, zero, certain(~batch["is_terminal"]))
     found = heldout.score(said, {"grid": truth}, batch, 8)
-    assert found["reconstruction"] == pytest.approx(0.25) and found["reconstruction, moving"] == pytest.approx(0.25)
+    assert found["reconstruction"] == pytest.approx(0.25) and found[
+        "reconstruction, moving"
+    ] == pytest.approx(0.25)
     assert found["open loop, 1"] == pytest.approx(0.25)  # one pixel in four is wrong by 1
     assert math.isnan(found["open loop, 1, moving"])  # nothing moves at step 5
     assert found["reward log-likelihood"] == pytest.approx(-math.log(BINS), abs=1e-4)
     assert found["continue log-likelihood"] == pytest.approx(0.0, abs=1e-4)
-    assert heldout.errors({"grid": old}, {"grid": truth}, slice(1, None)) == (pytest.approx(5 / 28), 1.0)
+    assert heldout.errors({"grid": old}, {"grid": truth}, slice(1, None)) == (
+        pytest.approx(5 / 28),
+        1.0,
+    )
     assert heldout.score(said, {"grid": truth}, batch, 64)["open loop, 30"] is not None
-    assert math.isnan(heldout.score(said, {"grid": truth}, batch, 64)["open loop, 30"])  # the episode is too short
+    assert math.isnan(
+        heldout.score(said, {"grid": truth}, batch, 64)["open loop, 30"]
+    )  # the episode is too short
 
 
 def test_the_baseline_knows_frequencies():
@@ -95,7 +108,9 @@ def test_the_baseline_knows_frequencies():
     assert said.reconstruction["vector"].unique().item() == 3.5
     zeros = said.reward.log_prob(torch.zeros(1, 8))[0, 0].item()
     assert zeros == pytest.approx(math.log(6 / 8), abs=1e-3)
-    assert said.cont.mean()[0, 0].item() == pytest.approx(8 / 10)  # 7 of 8 went on, one of each added
+    assert said.cont.mean()[0, 0].item() == pytest.approx(
+        8 / 10
+    )  # 7 of 8 went on, one of each added
     random = TwoHot(torch.randn(1, 8, BINS))
     reward = torch.from_numpy(rows["reward"])[None]
     assert said.reward.log_prob(reward).mean() > random.log_prob(reward).mean()
@@ -117,7 +132,9 @@ def test_pairing_shows_what_luck_hides():
 
 def trainer(recorded, folder, **values):
     folder.mkdir(exist_ok=True)
-    return offline.Trainer(config(**values), offline.find([str(recorded)]), folder, torch.device("cpu"))
+    return offline.Trainer(
+        config(**values), offline.find([str(recorded)]), folder, torch.device("cpu")
+    )
 
 
 def test_models_see_the_same_batches(recorded, tmp_path):
@@ -126,11 +143,16 @@ def test_models_see_the_same_batches(recorded, tmp_path):
     for name, values in kinds.items():
         made = trainer(recorded, tmp_path / name, **values)
         sampled, sample = [], made.replay.sample
-        made.replay.sample = lambda sample=sample, sampled=sampled: (sampled.append(sample()), sampled[-1])[1]
+        made.replay.sample = lambda sample=sample, sampled=sampled: (
+            sampled.append(sample()),
+            sampled[-1],
+        )[1]
         for _ in range(3):
             made.step()
         seen[name] = np.stack([batch["grid"] for batch in sampled])
-    assert np.array_equal(seen["rssm"], seen["hrvq"]) and not np.array_equal(seen["rssm"], seen["seed"])
+    assert np.array_equal(seen["rssm"], seen["hrvq"]) and not np.array_equal(
+        seen["rssm"], seen["seed"]
+    )
 
 
 def test_held_out_episodes_are_never_trained_on(recorded, tmp_path):
@@ -173,19 +195,47 @@ def test_learning_beats_the_sceptic(recorded, tmp_path):
 
 
 def test_a_paired_comparison(recorded, tmp_path):
-    args = ["--paired-offline", recorded, "--task", "dummy_grid", "--configs", "debug", "--models", "tiny_dreamerv3"]
-    args += ["tiny_hidreamer", "--seeds", 2, "--updates", 20, "--jobs", 2, "--replay.length", 12, "--logdir", tmp_path]
+    args = [
+        "--paired-offline",
+        recorded,
+        "--task",
+        "dummy_grid",
+        "--configs",
+        "debug",
+        "--models",
+        "tiny_dreamerv3",
+    ]
+    args += [
+        "tiny_hidreamer",
+        "--seeds",
+        2,
+        "--updates",
+        20,
+        "--jobs",
+        2,
+        "--replay.length",
+        12,
+        "--logdir",
+        tmp_path,
+    ]
     args = list(map(str, args))
     assert run_comparison.main(args) == 0
     found = json.loads((tmp_path / "offline" / "summary.json").read_text())["offline"]
-    assert (found["seeds"], found["updates"], found["train_episodes"], found["held_out"]) == (2, 20, 12, 3)
+    assert (found["seeds"], found["updates"], found["train_episodes"], found["held_out"]) == (
+        2,
+        20,
+        12,
+        3,
+    )
     for name, metric in found["metrics"].items():
         low, high = metric["differences"]["tiny_hidreamer"][1:]
         assert low <= metric["differences"]["tiny_hidreamer"][0] <= high, name
         values = metric["values"]
         difference = values["tiny_hidreamer"] - values["tiny_dreamerv3"]
         assert metric["differences"]["tiny_hidreamer"][0] == pytest.approx(difference, abs=1e-6)
-    assert {"reconstruction, moving", "open loop, 7", "reward log-likelihood"} <= found["metrics"].keys()
+    assert {"reconstruction, moving", "open loop, 7", "reward log-likelihood"} <= found[
+        "metrics"
+    ].keys()
     assert "without a model" in (tmp_path / "offline" / "report.html").read_text()
     results = list((tmp_path / "offline").glob("dummy_grid/*/*/results.npz"))
     times = {path: path.stat().st_mtime_ns for path in results}
@@ -199,8 +249,21 @@ BAD = [("episodes", "10 are needed"), ("task", "no vector"), ("tasks", "one --ta
 @pytest.mark.parametrize(("change", "says"), BAD)
 def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
     source = tmp_path if change == "episodes" else recorded
-    tasks = {"episodes": ["dummy_grid"], "task": ["dummy_vector"], "tasks": ["dummy_grid", "dummy_vector"]}[change]
-    args = ["--paired-offline", str(source), "--task", *tasks, "--configs", "debug", "--logdir", str(tmp_path)]
+    tasks = {
+        "episodes": ["dummy_grid"],
+        "task": ["dummy_vector"],
+        "tasks": ["dummy_grid", "dummy_vector"],
+    }[change]
+    args = [
+        "--paired-offline",
+        str(source),
+        "--task",
+        *tasks,
+        "--configs",
+        "debug",
+        "--logdir",
+        str(tmp_path),
+    ]
     assert run_comparison.main(args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err, err
@@ -224,17 +287,26 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
 
     rows = quantisers.WORLDS["pong"].rows
     blocks = {row: quantisers.make_config("pong", row, 0, tmp_path).dynamics.hrvq for row in rows}
-    bits = {row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()}
+    bits = {
+        row: block.levels * block.groups * math.log2(block.codes) for row, block in blocks.items()
+    }
     assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
-    assert {row for row, block in blocks.items() if not block.spatial} == {"flat", *quantisers.WHOLE}
-    assert quantisers.spatial_note("pong", ["rssm", "sampled"]) == ["Groups are positions of the encoder's map."]
+    assert {row for row, block in blocks.items() if not block.spatial} == {
+        "flat",
+        *quantisers.WHOLE,
+    }
+    assert quantisers.spatial_note("pong", ["rssm", "sampled"]) == [
+        "Groups are positions of the encoder's map."
+    ]
     assert quantisers.spatial_note("pong", ["fsq", "flat"]) == [
         "Groups are positions of the encoder's map, but in flat."
     ]
     small = quantisers.WORLDS["minatar"].rows
     assert not quantisers.spatial_note("minatar", list(small))
     sizes = [quantisers.make_config("minatar", row, 0, tmp_path).dynamics.hrvq for row in small]
-    assert {block.levels * block.groups for block in sizes} == {12} and {block.codes for block in sizes} == {16}
+    assert {block.levels * block.groups for block in sizes} == {12} and {
+        block.codes for block in sizes
+    } == {16}
     assert quantisers.make_config("minatar", "two levels", 0, tmp_path).dynamics.hrvq.levels == 2
     first, preset = blocks["sampled"], tools.load_config(["tiny_hidreamer"], {}).dynamics.hrvq
     assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
@@ -249,10 +321,13 @@ def test_nats_are_of_steps_that_something_foretold(monkeypatch):
     with torch.no_grad():
         post = agent.world_model.observe(batch)[1]
     probs = [
-        [torch.softmax(x[:, 1:], -1) * (1 - unimix) + unimix / x.shape[-1] for x in level] for level in post.levels
+        [torch.softmax(x[:, 1:], -1) * (1 - unimix) + unimix / x.shape[-1] for x in level]
+        for level in post.levels
     ]
     by_hand = sum((p * (p / q).log()).sum((-2, -1)).mean() for p, q in probs)
-    assert quantisers.tokens(dynamics, [post, post])["nats"] == pytest.approx(by_hand.item(), rel=1e-4)
+    assert quantisers.tokens(dynamics, [post, post])["nats"] == pytest.approx(
+        by_hand.item(), rel=1e-4
+    )
 
 
 def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
@@ -286,15 +361,25 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
     run = lambda score: {"figures": {"return_at_20000": score}}
-    report = {"dynamics": "hrvq", "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "false"], "twin": False}
+    report = {
+        "dynamics": "hrvq",
+        "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "false"],
+        "twin": False,
+    }
     (tmp_path / "returns.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [*words, "--returns", str(tmp_path / "returns.json")])
-    assert quantisers.main() == 2 and "no report of" in capsys.readouterr().err  # before anything is trained
-    monkeypatch.setattr(sys, "argv", [*words, "--rows", "sampled", "whole image"])  # a row of Pong alone
+    assert (
+        quantisers.main() == 2 and "no report of" in capsys.readouterr().err
+    )  # before anything is trained
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--rows", "sampled", "whole image"]
+    )  # a row of Pong alone
     with pytest.raises(SystemExit):
         quantisers.main()
     assert "no row 'whole image'" in capsys.readouterr().err
-    (tmp_path / "returns.json").write_text(json.dumps(report | {"runs": {"0": run(1.25), "1": run(2.5)}}))
+    (tmp_path / "returns.json").write_text(
+        json.dumps(report | {"runs": {"0": run(1.25), "1": run(2.5)}})
+    )
     groups = config().dynamics.hrvq.levels * config().dynamics.hrvq.groups
     report["more"] = ["--dynamics.hrvq.levels", "1", "--dynamics.hrvq.groups", str(groups)]
     (tmp_path / "flat.json").write_text(json.dumps(report | {"runs": {"0": run(3.75)}}))
@@ -302,25 +387,39 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     latent = config().dynamics.flat() | {"type": "hrvq", "hrvq.mask": "causal"}
     report |= {"more": [], "latent": latent, "runs": {"0": run(0.5)}}
     (tmp_path / "causal.json").write_text(json.dumps(report))
-    words += ["--returns", *(str(tmp_path / f"{name}.json") for name in ("returns", "flat", "causal"))]
+    words += [
+        "--returns",
+        *(str(tmp_path / f"{name}.json") for name in ("returns", "flat", "causal")),
+    ]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert rows.keys() == {*quantisers.ROWS, *quantisers.DREAMS, "last frame seen"}
-    assert [row for row, by in rows.items() if "returns" in by["0"]] == ["flat", "independent", "causal"]
+    assert [row for row, by in rows.items() if "returns" in by["0"]] == [
+        "flat",
+        "independent",
+        "causal",
+    ]
     copied = rows.pop("last frame seen")["0"]
     assert copied["open loop 3, moving"] == rows["fsq"]["0"]["open loop 3, moving, copy"]
     block = config().dynamics.hrvq
     for row, by in rows.items():
         assert all(math.isfinite(x) for x in np.hstack(list(by["0"].values()))), row
         levels = 1 if row in ("flat", "flat, all at 0.1", "rssm") else 2
-        assert len(by["0"]["kl"]) == levels and ("perplexity" in by["0"]) == (row not in ("rssm", "hrssm"))
+        assert len(by["0"]["kl"]) == levels and ("perplexity" in by["0"]) == (
+            row not in ("rssm", "hrssm")
+        )
         assert by["0"]["nats"] == pytest.approx(sum(by["0"]["kl"]))
     assert rows["flat"]["0"]["perplexity"][0] <= block.codes
-    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")
+    ]
     assert len(lines) == 3 + len(rows) and len({line.count("|") for line in lines}) == 1
     assert next(line for line in lines if "1.25 2.50" in line).startswith("| independent |")
-    assert "nothing in flat, causal; --imag.starts 8 in independent" in (tmp_path / "table.md").read_text()
+    assert (
+        "nothing in flat, causal; --imag.starts 8 in independent"
+        in (tmp_path / "table.md").read_text()
+    )
     # Agents that came later are added to what was judged, and take the place of earlier ones.
     kept = (tmp_path / "table.json").read_text()
     words = [*words[:2], "--from", str(tmp_path / "table.json"), "--returns", *words[-2:]]
@@ -329,8 +428,14 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     later = json.loads((tmp_path / "later.json").read_text())
     assert [row for row, by in later["rows"].items() if "returns" in by["0"]] == ["flat", "causal"]
     kept = json.loads(kept)
-    assert kept["rows"]["independent"]["0"].pop("returns") == [1.25, 2.5] and later["rows"] == kept["rows"]
-    assert later["command"] == kept["command"] and "returns added by `" in (tmp_path / "later.md").read_text()
+    assert (
+        kept["rows"]["independent"]["0"].pop("returns") == [1.25, 2.5]
+        and later["rows"] == kept["rows"]
+    )
+    assert (
+        later["command"] == kept["command"]
+        and "returns added by `" in (tmp_path / "later.md").read_text()
+    )
     monkeypatch.setattr(sys, "argv", [*words[:3], str(tmp_path / "flat.json")])
     assert quantisers.main() == 2 and "is no report of" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*words, "--updates", "3"])

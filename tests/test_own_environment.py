@@ -42,9 +42,20 @@ def module(tmp_path, monkeypatch):
 
 
 def train(folder, *args, path=None):
-    command = [sys.executable, str(ROOT / "dreamer.py"), "--configs", "gym", "debug", "--logdir", str(folder), *args]
+    command = [
+        sys.executable,
+        str(ROOT / "dreamer.py"),
+        "--configs",
+        "gym",
+        "debug",
+        "--logdir",
+        str(folder),
+        *args,
+    ]
     variables = os.environ | {"PYTHONPATH": str(path)} if path else os.environ
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=variables, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env=variables, timeout=120
+    )
 
 
 def test_the_example_of_the_page_trains(tmp_path):
@@ -73,7 +84,9 @@ def test_the_example_of_the_page_trains(tmp_path):
 def test_the_wrapper_of_the_page_makes_text_readable(module):
     env = build(f"gym_{module(LETTERS)}:Letters-v0")
     outputs = play(env, 45)
-    assert env.obs_space["vector"].shape == (4,) and sum(output["is_last"] for output in outputs) == 2
+    assert (
+        env.obs_space["vector"].shape == (4,) and sum(output["is_last"] for output in outputs) == 2
+    )
     assert 0 < sum(output["reward"] for output in outputs) < 40
 
 
@@ -122,7 +135,9 @@ MISTAKES = {  # name -> body of the class, a part of the line
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", [None, 9])  # with a limit Gymnasium's own wrapper meets the mistake first
+@pytest.mark.parametrize(
+    "limit", [None, 9]
+)  # with a limit Gymnasium's own wrapper meets the mistake first
 @pytest.mark.parametrize("name", MISTAKES)
 def test_usual_mistakes_are_one_line(name, limit, module):
     body, expected = MISTAKES[name]
@@ -148,9 +163,13 @@ def test_a_mistake_ends_a_run_at_once(module, tmp_path, capsys, recwarn):
     assert not [warning for warning in recwarn if "replaced" in str(warning.message)]
 
 
-@pytest.mark.parametrize("reward", ["np.ones(1)", "np.ones((1, 1), 'f')", "np.int64(1)", "True", "np.array(1.0)"])
+@pytest.mark.parametrize(
+    "reward", ["np.ones(1)", "np.ones((1, 1), 'f')", "np.int64(1)", "True", "np.array(1.0)"]
+)
 def test_rewards_and_ends_of_numpy_are_taken(reward, module):
-    body = f"def step(self, a): return [0.0, 0.0], {reward}, np.array([False]), np.bool_(True), {{}}"
+    body = (
+        f"def step(self, a): return [0.0, 0.0], {reward}, np.array([False]), np.bool_(True), {{}}"
+    )
     env = build(f"gym_{module(own(body))}:Own-v0")
     env.reset()
     output = env.step(one_hot(env, 0))
@@ -193,7 +212,17 @@ def test_what_cannot_be_built_is_one_line(name, module):
 def test_a_module_that_is_not_there_names_the_path(tmp_path, capsys):
     for name in ("no_such_module", "no_such_package.module"):
         assert (
-            dreamer.main(["--configs", "debug", "--task", f"gym_{name}:Own-v0", "--logdir", str(tmp_path / "x")]) == 2
+            dreamer.main(
+                [
+                    "--configs",
+                    "debug",
+                    "--task",
+                    f"gym_{name}:Own-v0",
+                    "--logdir",
+                    str(tmp_path / "x"),
+                ]
+            )
+            == 2
         )
         error = capsys.readouterr().err
         assert error.startswith(f"error: there is no module '{name}'") and error.count("\n") == 1
@@ -203,7 +232,10 @@ def test_a_module_that_is_not_there_names_the_path(tmp_path, capsys):
 
 def test_a_constructor_that_raises_is_one_line_and_status_2(module, tmp_path, capsys):
     task = f"gym_{module(own('def __init__(self): raise OSError(chr(10).join(dir()))'))}:Own-v0"
-    assert dreamer.main(["--configs", "gym", "debug", "--task", task, "--logdir", str(tmp_path / "x")]) == 2
+    assert (
+        dreamer.main(["--configs", "gym", "debug", "--task", task, "--logdir", str(tmp_path / "x")])
+        == 2
+    )
     error = capsys.readouterr().err
     assert "OSError" in error and "own_environment_" in error and error.count("\n") == 1
 
@@ -216,7 +248,11 @@ def test_kwargs_reach_the_constructor(module):
     task = f"gym_{module(source)}:Own-v0"
     got = lambda kwargs: build(task, gym={"kwargs": kwargs}).suite._env.unwrapped.got
     assert got("") == got("  ") == (1, (), "rgb_array")
-    assert got("{size: 5, names: [a, b]}") == got('{"size": 5, "names": ["a", "b"]}') == (5, ["a", "b"], "rgb_array")
+    assert (
+        got("{size: 5, names: [a, b]}")
+        == got('{"size": 5, "names": ["a", "b"]}')
+        == (5, ["a", "b"], "rgb_array")
+    )
     assert got("render_mode: human_like")[2] == "human_like"
     limited = build(task, gym={"kwargs": "{max_episode_steps: 3}"})
     assert [output["is_last"] for output in play(limited, 5)] == [False, False, False, True, False]
@@ -266,7 +302,12 @@ def test_what_is_no_picture_is_one_line_that_names_the_way_out(name, module, mon
     with pytest.raises(EnvError) as caught:
         env.render()
     line = str(caught.value)
-    assert expected in line and "cannot be drawn" in line and "--video false" in line and "\n" not in line
+    assert (
+        expected in line
+        and "cannot be drawn" in line
+        and "--video false" in line
+        and "\n" not in line
+    )
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("no\ndisplay")])

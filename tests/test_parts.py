@@ -52,7 +52,9 @@ MAKERS = {
         6, spaces.Discrete(3), **HEAD, unimix=0.01, min_std=0.1, max_std=1.0, **names
     ),
     "rssm": lambda names: RSSM(E, A, KL, deter=8, hidden=8, stoch=2, classes=3, **names),
-    "hrssm": lambda names: HRSSM(E, A, KL, deter=8, hidden=8, stoch=[2, 2], classes=[3, 3], **names),
+    "hrssm": lambda names: HRSSM(
+        E, A, KL, deter=8, hidden=8, stoch=[2, 2], classes=[3, 3], **names
+    ),
     "hrvq": lambda names: build("hrvq", **names),
 }
 
@@ -191,7 +193,9 @@ def test_verbs_refuse_other_shapes(dynamics):
         lambda: dynamics.observe(dynamics.initial(B), embed, action, is_first.double()),
         lambda: dynamics.observe(dynamics.initial(1), embed, action, is_first),
         lambda: dynamics.loss(post._replace(levels=post.levels[:0])),
-        lambda: dynamics.loss(post._replace(levels=(post.levels[0]._make(x[0] for x in post.levels[0]),))),
+        lambda: dynamics.loss(
+            post._replace(levels=(post.levels[0]._make(x[0] for x in post.levels[0]),))
+        ),
         lambda: dynamics.starts(carry, post._replace(feat=post.feat.map(lambda x: x[:, 0])), 0),
         lambda: dynamics.starts(carry, post._replace(feat=post.feat.map(lambda x: x[..., 1:])), 0),
         lambda: dynamics.imagine(carry, given, 5),
@@ -211,6 +215,8 @@ def test_codes_of_other_sizes_are_refused():
     embed, action, is_first = inputs()
     codes = dynamics.encode(embed)
     with pytest.raises(AssertionError):
-        dynamics.follow(dynamics.initial(B), codes._replace(code=codes.code[:, :, 1:]), action, is_first)
+        dynamics.follow(
+            dynamics.initial(B), codes._replace(code=codes.code[:, :, 1:]), action, is_first
+        )
     with pytest.raises(AssertionError):
         dynamics.encode(embed[..., 1:])

@@ -26,7 +26,9 @@ def recorded(tmp_path_factory):
         steps, ram = [out | {"prev_action": action}], [env.suite.ram()]
         while not out["is_last"]:
             # Often a new ball, so that there is one to find.
-            action = np.eye(env.act_dim, dtype=np.float32)[rng.choice(env.act_dim, p=(0.1, 0.3, 0.3, 0.3))]
+            action = np.eye(env.act_dim, dtype=np.float32)[
+                rng.choice(env.act_dim, p=(0.1, 0.3, 0.3, 0.3))
+            ]
             out = env.step(action)
             steps.append(out | {"prev_action": action}), ram.append(env.suite.ram())
         path = folder / f"{i:07d}-00-{len(steps)}.npz"
@@ -50,7 +52,9 @@ def test_another_picture_is_not_taken_for_this_one(recorded, tmp_path):
     rows["image"][20, 3, 3] += 1
     assert probes.recover(rows, config()) is None
     assert probes.cached(path, rows, config(), tmp_path) is None
-    assert not probes.possible(config(**{"env.atari.sticky": 0.25})) and not probes.possible(config(task="atari_alien"))
+    assert not probes.possible(config(**{"env.atari.sticky": 0.25})) and not probes.possible(
+        config(task="atari_alien")
+    )
 
 
 def test_probes_find_what_is_there_and_nothing_else():
@@ -60,7 +64,9 @@ def test_probes_find_what_is_there_and_nothing_else():
     ram[:, :, ::2, 99] = 0
     ram[:, :, :, 84] = 7
     chunks = [{"ram": x} for x in ram]
-    knows = lambda chunk: chunk["ram"].reshape(-1, 128)[:, [72, 99]] @ np.array([[1.0, 1.0], [1.0, -1.0]])
+    knows = lambda chunk: (
+        chunk["ram"].reshape(-1, 128)[:, [72, 99]] @ np.array([[1.0, 1.0], [1.0, -1.0]])
+    )
     noise = lambda chunk: np.random.default_rng(int(chunk["ram"].sum())).normal(size=(100, 5))
     names = probes.BYTES["atari_breakout"]
     found = probes.judge({"knows": knows, "noise": noise}, chunks[:4], [*chunks[4:], None], names)
@@ -69,7 +75,9 @@ def test_probes_find_what_is_there_and_nothing_else():
         assert found["noise"][name][:2].min() > 0.7
     assert found["knows"]["blocks hit"][:2].min() > 0.7
     assert np.isnan(found["knows"]["score"]).all()  # it never changes
-    told = probes.compare({"model": found["noise"], "pixels": found["knows"], "untrained": found["noise"]})
+    told = probes.compare(
+        {"model": found["noise"], "pixels": found["knows"], "untrained": found["noise"]}
+    )
     assert np.array_equal(told["model/RAM ball x"], found["noise"]["ball x"], equal_nan=True)
     assert np.array_equal(told["sceptic/RAM ball x"], found["knows"]["ball x"], equal_nan=True)
 
@@ -92,6 +100,9 @@ def test_a_job_probes_its_model(recorded, tmp_path):
     trainer.train(2)
     found = trainer.judge()
     for name in ("player x", "ball x", "ball y"):
-        assert found[f"model/RAM {name}"].shape == (2,) and np.isfinite(found[f"model/RAM {name}"]).all()
+        assert (
+            found[f"model/RAM {name}"].shape == (2,)
+            and np.isfinite(found[f"model/RAM {name}"]).all()
+        )
         assert np.isfinite(found[f"sceptic/RAM {name}"]).all()
     assert len(list((tmp_path / "ram").iterdir())) == 10

@@ -23,7 +23,9 @@ def test_ids_decode_to_the_sum_of_codes(kind, shared):
     quantizer, z = make(kind, shared=shared), data()
     codes = quantizer.encode(z)
     parts = [quantizer.decode(i, onehots(codes.index[:, i], CODES)) for i in range(LEVELS)]
-    assert torch.equal(torch.stack(parts, 1), codes.code)  # no noise of rounding that features would show
+    assert torch.equal(
+        torch.stack(parts, 1), codes.code
+    )  # no noise of rounding that features would show
     # Each level had to code what the coarser ones left.
     left = z - torch.cumsum(codes.code, 1).unbind(1)[1]
     assert torch.allclose(codes.residual[:, 2], left, atol=1e-5)
@@ -48,7 +50,9 @@ def test_sampled_codes_follow_the_distances():
     expected = torch.softmax(-away / quantizer.log_tau[0].exp(), -1)
     share = onehots(codes.index.flatten(), CODES).mean(0)
     assert torch.allclose(share, expected, atol=0.02)
-    assert torch.equal(quantizer.encode(z, sample=False).index.unique(), expected.argmax().unsqueeze(0))
+    assert torch.equal(
+        quantizer.encode(z, sample=False).index.unique(), expected.argmax().unsqueeze(0)
+    )
 
 
 @pytest.mark.parametrize("kind", ["sampled", "nearest", "fsq"])
@@ -56,7 +60,9 @@ def test_every_levels_code_has_a_gradient_at_the_input(kind):
     quantizer, z = make(kind), data()
     code = quantizer.encode(z).code
     for level in range(LEVELS):
-        (grad,) = torch.autograd.grad((code[:, level] * torch.randn(GROUPS, DIM)).sum(), z, retain_graph=True)
+        (grad,) = torch.autograd.grad(
+            (code[:, level] * torch.randn(GROUPS, DIM)).sum(), z, retain_graph=True
+        )
         assert grad.abs().max() > 1e-4
 
 
@@ -73,7 +79,9 @@ def test_every_levels_commitment_reaches_the_input():
 def test_sampled_codebooks_learn_by_gradient():
     quantizer, z = make("sampled"), data()
     (quantizer.encode(z).code.sum(1) - z.detach()).square().mean().backward()
-    assert quantizer.book.grad.abs().amax((0, 1, 3)).min() >= 0 and quantizer.book.grad.abs().max() > 0
+    assert (
+        quantizer.book.grad.abs().amax((0, 1, 3)).min() >= 0 and quantizer.book.grad.abs().max() > 0
+    )
     assert quantizer.log_tau.grad.abs().min() > 0
 
 
@@ -114,16 +122,23 @@ class TestNearest:
         z = torch.full((10, 1, DIM), 3.0)
         quantizer.update_codebook(quantizer.encode(z))
         # count 1 -> .98 + .02 * 10, total 5 -> .98 * 5 + .02 * 30
-        assert quantizer.book[0, 0, 1, 0].item() == pytest.approx((0.98 * 5 + 0.02 * 30) / (0.98 + 0.2))
+        assert quantizer.book[0, 0, 1, 0].item() == pytest.approx(
+            (0.98 * 5 + 0.02 * 30) / (0.98 + 0.2)
+        )
 
     def test_collapse_is_reported_and_recovered_from(self):
         """One code for everything is easy to predict, so accuracy alone would call it success; perplexity does not."""
         quantizer = make("nearest")
-        quantizer.book[:, :, 1:] = 1e3 + torch.arange(CODES - 1)[:, None]  # nobody is near any but the first
+        quantizer.book[:, :, 1:] = (
+            1e3 + torch.arange(CODES - 1)[:, None]
+        )  # nobody is near any but the first
         quantizer.total.copy_(quantizer.book)
         z = data(256)
         reported = quantizer.usage(quantizer.encode(z).index)
-        assert all(reported[f"perplexity_{i}"] == 1.0 and reported[f"dead_{i}"] == CODES - 1 for i in range(LEVELS))
+        assert all(
+            reported[f"perplexity_{i}"] == 1.0 and reported[f"dead_{i}"] == CODES - 1
+            for i in range(LEVELS)
+        )
         _, codes = self.train(quantizer, steps=200)
         recovered = quantizer.usage(codes.index)
         assert all(recovered[f"perplexity_{i}"] > 2.0 for i in range(LEVELS))
@@ -139,7 +154,9 @@ class TestNearest:
 
 def test_agrees_with_vector_quantize_pytorch():
     library = pytest.importorskip("vector_quantize_pytorch")
-    theirs = library.ResidualVQ(dim=DIM, num_quantizers=LEVELS, codebook_size=CODES, kmeans_init=False).eval()
+    theirs = library.ResidualVQ(
+        dim=DIM, num_quantizers=LEVELS, codebook_size=CODES, kmeans_init=False
+    ).eval()
     ours = make("nearest", groups=1)
     for level, layer in enumerate(theirs.layers):
         ours.book[level, 0] = layer.codebook.detach()
@@ -165,7 +182,9 @@ def test_use_of_a_shared_codebook_is_that_of_all_groups():
     index = torch.tensor([0, 3]).expand(10, LEVELS, GROUPS)
     for shared, (perplexity, dead) in {False: (1.0, CODES - 1), True: (2.0, CODES - 2)}.items():
         use = make("sampled", shared=shared).usage(index)
-        assert use["perplexity_1"].item() == pytest.approx(perplexity) and use["dead_1"].item() == dead
+        assert (
+            use["perplexity_1"].item() == pytest.approx(perplexity) and use["dead_1"].item() == dead
+        )
 
 
 @pytest.mark.parametrize("kind", ["sampled", "nearest", "frozen"])
@@ -179,7 +198,9 @@ def test_autocast_does_not_move_what_is_chosen(kind):
     assert torch.equal(low[:, 0], index[:, 0])
 
 
-@pytest.mark.parametrize(("codes", "sides"), [(32, [8, 4]), (256, [8, 8, 4]), (16, [4, 4]), (5, [5]), (240, [8, 6, 5])])
+@pytest.mark.parametrize(
+    ("codes", "sides"), [(32, [8, 4]), (256, [8, 8, 4]), (16, [4, 4]), (5, [5]), (240, [8, 6, 5])]
+)
 def test_fsq_sides(codes, sides):
     assert split_codes(codes) == sides
 

@@ -19,7 +19,9 @@ SPEC = row_spec({"time": Box(-np.inf, np.inf, (1,))}, 1)
 
 def row(t, streams=2, last=False, first=False):
     """A counting environment: the observation is the time, the action that led to it is minus the time."""
-    full = lambda x, dtype=np.float32: np.full((streams, 1), x, dtype) + 1000 * np.arange(streams, dtype=dtype)[:, None]
+    full = lambda x, dtype=np.float32: (
+        np.full((streams, 1), x, dtype) + 1000 * np.arange(streams, dtype=dtype)[:, None]
+    )
     flag = lambda x: np.full(streams, x, bool)
     return {
         "time": full(t),
@@ -33,7 +35,9 @@ def row(t, streams=2, last=False, first=False):
 
 def make(capacity=100, streams=2, length=5, batch=8, folder=None):
     rng = np.random.default_rng(0)
-    return Replay(SPEC, capacity=capacity, batch=batch, length=length, streams=streams, rng=rng, folder=folder)
+    return Replay(
+        SPEC, capacity=capacity, batch=batch, length=length, streams=streams, rng=rng, folder=folder
+    )
 
 
 def fill(replay, steps, episode=7, episodes=None):
@@ -86,7 +90,9 @@ def block(start, stop):
 
 
 @pytest.mark.parametrize("store", ["memory", "disk"])
-@pytest.mark.parametrize("sizes", [[3, 4, 5], [6, 6, 1, 7], [10, 10], [25], [3, 25, 1], [9, 3, 10, 3]])
+@pytest.mark.parametrize(
+    "sizes", [[3, 4, 5], [6, 6, 1, 7], [10, 10], [25], [3, 25, 1], [9, 3, 10, 3]]
+)
 def test_blocks_are_rows(sizes, store, tmp_path, monkeypatch):
     """Also those that reach over the ring's end or are longer than the ring, and files written in several pieces."""
     monkeypatch.setattr("hidreamer.replay.PIECE", 2 * record(SPEC).itemsize)
@@ -192,7 +198,9 @@ before = peak()
 print(peak() - before)
 """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, env=env)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, env=env
+    )
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 
@@ -224,7 +232,9 @@ def machine(folder, files):
 
 
 GB = 10**9
-MEMINFO = "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\nSwapTotal: 1000000 kB\nSwapFree: 500000 kB\n"
+MEMINFO = (
+    "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\nSwapTotal: 1000000 kB\nSwapFree: 500000 kB\n"
+)
 GROUPS = {
     "bare": ({}, 17_000_000 * 1024, 8_500_000 * 1024),
     "v2": (
@@ -275,8 +285,13 @@ def test_memory_is_told_before_it_is_spent(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(16 * GB, 8 * GB))
     assert memory.check(1000, 12_000, None) == "replay: up to 1,000 steps of 12 kB, 12 MB of memory"
     told = memory.check(600_000, 12_000, None)  # 7.2 of 8 GB
-    assert re.search(r"7\.2 GB of memory, of which 8 GB are free.*replay\.capacity.*env\.size.*store disk", told)
-    with pytest.raises(MemoryError, match=r"18 GB of memory, but there are only 16 GB.*replay\.capacity.*store disk"):
+    assert re.search(
+        r"7\.2 GB of memory, of which 8 GB are free.*replay\.capacity.*env\.size.*store disk", told
+    )
+    with pytest.raises(
+        MemoryError,
+        match=r"18 GB of memory, but there are only 16 GB.*replay\.capacity.*store disk",
+    ):
         memory.check(1_500_000, 12_000, None)
     assert "\n" not in told and "on the disk of" in memory.check(1000, 12_000, tmp_path)
     with pytest.raises(MemoryError, match=r"on the disk.*only.*replay\.capacity") as error:
@@ -340,10 +355,16 @@ def test_rows_that_left_are_not_written_over(store, tmp_path):
     for t in range(10, 12):
         replay.add(row(t, 1))
     latent = np.arange(1, 13, dtype=np.float32).reshape(1, 4, 3)
-    replay.write(old, {"latent": latent})  # rows 0 and 1 are gone: their places are those of 10 and 11
+    replay.write(
+        old, {"latent": latent}
+    )  # rows 0 and 1 are gone: their places are those of 10 and 11
     replay.write(where, {"latent": -latent})
     found = replay.streams[0].rows["latent"]
-    assert (found[[0, 1]] == 0).all() and (found[[2, 3]] == latent[0, 2:]).all() and (found[6:10] == -latent[0]).all()
+    assert (
+        (found[[0, 1]] == 0).all()
+        and (found[[2, 3]] == latent[0, 2:]).all()
+        and (found[6:10] == -latent[0]).all()
+    )
     with pytest.raises(ValueError, match="rows 0 to 3 of stream 0"):
         replay.read(old)
     kept = replay.streams[0].slice(0, 10)
@@ -357,7 +378,11 @@ def test_only_declared_columns_are_written():
     replay = with_columns(None)
     fill(replay, 8)
     where, right = replay.draw(), np.zeros((6, 4, 3), np.float32)
-    for values in ({"reward": right[..., 0]}, {"latent": right[..., :2]}, {"latent": right.astype(np.float64)}):
+    for values in (
+        {"reward": right[..., 0]},
+        {"latent": right[..., :2]},
+        {"latent": right.astype(np.float64)},
+    ):
         with pytest.raises(ValueError, match="cannot write"):
             replay.write(where, values)
     with pytest.raises(ValueError, match="rows 6 to 9 of 8"):

@@ -14,7 +14,18 @@ import dreamer
 from conftest import ROOT
 from hidreamer import memory
 
-ARGS = ["--configs", "debug", "--task", "dummy_vector", "--device", "cpu", "--eval_episodes", "0", "--video", "false"]
+ARGS = [
+    "--configs",
+    "debug",
+    "--task",
+    "dummy_vector",
+    "--device",
+    "cpu",
+    "--eval_episodes",
+    "0",
+    "--video",
+    "false",
+]
 ARGS += ["--env.count", "2", "--env.action_repeat", "1", "--replay.capacity", "100"]
 ARGS += ["--log_every", "20", "--checkpoint_every", "60"]
 
@@ -27,7 +38,15 @@ def run(logdir, *more, steps=400):
 def whole(tmp_path_factory):
     """A run in memory that was never killed and keeps its episodes."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    words = [sys.executable, str(ROOT / "dreamer.py"), *ARGS, "--logdir", str(folder), "--steps", "400"]
+    words = [
+        sys.executable,
+        str(ROOT / "dreamer.py"),
+        *ARGS,
+        "--logdir",
+        str(folder),
+        "--steps",
+        "400",
+    ]
     subprocess.run(words, check=True, capture_output=True, timeout=300)
     return folder
 
@@ -43,9 +62,19 @@ def test_store_and_kept_files_may_change_and_change_nothing(store, whole, tmp_pa
     expected, folder, killed = records(whole), tmp_path / "run", 0
     assert any("model_loss" in record for record in expected[: len(expected) // 3])
     for part in (0.4, 0.7):
-        words = [sys.executable, str(ROOT / "dreamer.py"), *ARGS, "--logdir", str(folder), "--steps", "400"]
+        words = [
+            sys.executable,
+            str(ROOT / "dreamer.py"),
+            *ARGS,
+            "--logdir",
+            str(folder),
+            "--steps",
+            "400",
+        ]
         words += ["--replay.store", store, "--replay.keep_episodes", "false"]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         log = folder / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
@@ -112,4 +141,6 @@ def test_imported_episodes_fill_the_replay_up_to_its_capacity(finished, tmp_path
         np.savez_compressed(first, **{key: x for key, x in file.items() if key != "vector"})
     assert run(tmp_path / "new", "--resume", finished, "--replay.capacity", 300, steps=40) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("skipped") for line in lines) == 1 and any("300 steps of replay" in x for x in lines)
+    assert sum(line.startswith("skipped") for line in lines) == 1 and any(
+        "300 steps of replay" in x for x in lines
+    )

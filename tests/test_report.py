@@ -19,27 +19,43 @@ from comparison import runs, stats, words
 from hidreamer.provenance import note_start
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def write_run(folder, returns, model, seed, task="dummy_vector", steps=1000, **overrides):
     """A run folder as dreamer.py leaves it (without checkpoints), its episodes ending at even intervals."""
-    values = {"task": task, "seed": seed, "steps": steps, "replay.prefill": steps // 20, "env.action_repeat": 1}
+    values = {
+        "task": task,
+        "seed": seed,
+        "steps": steps,
+        "replay.prefill": steps // 20,
+        "env.action_repeat": 1,
+    }
     config = tools.load_config(["debug", model], values | overrides)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(tools.dump_yaml(config.tree()))
-    (folder / "starts.jsonl").write_text(json.dumps({"model": model, "commit": "abc", "hardware": "a machine"}) + "\n")
+    (folder / "starts.jsonl").write_text(
+        json.dumps({"model": model, "commit": "abc", "hardware": "a machine"}) + "\n"
+    )
     with open(folder / "metrics.jsonl", "w") as file:
         for i, value in enumerate(returns, 1):
             record = {"step": i * steps // len(returns), "train_return": float(value)}
             file.write(json.dumps(record) + "\n")
-            rates = {"perf/frames_per_s": 50.0, "perf/updates_per_s": 5.0, "perf/peak_mb": 300.0 + seed}
+            rates = {
+                "perf/frames_per_s": 50.0,
+                "perf/updates_per_s": 5.0,
+                "perf/peak_mb": 300.0 + seed,
+            }
             file.write(json.dumps({"step": record["step"], "kl_0": 3.0, **rates}) + "\n")
         file.write(json.dumps({"step": steps, "eval_return": float(value)}) + "\n")
 
 
 def report(folder, *args):
-    status = run_comparison.main(["--from", str(folder), "--logdir", str(folder / "report"), *map(str, args)])
+    status = run_comparison.main(
+        ["--from", str(folder), "--logdir", str(folder / "report"), *map(str, args)]
+    )
     path = folder / "report" / "summary.json"
     return status, json.loads(path.read_text()) if path.exists() else None
 
@@ -53,8 +69,13 @@ def test_one_run_by_hand():
     assert stats.final_return(episodes[:2], 1000) == 2.0  # none ended late: the last one
     assert np.isnan(stats.final_return(np.zeros((0, 2)), 1000))
     curve = stats.curve(episodes, 1000)
-    assert curve.tolist() == [1.0] * 9 + [2.0] * 9 + [4.0, 8.0]  # parts of 50 frames; empty ones repeat the last
-    assert stats.steps_to(curve, 1.0, 1000) == 50.0 and stats.steps_to(curve, 1.0, 1000, 50.0) == 100.0
+    assert curve.tolist() == [1.0] * 9 + [2.0] * 9 + [
+        4.0,
+        8.0,
+    ]  # parts of 50 frames; empty ones repeat the last
+    assert (
+        stats.steps_to(curve, 1.0, 1000) == 50.0 and stats.steps_to(curve, 1.0, 1000, 50.0) == 100.0
+    )
     assert stats.steps_to(curve, 3.0, 1000) == 950.0 and stats.steps_to(curve, 9.0, 1000) == np.inf
 
 
@@ -70,7 +91,9 @@ def test_aggregates_are_rliables():
     np.random.seed(0)
     fn = lambda s: np.array([metrics.aggregate_iqm(s)])
     points, intervals = library.get_interval_estimates({"m": x}, fn, reps=2000)
-    assert (found["low"], found["high"]) == tuple(intervals["m"][:, 0]) and found["value"] == points["m"][0]
+    assert (found["low"], found["high"]) == tuple(intervals["m"][:, 0]) and found[
+        "value"
+    ] == points["m"][0]
     taus = np.linspace(-2, 2, 9)
     assert stats.profile(x, taus)["value"] == pytest.approx([(x > tau).mean() for tau in taus])
 
@@ -106,7 +129,10 @@ def test_the_difference_is_welchs():
 
 def test_two_tasks_are_strata_by_hand():
     """The difference is the mean of the tasks' and its variance a quarter of the sum of theirs."""
-    x, y = [np.array([1.0, 3.0]), np.array([10.0, 12.0])], [np.array([0.0, 2.0]), np.array([10.0, 10.0])]
+    x, y = (
+        [np.array([1.0, 3.0]), np.array([10.0, 12.0])],
+        [np.array([0.0, 2.0]), np.array([10.0, 10.0])],
+    )
     found = stats.compare(x, y, 1)
     variances = np.array([2.0, 2.0, 2.0, 0.0]) / 2.0 / 4.0
     freedom = variances.sum() ** 2 / (variances**2).sum()  # one degree each
@@ -118,7 +144,9 @@ def test_the_permutation_test_counts_every_split():
     x, y = np.array([5.0, 7.0, 6.5]), np.array([1.0, 6.0, 3.0])
     pool, seen = np.concatenate([x, y]), x.mean() - y.mean()
     splits = [set(c) for c in itertools.combinations(range(6), 3)]
-    means = [np.mean(pool[list(s)]) - np.mean(pool[[i for i in range(6) if i not in s]]) for s in splits]
+    means = [
+        np.mean(pool[list(s)]) - np.mean(pool[[i for i in range(6) if i not in s]]) for s in splits
+    ]
     exact = np.mean(np.abs(means) >= abs(seen) - 1e-9)
     assert stats.permutation([x], [y]) == pytest.approx(exact, abs=0.01)
     assert stats.least([x], [y]) == pytest.approx(0.1)  # 2 of 20 splits
@@ -135,7 +163,9 @@ def takes_off(rng, n):
     return (rng.random(n) < 0.5) * 5.0 + 0.2 * rng.normal(size=n)
 
 
-@pytest.mark.parametrize("kind", [lambda rng, n: rng.normal(size=n), takes_off], ids=["normal", "takes off"])
+@pytest.mark.parametrize(
+    "kind", [lambda rng, n: rng.normal(size=n), takes_off], ids=["normal", "takes off"]
+)
 @pytest.mark.parametrize("seeds", [4, 6])
 def test_without_an_effect_none_is_claimed(kind, seeds, monkeypatch):
     """At most one in twenty comparisons of three equal models claims anything; with an effect nearly all do."""
@@ -160,7 +190,11 @@ def test_paired_differences():
     assert stats.two_way(np.tile(episodes, (3, 1))) == pytest.approx((2.5, low, high))
     rng, false = np.random.default_rng(0), 0
     for _ in range(1000):
-        x = 0.3 * rng.normal(size=(3, 1)) + 0.7 * rng.normal(size=(1, 20)) + 0.7 * rng.normal(size=(3, 20))
+        x = (
+            0.3 * rng.normal(size=(3, 1))
+            + 0.7 * rng.normal(size=(1, 20))
+            + 0.7 * rng.normal(size=(3, 20))
+        )
         _, low, high = stats.two_way(x)
         false += low > 0 or high < 0
     assert false / 1000 <= 0.05
@@ -171,7 +205,9 @@ def test_paired_differences():
 
 def returns(rng, top):
     """40 episodes that rise from 0 to about ``top``."""
-    return top / (1.0 + np.exp(-(np.arange(40) - rng.uniform(8, 12)) / 3.0)) + 0.3 * rng.normal(size=40)
+    return top / (1.0 + np.exp(-(np.arange(40) - rng.uniform(8, 12)) / 3.0)) + 0.3 * rng.normal(
+        size=40
+    )
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +217,9 @@ def known(tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(stats, "REPS", 200)  # rliable's bootstrap is slow
     for task, model, seed in itertools.product(("dummy_vector", "atari_pong"), MODELS, range(5)):
-        curve = returns(rng, 15.0 if model == "tiny_hidreamer" else 10.0) - (21.0 if task == "atari_pong" else 0.0)
+        curve = returns(rng, 15.0 if model == "tiny_hidreamer" else 10.0) - (
+            21.0 if task == "atari_pong" else 0.0
+        )
         short = (task, model, seed) == ("dummy_vector", "tiny_hdreamer", 4)
         write_run(folder / task / model / str(seed), curve, model, seed, task)
         if short:
@@ -208,7 +246,11 @@ def test_scores_are_normalised(known):
     """Pong as Atari 100k does it, (return + 20.7) / (14.6 + 20.7)."""
     row = next(r for r in known[1]["runs"] if r["task"] == "atari_pong")
     assert row["normalised"] == pytest.approx((row["final_return"] + 20.7) / 35.3)
-    others = [r["normalised"] for r in known[1]["runs"] if r["task"] == "dummy_vector" and r["status"] == "complete"]
+    others = [
+        r["normalised"]
+        for r in known[1]["runs"]
+        if r["task"] == "dummy_vector" and r["status"] == "complete"
+    ]
     assert max(others) == pytest.approx(1.0)
 
 
@@ -218,7 +260,10 @@ def test_the_summary_has_every_run(known):
     unfinished = [row for row in rows if row["status"] != "complete"]
     assert [(r["model"], r["seed"], r["steps"]) for r in unfinished] == [("tiny_hdreamer", 4, 500)]
     assert all(row["commit"] == "abc" and row["peak_mb"] == 300.0 + row["seed"] for row in rows)
-    assert all({"value", "low", "high", "method"} <= x.keys() for x in known[1]["aggregates"]["tiny_hdreamer"].values())
+    assert all(
+        {"value", "low", "high", "method"} <= x.keys()
+        for x in known[1]["aggregates"]["tiny_hdreamer"].values()
+    )
 
 
 def test_three_seeds_of_one_task_claim_nothing(tmp_path, monkeypatch):
@@ -226,23 +271,33 @@ def test_three_seeds_of_one_task_claim_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(stats, "REPS", 200)
     for model, seed in itertools.product(MODELS[:2], range(3)):
         top = 10.0 if model == MODELS[0] else 100.0
-        write_run(tmp_path / model / str(seed), returns(np.random.default_rng(seed), top), model, seed)
+        write_run(
+            tmp_path / model / str(seed), returns(np.random.default_rng(seed), top), model, seed
+        )
     _, summary = report(tmp_path)
     assert not summary["comparisons"]["tiny_hdreamer"]["claimed"]
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "no difference of any size can be claimed; 4 seeds could" in text and "scores higher" not in text
+    assert (
+        "no difference of any size can be claimed; 4 seeds could" in text
+        and "scores higher" not in text
+    )
 
 
 def test_runs_copied_together_must_differ_and_be_fair(tmp_path, capsys):
     curve = returns(np.random.default_rng(0), 10.0)
     write_run(tmp_path / "here" / "0", curve, "tiny_dreamerv3", 0)
     write_run(tmp_path / "there" / "0", curve, "tiny_dreamerv3", 0)
-    assert report(tmp_path)[0] == 2 and "are both dummy_vector/tiny_dreamerv3/0" in capsys.readouterr().err
+    assert (
+        report(tmp_path)[0] == 2
+        and "are both dummy_vector/tiny_dreamerv3/0" in capsys.readouterr().err
+    )
     shutil.rmtree(tmp_path / "there")
     write_run(tmp_path / "there" / "1", curve, "tiny_hdreamer", 0, **{"actor.lr": 1.0})
     assert report(tmp_path)[0] == 2
     err = capsys.readouterr().err
-    assert "actor.lr: 3e-05 (dummy_vector/tiny_dreamerv3/0), 1.0 (dummy_vector/tiny_hdreamer/0)" in err
+    assert (
+        "actor.lr: 3e-05 (dummy_vector/tiny_dreamerv3/0), 1.0 (dummy_vector/tiny_hdreamer/0)" in err
+    )
     status, summary = report(tmp_path, "--allow-differences")
     assert status == 0 and list(summary["differences"]) == ["actor.lr"]
     assert "no difference of returns can be put down to the latent state alone" in (
@@ -262,7 +317,11 @@ def test_a_continued_run_names_every_commit_and_machine_that_it_saw(tmp_path):
     for commit, machine in (("abc", "another"), ("def", "another")):
         note_start(tmp_path / "0", {"commit": commit, "hardware": machine})
     start = runs.read(tmp_path / "0").start
-    assert (start["commit"], start["hardware"], start["model"]) == ("abc, def", "a machine, another", MODELS[0])
+    assert (start["commit"], start["hardware"], start["model"]) == (
+        "abc, def",
+        "a machine, another",
+        MODELS[0],
+    )
 
 
 def test_half_a_line_is_skipped(tmp_path):
@@ -284,7 +343,11 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.open += [] if tag in ("meta", "br", "path", "use", "rect", "image") else [tag]
-        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data") and v[:1] != "#"]
+        self.loads += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "xlink:href", "srcset", "data") and v[:1] != "#"
+        ]
 
     def handle_endtag(self, tag):
         if tag in self.open:
@@ -309,7 +372,13 @@ FRAME = """<body style="margin:0"><iframe id=f style="border:0;width:{width}px;h
 
 def browse(path, folder, *args):
     fixed = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
-    command = [BROWSER, *fixed.split(), f"--user-data-dir={folder / 'profile'}", *args, f"file://{path}"]
+    command = [
+        BROWSER,
+        *fixed.split(),
+        f"--user-data-dir={folder / 'profile'}",
+        *args,
+        f"file://{path}",
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
@@ -318,9 +387,13 @@ def browse(path, folder, *args):
 def test_the_page_in_a_browser(known, width, tmp_path):
     """Nothing sticks out sideways, every figure has a height, and the screenshot shows colours of all models."""
     frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width, page=html.escape((known[0] / "report.html").read_text())))
+    frame.write_text(
+        FRAME.format(width=width, page=html.escape((known[0] / "report.html").read_text()))
+    )
     seen = json.loads(re.search(r"<title>(.*?)</title>", browse(frame, tmp_path, "--dump-dom"))[1])
-    assert seen == {"width": width, "sections": seen["sections"], "flat": 0} and seen["sections"] >= 8
+    assert (
+        seen == {"width": width, "sections": seen["sections"], "flat": 0} and seen["sections"] >= 8
+    )
     shot = tmp_path / "shot.png"
     browse(frame, tmp_path, f"--screenshot={shot}", f"--window-size={max(width, 500)},3000")
     image = iio.imread(shot)[:, :width, :3].astype(int)

@@ -17,33 +17,67 @@ from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
 
-DEBUG = ["--log_every", "25", "--eval_every", "100000", "--eval_episodes", "0", "--checkpoint_every", "60"]
+DEBUG = [
+    "--log_every",
+    "25",
+    "--eval_every",
+    "100000",
+    "--eval_episodes",
+    "0",
+    "--checkpoint_every",
+    "60",
+]
 # What each environment needs to be quick here, and its number of steps.
 RUNS = {
     "minatar": (["--configs", "minatar", "debug", "--env.count", "2", *DEBUG], 300),
     "tokens": (
-        ["--configs", "minatar", "debug", "--dynamics.type", "hrvq", "--dynamics.hrvq.posterior", "nearest", *DEBUG],
+        [
+            "--configs",
+            "minatar",
+            "debug",
+            "--dynamics.type",
+            "hrvq",
+            "--dynamics.hrvq.posterior",
+            "nearest",
+            *DEBUG,
+        ],
         120,
     ),
-    "classic": (["--configs", "gym", "debug", "--env.count", "2", "--env.parallel", "true", *DEBUG], 300),
+    "classic": (
+        ["--configs", "gym", "debug", "--env.count", "2", "--env.parallel", "true", *DEBUG],
+        300,
+    ),
     "atari": (["--configs", "atari100k", "debug", "--env.atari.sticky", "0.25", *DEBUG], 800),
 }
 
 
 def command(kind, logdir, *extra):
     args, steps = RUNS[kind]
-    return [sys.executable, str(ROOT / "dreamer.py"), *args, "--steps", str(steps), "--logdir", str(logdir), *extra]
+    return [
+        sys.executable,
+        str(ROOT / "dreamer.py"),
+        *args,
+        "--steps",
+        str(steps),
+        "--logdir",
+        str(logdir),
+        *extra,
+    ]
 
 
 def run(kind, logdir, *extra, env=None):
-    result = subprocess.run(command(kind, logdir, *extra), capture_output=True, text=True, env=env, timeout=300)
+    result = subprocess.run(
+        command(kind, logdir, *extra), capture_output=True, text=True, env=env, timeout=300
+    )
     return result
 
 
 def records(logdir):
     """All that was logged, except what the clock says."""
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +97,9 @@ def whole(tmp_path_factory):
 
 def kill_when(kind, logdir, ready, signum=signal.SIGKILL):
     """Start the run and send it ``signum`` once ``ready()``. -> its exit status and output."""
-    process = subprocess.Popen(command(kind, logdir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(kind, logdir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -84,7 +120,9 @@ def test_killed_runs_go_on_exactly(kind, whole, tmp_path):
     killed = 0
     for part in (0.35, 0.7):
         status, out = kill_when(
-            kind, tmp_path / "run", lambda part=part: length(tmp_path / "run") > part * len(expected)
+            kind,
+            tmp_path / "run",
+            lambda part=part: length(tmp_path / "run") > part * len(expected),
         )
         assert status in (0, -signal.SIGKILL), out
         killed += status == -signal.SIGKILL
@@ -92,9 +130,14 @@ def test_killed_runs_go_on_exactly(kind, whole, tmp_path):
     result = run(kind, tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert records(tmp_path / "run") == expected
-    ours, theirs = (sorted(p.name for p in (d / "train_eps").iterdir()) for d in (tmp_path / "run", whole(kind)))
+    ours, theirs = (
+        sorted(p.name for p in (d / "train_eps").iterdir()) for d in (tmp_path / "run", whole(kind))
+    )
     assert ours == theirs
-    a, b = (torch.load(d / "checkpoints" / "latest.pt", weights_only=True) for d in (tmp_path / "run", whole(kind)))
+    a, b = (
+        torch.load(d / "checkpoints" / "latest.pt", weights_only=True)
+        for d in (tmp_path / "run", whole(kind))
+    )
     assert all(torch.equal(x, b["agent"]["params"][key]) for key, x in a["agent"]["params"].items())
 
 
@@ -108,7 +151,9 @@ def test_another_seed_logs_something_else(whole, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(signum, whole, tmp_path):
     expected = records(whole("minatar"))
-    status, out = kill_when("minatar", tmp_path / "run", lambda: length(tmp_path / "run") > len(expected) / 2, signum)
+    status, out = kill_when(
+        "minatar", tmp_path / "run", lambda: length(tmp_path / "run") > len(expected) / 2, signum
+    )
     assert status == 128 + signum, out
     assert "Traceback" not in out and signal.Signals(signum).name in out
     state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")
@@ -146,7 +191,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous(finished, expected_long
     latest.write_bytes(data)
     result = longer(finished)
     assert result.returncode == 0 and "Traceback" not in result.stderr
-    assert "latest.pt" in result.stdout and "continuing from" in result.stdout and "previous.pt" in result.stdout
+    assert (
+        "latest.pt" in result.stdout
+        and "continuing from" in result.stdout
+        and "previous.pt" in result.stdout
+    )
     assert records(finished) == expected_longer
 
 
@@ -195,7 +244,11 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(finished, name):
     (finished / name).unlink(missing_ok=True)
     (finished / name).symlink_to("/dev/full")
     result = longer(finished)
-    assert result.returncode == 1 and "disk is full" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 1
+        and "disk is full" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     assert (finished / "checkpoints" / "latest.pt").read_bytes() == before
     assert not list((finished / "checkpoints").glob("*.tmp"))
 
@@ -212,7 +265,12 @@ def test_a_nan_names_itself(finished, looked_at_once, monkeypatch, capsys):
     words = command("minatar", finished, "--steps", "600")[2:]
     assert dreamer.main(words) == 1
     error = capsys.readouterr().err
-    assert "reward_loss" in error and "step" in error and "latest.pt" in error and error.count("\n") == 1
+    assert (
+        "reward_loss" in error
+        and "step" in error
+        and "latest.pt" in error
+        and error.count("\n") == 1
+    )
     assert path.read_bytes() == before
 
 

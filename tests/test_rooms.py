@@ -54,7 +54,9 @@ class House:
         for top in sorted(root.iterdir()):
             if top.name in OUTSIDE or top.name.startswith("."):
                 continue
-            for path in sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py"):
+            for path in (
+                sorted(top.rglob("*.py")) if top.is_dir() else [top] * (top.suffix == ".py")
+            ):
                 parts = path.relative_to(root).with_suffix("").parts
                 self.paths[".".join(parts).removesuffix(".__init__")] = path
         self.faults: list[str] = []

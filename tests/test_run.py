@@ -25,14 +25,28 @@ from hidreamer.replay import Replay
 
 @pytest.mark.parametrize("checkpoint_every", [30, 35, 1000])
 @pytest.mark.parametrize("eval_every", [30, 35, 1000])
-def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(eval_every, checkpoint_every, tmp_path, capsys):
+def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(
+    eval_every, checkpoint_every, tmp_path, capsys
+):
     """Periods that divide the steps, that do not, and that are longer than the run."""
-    args = ["--steps", 60, "--eval_every", eval_every, "--checkpoint_every", checkpoint_every, "--replay.ratio", 16]
+    args = [
+        "--steps",
+        60,
+        "--eval_every",
+        eval_every,
+        "--checkpoint_every",
+        checkpoint_every,
+        "--replay.ratio",
+        16,
+    ]
     assert run(tmp_path, *args) == 0
     out, state = capsys.readouterr().out, latest(tmp_path)
     counters = state["counters"]
     assert state["step"] == counters["step"] >= 60 and counters["pending_updates"] < 1
-    assert counters["evaluated"] == counters["step"] and steps_of("eval_return", tmp_path)[-1] == counters["step"]
+    assert (
+        counters["evaluated"] == counters["step"]
+        and steps_of("eval_return", tmp_path)[-1] == counters["step"]
+    )
     assert f"{counters['updates']} updates" in out and counters["updates"] > 20
     assert records(tmp_path)[-1]["step"] == state["step"] and state["log_size"] == len(
         (tmp_path / "metrics.jsonl").read_bytes()
@@ -47,7 +61,20 @@ def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(eval_every, chec
 
 
 def test_a_run_shorter_than_its_periods_logs_its_metrics(tmp_path):
-    assert run(tmp_path, "--steps", 60, "--log_every", 1000, "--eval_every", 1000, "--checkpoint_every", 1000) == 0
+    assert (
+        run(
+            tmp_path,
+            "--steps",
+            60,
+            "--log_every",
+            1000,
+            "--eval_every",
+            1000,
+            "--checkpoint_every",
+            1000,
+        )
+        == 0
+    )
     assert steps_of("model_loss", tmp_path) == [latest(tmp_path)["step"]]
 
 
@@ -56,7 +83,9 @@ def test_longer_periods_take_effect_when_a_run_is_continued(tmp_path):
     periods = lambda *values: [word for pair in zip(PERIODS, values, strict=True) for word in pair]
     assert run(tmp_path, "--steps", 100, "--replay.ratio", 16, *periods(2, 10, 2)) == 0
     assert run(tmp_path, "--steps", 400, "--replay.ratio", 16, *periods(10, 100, 20)) == 0
-    assert [step for step in steps_of("model_loss", tmp_path) if step > 100] == list(range(110, 401, 10))
+    assert [step for step in steps_of("model_loss", tmp_path) if step > 100] == list(
+        range(110, 401, 10)
+    )
     assert [step for step in steps_of("eval_return", tmp_path) if step > 100] == [200, 300, 400]
 
 
@@ -66,7 +95,9 @@ PERIODS = ("--log_every", "--eval_every", "--checkpoint_every")
 def test_old_checkpoints_count_in_periods_of_their_config(tiny):
     state = torch.load(tiny / "checkpoints" / "latest.pt", weights_only=True)
     del state["format"]
-    state["every"] = {name: step // state["config"][f"{name}_every"] for name, step in state.pop("last").items()}
+    state["every"] = {
+        name: step // state["config"][f"{name}_every"] for name, step in state.pop("last").items()
+    }
     state["counters"]["credit"] = state["counters"].pop("pending_updates")
     torch.save(state, tiny / "checkpoints" / "latest.pt")
     assert run(tiny, "--steps", 120, "--checkpoint_every", 30, "--log_every", 20) == 0
@@ -100,7 +131,9 @@ def test_a_checkpoint_comes_before_the_evaluation(tmp_path, monkeypatch):
     args = ["--steps", 100, "--eval_every", 50, "--checkpoint_every", 50]
     assert run(tmp_path / "whole", *args) == 0
     original = training.Run.evaluate
-    monkeypatch.setattr(training.Run, "evaluate", lambda self: (self.step == 50 and 1 / 0) or original(self))
+    monkeypatch.setattr(
+        training.Run, "evaluate", lambda self: (self.step == 50 and 1 / 0) or original(self)
+    )
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "run", *args)
     assert latest(tmp_path / "run")["step"] == 50
@@ -131,11 +164,22 @@ def test_a_capacity_that_the_streams_do_not_divide_trains(tmp_path):
 
 def test_a_run_too_short_to_train_says_so(tmp_path, capsys):
     assert run(tmp_path, "--steps", 60, "--replay.prefill", 500) == 0
-    assert "replay.prefill" in capsys.readouterr().out and latest(tmp_path)["counters"]["updates"] == 0
+    assert (
+        "replay.prefill" in capsys.readouterr().out and latest(tmp_path)["counters"]["updates"] == 0
+    )
 
 
 def test_processes_for_environments_may_change_when_a_run_goes_on(tmp_path):
-    args = ["--env.count", 2, "--task", "gym_CartPole-v1", "--env.action_repeat", 1, "--checkpoint_every", 40]
+    args = [
+        "--env.count",
+        2,
+        "--task",
+        "gym_CartPole-v1",
+        "--env.action_repeat",
+        1,
+        "--checkpoint_every",
+        40,
+    ]
     assert run(tmp_path / "whole", *args, "--steps", 60) == 0
     assert run(tmp_path / "whole", *args, "--steps", 120) == 0
     assert run(tmp_path / "run", *args, "--steps", 60, "--env.parallel", "true") == 0
@@ -175,7 +219,9 @@ def spoilt(method, error, after=3):
     return wrapped
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 384. MiB"), OSError(12, "Cannot allocate memory")])
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 384. MiB"), OSError(12, "Cannot allocate memory")]
+)
 def test_no_memory_is_one_line(error, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Replay, "add", spoilt(Replay.add, error, 40))
     assert run(tmp_path, "--steps", 60, "--checkpoint_every", 20) == 1
@@ -269,7 +315,9 @@ sys.exit(dreamer.main(sys.argv[1:]))
 def test_a_second_ctrl_c_while_saving_ends_at_once_and_damages_nothing(tmp_path):
     args = [*TINY, "--steps", "60", "--checkpoint_every", "20", "--logdir", str(tmp_path)]
     command = [sys.executable, "-c", SECOND, *args]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
         while process.stdout.readline() != "saving\n":
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)  # does not cut off what the first signal began
@@ -282,9 +330,19 @@ def test_a_second_ctrl_c_while_saving_ends_at_once_and_damages_nothing(tmp_path)
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
-    command = [sys.executable, str(ROOT / "dreamer.py"), *TINY, "--steps", "100", "--log_every", "10"]
+    command = [
+        sys.executable,
+        str(ROOT / "dreamer.py"),
+        *TINY,
+        "--steps",
+        "100",
+        "--log_every",
+        "10",
+    ]
     command += ["--logdir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 0
     assert latest(tmp_path)["counters"]["evaluated"] == 100
@@ -294,9 +352,20 @@ def test_exploring_ends_at_expl_until(tmp_path, monkeypatch):
     modes, act = [], models.Agent.act
     spy = lambda self, state, obs, mode="train": modes.append(mode) or act(self, state, obs, mode)
     monkeypatch.setattr(models.Agent, "act", spy)
-    settings = ["--steps", 80, "--expl.behavior", "plan2explore", "--expl.until", 50, "--eval_episodes", 0]
+    settings = [
+        "--steps",
+        80,
+        "--expl.behavior",
+        "plan2explore",
+        "--expl.until",
+        50,
+        "--eval_episodes",
+        0,
+    ]
     assert run(tmp_path / "run", *settings) == 0
-    assert set(modes) == {"explore", "train"} and modes == sorted(modes)  # first "explore", then "train"
+    assert set(modes) == {"explore", "train"} and modes == sorted(
+        modes
+    )  # first "explore", then "train"
 
 
 def test_every_evaluation_has_seeds_of_its_own(tmp_path, monkeypatch):

@@ -67,12 +67,32 @@ PICTURES = {  # name -> space, value, what is seen
     "grey float": (Box(0, 1, (10, 12), FLOAT), PICTURE[..., 0] / FLOAT(255), PICTURE[..., :1]),
     "float [0, 255]": (Box(0, 255, (10, 12, 3), FLOAT), PICTURE + FLOAT(0.2), PICTURE),
     "uint8 under float [0, 255]": (Box(0, 255, (10, 12, 3), FLOAT), PICTURE, PICTURE),
-    "outside by rounding": (Box(0, 1, (10, 12, 3), FLOAT), PICTURE / FLOAT(255) * FLOAT(1.0000001), PICTURE),
+    "outside by rounding": (
+        Box(0, 1, (10, 12, 3), FLOAT),
+        PICTURE / FLOAT(255) * FLOAT(1.0000001),
+        PICTURE,
+    ),
     "channels first": (Box(0, 255, (3, 10, 12), np.uint8), PICTURE.transpose(2, 0, 1), PICTURE),
-    "float channels first": (Box(0, 1, (3, 10, 12), FLOAT), PICTURE.transpose(2, 0, 1) / FLOAT(255), PICTURE),
-    "one channel first": (Box(0, 255, (1, 10, 12), np.uint8), PICTURE[None, ..., 0], PICTURE[..., :1]),
-    "grey stack": (Box(0, 255, (5, 10, 12), np.uint8), np.stack([PICTURE[..., 0]] * 5), PICTURE[..., [0] * 5]),
-    "stack of colour": (Box(0, 255, (2, 10, 12, 3), np.uint8), np.stack([PICTURE] * 2), np.dstack([PICTURE] * 2)),
+    "float channels first": (
+        Box(0, 1, (3, 10, 12), FLOAT),
+        PICTURE.transpose(2, 0, 1) / FLOAT(255),
+        PICTURE,
+    ),
+    "one channel first": (
+        Box(0, 255, (1, 10, 12), np.uint8),
+        PICTURE[None, ..., 0],
+        PICTURE[..., :1],
+    ),
+    "grey stack": (
+        Box(0, 255, (5, 10, 12), np.uint8),
+        np.stack([PICTURE[..., 0]] * 5),
+        PICTURE[..., [0] * 5],
+    ),
+    "stack of colour": (
+        Box(0, 255, (2, 10, 12, 3), np.uint8),
+        np.stack([PICTURE] * 2),
+        np.dstack([PICTURE] * 2),
+    ),
     "stack, channels first": (
         Box(0, 255, (2, 3, 10, 12), np.uint8),
         np.stack([PICTURE, 255 - PICTURE]).transpose(0, 3, 1, 2),
@@ -95,15 +115,25 @@ def test_many_channels_are_resized_alike():
     whole = resize(image, (6, 4))
     assert whole.shape == (6, 4, 11)
     for channel in range(11):
-        assert np.array_equal(whole[..., channel : channel + 1], resize(image[..., channel], (6, 4)))
+        assert np.array_equal(
+            whole[..., channel : channel + 1], resize(image[..., channel], (6, 4))
+        )
 
 
 VECTORS = {  # name -> space, value, numbers
     "small ints": (Box(-3, 9, (2, 2), np.int64), [[-3, 4], [9, 0]], [-3, 4, 9, 0]),
     "uint8 vector": (Box(0, 255, (3,), np.uint8), np.uint8([1, 2, 255]), [1, 2, 255]),
-    "unbounded ints": (Box(-(2**31), 2**31 - 1, (2,), np.int32), np.int32([-7, 70000]), [-7, 70000]),
+    "unbounded ints": (
+        Box(-(2**31), 2**31 - 1, (2,), np.int32),
+        np.int32([-7, 70000]),
+        [-7, 70000],
+    ),
     "categories": (Box(0, 10, (9, 9), np.uint8), np.full((9, 9), 7, np.uint8), [7] * 81),
-    "MiniGrid's board": (Box(0, 255, (7, 7, 3), np.uint8), np.full((7, 7, 3), 7, np.uint8), [7] * 147),
+    "MiniGrid's board": (
+        Box(0, 255, (7, 7, 3), np.uint8),
+        np.full((7, 7, 3), 7, np.uint8),
+        [7] * 147,
+    ),
     "depth": (Box(0, np.inf, (9, 9), FLOAT), np.full((9, 9), 1e3), [1e3] * 81),
     "board of -1 to 1": (Box(-1, 1, (9, 9, 2), FLOAT), np.full((9, 9, 2), -0.5), [-0.5] * 162),
     "board of planes": (Box(0, 1, (8, 8, 12), FLOAT), np.ones((8, 8, 12)), [1] * 768),
@@ -133,7 +163,9 @@ def test_bool_boards_are_grids(shows):
 
 
 def test_a_large_array_that_is_no_picture_is_read_with_a_warning(shows):
-    with pytest.warns(RuntimeWarning, match=r"'vector' is Box\(-1.*read as a vector of 4096 numbers"):
+    with pytest.warns(
+        RuntimeWarning, match=r"'vector' is Box\(-1.*read as a vector of 4096 numbers"
+    ):
         env = shows(Box(-1, 1, (64, 64), FLOAT), np.zeros((64, 64)))
     assert env.obs_space["vector"].shape == (4096,)
 
@@ -175,7 +207,9 @@ def test_a_nan_in_a_picture_is_a_bad_value(shows):
     picture = np.full((9, 9, 3), 0.5)
     picture[3, 3, 1] = np.nan
     space = Box(0, 1, (9, 9, 3), FLOAT)
-    with pytest.raises(BadValue, match=r"gym_Shows-v0, the reset of an episode: observation 'image'.* is nan"):
+    with pytest.raises(
+        BadValue, match=r"gym_Shows-v0, the reset of an episode: observation 'image'.* is nan"
+    ):
         shows(space, picture).reset()
     env = shows(space, np.full((9, 9, 3), 0.5), picture, invalid="truncate")
     first = env.reset()
@@ -190,7 +224,10 @@ UNREAD = {
     "several choices": (MultiDiscrete([2, 3]), "'vector' is MultiDiscrete("),
     "sequence": (Sequence(Discrete(2)), "'vector' is Sequence("),
     "nested": (Dict(a=Dict(b=Discrete(2))), "'a' is Dict("),
-    "mission": (Dict(image=Box(0, 255, (9, 9, 3), np.uint8), mission=Text(9)), "'mission' is Text("),
+    "mission": (
+        Dict(image=Box(0, 255, (9, 9, 3), np.uint8), mission=Text(9)),
+        "'mission' is Text(",
+    ),
 }
 
 
@@ -206,7 +243,9 @@ def test_spaces_that_are_not_read_say_what_to_do(name, shows):
 
 def test_observations_can_be_left_out(shows):
     """So that MiniGrid's text need not be read."""
-    space = Dict({"image": Box(0, 255, (9, 9, 3), np.uint8), "mission": Text(9), "direction": Discrete(4)})
+    space = Dict(
+        {"image": Box(0, 255, (9, 9, 3), np.uint8), "mission": Text(9), "direction": Discrete(4)}
+    )
     value = {"image": np.zeros((9, 9, 3), np.uint8), "mission": "go", "direction": 2}
     env = shows(space, value, gym={"keys": "image|direction"})
     assert set(env.obs_space) == {"image", "direction"} and "mission" not in env.reset()
@@ -233,7 +272,8 @@ def test_empty_observations_are_refused(space, shows):
 
 
 @pytest.mark.parametrize(
-    "space", [Discrete(LARGEST + 1), Box(-1, 1, (LARGEST + 1,)), Box(-1, 1, (2**11, 2**10), np.int64)]
+    "space",
+    [Discrete(LARGEST + 1), Box(-1, 1, (LARGEST + 1,)), Box(-1, 1, (2**11, 2**10), np.int64)],
 )
 def test_observations_that_no_network_takes_are_refused(space, shows):
     with pytest.raises(EnvError, match=rf"of which a vector can have {LARGEST}"):
@@ -252,7 +292,11 @@ def test_what_episodes_and_updates_hold_is_reserved(tmp_path):
     import tools
     from hidreamer.episodes import save_episode
 
-    rows = {"x": np.zeros((3, 2), FLOAT), "prev_action": np.zeros((3, 2), FLOAT), "reward": np.zeros(3, FLOAT)}
+    rows = {
+        "x": np.zeros((3, 2), FLOAT),
+        "prev_action": np.zeros((3, 2), FLOAT),
+        "reward": np.zeros(3, FLOAT),
+    }
     rows |= {key: np.zeros(3, bool) for key in ("is_first", "is_last", "is_terminal")}
     save_episode(tmp_path / "x.npz", rows)
     with np.load(tmp_path / "x.npz") as file:
@@ -261,8 +305,12 @@ def test_what_episodes_and_updates_hold_is_reserved(tmp_path):
         config = tools.load_config(["gym", "debug"], {"dynamics.type": kind} | options)
         agent = models.Agent({"x": Box(-1, 1, (2,))}, Discrete(2), 2, config)
         agent.make_optimizers()
-        agent.update(agent.tensors({key: value[None] for key, value in rows.items() if key != "is_last"}))
-        losses = {name.removesuffix("_loss") for name in agent.metric_names if name.endswith("_loss")}
+        agent.update(
+            agent.tensors({key: value[None] for key, value in rows.items() if key != "is_last"})
+        )
+        losses = {
+            name.removesuffix("_loss") for name in agent.metric_names if name.endswith("_loss")
+        }
         assert "x" in losses and losses - {"x"} <= RESERVED
 
 
@@ -273,12 +321,32 @@ def one_hots(sizes, indices):
 ACTIONS = {  # name -> space, sizes of the choices, indices, the environment's action
     "bits": (MultiBinary(3), [2, 2, 2], [1, 0, 1], np.int8([1, 0, 1])),
     "bits of rank 2": (MultiBinary((2, 2)), [2] * 4, [0, 0, 1, 0], np.int8([[0, 0], [1, 0]])),
-    "integers": (Box(np.array([-2, 0]), np.array([2, 9]), dtype=np.int64), [5, 10], [0, 9], np.int64([-2, 9])),
+    "integers": (
+        Box(np.array([-2, 0]), np.array([2, 9]), dtype=np.int64),
+        [5, 10],
+        [0, 9],
+        np.int64([-2, 9]),
+    ),
     "bytes": (Box(0, 255, (1,), np.uint8), [256], [255], np.uint8([255])),
     "bools": (Box(0, 1, (2,), np.bool_), [2, 2], [1, 0], np.array([True, False])),
-    "tuple": (Tuple([Discrete(3, start=4), MultiBinary(2)]), [3, 2, 2], [2, 1, 0], (6, np.int8([1, 0]))),
-    "dict": (Dict(b=Discrete(2), a=MultiDiscrete([2, 3])), [2, 3, 2], [1, 2, 0], {"a": np.int64([1, 2]), "b": 0}),
-    "nested": (Dict(a=Tuple([Discrete(2), Dict(b=Discrete(3))])), [2, 3], [1, 1], {"a": (1, {"b": 1})}),
+    "tuple": (
+        Tuple([Discrete(3, start=4), MultiBinary(2)]),
+        [3, 2, 2],
+        [2, 1, 0],
+        (6, np.int8([1, 0])),
+    ),
+    "dict": (
+        Dict(b=Discrete(2), a=MultiDiscrete([2, 3])),
+        [2, 3, 2],
+        [1, 2, 0],
+        {"a": np.int64([1, 2]), "b": 0},
+    ),
+    "nested": (
+        Dict(a=Tuple([Discrete(2), Dict(b=Discrete(3))])),
+        [2, 3],
+        [1, 1],
+        {"a": (1, {"b": 1})},
+    ),
 }
 
 
@@ -302,13 +370,19 @@ def test_choices_are_flattened(name):
     chosen = decode(one_hots(sizes, indices))
     assert equal(chosen, action) and space.contains(chosen)
     rng = np.random.default_rng(0)
-    assert all(space.contains(decode(one_hots(sizes, [rng.integers(n) for n in sizes]))) for _ in range(20))
+    assert all(
+        space.contains(decode(one_hots(sizes, [rng.integers(n) for n in sizes]))) for _ in range(20)
+    )
 
 
 def test_boxes_in_a_dict_are_one_box():
     space = Dict(a=Box(-2, 2, (2,)), b=Tuple([Box(0, 10, (1, 1)), Box(-np.inf, np.inf, (1,))]))
     agent, width, decode = action_codec(space)
-    assert width == 4 and agent.low.tolist() == [-1, -1, -1, -np.inf] and agent.high.tolist() == [1, 1, 1, np.inf]
+    assert (
+        width == 4
+        and agent.low.tolist() == [-1, -1, -1, -np.inf]
+        and agent.high.tolist() == [1, 1, 1, np.inf]
+    )
     action = decode(np.array([1, -1, 0, 7], FLOAT))
     assert action["a"].tolist() == [2, -2] and [x.tolist() for x in action["b"]] == [[[5]], [7]]
     assert space.contains(action)
@@ -335,4 +409,9 @@ def test_actions_that_no_actor_takes_are_one_line(space, expected):
     with pytest.raises(EnvError) as caught:
         action_codec(space)
     line = str(caught.value)
-    assert expected in line and "\n" not in line and len(line) < 500 and "docs/own_environment.md" in line
+    assert (
+        expected in line
+        and "\n" not in line
+        and len(line) < 500
+        and "docs/own_environment.md" in line
+    )

@@ -23,7 +23,13 @@ def run(folder, monkeypatch, prepare=lambda agent: None, **overrides):
         return lambda batch: torch.zeros(1)
 
     monkeypatch.setattr(models.Agent, "make_update", make_update)
-    settings = {"task": "dummy_vector", "eval_episodes": 0, "video": "false", "logdir": folder, **overrides}
+    settings = {
+        "task": "dummy_vector",
+        "eval_episodes": 0,
+        "video": "false",
+        "logdir": folder,
+        **overrides,
+    }
     settings |= {f"{name}_every": 10**6 for name in ("log", "eval", "checkpoint")}
     words = [word for key, x in settings.items() for word in (f"--{key}", str(x))]
     assert dreamer.main(["--configs", "debug", *words]) == 0
@@ -64,7 +70,12 @@ def test_updates_are_counted_exactly(ratio, count, repeat, pretrain, tmp_path, m
             due = due if started else float(pretrain)
             started = True
             due += new * ratio / batch
-    settings = {"env.count": count, "env.action_repeat": repeat, "replay.ratio": ratio, "replay.pretrain": pretrain}
+    settings = {
+        "env.count": count,
+        "env.action_repeat": repeat,
+        "replay.ratio": ratio,
+        "replay.pretrain": pretrain,
+    }
     found = run(tmp_path, monkeypatch, steps=steps, **settings, **{"replay.prefill": prefill})
     assert found["updates"] == int(due)
     assert found["agent_steps"] == taken and found["step"] == taken * repeat
@@ -105,10 +116,18 @@ class Scripted(Suite):
 
     def step(self, action):
         self.steps += 1
-        return {"vector": action}, float(self.steps), self.steps == 4, False, {"is_terminal": self.steps == 2}
+        return (
+            {"vector": action},
+            float(self.steps),
+            self.steps == 4,
+            False,
+            {"is_terminal": self.steps == 2},
+        )
 
 
-@pytest.mark.parametrize(("limit", "length", "terminal"), [(0, 4, True), (9, 3, False), (6, 2, True), (3, 1, False)])
+@pytest.mark.parametrize(
+    ("limit", "length", "terminal"), [(0, 4, True), (9, 3, False), (6, 2, True), (3, 1, False)]
+)
 def test_ends_and_time_limits(limit, length, terminal):
     """The limit counts frames, three a step, and cuts at the first step that reaches it; only real ends are terminal.
 

@@ -59,7 +59,9 @@ def gone(pids, seconds=5.0):
 
 
 @BOTH
-@pytest.mark.parametrize(("task", "key"), [("dummy_image", "image"), ("dummy_vector", "vector")])  # one is truncated
+@pytest.mark.parametrize(
+    ("task", "key"), [("dummy_image", "image"), ("dummy_vector", "vector")]
+)  # one is truncated
 def test_outputs_are_stacked_and_resets_are_part_of_stepping(task, key, parallel):
     envs = Envs(maker(task), 3, parallel)
     assert (envs.count, envs.act_dim, envs.repeat, envs.log_keys, envs.restarts) == (3, 4, 1, (), 0)
@@ -68,10 +70,16 @@ def test_outputs_are_stacked_and_resets_are_part_of_stepping(task, key, parallel
     last = np.stack([output["is_last"] for output in outputs])
     assert first[0].all() and np.array_equal(first[1:], last[:-1]) and last.sum() == 9
     assert (
-        outputs[0][key].shape == (3, *envs.obs_space[key].shape) and outputs[0][key].dtype == envs.obs_space[key].dtype
+        outputs[0][key].shape == (3, *envs.obs_space[key].shape)
+        and outputs[0][key].dtype == envs.obs_space[key].dtype
     )
     kinds = {name: value.dtype.name for name, value in outputs[0].items() if name != key}
-    assert kinds == {"reward": "float32", "is_first": "bool", "is_last": "bool", "is_terminal": "bool"}
+    assert kinds == {
+        "reward": "float32",
+        "is_first": "bool",
+        "is_last": "bool",
+        "is_terminal": "bool",
+    }
     assert envs.render(2).shape == (64, 64, 3)
     envs.close()
 
@@ -115,7 +123,8 @@ def test_a_crash_truncates_the_episode_and_the_environment_is_replaced(parallel)
     envs = Envs(maker("dummy_crash"), 2, parallel)
     outputs = []
     with pytest.warns(
-        RuntimeWarning, match=r"^environment [01] crashed and is replaced: RuntimeError: dummy_crash broke"
+        RuntimeWarning,
+        match=r"^environment [01] crashed and is replaced: RuntimeError: dummy_crash broke",
     ):
         outputs = play(envs, 120)
     assert envs.restarts == 4  # both, after 50 steps of life and again after 50 more
@@ -137,18 +146,27 @@ def test_a_killed_process_is_replaced_and_others_go_on():
     play(envs, 5), play(calm, 5)
     victim = pids(envs)[1]
     os.kill(victim, signal.SIGKILL)
-    with pytest.warns(RuntimeWarning, match="environment 1 crashed and is replaced: its process was killed by SIGKILL"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="environment 1 crashed and is replaced: its process was killed by SIGKILL",
+    ):
         output = envs.step(np.eye(4, dtype=np.float32)[:3])
     expected = calm.step(np.eye(4, dtype=np.float32)[:3])
     assert output["is_last"].tolist() == [False, True, False] and envs.restarts == 1
     assert all(np.array_equal(output[key][[0, 2]], expected[key][[0, 2]]) for key in output)
     assert envs.step(np.eye(4, dtype=np.float32)[:3])["is_first"].tolist() == [False, True, False]
-    os.kill(pids(envs)[0], signal.SIGKILL)  # between two steps, the state of the others is still to be had
+    os.kill(
+        pids(envs)[0], signal.SIGKILL
+    )  # between two steps, the state of the others is still to be had
     with pytest.warns(RuntimeWarning, match="environment 0 could not save its state"):
         states = envs.state()
     assert [state is None for state in states] == [True, False, False]
     with pytest.warns(RuntimeWarning, match="environment 0 crashed"):
-        assert envs.step(np.eye(4, dtype=np.float32)[:3])["is_last"].tolist() == [True, False, False]
+        assert envs.step(np.eye(4, dtype=np.float32)[:3])["is_last"].tolist() == [
+            True,
+            False,
+            False,
+        ]
     assert not alive(victim)
 
 
@@ -158,12 +176,18 @@ def test_a_killed_doom_leaves_no_game_behind():
     play(envs, 3)
 
     def games():
-        found = subprocess.run(["ps", "-eo", "sid,args"], capture_output=True, text=True).stdout.splitlines()
-        return [line for line in found if "vizdoom/vizdoom" in line and int(line.split()[0]) in sessions]
+        found = subprocess.run(
+            ["ps", "-eo", "sid,args"], capture_output=True, text=True
+        ).stdout.splitlines()
+        return [
+            line for line in found if "vizdoom/vizdoom" in line and int(line.split()[0]) in sessions
+        ]
 
     sessions = pids(envs)
     assert len(games()) == 2
-    os.kill(sessions[0], signal.SIGKILL)  # its game holds no pipe open, or we would wait here for ever
+    os.kill(
+        sessions[0], signal.SIGKILL
+    )  # its game holds no pipe open, or we would wait here for ever
     with pytest.warns(RuntimeWarning, match="SIGKILL"):
         play(envs, 1, start=False)
     sessions += pids(envs)
@@ -180,12 +204,17 @@ def test_crashes_without_a_good_step_are_too_many(parallel):
 
         def __getattr__(self, name):
             if name == self.method:
-                raise [OSError, LookupError][self.restart % 2]("out of luck")  # not the same twice in a row
+                raise [OSError, LookupError][self.restart % 2](
+                    "out of luck"
+                )  # not the same twice in a row
             return getattr(self.env, name)
 
     for method in ("step",) if parallel else ("step", "reset"):
         envs = Envs(lambda index, restart, method=method: Broken(method, restart), 1, parallel)
-        with warnings.catch_warnings(), pytest.raises(EnvError, match=r"environment 0 crashed 5 times .* out of luck"):
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(EnvError, match=r"environment 0 crashed 5 times .* out of luck"),
+        ):
             warnings.simplefilter("ignore")
             for _ in range(20):
                 envs.step(np.eye(4, dtype=np.float32)[:1])
@@ -197,7 +226,8 @@ def test_construction_errors_are_env_errors_of_one_line(parallel):
     with pytest.raises(EnvError, match=r"^unknown Atari game 'pongg'; nearest: pong"):
         Envs(maker("atari_pongg"), 2, parallel)
     with pytest.raises(
-        EnvError, match=r"^environment 0 cannot be built: ZeroDivisionError: division by zero \(test_vector.py:\d+\)$"
+        EnvError,
+        match=r"^environment 0 cannot be built: ZeroDivisionError: division by zero \(test_vector.py:\d+\)$",
     ):
         Envs(lambda index, restart: 1 / 0, 2, parallel)
     with pytest.raises(ValueError, match="count"):
@@ -208,10 +238,15 @@ def test_construction_errors_are_env_errors_of_one_line(parallel):
 @pytest.mark.parametrize("task", ["atari_pong", "dummy_image"])
 def test_a_state_goes_on_exactly(task, parallel):
     make = maker(task, time_limit=40, atari={"sticky": 0.25})
-    ours, other = Envs(make, 2, parallel), Envs(lambda index, restart: make(index + 5, restart), 2, not parallel)
+    ours, other = (
+        Envs(make, 2, parallel),
+        Envs(lambda index, restart: make(index + 5, restart), 2, not parallel),
+    )
     assert other.load_state(ours.state()).all()  # of environments that have not started
     assert same(play(ours, 30), play(other, 30))
-    while not play(ours, 1, start=False)[0]["is_last"].all():  # that the next step is a reset is part of the state
+    while not play(ours, 1, start=False)[0][
+        "is_last"
+    ].all():  # that the next step is a reset is part of the state
         pass
     assert other.load_state(ours.state()).tolist() == [True, True]
     assert same(play(ours, 100, start=False), play(other, 100, start=False))
@@ -221,7 +256,10 @@ def test_what_cannot_be_restored_starts_anew():
     envs = Envs(maker("dummy_vector"), 3, False)
     play(envs, 5)
     states = envs.state()
-    wrong = {"env": {"seed": None, "frames": 0, "suite": {"steps": 1}}, "output": states[2]["output"]}
+    wrong = {
+        "env": {"seed": None, "frames": 0, "suite": {"steps": 1}},
+        "output": states[2]["output"],
+    }
     other = Envs(maker("dummy_vector"), 3, False)
     assert other.load_state([states[0], None, wrong]).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="mid-episode"):
@@ -243,7 +281,9 @@ def test_a_crash_right_after_a_restore_returns_the_saved_observation():
     with pytest.warns(RuntimeWarning, match="SIGKILL"):
         output = other.step(np.eye(4, dtype=np.float32)[:1])
     assert np.array_equal(output["vector"], last["vector"]) and output["is_last"].all()
-    assert {key: value.dtype for key, value in output.items()} == {key: value.dtype for key, value in last.items()}
+    assert {key: value.dtype for key, value in output.items()} == {
+        key: value.dtype for key, value in last.items()
+    }
 
 
 def test_processes_end_with_close_garbage_collection_and_exit():
@@ -294,5 +334,7 @@ def test_processes_end_with_their_parent_and_in_silence(end, tmp_path):
     error = parent.communicate(timeout=20)[1]
     assert gone(workers)
     assert error == "" or (
-        end == "SIGINT" and error.count("Traceback") == 1 and error.rstrip().endswith("KeyboardInterrupt")
+        end == "SIGINT"
+        and error.count("Traceback") == 1
+        and error.rstrip().endswith("KeyboardInterrupt")
     )

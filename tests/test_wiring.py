@@ -14,7 +14,9 @@ import networks
 import tools
 from hidreamer.dynamics import TYPES, make_dynamics
 
-MIXED = 0.4  # unimix; of K saturated classes the others are drawn with probability MIXED (K - 1) / K
+MIXED = (
+    0.4  # unimix; of K saturated classes the others are drawn with probability MIXED (K - 1) / K
+)
 DRAWS = 2000
 TOLERANCE = 4 * math.sqrt(0.25 / DRAWS)  # four standard deviations
 
@@ -34,7 +36,9 @@ def saturated(kind):
             saturate(layer, 4)
         dynamics.quantizer.log_tau.data.fill_(-20.0)
         return dynamics
-    names = {"rssm": ["prior_out", "post_out"], "hrssm": ["prior_top", "post_top", "prior_bottom"]}[kind]
+    names = {"rssm": ["prior_out", "post_out"], "hrssm": ["prior_top", "post_top", "prior_bottom"]}[
+        kind
+    ]
     for name in names:
         saturate(getattr(dynamics, name), 4)
     return dynamics
@@ -45,7 +49,9 @@ def others(dynamics, stoch, likeliest=None):
     if "quantizer" in dict(dynamics.named_children()):
         size = dynamics.quantizer.book.shape[-1]
         codes = stoch.unflatten(-1, (dynamics.levels, -1, size)) * size**0.5  # (N, L, G, d)
-        index = (codes.unsqueeze(-2) - dynamics.quantizer.book).square().sum(-1).argmin(-1)  # (N, L, G)
+        index = (
+            (codes.unsqueeze(-2) - dynamics.quantizer.book).square().sum(-1).argmin(-1)
+        )  # (N, L, G)
     else:
         index = stoch.unflatten(-1, (-1, 4)).argmax(-1).unflatten(-1, (len(dynamics.shapes), -1))
     likeliest = torch.zeros_like(index) if likeliest is None else likeliest
@@ -59,7 +65,9 @@ def test_saturated_states_are_still_drawn_with_unimix(kind):
     count = DRAWS // dynamics.shapes[0][0]
     embed, first = torch.randn(count, 1, 5), torch.ones(count, 1, dtype=torch.bool)
     with torch.no_grad():
-        carry, post = dynamics.observe(dynamics.initial(count), embed, torch.zeros(count, 1, 3), first)
+        carry, post = dynamics.observe(
+            dynamics.initial(count), embed, torch.zeros(count, 1, 3), first
+        )
         *_, feat, _ = dynamics.imagine(dynamics.starts(carry, post, 1), torch.zeros(count, 1, 3), 1)
     expected = pytest.approx([MIXED * 3 / 4] * len(dynamics.shapes), abs=TOLERANCE)
     mode = torch.stack([level.post[:, 0].argmax(-1) for level in post.levels], 1)  # (N, L, S)
@@ -74,11 +82,19 @@ def test_saturated_states_are_still_drawn_with_unimix(kind):
 def test_the_mode_is_never_mixed(kind):
     dynamics = saturated(kind)
     with torch.no_grad():
-        inputs = torch.randn(200, 1, 5), torch.zeros(200, 1, 3), torch.ones(200, 1, dtype=torch.bool)
+        inputs = (
+            torch.randn(200, 1, 5),
+            torch.zeros(200, 1, 3),
+            torch.ones(200, 1, dtype=torch.bool),
+        )
         carry, post = dynamics.observe(dynamics.initial(200), *inputs, sample=False)
         *_, feat, _ = dynamics.imagine(carry, torch.zeros(200, 1, 3), 1, sample=False)
     mode = torch.stack([level.post[:, 0].argmax(-1) for level in post.levels], 1)
-    assert others(dynamics, post.feat.stoch[:, 0], mode) == others(dynamics, feat.stoch[:, 1]) == [0.0] * mode.shape[1]
+    assert (
+        others(dynamics, post.feat.stoch[:, 0], mode)
+        == others(dynamics, feat.stoch[:, 1])
+        == [0.0] * mode.shape[1]
+    )
 
 
 def test_a_saturated_policy_still_explores():
@@ -96,7 +112,10 @@ def test_the_explorer_acts_in_mode_explore():
     saturate(agent.behavior.actor.out, 3, choice=1)
     saturate(agent.explorer.behavior.actor.out, 3, choice=2)
     obs = {"vector": torch.randn(7, 5), "is_first": torch.ones(7, dtype=torch.bool)}
-    chosen = {mode: agent.act(agent.initial(7), obs, mode).action.argmax(-1).unique().tolist() for mode in MODES}
+    chosen = {
+        mode: agent.act(agent.initial(7), obs, mode).action.argmax(-1).unique().tolist()
+        for mode in MODES
+    }
     assert chosen == {"train": [1], "greedy": [1], "explore": [2]}
 
 
@@ -142,8 +161,16 @@ def test_the_open_loop_follows_each_action_at_its_own_step(kind):
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_the_explorers_loss_and_bonus(conditioned):
     """Against a loop: the ensemble predicts step t + 1 from state t and the action between; its spread is the bonus."""
-    scales = {"expl.intr_scale": 2.0, "expl.extr_scale": 0.5, "expl.models": 3, "expl.units": 16, "expl.log": "false"}
-    agent, batch = make(**scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()})
+    scales = {
+        "expl.intr_scale": 2.0,
+        "expl.extr_scale": 0.5,
+        "expl.models": 3,
+        "expl.units": 16,
+        "expl.log": "false",
+    }
+    agent, batch = make(
+        **scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()}
+    )
     explorer = agent.explorer
     obs = networks.prepare(batch)
     with torch.no_grad():
@@ -165,7 +192,9 @@ def test_the_explorers_loss_and_bonus(conditioned):
                 of = t - 1 if conditioned else t  # the step that the prediction is made from
                 spread = 0.0
                 if of >= 0:
-                    guesses = [net(join(found.x[n, of], found.action[n, of])) for net in explorer.ensemble]
+                    guesses = [
+                        net(join(found.x[n, of], found.action[n, of])) for net in explorer.ensemble
+                    ]
                     spread = torch.stack(guesses).std(0).mean().item()
                 expected = 2.0 * spread + 0.5 * extrinsic[n, t].item()
                 assert paid[n, t].item() == pytest.approx(expected, abs=1e-5)
@@ -173,7 +202,10 @@ def test_the_explorers_loss_and_bonus(conditioned):
 
 def test_every_optimiser_has_its_own_settings():
     blocks = ("model", "actor", "critic")
-    settings = {name: {"lr": 10.0**-i, "eps": 10.0 ** -(i + 4), "clip": 10.0 * i} for i, name in enumerate(blocks, 1)}
+    settings = {
+        name: {"lr": 10.0**-i, "eps": 10.0 ** -(i + 4), "clip": 10.0 * i}
+        for i, name in enumerate(blocks, 1)
+    }
     flat = {f"{name}.{key}": x for name, block in settings.items() for key, x in block.items()}
     agent, _ = make(**flat, **{"expl.behavior": "plan2explore"})
     assert agent.optimizers.keys() == {*blocks, *(f"expl_{name}" for name in blocks)}
@@ -185,11 +217,17 @@ def test_every_optimiser_has_its_own_settings():
 
 
 def test_an_update_clips_what_is_too_long():
-    agent, batch = make(**{"model.clip": 1e-3, "actor.clip": 1e-4, "critic.clip": 1e-5, "actor.entropy": 1})
+    agent, batch = make(
+        **{"model.clip": 1e-3, "actor.clip": 1e-4, "critic.clip": 1e-5, "actor.entropy": 1}
+    )
     agent.update(batch)
     for name, bound in (("model", 1e-3), ("actor", 1e-4), ("critic", 1e-5)):
-        first = torch.cat([x["exp_avg"].flatten() for x in agent.optimizers[name].state_dict().values()])
-        assert first.norm().item() == pytest.approx(0.1 * bound, rel=1e-2)  # Adam's average begins with a tenth
+        first = torch.cat(
+            [x["exp_avg"].flatten() for x in agent.optimizers[name].state_dict().values()]
+        )
+        assert first.norm().item() == pytest.approx(
+            0.1 * bound, rel=1e-2
+        )  # Adam's average begins with a tenth
 
 
 def test_bfloat16_is_for_products_alone():
@@ -198,9 +236,13 @@ def test_bfloat16_is_for_products_alone():
     seen = {}
     for name in ("world_model.reward", "world_model.cont", "behavior.critic", "behavior.actor"):
         layer = agent.get_submodule(name).blocks[0].linear
-        layer.register_forward_hook(lambda module, inputs, out, name=name: seen.update({name: out.dtype}))
+        layer.register_forward_hook(
+            lambda module, inputs, out, name=name: seen.update({name: out.dtype})
+        )
     behavior, losses = agent.behavior, agent.behavior.losses
-    behavior.losses = lambda found, rew: seen.update(rew=rew.dtype, disc=found.disc.dtype) or losses(found, rew)
+    behavior.losses = lambda found, rew: (
+        seen.update(rew=rew.dtype, disc=found.disc.dtype) or losses(found, rew)
+    )
     agent.update(batch)
     assert {seen.pop("rew"), seen.pop("disc")} == {torch.float32}
     assert len(seen) == 4 and set(seen.values()) == {torch.bfloat16}
@@ -210,7 +252,9 @@ def test_bfloat16_is_for_products_alone():
         assert reward.logit.dtype == reward.mode().dtype == torch.float32
         assert policy.probs[0].dtype == agent.world_model.cont(x).mean().dtype == torch.float32
     agent, batch = make()
-    agent.world_model.reward.blocks[0].linear.register_forward_hook(lambda *args: seen.update(full=args[-1].dtype))
+    agent.world_model.reward.blocks[0].linear.register_forward_hook(
+        lambda *args: seen.update(full=args[-1].dtype)
+    )
     agent.update(batch)
     assert seen["full"] == torch.float32
 
@@ -219,7 +263,9 @@ def test_codebooks_learn_once_and_after_the_step():
     agent, batch = make(**{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
     calls, model = [], agent.optimizers["model"]
     learn, step = agent.world_model.dynamics.update_codebook, model.step
-    agent.world_model.dynamics.update_codebook = lambda post: calls.append("update_codebook") or learn(post)
+    agent.world_model.dynamics.update_codebook = lambda post: (
+        calls.append("update_codebook") or learn(post)
+    )
     model.step = lambda loss: calls.append("step") or step(loss)
     agent.update(batch)
     assert calls == ["step", "update_codebook"]
@@ -237,8 +283,12 @@ def test_actions_in_dreams_are_one_hot(act):
 def test_vectors_enter_through_symlog():
     agent, batch = make(VECTOR)
     seen = []
-    agent.world_model.encoder.vector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    agent.world_model.encoder(networks.prepare(batch | {"vector": torch.full((2, 8, 5), math.e - 1)}))
+    agent.world_model.encoder.vector.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    agent.world_model.encoder(
+        networks.prepare(batch | {"vector": torch.full((2, 8, 5), math.e - 1)})
+    )
     assert torch.allclose(seen[0], torch.ones(2, 8, 5))
 
 
@@ -250,7 +300,9 @@ def test_level_dropout_hides_the_finest_codes_of_its_share_of_steps(share):
     dynamics = make_dynamics(config.dynamics, 5, 3)
     with torch.no_grad():
         first = torch.ones(DRAWS, 1, dtype=torch.bool)
-        _, post = dynamics.observe(dynamics.initial(DRAWS), torch.randn(DRAWS, 1, 5), torch.zeros(DRAWS, 1, 3), first)
+        _, post = dynamics.observe(
+            dynamics.initial(DRAWS), torch.randn(DRAWS, 1, 5), torch.zeros(DRAWS, 1, 3), first
+        )
         codes = dynamics.decoder_features(post).stoch.unflatten(-1, (3, -1))  # (B, 1, L, G * d)
     hidden = (codes == 0).all(-1).float().mean((0, 1)).tolist()
     assert hidden[0] == 0.0 and hidden[1:] == pytest.approx([share / 2, share], abs=TOLERANCE)

@@ -38,7 +38,9 @@ class HRSSM(Recurrent):
         **names: str,
     ):
         if len(stoch) != 2 or len(classes) != 2:
-            raise ValueError(f"dynamics.hrssm needs two levels of stoch and classes, not {stoch} and {classes}")
+            raise ValueError(
+                f"dynamics.hrssm needs two levels of stoch and classes, not {stoch} and {classes}"
+            )
         top, bottom = (variables * k for variables, k in zip(stoch, classes, strict=True))
         super().__init__(embed_dim, act_dim, deter, hidden, top + bottom, kl_config, **names)
         self.shapes = tuple(zip(stoch, classes, strict=True))
@@ -61,7 +63,9 @@ class HRSSM(Recurrent):
         bottom = self.sample_stoch(self._bottom_prior(u, top), sample)
         return torch.cat([top, bottom], -1)
 
-    def post_step(self, deter: Tensor, v: Tensor, sample: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def post_step(
+        self, deter: Tensor, v: Tensor, sample: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         logit_top = self.post_top(v).unflatten(-1, self.shapes[0])  # (B, S0, K0)
         top = self.sample_stoch(logit_top, sample)
         with torch.no_grad():

@@ -102,7 +102,9 @@ class HRVQ(Dynamics):
     ):
         super().__init__()
         if deter % heads or (deter // heads) % 2:  # rotary positions turn pairs of numbers
-            raise ValueError(f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number")
+            raise ValueError(
+                f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number"
+            )
         # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to
         # be near to it, all it can do is become vague. So nothing draws it there, and no nats are
         # free: the prior is always trained.
@@ -119,7 +121,9 @@ class HRVQ(Dynamics):
         self.level_weights = per_level(level_weights, levels, "dynamics.hrvq.level_weights")
         self.temperature = per_level(temperature, levels, "dynamics.hrvq.temperature")
         if spatial and embed_dim % groups:
-            raise ValueError(f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions")
+            raise ValueError(
+                f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions"
+            )
         self.register_buffer("rules", rule(mask, levels), persistent=False)
         # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
         # ..).
@@ -132,7 +136,9 @@ class HRVQ(Dynamics):
             self.in_proj = linear(embed_dim // groups, code_dim)
         else:
             self.in_proj = linear(embed_dim, groups * code_dim)
-        self.quantizer = Quantizer(posterior, levels, groups, codes, code_dim, unimix=kl_config.unimix, shared=spatial)
+        self.quantizer = Quantizer(
+            posterior, levels, groups, codes, code_dim, unimix=kl_config.unimix, shared=spatial
+        )
         self.token = nn.ModuleList(linear(groups * code_dim, deter) for _ in range(levels))
         self.token.append(linear(act_dim, deter))
         self.level_emb = nn.Parameter(0.02 * torch.randn(levels + 1, deter))
@@ -228,7 +234,9 @@ class HRVQ(Dynamics):
         assert embed.shape[-1] == self.embed_dim, (embed.shape, self.embed_dim)
         return self.quantizer.encode(self._project(embed), sample)
 
-    def follow(self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor) -> tuple[Carry, Post]:
+    def follow(
+        self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor
+    ) -> tuple[Carry, Post]:
         """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
 
         prev_action (B,T,A) and is_first (B,T) as of ``observe``.
@@ -251,7 +259,9 @@ class HRVQ(Dynamics):
         out, own, ffn_losses = self._run_transformer(action, flat, attention, all_levels)
         prior_out = out
         if detached_pass:
-            prior_out, _, ffn_losses = self._run_transformer(action, flat.detach(), attention, self.chain)
+            prior_out, _, ffn_losses = self._run_transformer(
+                action, flat.detach(), attention, self.chain
+            )
         levels = []
         for i, logit in enumerate(codes.logit):
             at = i if self.chain else 0  # the position whose output predicts this level

@@ -70,7 +70,9 @@ class Recurrent(Dynamics):
         """Memory (N,D) -> an imagined stoch (N,Z)."""
         raise NotImplementedError
 
-    def post_step(self, deter: Tensor, v: Tensor, sample: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def post_step(
+        self, deter: Tensor, v: Tensor, sample: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Memory (B,D), hidden of memory and embedding (B,hidden).
 
         -> stoch (B,Z), posterior logits per level (B,S,K).
@@ -150,7 +152,9 @@ class Recurrent(Dynamics):
         v = obs_out(0, deter, embed)  # (B, hidden)
         return deter, *self.post_step(deter, v, sample)
 
-    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor, sample: bool) -> tuple[Tensor, Tensor]:
+    def imagine_step(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, sample: bool
+    ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
         deter = self.cell(self.img_in(torch.cat([stoch, action], -1)), deter)
         return deter, self.prior_step(deter, sample)
