@@ -175,7 +175,7 @@ class Trainer:
     def step(self) -> torch.Tensor:
         """One update. -> the loss, detached."""
         with self.agent.autocast():
-            obs = models.networks.prepare(self.batch(self.replay.sample()))
+            obs = models.networks.preprocess(self.batch(self.replay.sample()))
             losses, _, post, _, _ = self.agent.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         self.agent.optimizers["model"].step(loss)
@@ -236,7 +236,7 @@ class Trainer:
         for i, rows in enumerate(held.values()):
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
-            truth = model.postprocess(models.networks.prepare(batch))
+            truth = model.postprocess(models.networks.preprocess(batch))
             judge = functools.partial(
                 heldout.score, truth=truth, batch=batch, length=self.config.replay.length
             )
@@ -270,7 +270,7 @@ class Trainer:
         def features(model: models.WorldModel, batch: Rows) -> np.ndarray:
             torch.manual_seed(0)
             rows = {key: x for key, x in batch.items() if key != "ram"}
-            obs = models.networks.prepare(self.batch(rows))
+            obs = models.networks.preprocess(self.batch(rows))
             return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
 
         encoders: dict[str, probes.Encode] = {"pixels": probes.pixels}

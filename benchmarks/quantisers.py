@@ -125,7 +125,7 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
     for i, some in enumerate(np.array_split(picks, max(1, len(picks) // AT_ONCE))):
         batch = trainer.batch({key: x[some] for key, x in rows.items()})
         torch.manual_seed(i)
-        _, post, _ = model.observe(models.networks.prepare(batch))
+        _, post, _ = model.observe(models.networks.preprocess(batch))
         truth, predicted = model.open_loop(batch, CONTEXT)
         error, moving = heldout.errors(model.decode(post.feat)[0], truth, slice(1, None))
         found = {"reconstruction": error, "moving": moving}
@@ -156,7 +156,7 @@ def picture(trainer: offline.Trainer) -> np.ndarray:
     batch = trainer.batch({key: x[middle : middle + 1] for key, x in pieces.items()})
     model = trainer.agent.world_model
     torch.manual_seed(0)
-    _, post, _ = model.observe(models.networks.prepare(batch))
+    _, post, _ = model.observe(models.networks.preprocess(batch))
     truth, predicted = model.open_loop(batch, CONTEXT)
     rows = [truth, model.decode(post.feat)[0], predicted]
     frames = evaluation.board(rows)  # (T, 3 H, W, 3), enlarged

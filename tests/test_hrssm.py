@@ -160,7 +160,7 @@ SPLIT = {"dynamics.type": "hrssm", "dynamics.hrssm.stoch": [2, 3], "dynamics.hrs
 def outputs(agent, batch):
     """Features, reward, value and policy on a batch, with the mode instead of samples."""
     with torch.no_grad():
-        obs = models.networks.prepare(batch)
+        obs = models.networks.preprocess(batch)
         _, post, _ = agent.world_model.observe(obs, sample=False)
         x = post.feat.cat()
         return (
@@ -235,7 +235,7 @@ def test_two_levels_do_not_become_one():
 
 def test_partial_decodes_keep_the_top_and_resample_the_bottom_prior():
     agent, batch = make(EVERYTHING, **SPLIT)
-    _, post, _ = agent.world_model.observe(models.networks.prepare(batch))
+    _, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
     (name, feat), *others = agent.world_model.dynamics.coarse_features(post.feat).items()
     assert name == "top" and not others
     assert torch.equal(feat.deter, post.feat.deter) and torch.equal(

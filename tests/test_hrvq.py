@@ -98,7 +98,7 @@ def codes_of(dynamics, stoch):
 @pytest.mark.parametrize("graph", [False, True], ids=["in place", "with a graph"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, graph):
-    """Dream from every step at once; then encode each start's past and its dream as one sequence. Float32, 1e-5."""
+    """Imagine from every step at once; then encode each start's past and its dream as one sequence. Float32, 1e-5."""
     dynamics = build(torch.float32, **variant)
     embed, action, is_first = inputs(dtype=torch.float32)
     length, horizon = embed.shape[1], 8
@@ -216,7 +216,7 @@ def test_the_image_loss_reaches_the_encoder(posterior):
     )
     for name in ("image", "reward", "cont"):
         torch.nn.init.normal_(agent.world_model.reward.out.weight)
-        losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
+        losses, *_ = agent.world_model.loss(models.networks.preprocess(batch))
         grads = torch.autograd.grad(
             losses[name].sum(), list(agent.world_model.encoder.parameters())
         )

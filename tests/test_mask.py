@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hidreamer.mask import KINDS, attn_mask, rule, visible
+from hidreamer.mask import KINDS, attn_mask, make_level_mask, visible
 from hidreamer.transformer import Transformer, rotary
 
 LEVELS, STEPS = 3, 3
@@ -59,18 +59,18 @@ def test_transitivity(kind, expected):
 
 
 def test_window():
-    rules, time, level = (
-        rule("causal", 1),
+    level_mask, time, level = (
+        make_level_mask("causal", 1),
         torch.arange(6).repeat_interleave(2),
         torch.arange(2).repeat(6),
     )
-    seen = attn_mask(rules, (time, level), (time, level), window=2)
+    seen = attn_mask(level_mask, (time, level), (time, level), window=2)
     assert seen[10].nonzero().flatten().tolist() == [8, 9, 10]  # L0 of step 5 sees steps 4 and 5
 
 
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="hierarchical, barrier, causal"):
-        rule("hierarchic", 3)
+        make_level_mask("hierarchic", 3)
 
 
 def influence(kind, depth, steps=4):

@@ -70,8 +70,8 @@ class TestTwoHot:
 class TestCategorical:
     def test_kl_with_unimix_by_hand(self):
         # Two classes, 1% uniform: softmax (.8, .2) becomes (.797, .203), (.5, .5) stays.
-        post = dists.mix(torch.tensor([[math.log(4.0), 0.0]], dtype=torch.float64), 0.01)
-        prior = dists.mix(torch.zeros(1, 2, dtype=torch.float64), 0.01)
+        post = dists.unimix_probs(torch.tensor([[math.log(4.0), 0.0]], dtype=torch.float64), 0.01)
+        prior = dists.unimix_probs(torch.zeros(1, 2, dtype=torch.float64), 0.01)
         expected = 0.797 * math.log(0.797 / 0.5) + 0.203 * math.log(0.203 / 0.5)
         assert dists.kl(post, prior).item() == pytest.approx(expected, abs=1e-6)
 
@@ -79,7 +79,7 @@ class TestCategorical:
         # Without unimix in the KL this pair costs about 2,000 nats; with it, log(1 / (0.01 / 32)) at the most.
         logit = torch.zeros(2, 1, 32)
         logit[0, 0, 3], logit[1, 0, 5] = 1e3, 2e3
-        post, prior = dists.mix(logit, 0.01)
+        post, prior = dists.unimix_probs(logit, 0.01)
         bound = -math.log(0.01 / 32)
         assert 0.9 * bound < dists.kl(post, prior).item() < bound
 
@@ -88,16 +88,18 @@ class TestCategorical:
 
     def test_draws_follow_the_probabilities(self):
         probs = torch.tensor([0.5, 0.3, 0.2]).expand(20_000, 3)
-        assert torch.allclose(dists.draw(probs).mean(0), probs[0], atol=0.02)
-        assert torch.equal(dists.draw(probs, sample=False)[0], torch.tensor([1.0, 0.0, 0.0]))
+        assert torch.allclose(dists.sample_onehot(probs).mean(0), probs[0], atol=0.02)
+        assert torch.equal(
+            dists.sample_onehot(probs, sample=False)[0], torch.tensor([1.0, 0.0, 0.0])
+        )
 
     def test_draw_is_straight_through(self):
         probs = torch.tensor([0.2, 0.8], requires_grad=True)
-        (dists.draw(probs) * torch.tensor([3.0, 5.0])).sum().backward()
+        (dists.sample_onehot(probs) * torch.tensor([3.0, 5.0])).sum().backward()
         assert probs.grad.tolist() == [3.0, 5.0]
 
     def test_multidiscrete_log_prob_and_entropy(self):
-        dist = dists.OneHots(torch.zeros(1, 5), (2, 3), 0.01)
+        dist = dists.OneHotCategorical(torch.zeros(1, 5), (2, 3), 0.01)
         x = dist.sample()
         assert x[:, :2].sum() == 1 and x[:, 2:].sum() == 1
         assert dist.log_prob(x).item() == pytest.approx(-math.log(2) - math.log(3))
@@ -141,7 +143,7 @@ def test_bernoulli_and_mse():
     assert (
         dists.MSE(torch.tensor([[1.0, 2.0]]), 1).log_prob(torch.tensor([[0.0, 4.0]])).item() == -5.0
     )
-    squashed = dists.MSE(torch.tensor([[1.0]]), 1, squash=True)
+    squashed = dists.MSE(torch.tensor([[1.0]]), 1, in_symlog=True)
     assert squashed.log_prob(torch.tensor([[0.0]])).item() == -1.0
     assert squashed.mode().item() == pytest.approx(math.e - 1)
 

@@ -117,7 +117,7 @@ def test_a_split_block_is_the_block():
     expected = torch.autograd.grad(whole.square().sum(), [*parts, *block.parameters()])
     for last in range(3):
         split = block.split([2, 3, 4])
-        others = sum(split.partial(i, parts[i]) for i in range(3) if i != last)
+        others = sum(split.project(i, parts[i]) for i in range(3) if i != last)
         out = split(last, parts[last], others)
         assert torch.allclose(out, whole)
         found = torch.autograd.grad(out.square().sum(), [*parts, *block.parameters()])

@@ -95,7 +95,7 @@ def block(start, stop):
 )
 def test_blocks_are_rows(sizes, store, tmp_path, monkeypatch):
     """Also those that reach over the ring's end or are longer than the ring, and files written in several pieces."""
-    monkeypatch.setattr("hidreamer.replay.PIECE", 2 * record(SPEC).itemsize)
+    monkeypatch.setattr("hidreamer.replay.BLOCK_BYTES", 2 * record(SPEC).itemsize)
     one, many = (Stream(10, SPEC, tmp_path if store == "disk" else None) for _ in range(2))
     start = 0
     for size in sizes:
@@ -282,7 +282,7 @@ def test_available_memory_is_what_the_group_allows(kind, tmp_path):
 
 
 def test_memory_is_told_before_it_is_spent(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(16 * GB, 8 * GB))
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.Capacity(16 * GB, 8 * GB))
     assert memory.check(1000, 12_000, None) == "replay: up to 1,000 steps of 12 kB, 12 MB of memory"
     told = memory.check(600_000, 12_000, None)  # 7.2 of 8 GB
     assert re.search(
@@ -329,7 +329,7 @@ def test_what_is_written_beside_rows_is_sampled_with_them(store, tmp_path):
             each.add(row(t, first=t % 7 == 0))
         if t < 5:
             continue
-        where = replay.draw()
+        where = replay.sample_addresses()
         batch, expected = replay.read(where), plain.sample()
         assert all(
             (batch[key] == x).all() for key, x in expected.items()
@@ -377,7 +377,7 @@ def test_rows_that_left_are_not_written_over(store, tmp_path):
 def test_only_declared_columns_are_written():
     replay = with_columns(None)
     fill(replay, 8)
-    where, right = replay.draw(), np.zeros((6, 4, 3), np.float32)
+    where, right = replay.sample_addresses(), np.zeros((6, 4, 3), np.float32)
     for values in (
         {"reward": right[..., 0]},
         {"latent": right[..., :2]},

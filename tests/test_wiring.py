@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_agent import ACTIONS, VECTOR, dream, make
+from test_agent import ACTIONS, VECTOR, imagine, make
 
 import networks
 import tools
@@ -60,7 +60,7 @@ def others(dynamics, stoch, likeliest=None):
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_saturated_states_are_still_drawn_with_unimix(kind):
-    """2,000 draws of each level: of posteriors, of dreamt states, of a coarse level's resampled rest."""
+    """2,000 draws of each level: of posteriors, of traj states, of a coarse level's resampled rest."""
     dynamics = saturated(kind)
     count = DRAWS // dynamics.shapes[0][0]
     embed, first = torch.randn(count, 1, 5), torch.ones(count, 1, dtype=torch.bool)
@@ -172,7 +172,7 @@ def test_the_explorers_loss_and_bonus(conditioned):
         **scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()}
     )
     explorer = agent.explorer
-    obs = networks.prepare(batch)
+    obs = networks.preprocess(batch)
     with torch.no_grad():
         _, carry, post, embed, _ = agent.world_model.loss(obs)
         join = lambda x, action: torch.cat([x, action]) if conditioned else x
@@ -184,7 +184,7 @@ def test_the_explorers_loss_and_bonus(conditioned):
                     loss += 0.5 * error.square().sum().item() / (2 * 7 * 3)
         assert explorer.loss(post, embed, action).item() == pytest.approx(loss, rel=1e-5)
         start = agent.world_model.dynamics.starts(carry, post, 0)
-        found = agent.behavior.dream(agent.world_model, start, obs["is_terminal"].flatten())
+        found = agent.behavior.imagine(agent.world_model, start, obs["is_terminal"].flatten())
         extrinsic = torch.randn(found.disc.shape)
         paid = explorer.reward(found, extrinsic)
         for n in range(16):
@@ -274,7 +274,7 @@ def test_codebooks_learn_once_and_after_the_step():
 @pytest.mark.parametrize("act", ["discrete", "multi"])
 def test_actions_in_dreams_are_one_hot(act):
     agent, batch = make(act=act)
-    action = dream(agent, batch).action
+    action = imagine(agent, batch).action
     sizes = [ACTIONS[act].n] if act == "discrete" else ACTIONS[act].nvec.tolist()
     for part in action.split(sizes, -1):
         assert torch.equal(part, F.one_hot(part.argmax(-1), part.shape[-1]).float())
@@ -287,7 +287,7 @@ def test_vectors_enter_through_symlog():
         lambda module, inputs: seen.append(inputs[0])
     )
     agent.world_model.encoder(
-        networks.prepare(batch | {"vector": torch.full((2, 8, 5), math.e - 1)})
+        networks.preprocess(batch | {"vector": torch.full((2, 8, 5), math.e - 1)})
     )
     assert torch.allclose(seen[0], torch.ones(2, 8, 5))
 
@@ -315,7 +315,7 @@ def test_the_explorers_log_goes_far_down():
     agent, batch = make(**{"expl.behavior": "plan2explore", "expl.models": 2, "expl.log": "true"})
     first, second = agent.explorer.ensemble
     second.load_state_dict(first.state_dict())
-    found = dream(agent, batch)
+    found = imagine(agent, batch)
     paid = agent.explorer.reward(found, torch.zeros_like(found.disc))
     assert torch.allclose(paid, torch.full_like(paid, math.log(1e-8)))
 
