@@ -1,5 +1,5 @@
-"""One world model trained on recorded episodes, and judged on others: a job of
-``--paired-offline``.
+"""One world model trained on recorded episodes, and judged on others:
+a job of ``--paired-offline``.
 
     python -m analysis.offline --configs PRESET ... --task TASK --seed S --logdir FOLDER
         --episodes FOLDER ... --updates N
@@ -57,8 +57,8 @@ def find(folders: list[str]) -> list[Path]:
 
 
 def check(files: list[Path], config: Config) -> None:
-    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and of the config's
-    task.
+    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and
+    of the config's task.
     """
     env = make_env(config.task, config.env.tree(), 0)
     env.close()
@@ -75,8 +75,8 @@ def check(files: list[Path], config: Config) -> None:
 
 
 def load(files: Iterable[Path], spec: Spec) -> dict[Path, Rows]:
-    """The rows of the episodes that are whole and have those of ``spec``; a line is printed about
-    the others.
+    """The rows of the episodes that are whole and have those of ``spec``;
+    a line is printed about the others.
     """
     files, found, problems = list(files), {}, []
     for path in files:
@@ -132,7 +132,8 @@ class Trainer:
             self.replay.streams[0].extend(rows)
         if not self.replay.ready():
             raise ConfigError(
-                f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}"
+                f"the episodes have {len(self.replay)} steps; "
+                f"a sequence needs {config.replay.length}"
             )
         decoder = self.agent.world_model.decoder
         rows = self.replay.streams[0].slice(0, total)
@@ -147,8 +148,8 @@ class Trainer:
     # ------------------------------------------------------------ training
 
     def train(self, updates: int) -> None:
-        """On to ``updates``, or to a signal, and save. Raises ArithmeticError where the loss is no
-        number.
+        """On to ``updates``, or to a signal, and save.
+        Raises ArithmeticError where the loss is no number.
         """
         rates = Rates(0, self.update)
         self.logdir.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,8 @@ class Trainer:
         )
         if state["same"] != self.same:
             raise ConfigError(
-                f"{self.logdir} was trained on other episodes or with another config: choose a --logdir"
+                f"{self.logdir} was trained on other episodes or with another config: "
+                "choose a --logdir"
             )
         if state["update"] > updates:
             raise ConfigError(
@@ -226,8 +228,8 @@ class Trainer:
         return self.load(self.held_files[i] for i in picks)
 
     def judge(self) -> dict[str, np.ndarray]:
-        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}. Raises ConfigError where
-        none can be read.
+        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}.
+        Raises ConfigError where none can be read.
         """
         model, found = self.agent.world_model, []
         held = self.held()
@@ -253,8 +255,8 @@ class Trainer:
         return scores | probes.compare(self.probe(held))
 
     def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:
-        """``probes.judge`` of this model, its untrained self and raw pixels; empty where there is
-        no RAM.
+        """``probes.judge`` of this model, its untrained self and raw pixels;
+        empty where there is no RAM.
         """
         empty = {"model": {}}
         if not probes.possible(self.config):

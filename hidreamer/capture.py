@@ -1,5 +1,5 @@
-"""The update as fast as a machine allows: compiled parts, and on CUDA one recorded graph, launched
-as a whole.
+"""The update as fast as a machine allows: compiled parts,
+and on CUDA one recorded graph, launched as a whole.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ WARMUP = 3  # ordinary calls before a graph is recorded
 
 
 class Captured:
-    """``fn`` of a dict of CUDA tensors of fixed shapes, recorded after ``warmup`` ordinary calls,
-    then replayed.
+    """``fn`` of a dict of CUDA tensors of fixed shapes,
+    recorded after ``warmup`` ordinary calls, then replayed.
 
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     """
@@ -50,8 +50,8 @@ class Captured:
 
 
 class FastUpdate:
-    """``agent.update``, compiled and with ``capture`` recorded, as far as that works on this
-    machine.
+    """``agent.update``, compiled and with ``capture`` recorded,
+    as far as that works on this machine.
 
     Compilation happens at the first call and recording after WARMUP calls; either may fail there
     (no compiler, an operation that cannot be recorded). Then one RuntimeWarning names the cause,
@@ -108,7 +108,10 @@ class FastUpdate:
                     delattr(module, name)
         self._select_update()
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"cannot {what} the update, which continues without (slower; --compile off does not try): {cause}"
+        message = (
+            f"cannot {what} the update, which continues without (slower; "
+            f"--compile off does not try): {cause}"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 

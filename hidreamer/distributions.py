@@ -111,8 +111,8 @@ class ClippedNormal:
 
     Upstream clips the sample and then scores it with the density of the unclipped normal, which is
     the wrong likelihood for every sample at a bound. Here a sample at a bound has the probability
-    of the tail beyond it (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is the
-    unclipped normal's.
+    of the tail beyond it (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is
+    the unclipped normal's.
 
     mean, std: (..., A); ``log_prob`` and ``entropy`` sum over A.
     """

@@ -69,7 +69,8 @@ def split_codes(codes: int) -> list[int]:
         if found:
             return found
     raise ValueError(
-        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, 256 is 8 x 8 x 4"
+        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, "
+        "256 is 8 x 8 x 4"
     )
 
 

@@ -29,8 +29,8 @@ class KV(NamedTuple):
 class Branch:
     """The K/V that one layer's branches add of their own, (B,h,n,O,d).
 
-    There are at most ``capacity`` positions. Where no gradient is recorded they are written in place;
-    appending by ``cat`` would copy all of them every time.
+    There are at most ``capacity`` positions. Where no gradient is recorded they are written in
+    place; appending by ``cat`` would copy all of them every time.
     """
 
     def __init__(self, capacity: int):

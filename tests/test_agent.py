@@ -1,4 +1,6 @@
-"""The one update: what it changes, what it costs, and upstream's known faults, each with a test that would catch it."""
+"""The one update: what it changes, what it costs, and upstream's known faults,
+each with a test that would catch it.
+"""
 
 import copy
 from pathlib import Path
@@ -80,7 +82,9 @@ def test_each_optimiser_changes_its_own_part():
 
 
 def test_adam_moves_the_weights_that_the_gradient_is_of():
-    """A convolution over channels-last memory has a channels-last gradient, which fused Adam would misread."""
+    """A convolution over channels-last memory has a channels-last gradient,
+    which fused Adam would misread.
+    """
     torch.manual_seed(1)
     ours, plain = (torch.nn.Conv2d(3, 8, 4, bias=False) for _ in range(2))
     plain.load_state_dict(ours.state_dict())
@@ -103,7 +107,9 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
 
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_the_model_learns_to_show_an_image(scrambled):
-    """A checkerboard is learned by heart; not by the broken twin, whose convolutions get gradients out of order."""
+    """A checkerboard is learned by heart; not by the broken twin,
+    whose convolutions get gradients out of order.
+    """
     agent, batch = make(
         {"image": EVERYTHING["image"]}, **{"model.lr": 3e-3, "encoder.depth": 8, "decoder.depth": 8}
     )
@@ -225,7 +231,9 @@ def test_backpropagation_through_the_dynamics(act):
 
 
 def test_nothing_counts_after_a_terminal_start():
-    """Upstream weighs a terminal start like any other and learns from continuations that cannot happen."""
+    """Upstream weighs a terminal start like any other and learns
+    from continuations that cannot happen.
+    """
     agent, batch = make(**{"actor.entropy": 1.0})
     traj = imagine(agent, batch | {"is_terminal": torch.ones_like(batch["is_terminal"])})
     actor_loss, critic_loss, _ = agent.behavior.losses(traj, torch.randn(traj.disc.shape))

@@ -1,6 +1,8 @@
-"""The actor-critic and the world model's loss against slow loops in float64, written from the paper's equations.
+"""The actor-critic and the world model's loss against slow loops in float64,
+written from the paper's equations.
 
-All heads get random weights: at their initial zeros most errors of alignment and sign are invisible.
+All heads get random weights: at their initial zeros most errors of alignment and sign are
+invisible.
 """
 
 import copy
@@ -108,7 +110,8 @@ def policy_terms(act, out, action):
 def slow_losses(behavior, act, x, action, rew, cont, through):
     """Actor and critic loss by a double loop. x (N,H+1,F), action (N,H+1,A), rew and cont (N,H+1).
 
-    ``through``: the gradient runs through the trajectory; else x, rew and cont are constants (REINFORCE).
+    ``through``: the gradient runs through the trajectory; else x, rew and cont are constants
+    (REINFORCE).
     """
     count, horizon = x.shape[0], x.shape[1] - 1
     value = decode(logits(behavior.critic, x))
@@ -167,7 +170,9 @@ def same(xs, ys, atol=1e-6):
 @pytest.mark.parametrize("kind", sorted(TYPES))
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 def test_the_trajectory(act, kind):
-    """What is imagined: where it starts, who acts, where that leads, and how likely it is to continue."""
+    """What is imagined: where it starts, who acts, where that leads,
+    and how likely it is to continue.
+    """
     agent, obs = build(act, kind)
     start, terminal, traj = imagined(agent, obs)
     assert terminal.sum() == 2
@@ -224,7 +229,9 @@ def test_reinforce(act):
 
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 def test_backpropagation_through_the_dynamics(act):
-    """The trajectory is repeated one step at a time with the same draws; its gradients must agree, too."""
+    """The trajectory is repeated one step at a time with the same draws;
+    its gradients must agree, too.
+    """
     agent, obs = build(act, **{"actor.gradient": "dynamics"})
     behavior, model = agent.behavior, agent.world_model
     start, terminal, traj = imagined(agent, obs)
@@ -335,7 +342,9 @@ def slow_kl(p, q):
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_the_world_models_losses(kind):
-    """Each loss of a step, worked out from the features and logits: KL with unimix and free nats, and the heads'."""
+    """Each loss of a step, worked out from the features and logits:
+    KL with unimix and free nats, and the heads'.
+    """
     unimix, total = (
         0.3,
         {"rssm": 1.95, "hrssm": 1.3, "hrvq": 1.0}[kind],

@@ -1,4 +1,6 @@
-"""Two levels: the bottom depends on the top, dreams of both agree, and a flat state can be split over them."""
+"""Two levels: the bottom depends on the top, dreams of both agree,
+and a flat state can be split over them.
+"""
 
 import copy
 
@@ -107,7 +109,9 @@ class AskedAboutItself(hrssm.HRSSM):
 
 
 def coherence(kind, steps=600, classes=8):
-    """Train on unpredictable classes coded in both levels. -> how often the levels of a dream agree on the class."""
+    """Train on unpredictable classes coded in both levels.
+    -> how often the levels of a dream agree on the class.
+    """
     torch.manual_seed(1)
     dynamics = build(
         kind, NO_FREE._replace(free_nats=0.2), stoch=(2, 2), classes=(8, 8), embed=classes, act=1

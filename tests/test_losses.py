@@ -29,7 +29,9 @@ class Fixed:
 
 @pytest.mark.parametrize("reinforce", [True, False])
 def test_imagination_losses_need_no_networks(reinforce):
-    """By hand: one trajectory of two steps, of which the second is reached with probability one half."""
+    """By hand: one trajectory of two steps,
+    of which the second is reached with probability one half.
+    """
     rew, value = (
         torch.tensor([[9.0, 1.0, 2.0]]),
         torch.tensor([[3.0, 4.0, 5.0]], requires_grad=True),
@@ -161,8 +163,8 @@ def test_gathered_losses_are_one_step_along_their_sum():
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_joint_step_moves_everything_along_its_own_loss(kind, act):
-    """With enough room to clip nothing, Adam's first averages are those of the optimisers one by
-    one.
+    """With enough room to clip nothing, Adam's first averages are those
+    of the optimisers one by one.
     """
     free = {"model.clip": 0, "actor.clip": 0, "critic.clip": 0, "actor.entropy": 0.1}
     free |= {"model.lr": 0, "dynamics.type": kind}  # the model that is traj with is the same

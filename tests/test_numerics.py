@@ -1,4 +1,6 @@
-"""Golden numbers: each expected value is worked out by hand or by a slow, obvious computation beside it."""
+"""Golden numbers: each expected value is worked out by hand or by a slow,
+obvious computation beside it.
+"""
 
 import math
 
@@ -76,7 +78,8 @@ class TestCategorical:
         assert dists.kl(post, prior).item() == pytest.approx(expected, abs=1e-6)
 
     def test_saturated_logits_stay_finite(self):
-        # Without unimix in the KL this pair costs about 2,000 nats; with it, log(1 / (0.01 / 32)) at the most.
+        # Without unimix in the KL this pair costs about 2,000 nats; with it, log(1 / (0.01 / 32))
+        # at the most.
         logit = torch.zeros(2, 1, 32)
         logit[0, 0, 3], logit[1, 0, 5] = 1e3, 2e3
         post, prior = dists.unimix_probs(logit, 0.01)
@@ -119,7 +122,8 @@ class TestClippedNormal:
         assert (mass + tails).item() == pytest.approx(1.0, abs=1e-3)
 
     def test_score_has_mean_zero(self):
-        # E[d log p / d mean] = 0 is what makes REINFORCE unbiased; the unclipped density fails it for clipped draws.
+        # E[d log p / d mean] = 0 is what makes REINFORCE unbiased; the unclipped density fails it
+        # for clipped draws.
         mean = torch.full((1, 1), 1.2, requires_grad=True)
         dist = dists.ClippedNormal(mean.expand(200_000, 1), torch.full((200_000, 1), 2.0), 0.1, 1.0)
         x = dist.sample().detach()
@@ -206,7 +210,8 @@ class TestOptimizer:
         metrics = opt.step(a(torch.tensor([3.0, 0.0])).sum() + b(torch.tensor([0.0, 4.0])).sum())
         got = [metrics[k].item() for k in ("grad_norm", "grad_norm_a", "grad_norm_b", "clipped")]
         assert got == pytest.approx([5.0, 3.0, 4.0, 1.0])
-        # Adam's first step has length lr whatever the gradient's; its moments hold the clipped gradient.
+        # Adam's first step has length lr whatever the gradient's; its moments hold the clipped
+        # gradient.
         assert torch.allclose(a.weight, before - torch.tensor([[0.1, 0.0]]), atol=1e-6)
         assert torch.allclose(
             opt.state_dict()["a.weight"]["exp_avg"], 0.1 * torch.tensor([[0.6, 0.0]])
@@ -276,7 +281,9 @@ class TestInitialWeights:
         assert not outer.bias.any()
 
     def test_which_layer_begins_how(self):
-        """Of every matrix of an agent: zero, uniform with variance 1 / mean fan, or truncated normal with the same."""
+        """Of every matrix of an agent: zero, uniform with variance 1 / mean fan,
+        or truncated normal with the same.
+        """
         obs = {
             "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
             "vector": spaces.Box(-np.inf, np.inf, (40,)),
@@ -405,7 +412,8 @@ class TestCodebookAverages:
             quantizer.update_codebook(quantizer.encode(z))
             far = quantizer.book[0, 0, 1, 0].item()
             assert far == pytest.approx(100.0 if step < steps else 0.25, rel=1e-3)
-        # The finer level's unused code comes back on its own level's residual, which is about 0 by now.
+        # The finer level's unused code comes back on its own level's residual, which is about 0 by
+        # now.
         assert quantizer.book[1, 0, 1, 0].item() == pytest.approx(
             0.25 - quantizer.book[0, 0, 0, 0].item(), abs=0.05
         )
@@ -418,7 +426,9 @@ def layer_norm(x, layer):
 
 
 def test_transformer_by_hand():
-    """Two layers, row by row: norms, queries, keys and values of each head, rotation, softmax, both residuals."""
+    """Two layers, row by row: norms, queries, keys and values of each head, rotation,
+    softmax, both residuals.
+    """
     width, heads, steps = 8, 2, 5
     net = Transformer(width, layers=2, heads=heads, hidden=12).double()
     for p in net.parameters():

@@ -1,4 +1,6 @@
-"""Parts by name (norm, activation, cell, head, feed-forward part), and the shapes that every verb insists on."""
+"""Parts by name (norm, activation, cell, head, feed-forward part),
+and the shapes that every verb insists on.
+"""
 
 from typing import ClassVar
 
@@ -148,7 +150,9 @@ def routed(monkeypatch):
 
 
 def test_feed_forward_parts_know_the_levels(routed):
-    """In training and in imagination: A is level 3; the last layer has the rows alone whose outputs are needed."""
+    """In training and in imagination: A is level 3;
+    the last layer has the rows alone whose outputs are needed.
+    """
     carry, post = routed.observe(routed.initial(B), *inputs())
     step = [3, 0, 1, 2]
     levels = [level.tolist() for _, level in Routed.seen]

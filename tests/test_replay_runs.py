@@ -1,4 +1,6 @@
-"""Runs whose replay lies on a disk, loses its files, does not fit, or deletes what it no longer needs."""
+"""Runs whose replay lies on a disk, loses its files, does not fit,
+or deletes what it no longer needs.
+"""
 
 import shutil
 import signal
@@ -58,7 +60,9 @@ def finished(whole, tmp_path):
 
 @pytest.mark.parametrize("store", ["disk", "memory"])
 def test_store_and_kept_files_may_change_and_change_nothing(store, whole, tmp_path):
-    """Killed twice; before and after the rows lie elsewhere, and files that have left the replay are deleted."""
+    """Killed twice; before and after the rows lie elsewhere,
+    and files that have left the replay are deleted.
+    """
     expected, folder, killed = records(whole), tmp_path / "run", 0
     assert any("model_loss" in record for record in expected[: len(expected) // 3])
     for part in (0.4, 0.7):

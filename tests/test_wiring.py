@@ -22,13 +22,17 @@ TOLERANCE = 4 * math.sqrt(0.25 / DRAWS)  # four standard deviations
 
 
 def saturate(layer, size, choice=0):
-    """Let a linear layer say ``choice`` for each of its variables of ``size`` classes, whatever its input."""
+    """Let a linear layer say ``choice`` for each of its variables of ``size`` classes, whatever its
+    input.
+    """
     layer.weight.data.zero_()
     layer.bias.data.zero_().unflatten(-1, (-1, size))[:, choice] = 80.0
 
 
 def saturated(kind):
-    """-> dynamics whose every level has 4 classes and says class 0 with certainty, but for unimix."""
+    """-> dynamics whose every level has 4 classes and says class 0 with certainty, but for
+    unimix.
+    """
     config = tools.load_config(["debug"], {"dynamics.type": kind, "dynamics.unimix": MIXED})
     dynamics = make_dynamics(config.dynamics, 5, 3)
     if kind == "hrvq":
@@ -45,7 +49,9 @@ def saturated(kind):
 
 
 def others(dynamics, stoch, likeliest=None):
-    """Of features (N, Z): by level, the share of variables that are not the likeliest class (N, L, S), or class 0."""
+    """Of features (N, Z): by level, the share of variables that are not the likeliest class (N, L,
+    S), or class 0.
+    """
     if "quantizer" in dict(dynamics.named_children()):
         size = dynamics.quantizer.book.shape[-1]
         codes = stoch.unflatten(-1, (dynamics.levels, -1, size)) * size**0.5  # (N, L, G, d)
@@ -60,7 +66,9 @@ def others(dynamics, stoch, likeliest=None):
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_saturated_states_are_still_drawn_with_unimix(kind):
-    """2,000 draws of each level: of posteriors, of traj states, of a coarse level's resampled rest."""
+    """2,000 draws of each level: of posteriors, of imagined states,
+    of a coarse level's resampled rest.
+    """
     dynamics = saturated(kind)
     count = DRAWS // dynamics.shapes[0][0]
     embed, first = torch.randn(count, 1, 5), torch.ones(count, 1, dtype=torch.bool)
@@ -160,7 +168,9 @@ def test_the_open_loop_follows_each_action_at_its_own_step(kind):
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_the_explorers_loss_and_bonus(conditioned):
-    """Against a loop: the ensemble predicts step t + 1 from state t and the action between; its spread is the bonus."""
+    """Against a loop: the ensemble predicts step t + 1 from state t and the action between;
+    its spread is the bonus.
+    """
     scales = {
         "expl.intr_scale": 2.0,
         "expl.extr_scale": 0.5,
@@ -327,7 +337,9 @@ def test_the_slow_critic_begins_as_the_critic():
 
 
 def test_what_hrvq_quantises_is_normalised():
-    """Codes begin with a deviation of about 1, so numbers of another scale would all get one code."""
+    """Codes begin with a deviation of about 1,
+    so numbers of another scale would all get one code.
+    """
     agent, _ = make(**{"dynamics.type": "hrvq"})
     dynamics = agent.world_model.dynamics
     z = dynamics._project(50.0 + 30.0 * torch.randn(6, agent.world_model.encoder.dim)).flatten(1)

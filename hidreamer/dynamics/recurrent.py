@@ -38,8 +38,8 @@ class Carry(NamedTuple):
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
-    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm``
+    and ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
