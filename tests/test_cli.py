@@ -1,4 +1,6 @@
-"""dreamer.py as people call it: every kind of task, every wrong argument, what ends up in the folder."""
+"""dreamer.py as people call it: every kind of task, every wrong argument,
+what ends up in the folder.
+"""
 
 import json
 import subprocess
@@ -341,7 +343,8 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
     for i, args in enumerate(runs):
         assert run(tmp_path / str(i), *args, *QUICK) == 0
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
-    # The suites take their own blocks; each of these is an argument of the suite's class, which Python checks.
+    # The suites take their own blocks; each of these is an argument of the suite's class, which
+    # Python checks.
     suites = {
         key
         for key in keys

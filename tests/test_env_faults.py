@@ -1,4 +1,6 @@
-"""Environments that hang, interrupt, fail again and again, or outlive us: none stops a run without a line."""
+"""Environments that hang, interrupt, fail again and again, or outlive us:
+none stops a run without a line.
+"""
 
 import contextlib
 import ctypes
@@ -24,7 +26,9 @@ NEVER = 1000  # seconds: far more than any test waits
 
 
 def faulty(method, fault, restarts=1, after=0, index=0):
-    """`make` of dummies of which number `index` breaks: its `method` calls `fault` first, from the call `after` on."""
+    """`make` of dummies of which number `index` breaks: its `method` calls `fault` first,
+    from the call `after` on.
+    """
 
     class Faulty:
         def __init__(self, number, restart):
@@ -72,7 +76,7 @@ def signals_as_before():
     assert abs(signal.getitimer(signal.ITIMER_REAL)[0] - expected) < 0.1
 
 
-# ------------------------------------------------------------------------------------------------------- hanging
+# ------------------------------------------------------------------------------------------ hanging
 
 
 @pytest.mark.parametrize(("parallel", "fault"), [(False, sleep), (True, sleep), (True, stuck)])
@@ -175,7 +179,7 @@ def test_somebody_elses_alarm_rings_after_the_call(signals_as_before):
             signal.setitimer(signal.ITIMER_REAL, timer[0] - (time.monotonic() - began))
 
 
-# ----------------------------------------------------------------------------- what no Exception is, and is ours
+# ---------------------------------------------------------------- what no Exception is, and is ours
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
@@ -230,7 +234,7 @@ def test_the_users_interrupt_is_the_users(signals_as_before):
         assert vector.restarts == 0
 
 
-# ------------------------------------------------------------------------------------------------ again and again
+# ---------------------------------------------------------------------------------- again and again
 
 
 @BOTH
@@ -248,7 +252,8 @@ def test_the_same_error_right_after_a_restart_is_not_tried_again(parallel, tmp_p
             pytest.warns(RuntimeWarning) as warned,
             pytest.raises(
                 EnvError,
-                match=r"^environment 0 fails in the same way as before its restart: OSError: out of luck [\d.e-]+ "
+                match=r"^environment 0 fails in the same way as before its restart: OSError: "
+                r"out of luck [\d.e-]+ "
                 rf"\(test_env_faults.py:\d+\); traceback: {log}$",
             ),
         ):
@@ -370,7 +375,7 @@ def test_answers_that_cannot_travel_are_crashes():
         vector.close()
 
 
-# --------------------------------------------------------------------------------------------- outliving the parent
+# ----------------------------------------------------------------------------- outliving the parent
 
 HUNG = """
     import sys
@@ -406,7 +411,7 @@ def test_a_hung_process_ends_with_its_parent(fault):
     assert gone(workers)
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 MODULE = """
     import os, time
@@ -537,7 +542,7 @@ def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path,
     assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------- Doom
+# --------------------------------------------------------------------------------------------- Doom
 
 
 def games(ancestor):
@@ -567,7 +572,10 @@ def shared(found):
 @pytest.mark.parametrize("parallel", ["false", "true"])
 def test_a_killed_run_leaves_no_game_and_no_shared_memory_behind(parallel, tmp_path):
     pytest.importorskip("vizdoom")
-    words = "--configs vizdoom debug --env.count 2 --steps 100000 --eval_every 100 --eval_episodes 200 --video false"
+    words = (
+        "--configs vizdoom debug --env.count 2 --steps 100000 --eval_every 100 --eval_episodes 200 "
+        "--video false"
+    )
     run = subprocess.Popen(
         [
             sys.executable,
@@ -622,7 +630,10 @@ def test_shared_memory_of_killed_starts_goes_with_the_next_one():
         return path
 
     old, used, young = leave("old", 3600), leave("used", 3600), leave("young", 0)
-    code = f"import mmap; f = open({str(used)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print('mapped', flush=True)"
+    code = (
+        f"import mmap; f = open({str(used)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); "
+        "print('mapped', flush=True)"
+    )
     code += "; input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE

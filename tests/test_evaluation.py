@@ -1,4 +1,6 @@
-"""Evaluations: whose episodes count, where they end, what is filmed, and that nothing else is touched."""
+"""Evaluations: whose episodes count, where they end, what is filmed,
+and that nothing else is touched.
+"""
 
 import json
 import signal
@@ -24,7 +26,9 @@ QUICK = ["--configs", "debug", "--task", "dummy_vector", "--eval_every", "40", "
 
 
 class StubEnvs:
-    """Episodes of given lengths, reward 1 a step, 2 frames an action; a picture shows how many steps were taken."""
+    """Episodes of given lengths, reward 1 a step, 2 frames an action;
+    a picture shows how many steps were taken.
+    """
 
     obs_space, log_keys, repeat = {"vector": None}, ("log_hits",), 2
 

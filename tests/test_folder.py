@@ -1,4 +1,6 @@
-"""The folder of a run: one process in it, nothing overwritten, and whatever is no checkpoint is one line."""
+"""The folder of a run: one process in it, nothing overwritten,
+and whatever is no checkpoint is one line.
+"""
 
 import os
 import shlex

@@ -81,9 +81,9 @@ class HRSSM(Recurrent):
         return stoch[..., : math.prod(self.shapes[0])]
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
-        # The bottom's prior is given the posterior's top. Given a sample of the prior's own, which
-        # says nothing of the observation, it would learn to ignore the top, and the levels of
-        # imagined states would not fit together.
+        # The bottom's prior is conditioned on the posterior's top. Conditioned on a sample of the
+        # prior's own, which is independent of the observation, it would learn to ignore the top,
+        # and the levels of imagined states would not fit together.
         u, top = self.img_out(deter), self._top_of(stoch).detach()
         return self._top_prior(u), self._bottom_prior(u, top)
 

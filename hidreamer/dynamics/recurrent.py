@@ -38,8 +38,8 @@ class Carry(NamedTuple):
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
-    They add how a state is drawn: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm``
+    and ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -85,7 +85,9 @@ class Recurrent(Dynamics):
 
     def sample_stoch(self, logit: Tensor, sample: bool) -> Tensor:
         """One level's logits (...,S,K) -> one-hots (...,S*K), sampled, or the mode."""
-        return dists.draw(dists.mix(logit, self.kl_config.unimix), sample).flatten(-2)
+        return dists.sample_onehot(
+            dists.unimix_probs(logit, self.kl_config.unimix), sample
+        ).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
         # The memory is learned; the state is the prior's mode there, a constant, so that no loss
@@ -111,8 +113,8 @@ class Recurrent(Dynamics):
         keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # (B, T, 1)
         first = self.initial(len(embed))
         deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
-        action = img_in.partial(1, prev_action * keep)  # (B, T, hidden)
-        embed = obs_out.partial(1, embed)  # (B, T, hidden)
+        action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
+        embed = obs_out.project(1, embed)  # (B, T, hidden)
         inputs = [x.unbind(1) for x in (keep, deter0, stoch0, action, embed)]
         deters, stochs, logits = [], [], []
         deter, stoch = carry
@@ -139,7 +141,7 @@ class Recurrent(Dynamics):
         obs_out: SplitBlock,
         sample: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """One step of the scan: (B,.) each, action and embed as ``partial`` products (B,hidden).
+        """One step of the scan: (B,.) each, action and embed as ``project`` products (B,hidden).
 
         The rows of a starting episode have keep 0 and carry deter0, stoch0 instead, which are 0 in
         the other rows.
