@@ -66,8 +66,8 @@ def snapshot(run: Any) -> dict[str, Any]:
         "sums": run.window.sums,
         "metric_names": run.agent.metric_names,
         "last": {name: every.last for name, every in run.every.items()},
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(run.device) if cuda else None,
+        "torch_rng": torch.get_rng_state() if cuda else run.generator.get_state(),
+        "cuda_rng": run.generator.get_state() if cuda else None,
         "replay_rng": run.replay.rng.bit_generator.state,
         "explore_rng": run.explore_rng.bit_generator.state,
         "log_size": run.logger.flush(),
@@ -140,9 +140,9 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
         for i in np.flatnonzero(~restored & ~run.obs["is_last"]):
             run.episodes.cut(run.replay, i)  # truncated where it stood
             run.obs["is_last"][i] = True
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+    random = state["torch_rng" if run.device.type == "cpu" else "cuda_rng"]
+    if random is not None:  # None: the run was on the other kind of device until now
+        run.generator.set_state(random)
 
 
 def _restore_counters(run: Any, state: dict[str, Any]) -> None:

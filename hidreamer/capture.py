@@ -4,6 +4,7 @@ and on CUDA one recorded graph, launched as a whole.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,8 +23,8 @@ class Captured:
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, fn: Update, warmup: int = WARMUP):
-        self.fn, self.warmup, self.calls = fn, warmup, 0
+    def __init__(self, fn: Update, warmup: int = WARMUP, generator: torch.Generator | None = None):
+        self.fn, self.warmup, self.calls, self.generator = fn, warmup, 0, generator
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -40,6 +41,8 @@ class Captured:
         if self.graph is None:
             self.inputs = {key: x.clone() for key, x in batch.items()}
             graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:  # every graph knows the default one
+                graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph):
                 self.out = self.fn(self.inputs)
             self.graph = graph
@@ -59,18 +62,29 @@ class FastUpdate:
     that the call began with.
 
     agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
-    compile when they are called, by setting attributes of its modules.
+    compile when they are called, by setting attributes of its modules. generator: that of all random
+    numbers, None being torch's default one.
     """
 
-    def __init__(self, agent: Any, compile: Callable[[], None], capture: bool):
+    def __init__(
+        self,
+        agent: Any,
+        compile: Callable[[], None],
+        capture: bool,
+        generator: torch.Generator | None = None,
+    ):
         self.agent, self.compile, self.capture = agent, compile, capture
+        self.generator = generator
+        self.update: Update = functools.partial(agent.update, generator=generator)
         self.plain: dict[nn.Module, set[str]] = {}  # the attributes of uncompiled modules
         self.compiled = False
         self._select_update()
 
     def _select_update(self) -> None:
         """Run ``update`` from here on, recording it where that is configured."""
-        self.run: Update = Captured(self.agent.update) if self.capture else self.agent.update
+        self.run: Update = self.update
+        if self.capture:
+            self.run = Captured(self.update, generator=self.generator)
         # calls that may fail for want of a compiler or recording
         self.trial_calls = WARMUP + 1 if self.capture else 1
 
@@ -82,7 +96,7 @@ class FastUpdate:
             self.plain = {module: set(vars(module)) for module in self.agent.modules()}
             self.compile()
             self.compiled = True
-        before = Snapshot(self.agent)
+        before = Snapshot(self.agent, self.generator or default_generator(self.agent))
         while True:
             try:
                 out = self.run(batch)
@@ -116,23 +130,29 @@ class FastUpdate:
 
 
 class Snapshot:
-    """Weights, optimisers and torch's random numbers of an agent, copied to memory of the host."""
+    """Weights and optimisers of an agent and a generator's state, copied to memory of the host."""
 
-    def __init__(self, agent: Any):
-        self.agent, self.device = agent, next(agent.parameters()).device
+    def __init__(self, agent: Any, generator: torch.Generator):
+        self.agent, self.generator = agent, generator
         self.state = on_host(agent.save_state())
-        self.random = torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.generator = torch.cuda.default_generators[self.device.index or 0]
-            self.cuda_random = self.generator.clone_state()
+        self.random = generator.clone_state()
 
     def restore(self) -> None:
         self.agent.load_state(self.state)
-        torch.set_rng_state(self.random)
-        if self.device.type == "cuda":
+        if self.generator.device.type == "cuda":
             # In place of the present state, which a recording that broke off leaves in the middle
             # of it.
-            self.generator.graphsafe_set_state(self.cuda_random.clone_state())
+            self.generator.graphsafe_set_state(self.random.clone_state())
+        else:
+            self.generator.set_state(self.random.get_state())
+
+
+def default_generator(module: nn.Module) -> torch.Generator:
+    """Torch's default generator on a module's device."""
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def on_host(value: Any) -> Any:

@@ -109,7 +109,8 @@ class Dynamics(nn.Module):
     """A latent state and how it moves.
 
     Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
-    the mode instead of every sample.
+    the mode instead of every sample. ``generator`` is where random numbers come from, None being
+    torch's default one.
     """
 
     deter_dim: int
@@ -143,6 +144,7 @@ class Dynamics(nn.Module):
         prev_action: Tensor,
         is_first: Tensor,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, Post]:
         """Follow real observations.
 
@@ -168,15 +170,17 @@ class Dynamics(nn.Module):
         """The state that a carry is at, (B,.)."""
         return Feat(carry.deter, carry.stoch)
 
-    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+    def coarse_features(
+        self, feat: Feat, generator: torch.Generator | None = None
+    ) -> dict[str, Feat]:
         """Of features (..., .), coarsest first: {name: the same with the finer levels replaced}."""
         return {}
 
-    def decoder_features(self, post: Post) -> Feat:
+    def decoder_features(self, post: Post, generator: torch.Generator | None = None) -> Feat:
         """The features (B,T,.) that the decoder is trained on."""
         return post.feat
 
-    def update_codebook(self, post: Post) -> None:
+    def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
         """Update what is not trained by gradient.
 
         Called once per training update, after the optimiser's step.
@@ -195,7 +199,12 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def imagine(
-        self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
+        self,
+        carry: Any,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, Feat, Tensor]:
         """Continue any carry for H >= 1 steps in imagination.
 
