@@ -51,9 +51,7 @@ class KLConfig(NamedTuple):
 
     dyn: float  # weight of KL(sg(post) || prior), which trains the prior
     rep: float  # weight of KL(post || sg(prior)), which trains the posterior and the encoder
-    free_nats: (
-        float  # below which neither has a gradient, for the whole state: L levels get 1/L each
-    )
+    free_nats: float  # of the whole state: below a level's 1/L of them neither has a gradient
     unimix: float  # share of the uniform distribution in every categorical
 
 
@@ -118,9 +116,7 @@ class Dynamics(nn.Module):
     act_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
     former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
-    map_positions: int = (
-        0  # that the encoder's map of images must have; 0 where that does not matter
-    )
+    map_positions: int = 0  # that the encoder's map of images must have; 0: any
 
     @property
     def bits(self) -> float:
