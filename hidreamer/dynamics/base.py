@@ -72,9 +72,23 @@ def start_steps(length: int, n: int) -> slice:
     return slice(first, length, stride)
 
 
-def stack_feats(feats: list[Feat]) -> Feat:
-    """Features (N, .) of successive steps -> (N, steps, .)."""
-    return Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True)))
+def unroll(
+    step: Callable[[Feat, Tensor], Feat], feat: Feat, actor: Policy | Tensor, horizon: int
+) -> tuple[Feat, Feat, Tensor]:
+    """H steps of imagination from ``feat`` (N,.): the loop of ``Dynamics.imagine``.
+
+    step: (state, the action (N,A) taken in it) -> the next state. -> the last state (N,.), all
+    states (N,H+1,.), actions (N,H+1,A).
+    """
+    given = isinstance(actor, Tensor)
+    feats, actions = [feat], []
+    for t in range(horizon):
+        actions.append(actor[:, t] if given else actor(feats[-1]))
+        feats.append(step(feats[-1], actions[-1]))
+    actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
+    deter, stoch = zip(*feats, strict=True)
+    whole = Feat(torch.stack(deter, 1), torch.stack(stoch, 1))
+    return feats[-1], whole, torch.stack(actions, 1)
 
 
 def kl_losses(
@@ -133,12 +147,7 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def observe(
-        self,
-        carry: Any,
-        embed: Tensor,
-        prev_action: Tensor,
-        is_first: Tensor,
-        sample: bool = True,
+        self, carry: Any, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
     ) -> tuple[Any, Post]:
         """Follow real observations.
 

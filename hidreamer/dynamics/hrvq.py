@@ -32,8 +32,8 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
@@ -220,12 +220,7 @@ class HRVQ(Dynamics):
         return Carry(deter, stoch, none, none, steps, steps.new_zeros(batch))
 
     def observe(
-        self,
-        carry: Any,
-        embed: Tensor,
-        prev_action: Tensor,
-        is_first: Tensor,
-        sample: bool = True,
+        self, carry: Any, embed: Tensor, prev_action: Tensor, is_first: Tensor, sample: bool = True
     ) -> tuple[Carry, Post]:
         return self.follow(carry, self.encode(embed, sample), prev_action, is_first)
 
@@ -326,19 +321,13 @@ class HRVQ(Dynamics):
         self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
     ) -> tuple[RolloutCarry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
         rollout = Rollout(
             self.transformer, self.level_mask, self.slots, self.window, carry, horizon
         )
-        feats, actions = [self.feat(carry)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            feats.append(self._imagine_step(rollout, action, sample))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        feat = stack_feats(feats)  # (N, H+1, .)
-        return RolloutCarry(*feats[-1], rollout), feat, torch.stack(actions, 1)
+        step = lambda _, action: self._imagine_step(rollout, action, sample)
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return RolloutCarry(*last, rollout), feat, action
 
     def _imagine_step(self, rollout: Rollout, action: Tensor, sample: bool) -> Feat:
         """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""

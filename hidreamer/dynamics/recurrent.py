@@ -22,8 +22,8 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.nets import Block, SplitBlock, make_cell
 
@@ -178,13 +178,6 @@ class Recurrent(Dynamics):
         self, carry: Carry, actor: Policy | Tensor, horizon: int, sample: bool = True
     ) -> tuple[Carry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
-        deter, stoch = carry
-        feats, actions = [Feat(deter, stoch)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            deter, stoch = self.imagine_step(deter, stoch, action, sample)
-            feats.append(Feat(deter, stoch))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        return Carry(deter, stoch), stack_feats(feats), torch.stack(actions, 1)
+        step = lambda state, action: Feat(*self.imagine_step(*state, action, sample))
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return Carry(*last), feat, action
