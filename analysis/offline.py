@@ -201,9 +201,8 @@ class Trainer:
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
             return
-        state = checkpoint.load_checkpoint(
-            path, ("update", "same", "agent", "torch_rng", "replay_rng")
-        )
+        fields = {"update": int, "same": str, "agent": dict, "replay_rng": dict}
+        state = checkpoint.load_checkpoint(path, fields | {"torch_rng": torch.Tensor})
         if state["same"] != self.same:
             raise ConfigError(
                 f"{self.logdir} was trained on other episodes or with another config: "

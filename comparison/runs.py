@@ -84,7 +84,9 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
 def finished(folder: Path, steps: int) -> bool:
     """Whether the run's checkpoint, read whole, has ``steps`` frames done and evaluated."""
     try:
-        state = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))
+        state = load_checkpoint(
+            folder / "checkpoints" / "latest.pt", {"config": dict, "counters": dict}
+        )
     except CheckpointError:
         return False
     counters = state["counters"]

@@ -234,6 +234,9 @@ WRONG = {
     ),
     "bad policy": (["--env.invalid", "skip"], "stop, truncate"),
     "no device": (["--device", "cuda"], "CUDA"),
+    "no preset": (["--configs", "--steps", "9"], "--configs needs the name of a preset"),
+    "capacity of what": (["--capacity", "--steps", "9"], "--capacity needs the name of a preset"),
+    "capacity of a run": (["--capacity", "debug", "--resume", "x"], "takes no --resume"),
     "no checkpoint": (["--resume", "/nowhere/latest.pt"], "/nowhere/latest.pt"),
 }
 
@@ -286,6 +289,21 @@ def test_a_reader_that_leaves_is_no_error(script):
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 1
+
+
+@pytest.mark.parametrize("script", ["dreamer.py", "run_comparison.py"])
+def test_closed_output_is_no_error(script):
+    """As with a service manager that gives none."""
+    command = f"exec {sys.executable} {ROOT / script} --help >&-"
+    ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_last_line_continues_a_run_that_went_beyond_its_steps(tmp_path, capsys):
+    assert run(tmp_path / "run", "--task", "dummy_vector", "--steps", 90) == 0
+    assert run(tmp_path / "run", "--task", "dummy_vector", "--steps", 60) == 0
+    again = capsys.readouterr().out.splitlines()[-1]
+    assert again.startswith("continue:") and int(again.split()[-1]) > 90
 
 
 def test_no_arguments_show_the_help_and_fail(capsys):
