@@ -71,7 +71,8 @@ def read_config(home: Path) -> dict[str, Any]:
         tools.load_config([], saved)
     except ConfigError as error:
         raise ConfigError(
-            f"{home / 'config.yaml'}: {error}; correct it, or continue the run by its --configs and keys"
+            f"{home / 'config.yaml'}: {error}; correct it, "
+            "or continue the run by its --configs and keys"
         ) from None
     return saved
 
@@ -202,7 +203,8 @@ def start(argv: list[str], signals: Signals) -> int:
             except Stop as stop:
                 name = signal.Signals(stop.signum).name
                 screen.line(
-                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is"
+                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as "
+                    "it is"
                 )
                 run.save()
                 screen.line(
@@ -270,7 +272,10 @@ def resource(error: Exception) -> str:
     """What ran out, and which keys ask for less of it; "" where that was no disk and no memory."""
     cause = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
-        what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
+        what = (
+            f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
+            "replay.length or imag.starts"
+        )
     elif (
         isinstance(error, MemoryError)
         or getattr(error, "errno", 0) == errno.ENOMEM

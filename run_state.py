@@ -1,4 +1,6 @@
-"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and restoring it."""
+"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and
+restoring it.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
         _restore_parts(run, state, rows)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointError(
-            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: {error}): {instead}"
+            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: "
+            f"{error}): {instead}"
         ) from None
     run.unsaved = False
     run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
@@ -183,7 +186,8 @@ def load_weights(run: Any, source: Path) -> None:
             state = {"agent": legacy.convert(state)}
         if "agent" not in state:
             raise CheckpointError(
-                f"--resume: {source} is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
+                f"--resume: {source} is a checkpoint neither of this program nor of "
+                "dreamerv3-torch: it has no 'agent'"
             )
         moved = run.agent.load_state(state["agent"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

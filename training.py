@@ -221,9 +221,8 @@ class Run:
         if self._prefilled() and self.replay.ready():
             if not self.started:
                 self.started, self.pending_updates = True, float(config.replay.pretrain)
-            self.pending_updates += (
-                taken * config.replay.ratio / (config.replay.batch * config.replay.length)
-            )
+            batch_steps = config.replay.batch * config.replay.length
+            self.pending_updates += taken * config.replay.ratio / batch_steps
 
     def _prefill_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""

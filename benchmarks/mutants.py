@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    chosen = [m for m in listed if not args.names or any(part in m.name for part in args.names)]
+    contains_any = lambda mutant: any(part in mutant.name for part in args.names)
+    chosen = list(filter(contains_any, listed)) if args.names else listed
     if not chosen:
         print(f"error: no mutant's name contains {' or '.join(args.names)}", file=sys.stderr)
         return 2

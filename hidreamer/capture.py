@@ -62,8 +62,8 @@ class FastUpdate:
     that the call began with.
 
     agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
-    compile when they are called, by setting attributes of its modules. generator: that of all random
-    numbers, None being torch's default one.
+    compile when they are called, by setting attributes of its modules. generator: that of all
+    random numbers, None being torch's default one.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The distributions of DreamerV3. Those of torch check arguments, which reads the host.
 
 Every class wraps the tensors that a network emitted and offers what its callers use of
-``log_prob(x)``, ``mode()``, ``mean()``, ``sample(generator)``, ``entropy()``. All is float32 or wider,
-whatever autocast says.
+``log_prob(x)``, ``mode()``, ``mean()``, ``sample(generator)``, ``entropy()``. All is float32 or
+wider, whatever autocast says.
 """
 
 from __future__ import annotations

@@ -91,14 +91,16 @@ class TestCategorical:
 
     def test_draws_follow_the_probabilities(self):
         probs = torch.tensor([0.5, 0.3, 0.2]).expand(20_000, 3)
-        assert torch.allclose(dists.sample_onehot(probs, torch.rand(len(probs), 1)).mean(0), probs[0], atol=0.02)
-        assert torch.equal(
-            dists.sample_onehot(probs, None)[0], torch.tensor([1.0, 0.0, 0.0])
+        assert torch.allclose(
+            dists.sample_onehot(probs, torch.rand(len(probs), 1)).mean(0), probs[0], atol=0.02
         )
+        assert torch.equal(dists.sample_onehot(probs, None)[0], torch.tensor([1.0, 0.0, 0.0]))
 
     def test_draw_is_straight_through(self):
         probs = torch.tensor([0.2, 0.8], requires_grad=True)
-        (dists.sample_onehot(probs, torch.rand(len(probs), 1)) * torch.tensor([3.0, 5.0])).sum().backward()
+        (
+            dists.sample_onehot(probs, torch.rand(len(probs), 1)) * torch.tensor([3.0, 5.0])
+        ).sum().backward()
         assert probs.grad.tolist() == [3.0, 5.0]
 
     def test_multidiscrete_log_prob_and_entropy(self):

@@ -32,8 +32,8 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
@@ -335,19 +335,13 @@ class HRVQ(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[RolloutCarry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
         rollout = Rollout(
             self.transformer, self.level_mask, self.slots, self.window, carry, horizon
         )
-        feats, actions = [self.feat(carry)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            feats.append(self._imagine_step(rollout, action, sample, generator))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        feat = stack_feats(feats)  # (N, H+1, .)
-        return RolloutCarry(*feats[-1], rollout), feat, torch.stack(actions, 1)
+        step = lambda _, action: self._imagine_step(rollout, action, sample, generator)
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return RolloutCarry(*last, rollout), feat, action
 
     def _imagine_step(
         self,

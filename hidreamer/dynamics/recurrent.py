@@ -22,8 +22,8 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.nets import Block, SplitBlock, make_cell
 
@@ -203,14 +203,10 @@ class Recurrent(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
-        deter, stoch = carry
-        feats, actions = [Feat(deter, stoch)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            noise = self.noise(1, deter, sample, generator)[0]
-            deter, stoch = self.imagine_step(deter, stoch, action, noise)
-            feats.append(Feat(deter, stoch))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        return Carry(deter, stoch), stack_feats(feats), torch.stack(actions, 1)
+
+        def step(state: Feat, action: Tensor) -> Feat:
+            noise = self.noise(1, state.deter, sample, generator)[0]
+            return Feat(*self.imagine_step(*state, action, noise))
+
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return Carry(*last), feat, action
