@@ -149,7 +149,7 @@ class Signals:
             name = signal.Signals(signum).name
             text = f"{name}: ending after the running step; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-                os.write(2, text.encode())
+                os.write(1, text.encode())
             worker.Hurry.begin(GRACE)
         self.signum = signum
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.deferred else signal.SIG_DFL)
@@ -289,7 +289,7 @@ def resource(error: Exception) -> str:
         return f"a file cannot be used ({error}): move it away, or choose another --logdir"
     else:
         return ""
-    return f"{what}; what was saved before is whole, and the same command continues from it"
+    return f"{what}; the last checkpoint is whole, and the same command continues from it"
 
 
 if __name__ == "__main__":

@@ -346,13 +346,14 @@ class Agent(nn.Module):
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
         with torch.no_grad():
             start = self.world_model.dynamics.starts(carry, post, starts)
-        inputs = start, terminal, generator
-        metrics |= self._update_behavior("", *inputs, lambda traj, rew: rew)
+        extrinsic = lambda traj, rew: rew
+        metrics |= self._update_behavior("", start, terminal, extrinsic, generator)
         if self.explorer:
             with self.autocast():
                 loss = self.explorer.loss(post, embed, obs["prev_action"])
             metrics |= {"expl_model_loss": loss.detach()} | self._step("expl_model", loss)
-            metrics |= self._update_behavior("expl_", *inputs, self.explorer.reward)
+            bonus = self.explorer.reward
+            metrics |= self._update_behavior("expl_", start, terminal, bonus, generator)
         if self.config.optim == "joint":
             metrics |= prefixed("joint_", self.optimizers["joint"].apply())
         for behavior in self.behaviors().values():
@@ -365,8 +366,8 @@ class Agent(nn.Module):
         prefix: str,
         start: Any,
         terminal: Tensor,
-        generator: torch.Generator | None,
         reward: Callable,
+        generator: torch.Generator | None = None,
     ) -> Metrics:
         """Imagine from N starts, terminal (N,), and train one behavior on the trajectories.
 

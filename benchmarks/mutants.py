@@ -56,10 +56,10 @@ FAST = (
     "legacy",
     "hrssm",
 )
-FAST += ("hrvq", "hrvq_losses", "agent", "losses", "episodes", "spaces", "run")
+FAST += ("hrvq", "hrvq_losses", "agent", "losses", "random", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
-    "training.py": ("updates", "run"),
+    "training.py": ("updates", "run", "random"),
     "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
     "hidreamer/behavior.py": ("golden", "wiring"),
@@ -71,9 +71,9 @@ LIKELY = {
     "hidreamer/explorer.py": ("wiring", "agent"),
     "hidreamer/losses.py": ("golden",),
     "hidreamer/mask.py": ("mask",),
-    "hidreamer/objectives.py": ("golden", "wiring"),
+    "hidreamer/objectives.py": ("golden", "wiring", "random"),
     "hidreamer/optim.py": ("numerics", "agent", "losses"),
-    "hidreamer/quantizer.py": ("numerics", "quantizer"),
+    "hidreamer/quantizer.py": ("numerics", "quantizer", "random"),
     "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),
     "hidreamer/rollout.py": ("parts", "dynamics", "hrvq"),
