@@ -21,12 +21,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+# Before torch is loaded: threads that wait for each other sleep. Spinning, they take the cores of
+# whatever else runs, and are twenty times as slow themselves.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 import models
 import tools
 from envs import EnvError, make_env, worker
-from hidreamer import app, checkpoint, cost
+from hidreamer import app, checkpoint, cost, memory
 from hidreamer.checkpoint import FolderError
 from hidreamer.logger import Rates, Screen
 from hidreamer.spaces import random_rows
@@ -186,6 +190,7 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
 
 def start(argv: list[str], signals: Signals) -> int:
     """Train as the command line says. -> exit status. Raises what ``main`` turns into a line."""
+    memory.keep_freed_memory()
     args = tools.parse(argv)
     if args.capacity:
         print(capacity(args))

@@ -27,6 +27,8 @@ from hidreamer.optim import make_optimizer
 from hidreamer.weights import match, module_name, renamed
 from tools import Config, ConfigError
 
+SMALL = 10_000_000  # parameters of an agent that one thread is enough for
+
 # Observations (B,T,...), prev_action (B,T,A); reward, is_first, is_terminal (B,T).
 Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]  # each ()
@@ -397,6 +399,19 @@ def pick_device(config: Config) -> torch.device:
         raise ConfigError("device is 'cuda' but torch finds no CUDA device; use --device cpu")
     name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def pick_threads(config: Config, agent: Agent) -> int:
+    """How many threads torch is to use on a CPU.
+
+    Kernels of small networks on vectors and grids are too short to be shared: a second thread adds
+    a tenth of speed for twice the CPU time, and on a busy machine it is waited for.
+    """
+    if config.threads:
+        return config.threads
+    images = agent.world_model.encoder.kinds["image"]
+    small = sum(x.numel() for x in agent.parameters()) < SMALL
+    return 1 if small and not images else torch.get_num_threads()
 
 
 def make_agent(env: Any, config: Config, device: torch.device) -> Agent:

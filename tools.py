@@ -27,7 +27,7 @@ CHANGEABLE_KEYS |= {
     "eval_greedy",
     "eval_time_limit",
 }
-CHANGEABLE_KEYS |= {"env.invalid"}
+CHANGEABLE_KEYS |= {"env.invalid", "threads"}
 CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
 
 

@@ -83,8 +83,11 @@ class Run:
         n = config.env.count
         self.envs = self._make_envs(n, 0, self.generation)
         self.agent = models.make_agent(self.envs, config, device)
+        torch.set_num_threads(models.pick_threads(config, self.agent))
         self.agent.make_optimizers()
         self.generator = make_generator(device)
+        if config.compile == "on" and device.type == "cpu":
+            report("compile on: on a CPU that takes minutes and gains nothing that was measured")
         self.update = self.agent.make_update(config.compile, self.generator)
         if source is not None and not state:
             run_state.load_weights(self, source)

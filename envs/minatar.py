@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import minatar
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 
 from envs.base import Suite, unknown
+from envs.imports import without
+
+with without("matplotlib", "seaborn"):  # for its own windows: a second and 120 MB a process
+    import minatar
 
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 # attributes of a game that are no part of its state
