@@ -30,7 +30,7 @@ import torch
 import models
 import tools
 from envs import EnvError, make_env, worker
-from hidreamer import app, checkpoint, cost, memory
+from hidreamer import app, checkpoint, cost, process
 from hidreamer.checkpoint import FolderError
 from hidreamer.logger import Rates, Screen
 from hidreamer.spaces import random_rows
@@ -52,7 +52,7 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     home = (
         source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
     )
-    # it goes on as it was
+    # Resuming a run by its folder alone takes the config that it has saved.
     alone = home is not None and not args.presets and "logdir" not in args.overrides
     saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
@@ -190,7 +190,7 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
 
 def start(argv: list[str], signals: Signals) -> int:
     """Train as the command line says. -> exit status. Raises what ``main`` turns into a line."""
-    memory.keep_freed_memory()
+    process.keep_freed_memory()
     args = tools.parse(argv)
     if args.capacity:
         print(capacity(args))

@@ -27,8 +27,6 @@ from hidreamer.optim import make_optimizer
 from hidreamer.weights import match, module_name, renamed
 from tools import Config, ConfigError
 
-SMALL = 10_000_000  # parameters of an agent that one thread is enough for
-
 # Observations (B,T,...), prev_action (B,T,A); reward, is_first, is_terminal (B,T).
 Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]  # each ()
@@ -88,6 +86,7 @@ class WorldModel(nn.Module):
         losses, metrics = self.dynamics.loss(post)
         for name, objective in self.objectives.items():
             found = objective.loss(post, embed, obs, generator)
+            assert not found.keys() & losses.keys(), (name, found.keys())
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
@@ -143,9 +142,9 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {prefix + name: value for name, value in metrics.items()}
 
 
-def joint_name(loss: str, module: str) -> str:
+def joint_name(loss_name: str, module: str) -> str:
     """The module's name in a joint optimiser: the explorer has an actor and a critic as well."""
-    return f"expl_{module}" if loss.startswith("expl_") else module
+    return f"expl_{module}" if loss_name.startswith("expl_") else module
 
 
 class ActState(NamedTuple):
@@ -225,8 +224,8 @@ class Agent(nn.Module):
     def make_update(
         self, compiled: str, generator: torch.Generator | None = None
     ) -> Callable[[Batch], Tensor]:
-        """``update`` with numbers of ``generator``; for CUDA, or ``compiled`` "on", with compiled
-        parts; for CUDA as one graph.
+        """``update``, drawing random numbers from ``generator``; for CUDA, or ``compiled`` "on",
+        with compiled parts; for CUDA as one graph.
 
         Where compiling or recording fails, it warns and continues without (see ``FastUpdate``).
         """
@@ -252,8 +251,9 @@ class Agent(nn.Module):
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
         """The inverse, also for a latent state that ``Dynamics.convert_state_dict`` translates.
 
-        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that
-        is missing or of another shape; only an explorer that is not there may start afresh.
+        -> {module: "mapped", "split" over levels, or "fresh" (left as initialised)}. Raises
+        ValueError, naming the first tensor that is missing or of another shape; only an explorer
+        that is not there may start afresh.
         """
         prefix, dynamics = "world_model.dynamics.", self.world_model.dynamics
         given = renamed(state["params"], prefix, dynamics.former_names)
@@ -399,19 +399,6 @@ def pick_device(config: Config) -> torch.device:
         raise ConfigError("device is 'cuda' but torch finds no CUDA device; use --device cpu")
     name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def pick_threads(config: Config, agent: Agent) -> int:
-    """How many threads torch is to use on a CPU.
-
-    Kernels of small networks on vectors and grids are too short to be shared: a second thread adds
-    a tenth of speed for twice the CPU time, and on a busy machine it is waited for.
-    """
-    if config.threads:
-        return config.threads
-    images = agent.world_model.encoder.kinds["image"]
-    small = sum(x.numel() for x in agent.parameters()) < SMALL
-    return 1 if small and not images else torch.get_num_threads()
 
 
 def make_agent(env: Any, config: Config, device: torch.device) -> Agent:

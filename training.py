@@ -19,7 +19,7 @@ import tools
 from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
-from hidreamer import checkpoint, cost, evaluation
+from hidreamer import checkpoint, cost, evaluation, process
 from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
@@ -83,7 +83,7 @@ class Run:
         n = config.env.count
         self.envs = self._make_envs(n, 0, self.generation)
         self.agent = models.make_agent(self.envs, config, device)
-        torch.set_num_threads(models.pick_threads(config, self.agent))
+        torch.set_num_threads(process.pick_threads(self.agent, config.threads))
         self.agent.make_optimizers()
         self.generator = make_generator(device)
         if config.compile == "on" and device.type == "cpu":

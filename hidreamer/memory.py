@@ -4,7 +4,6 @@ written to them.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import platform
@@ -21,9 +20,6 @@ TIGHT = 0.8  # share of the available memory beyond which the rest of the proces
 # Python knows the flag from 3.13 on; its value is another one on rarer machines.
 COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64")
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if COMMON else 0)
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 
 
 class Capacity(NamedTuple):
@@ -48,21 +44,6 @@ def anonymous(size: int) -> Any:
         raise MemoryError(
             f"the system refuses {gigabytes(size)} of memory ({error.strerror})"
         ) from None
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory of large tensors that it frees, for the next ones.
-
-    glibc returns each of them to the system and has every page of the next one cleared again: a
-    fifth of an update. To be called before the first tensor. Nothing happens without glibc, or
-    where HIDREAMER_MALLOC is "system".
-    """
-    if os.environ.get("HIDREAMER_MALLOC") == "system" or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)  # no tensor has pages of its own, which freeing would unmap
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap does not shrink
-    libc.mallopt(M_TOP_PAD, 2**28)  # bytes by which it grows at least
 
 
 def gigabytes(size: float) -> str:

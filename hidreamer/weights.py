@@ -43,3 +43,17 @@ def match(
         report[module_name(name)] = "mapped" if name in given else "split"
         matched[name] = theirs
     return matched, report
+
+
+def former_hrvq_names(layers: int) -> dict[str, str]:
+    """{former: now} of ``hrvq``'s parameters."""
+    names = {
+        "begin": "bos_token",
+        "place": "level_emb",
+        "inp.weight": "in_proj.weight",
+        "inp.bias": "in_proj.bias",
+    }
+    for i in range(layers):
+        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
+            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
+    return names

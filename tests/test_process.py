@@ -9,8 +9,8 @@ import torch
 from small_runs import run
 from test_agent import EVERYTHING, VECTOR, make
 
-import models
 from conftest import ROOT
+from hidreamer import process
 
 
 def python(code, **env):
@@ -29,7 +29,7 @@ def python(code, **env):
 
 FAULTS = """
 import resource
-from hidreamer.memory import keep_freed_memory
+from hidreamer.process import keep_freed_memory
 keep_freed_memory()
 import torch
 torch.set_num_threads(1)
@@ -68,12 +68,11 @@ def threads():
 def test_small_networks_have_one_thread(threads, monkeypatch):
     torch.set_num_threads(2)
     images, small = make(EVERYTHING)[0], make(VECTOR)[0]
-    assert models.pick_threads(small.config, small) == 1
-    assert models.pick_threads(images.config, images) == 2
-    asked = make(VECTOR, threads=3)[0]
-    assert models.pick_threads(asked.config, asked) == 3
-    monkeypatch.setattr(models, "SMALL", 10)
-    assert models.pick_threads(small.config, small) == 2
+    assert process.pick_threads(small, 0) == 1
+    assert process.pick_threads(images, 0) == 2
+    assert process.pick_threads(small, 3) == 3
+    monkeypatch.setattr(process, "SMALL", 10)
+    assert process.pick_threads(small, 0) == 2
 
 
 def test_a_run_uses_the_threads_asked_for(threads, tmp_path):

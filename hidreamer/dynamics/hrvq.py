@@ -40,6 +40,7 @@ from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
 from hidreamer.transformer import KV, Branch, FFNLosses, Transformer, rotary
+from hidreamer.weights import former_hrvq_names
 
 
 class Aux(NamedTuple):
@@ -47,31 +48,25 @@ class Aux(NamedTuple):
 
     codes: Codes
     is_first: Tensor  # (B, T)
-    cache: Carry  # all S + T steps, not only the window that the carry keeps
+    cache: Carry  # the steps cached before and all T new ones, not only the carry's window
     ffn_losses: FFNLosses  # (B, 1) each, of the pass that makes the priors
 
 
 class Attention(NamedTuple):
     """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
 
-    rope: Tensor  # (Q, 2, d / 2) their rotations
+    rope: Tensor  # (Q, 2, width of a head / 2) their rotations
     level: Tensor  # (Q,) their levels, L for the action
     attn_mask: Tensor  # (B, 1, Q, Q) among themselves
     prefix: list[KV] | None  # of each layer, cached steps
     prefix_mask: Tensor | None  # (B, 1, Q, P)
 
 
-FORMER_NAMES = {
-    "begin": "bos_token",
-    "place": "level_emb",
-    "inp.weight": "in_proj.weight",
-    "inp.bias": "in_proj.bias",
-}
-
-
 class HRVQ(Dynamics):
     """``deter`` is the transformer's width, ``hidden`` that of its feed-forward layers.
 
+    codes: how many a codebook has, K. chain: predict each level given the coarser ones of its step;
+    otherwise all from the memory alone. temperature: by level, of samples in imagination only.
     names: ``norm``, ``act`` and ``ffn`` of the transformer.
     """
 
@@ -115,7 +110,7 @@ class HRVQ(Dynamics):
         self.embed_dim, self.act_dim = embed_dim, act_dim
         self.shapes = ((groups, codes),) * levels
         if posterior != "nearest":
-            commitment = [0.0]  # the key means nothing there: it may have any number of values
+            commitment = [0.0]  # unused there, so its length is not checked
         weights = per_level(commitment, levels, "dynamics.hrvq.commitment")
         self.register_buffer("commitment", torch.tensor(weights), persistent=False)
         self.level_weights = per_level(level_weights, levels, "dynamics.hrvq.level_weights")
@@ -125,8 +120,8 @@ class HRVQ(Dynamics):
                 f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions"
             )
         self.register_buffer("level_mask", make_level_mask(mask, levels), persistent=False)
-        # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
-        # ..).
+        # By level of the query: how many leading positions (A, L0, L1 ..) of an earlier step it may
+        # attend to.
         with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
             past = make_level_mask(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
@@ -145,7 +140,7 @@ class HRVQ(Dynamics):
         self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
         self.transformer = Transformer(deter, layers, heads, hidden, **names)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
-        self.former_names = FORMER_NAMES | former_ffn_names(layers)
+        self.former_names = former_hrvq_names(layers)
 
     # ------------------------------------------------------------ pieces
 
@@ -163,7 +158,7 @@ class HRVQ(Dynamics):
         return self.token[level](x) + self.level_emb[level]
 
     def _stoch(self, codes: Tensor) -> Tensor:
-        """Codes (..., L * G * d) as heads read them: each about as long as a one-hot."""
+        """Codes (..., L * G * d) as heads read them: each scaled to about unit norm."""
         return codes * self.code_shape[1] ** -0.5
 
     def _logit(self, level: int, out: Tensor) -> Tensor:
@@ -171,13 +166,16 @@ class HRVQ(Dynamics):
         return self.prior[level](out).unflatten(-1, self.shapes[level])
 
     def _sequences(self, carry: Carry | RolloutCarry) -> Carry:
-        """Any carry as one with a sequence for each branch."""
+        """Any carry as one in which every branch has cached steps of its own."""
         if isinstance(carry, RolloutCarry):
             return carry.sequences()
         return carry if len(carry.step) == len(carry.segment) else carry.unshared(self.window)
 
     def _attention(self, carry: Carry, segment: Tensor) -> Attention:
-        """Of T steps after the carry's, of the episodes segment (B, T), 0 being its last step's."""
+        """Masks and rotary angles for T steps after the carry's.
+
+        segment (B, T): which episode each is of, 0 being that of the carry's last step.
+        """
         new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
         rows = new.time, new.level
         episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
@@ -254,10 +252,10 @@ class HRVQ(Dynamics):
         segment = is_first.long().cumsum(1)  # (B, T), the carry's last step being 0
         attention = self._attention(carry, segment)
         flat = codes.code.flatten(-2)  # (B, T, L, G * d)
-        # What later steps need of a code shapes it through the memory; that it be easy to predict
-        # must not (law 5). So the priors come from a pass of their own, with the same numbers,
-        # that gives the codes no gradient. Auxiliary losses are that pass's, too: they are counted
-        # once.
+        # Codes learn from what later steps need of them, through the memory, but the loss of the
+        # priors must not make them easier to predict. So where codes have a gradient (in training)
+        # the priors come from a second pass, with the same numbers, over detached codes. Auxiliary
+        # losses are taken from that pass alone, to be counted once.
         detached_pass = flat.requires_grad
         all_levels = self.chain and not detached_pass
         out, own, ffn_losses = self._run_transformer(action, flat, attention, all_levels)
@@ -402,12 +400,3 @@ class HRVQ(Dynamics):
 def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
     """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
     return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
-
-
-def former_ffn_names(layers: int) -> dict[str, str]:
-    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
-    names = {}
-    for i in range(layers):
-        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
-            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
-    return names
