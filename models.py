@@ -364,8 +364,23 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(name)
 
 
+def set_precision(config: Config, device: torch.device) -> None:
+    """Of float32 products and convolutions on CUDA, for the whole process.
+
+    torch's own default is TF32 for convolutions alone.
+    """
+    if device.type == "cuda":
+        tf32 = config.precision != "float32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
 def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
-    """For the spaces of ``env``. Raises ConfigError for sizes that do not fit together."""
+    """For the spaces of ``env``, at the config's precision (``set_precision``).
+
+    Raises ConfigError for sizes that do not fit together.
+    """
+    set_precision(config, device)
     try:
         return Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
     except ValueError as error:
