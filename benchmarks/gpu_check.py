@@ -162,7 +162,7 @@ def train(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
     length = ["--steps", "16000", "--log_every", "2000", "--replay.prefill", "1000"]
     if dry:
         size = ["--configs", "debug", "--task", "dummy_vector"]
-        length = ["--steps", "60", "--log_every", "20", "--replay.prefill", "20"]
+        length = ["--steps", "60", "--log_every", "20", "--replay.ratio", "16"]
     device = "cpu" if dry else "cuda"
     words = [sys.executable, "dreamer.py", *size, *length, "--video", "false"]
     words += ["--device", device, "--eval_episodes", "0", "--logdir", str(logdir)]

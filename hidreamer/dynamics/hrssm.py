@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hidreamer.dynamics.base import Feat, KLConfig
 from hidreamer.dynamics.recurrent import Recurrent
+from hidreamer.dynamics.scan import (
+    Tensors,
+    add_product,
+    draw,
+    draw_grad,
+    norm,
+    product,
+    weight_grad,
+)
 from hidreamer.nets import linear
 
 
@@ -92,6 +101,55 @@ class HRSSM(Recurrent):
         u, top = self.img_out(feat.deter), self._top_of(feat.stoch)
         bottom = self.sample_stoch(self._bottom_prior(u, top), True)
         return {"top": feat._replace(stoch=torch.cat([top, bottom], -1))}
+
+    # ------------------------------------------------------------ post_step, as a scan has it
+
+    def post_weights(self) -> Tensors:
+        """Of the top, of u, of the bottom's prior and delta as one product with (u, v, z_top)."""
+        top, delta, hidden = self.post_top, self.delta, self.img_out.linear.out_features
+        with torch.no_grad():
+            of_u, of_top = self.prior_bottom.weight.split(
+                [hidden, self.prior_bottom.in_features - hidden], 1
+            )
+            base = torch.cat([of_u, torch.zeros_like(of_u), of_top], 1)
+            both = delta.weight + base, delta.bias + self.prior_bottom.bias
+            u = (
+                self.img_out.linear.weight.detach(),
+                *map(Tensor.detach, self.img_out.norm.parameters()),
+            )
+        return top.weight, top.bias, delta.weight, delta.bias, *both, *u
+
+    def post_forward(
+        self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        of_top, both, (of_u, *u_norm) = weights[:2], weights[4:6], weights[6:]
+        noises, unimix = noise or (None, None), self.kl_config.unimix
+        top, *seen_top = draw(product(v, *of_top), self.shapes[0], unimix, noises[0])
+        u = nn.functional.silu(norm(product(deter, of_u), *u_norm, self.eps)[-1])
+        given = torch.cat([u, v, top], -1)  # (B, 2 hidden + S0 * K0)
+        bottom, *seen_bottom = draw(product(given, *both), self.shapes[1], unimix, noises[1])
+        logits, softmaxes = zip(seen_top, seen_bottom, strict=True)
+        return torch.cat([top, bottom], -1), logits, (*softmaxes, given)
+
+    def post_backward(
+        self, weights: Tensors, saved: Tensors, stoch: Tensor, logits: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        of_top, of_delta, hidden = weights[0], weights[2], weights[0].shape[1]
+        unimix, size = self.kl_config.unimix, len(of_top)
+        top, bottom = stoch.split([size, stoch.shape[-1] - size], -1)
+        bottom = draw_grad(bottom, logits[1], saved[1], unimix)  # (B, S1 * K1)
+        # u and the bottom's prior have no gradient here
+        v, through = product(bottom, of_delta[:, hidden:].t()).split([hidden, size], -1)
+        top = draw_grad(top + through, logits[0], saved[0], unimix)  # (B, S0 * K0)
+        return add_product(v, top, of_top.t()), (top, bottom)
+
+    def post_weight_grads(
+        self, weights: Tensors, v: Tensor, saved: Tensors, grads: Tensors
+    ) -> tuple[Tensor | None, ...]:
+        top, bottom = grads
+        of_top = weight_grad(top, v, weights[0]), top.sum((0, 1))
+        of_delta = weight_grad(bottom, saved[2], weights[2]), bottom.sum((0, 1))
+        return *of_top, *of_delta, None, None, None, None, None
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Split the heads of a flat state over two levels: it computes the same until trained.

@@ -6,7 +6,7 @@ D deter, Z stoch, S variables of K classes in a level.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,15 @@ from hidreamer.dynamics.base import (
     stack_feats,
     start_steps,
 )
-from hidreamer.nets import Block, SplitBlock, make_cell
+from hidreamer.dynamics.scan import (
+    CellWeights,
+    StepInputs,
+    Tensors,
+    backward_step,
+    forward_step,
+    scan,
+)
+from hidreamer.nets import Block, GRUCell, SplitBlock, make_cell
 
 
 class Carry(NamedTuple):
@@ -38,8 +46,9 @@ class Carry(NamedTuple):
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
-    They add how a state is drawn: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    They add how a state is drawn: ``prior_step``, ``post_step``, ``priors``; and, for a faster
+    scan, what ``scan.ScanDynamics`` asks for. ``cell``, ``norm`` and ``act`` are names of
+    ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -65,6 +74,10 @@ class Recurrent(Dynamics):
         self.img_out = Block(deter, hidden, norm=norm, act=act)
         self.obs_out = Block(deter + embed_dim, hidden, norm=norm, act=act)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
+
+        parts = (self.cell, self.img_in.norm, self.img_in.act)
+        known = tuple(map(type, parts)) == (GRUCell, nn.LayerNorm, nn.SiLU)
+        self.has_scan = known and hasattr(self, "post_forward")
 
     def prior_step(self, deter: Tensor, sample: bool) -> Tensor:
         """Memory (N,D) -> an imagined stoch (N,Z)."""
@@ -108,23 +121,73 @@ class Recurrent(Dynamics):
         # embeddings add to the two input layers, and where episodes start.
         img_in = self.img_in.split([self.stoch_dim, self.act_dim])
         obs_out = self.obs_out.split([self.deter_dim, self.embed_dim])
-        keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # (B, T, 1)
         first = self.initial(len(embed))
+        keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
         deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
         action = img_in.partial(1, prev_action * keep)  # (B, T, hidden)
         embed = obs_out.partial(1, embed)  # (B, T, hidden)
-        inputs = [x.unbind(1) for x in (keep, deter0, stoch0, action, embed)]
+        inputs = keep, deter0, stoch0, action, embed
+        if self.has_scan:
+            noise = self._noise(keep.transpose(0, 1)) if sample else ()
+            steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noise)
+            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry)
+            deter, stoch, logits = found  # (T, B, .)
+            last = Carry(deter[-1], stoch[-1])
+            feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
+            post = [logit.transpose(0, 1) for logit in logits]  # (B, T, S, K) each
+        else:
+            last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, sample)
+        return last, Post(feat, tuple(map(Level, post, self.priors(*feat))))
+
+    def _noise(self, like: Tensor) -> Tensors:
+        """Uniform numbers (T,B,S,1) by level, for steps like (T,B,1); drawn step by step."""
+        steps, batch, _ = like.shape
+        sizes = [batch * variables for variables, _ in self.shapes]
+        noise = torch.rand(steps, sum(sizes), device=like.device, dtype=like.dtype)
+        return tuple(x.view(steps, batch, -1, 1) for x in noise.split(sizes, 1))
+
+    def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
+        gru_x, gru_deter = self.cell.linear.weight.split(
+            [self.cell.linear.in_features - self.deter_dim, self.deter_dim], 1
+        )
+        norms = (part.norm.parameters() for part in (self.img_in, self.cell, self.obs_out))
+        img, gru, obs = map(tuple, norms)
+        products = (img_in.weights[0], *img), (gru_x, gru_deter, *gru), (obs_out.weights[0], *obs)
+        return CellWeights(*products[0], *products[1], *products[2])
+
+    @property
+    def eps(self) -> float:
+        """Of the norms."""
+        return self.cell.norm.eps
+
+    def scan_forward(self, weights: Tensors, inputs: StepInputs, carry: Tensors) -> tuple:
+        return forward_step(self, weights, inputs, carry)
+
+    def scan_backward(self, weights: Tensors, saved: Tensors, *grads: Any) -> tuple:
+        return backward_step(self, weights, saved, *grads)
+
+    def _observe_steps(
+        self,
+        carry: Carry,
+        inputs: tuple[Tensor, ...],
+        img_in: SplitBlock,
+        obs_out: SplitBlock,
+        sample: bool,
+    ) -> tuple[Carry, Feat, list[Tensor]]:
+        """For other cells, norms and activations than ``scan`` knows, or for a state without one.
+
+        inputs: keep, deter0, stoch0, action, embed, of T steps (B,T,.).
+        """
         deters, stochs, logits = [], [], []
         deter, stoch = carry
-        for step in zip(*inputs, strict=True):
+        for step in zip(*(x.unbind(1) for x in inputs), strict=True):
             deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, sample)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
         feat = Feat(torch.stack(deters, 1), torch.stack(stochs, 1))  # (B, T, .)
         post = [torch.stack(level, 1) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
-        prior = self.priors(*feat)
-        return Carry(deter, stoch), Post(feat, tuple(map(Level, post, prior)))
+        return Carry(deter, stoch), feat, post
 
     def observe_step(
         self,
@@ -161,6 +224,8 @@ class Recurrent(Dynamics):
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
+        self.scan_forward = torch.compile(self.scan_forward)
+        self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
