@@ -147,13 +147,12 @@ class Recurrent(Dynamics):
         return tuple(x.view(steps, batch, -1, 1) for x in noise.split(sizes, 1))
 
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
-        gru_x, gru_deter = self.cell.linear.weight.split(
-            [self.cell.linear.in_features - self.deter_dim, self.deter_dim], 1
-        )
-        norms = (part.norm.parameters() for part in (self.img_in, self.cell, self.obs_out))
-        img, gru, obs = map(tuple, norms)
-        products = (img_in.weights[0], *img), (gru_x, gru_deter, *gru), (obs_out.weights[0], *obs)
-        return CellWeights(*products[0], *products[1], *products[2])
+        gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
+        offset[2 * self.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
+        norms = (part.norm for part in (self.img_in, self.cell, self.obs_out))
+        img, cell, obs = ((norm.weight, norm.bias) for norm in norms)
+        cell = cell[0], cell[1] - offset
+        return CellWeights(img_in.weights[0], *img, gru, *cell, obs_out.weights[0], *obs)
 
     @property
     def eps(self) -> float:

@@ -29,10 +29,9 @@ class CellWeights(NamedTuple):
     img_in: Tensor  # (W, Z), of stoch; the action's product is added
     img_weight: Tensor
     img_bias: Tensor
-    gru_x: Tensor  # (3D, W)
-    gru_deter: Tensor  # (3D, D)
+    gru: Tensor  # (3D, W + D)
     gru_weight: Tensor
-    gru_bias: Tensor
+    gru_bias: Tensor  # the update gate's offset included
     obs_out: Tensor  # (W, D), of deter; the embedding's product is added
     obs_weight: Tensor
     obs_bias: Tensor
@@ -183,22 +182,21 @@ def forward_step(
 
     -> deter (B,D), stoch (B,Z), logits by level (B,S,K), what the gradient needs.
     """
-    cell, eps = CellWeights(*weights[:10]), dynamics.eps
+    cell, eps = CellWeights(*weights[:9]), dynamics.eps
     deter, stoch = carry
     deter = torch.addcmul(inputs.deter0, deter, inputs.keep)  # (B, D)
     stoch = torch.addcmul(inputs.stoch0, stoch, inputs.keep)  # (B, Z)
     begin = stoch, deter
     x = product(stoch, cell.img_in, inputs.action)
     img = norm(x, cell.img_weight, cell.img_bias, eps)  # (B, W)
-    gates = product(deter, cell.gru_deter)
-    gates = product(torch.nn.functional.silu(img[-1]), cell.gru_x, gates)
-    gru = norm(gates, cell.gru_weight, cell.gru_bias, eps)  # (B, 3D)
+    x = torch.cat([torch.nn.functional.silu(img[-1]), deter], -1)
+    gru = norm(product(x, cell.gru), cell.gru_weight, cell.gru_bias, eps)  # (B, 3D)
     reset, cand, update = gru[-1].to(deter.dtype).chunk(3, -1)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
-    deter = torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
+    deter = torch.lerp(deter, cand, torch.sigmoid(update))
     obs = norm(product(deter, cell.obs_out, inputs.embed), cell.obs_weight, cell.obs_bias, eps)
     v = torch.nn.functional.silu(obs[-1])
-    stoch, logits, saved = dynamics.post_forward(weights[10:], deter, v, inputs.noise)
+    stoch, logits, saved = dynamics.post_forward(weights[9:], deter, v, inputs.noise)
     return deter, stoch, logits, (*begin, *img, *gru, *obs, *saved)
 
 
@@ -221,20 +219,21 @@ def backward_step(
     -> gradients of the deter (B,D) and stoch (B,Z) that it begins with, and what those of the
     weights need: CellGrads flat, then the posterior's.
     """
-    w, (cell, post) = CellWeights(*weights[:10]), split_saved(saved)
+    w, (cell, post) = CellWeights(*weights[:9]), split_saved(saved)
     silu_grad = torch.ops.aten.silu_backward
-    v, post_grads = dynamics.post_backward(weights[10:], post, stoch, logits)  # (B, W)
+    v, post_grads = dynamics.post_backward(weights[9:], post, stoch, logits)  # (B, W)
     obs = silu_grad(dists.wide(v), cell.obs_norm[-1])
     obs = obs, norm_grad(obs, cell.obs_norm, w.obs_weight, w.obs_bias)
     deter = add_product(deter, obs[1], w.obs_out.t())
     slope, stays = gates  # (B, 3D), (B, D)
     gru = (deter.unsqueeze(-2) * slope.unflatten(-1, (3, -1))).flatten(-2)
     gru = gru, norm_grad(gru, cell.gru_norm, w.gru_weight, w.gru_bias)
-    x = dists.wide(product(gru[1], w.gru_x.t()))
+    x = dists.wide(product(gru[1], w.gru.t()))
+    x, through = x.split([x.shape[-1] - stays.shape[-1], stays.shape[-1]], -1)  # (B, W), (B, D)
     img = silu_grad(x, cell.img_norm[-1])
     img = img, norm_grad(img, cell.img_norm, w.img_weight, w.img_bias)
     stoch = dists.wide(product(img[1], w.img_in.t()))
-    deter = torch.addcmul(dists.wide(product(gru[1], w.gru_deter.t())), deter, stays)
+    deter = torch.addcmul(through, deter, stays)
     return deter, stoch, (*img, *gru, *obs, *post_grads)
 
 
@@ -243,7 +242,7 @@ def gate_slopes(saved: CellSaved) -> Tensors:
     (T,B,3D), and on the memory before (T,B,D).
     """
     reset, cand, update = saved.gru_norm[-1].to(saved.deter.dtype).chunk(3, -1)
-    reset, update = torch.sigmoid(reset), torch.sigmoid(update - 1.0)
+    reset, update = torch.sigmoid(reset), torch.sigmoid(update)
     new, stays = torch.tanh(reset * cand), 1.0 - update
     of_product = update * (1.0 - new.square())
     of_reset = of_product * cand * reset * (1.0 - reset)
@@ -328,18 +327,17 @@ def weight_grads(
     dynamics: ScanDynamics, weights: Tensors, deter: Tensor, saved: Tensors, steps: Tensors
 ) -> Tensors:
     """Of all weights: one product or sum over all steps for each."""
-    w, (cell, post) = CellWeights(*weights[:10]), split_saved(saved)
+    w, (cell, post) = CellWeights(*weights[:9]), split_saved(saved)
     silu = torch.nn.functional.silu
     img, gru, obs = steps[:2], steps[2:4], steps[4:6]  # of output and input of each norm
     return (
         weight_grad(img[1], cell.stoch, w.img_in),
         *norm_weight_grads(img[0], cell.img_norm, w.img_weight, w.img_bias),
-        weight_grad(gru[1], silu(cell.img_norm[-1]), w.gru_x),
-        weight_grad(gru[1], cell.deter, w.gru_deter),
+        weight_grad(gru[1], torch.cat([silu(cell.img_norm[-1]), cell.deter], -1), w.gru),
         *norm_weight_grads(gru[0], cell.gru_norm, w.gru_weight, w.gru_bias),
         weight_grad(obs[1], deter, w.obs_out),
         *norm_weight_grads(obs[0], cell.obs_norm, w.obs_weight, w.obs_bias),
-        *dynamics.post_weight_grads(weights[10:], silu(cell.obs_norm[-1]), post, steps[6:]),
+        *dynamics.post_weight_grads(weights[9:], silu(cell.obs_norm[-1]), post, steps[6:]),
     )
 
 
