@@ -64,7 +64,7 @@ class WorldModel(nn.Module):
     def observe(
         self, obs: Batch, carry: Any = None, sample: bool = True
     ) -> tuple[Any, Post, Tensor]:
-        """Follow prepared observations (B,T,...). -> carry, Post, embed (B,T,E)."""
+        """Follow preprocessed observations (B,T,...). -> carry, Post, embed (B,T,E)."""
         embed = self.encoder(obs)
         carry = self.dynamics.initial(len(embed)) if carry is None else carry
         is_first = obs["is_first"].bool()
@@ -94,14 +94,14 @@ class WorldModel(nn.Module):
         feats = [feat]
         if levels:
             feats += self.dynamics.coarse_features(feat).values()
-        decoded = []
+        recons = []
         for feat in feats:
             dists = self.decoder(feat.cat())
-            decoded.append(self.postprocess({key: dist.mean() for key, dist in dists.items()}))
-        return decoded
+            recons.append(self.postprocess({key: dist.mean() for key, dist in dists.items()}))
+        return recons
 
     def postprocess(self, obs: Batch) -> dict[str, Tensor]:
-        """Prepared observations, of those that are decoded, with images in [0, 1]."""
+        """Preprocessed observations, of those that are decoded, with images in [0, 1]."""
         images = {key: (obs[key] + 0.5).clamp(0.0, 1.0) for key in self.decoder.kinds["image"]}
         return images | {key: obs[key] for key in self.decoder.sizes}
 
@@ -113,7 +113,7 @@ class WorldModel(nn.Module):
 
         -> the observations (B,T,...), then what ``decode`` makes of the features of all T steps.
         """
-        obs = networks.prepare(batch)
+        obs = networks.preprocess(batch)
         carry, post, _ = self.observe({key: x[:, :context] for key, x in obs.items()})
         start = self.dynamics.starts(carry, post, 1)
         action = obs["prev_action"][:, context:]
@@ -195,21 +195,21 @@ class Agent(nn.Module):
         blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
         if config.optim == "joint":
             joint: dict[str, nn.Module] = {}
-            for loss, part in modules.items():
-                joint |= {joint_name(loss, name): module for name, module in part.items()}
+            for loss, group in modules.items():
+                joint |= {joint_name(loss, name): module for name, module in group.items()}
             modules, blocks = {"joint": joint}, {"joint": config.model}
         capturable = next(self.parameters()).is_cuda
         self.optimizers = {}
-        for name, part in modules.items():
+        for name, group in modules.items():
             block = blocks[name.removeprefix("expl_")]
             settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
-            optimizer = make_optimizer("adam", part, **settings, capturable=capturable)
+            optimizer = make_optimizer("adam", group, **settings, capturable=capturable)
             self.optimizers[name] = optimizer
 
     def make_update(self, compiled: str) -> Callable[[Batch], Tensor]:
         """``update``; for CUDA, or ``compiled`` "on", with compiled parts; for CUDA as one graph.
 
-        Where compiling or recording fails, it warns and goes on without (see ``FastUpdate``).
+        Where compiling or recording fails, it warns and continues without (see ``FastUpdate``).
         """
         cuda = next(self.parameters()).is_cuda
         if compiled == "off" or (compiled == "auto" and not cuda):
@@ -268,7 +268,7 @@ class Agent(nn.Module):
         explorer's. The state is always sampled, as in training.
         """
         with self.autocast():
-            obs = networks.prepare({key: x.unsqueeze(1) for key, x in obs.items()})
+            obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
             obs["prev_action"] = state.action.unsqueeze(1)
             carry, post, _ = self.world_model.observe(obs, state.carry)
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
@@ -279,8 +279,10 @@ class Agent(nn.Module):
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
         device = next(self.parameters()).device
-        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        return {key: move(x) for key, x in rows.items()}
+        batch = {}
+        for key, x in rows.items():
+            batch[key] = torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        return batch
 
     @torch.no_grad()
     def decode_state(self, obs: Batch, state: ActState) -> list[Batch]:
@@ -289,7 +291,7 @@ class Agent(nn.Module):
         {key: (1,1,...)} each. obs: what ``act`` was given to reach ``state``, raw (N,...).
         """
         model = self.world_model
-        observed = networks.prepare({key: x[:1].unsqueeze(1) for key, x in obs.items()})
+        observed = networks.preprocess({key: x[:1].unsqueeze(1) for key, x in obs.items()})
         feat = model.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
         with self.autocast():
             return [model.postprocess(observed), *model.decode(feat, levels=True)]
@@ -307,7 +309,7 @@ class Agent(nn.Module):
         batch: raw (B,T,...), on the device.
         """
         with self.autocast():
-            obs = networks.prepare(batch)
+            obs = networks.preprocess(batch)
             losses, carry, post, embed, mets = self.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
@@ -318,7 +320,7 @@ class Agent(nn.Module):
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
         with torch.no_grad():
             start = self.world_model.dynamics.starts(carry, post, starts)
-        metrics |= self._update_behavior("", start, terminal, lambda dream, rew: rew)
+        metrics |= self._update_behavior("", start, terminal, lambda traj, rew: rew)
         if self.explorer:
             with self.autocast():
                 loss = self.explorer.loss(post, embed, obs["prev_action"])
@@ -334,16 +336,16 @@ class Agent(nn.Module):
     def _update_behavior(
         self, prefix: str, start: Any, terminal: Tensor, reward: Callable
     ) -> Metrics:
-        """Dream from N starts, terminal (N,), and train one behavior on it.
+        """Imagine from N starts, terminal (N,), and train one behavior on the trajectories.
 
-        ``reward`` turns (dream, predicted reward (N,H+1)) into what the behavior is paid, (N,H+1).
+        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1).
         """
         behavior = self.behaviors()[prefix]
         with self.autocast():
-            dream = behavior.dream(self.world_model, start, terminal)
+            traj = behavior.imagine(self.world_model, start, terminal)
             with torch.set_grad_enabled(behavior.backprop):
-                rew = reward(dream, self.world_model.reward(dream.x).mode())
-            actor_loss, critic_loss, metrics = behavior.losses(dream, rew)
+                rew = reward(traj, self.world_model.reward(traj.x).mode())
+            actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
         steps = self._step(f"{prefix}actor", actor_loss)
         steps |= self._step(f"{prefix}critic", critic_loss)
         return prefixed(prefix, metrics) | steps

@@ -176,6 +176,8 @@ def saved_config(folder: Path) -> dict[str, Any]:
         return flatten(tree)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if mark := getattr(error, "problem_mark", None):
+            reason = f"line {mark.line + 1}: {' '.join(str(error.problem).split())}"
         raise ConfigError(
             f"{folder / 'config.yaml'} is no config of a run: {reason}; correct it, or continue"
             " the run by its --configs and keys"
@@ -243,12 +245,18 @@ def parse(argv: list[str]) -> Args:
             values.append(argv[i])
             i += 1
         if key in lists:
+            if not values:
+                raise ConfigError(f"--{key} needs the name of a preset")
             lists[key] += values
         else:
             overrides[key] = values if len(values) > 1 else values[0] if values else True
     resume = overrides.pop("resume", "")
     if not isinstance(resume, str):
         raise ConfigError("--resume needs one path")
+    if resume and lists["capacity"]:
+        raise ConfigError(
+            "--capacity trains nothing and takes no --resume: give --configs and keys"
+        )
     return Args(lists["configs"], overrides, resume, lists["capacity"])
 
 

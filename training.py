@@ -159,13 +159,13 @@ class Run:
         In this order a checkpoint of any moment, also during an evaluation, continues with what
         was still due. Raises Failure, EnvError, OSError, and what ``poll`` raises.
         """
-        self._catch_up()
+        self._run_due()
         self.poll()
         self._collect()
 
     def finish(self) -> None:
         """The pending updates, and the last record, evaluation and checkpoint if missing."""
-        self._catch_up()
+        self._run_due()
         if self.window.count:
             self.log()
         if self.evaluated != self.step:
@@ -174,7 +174,7 @@ class Run:
         if self.unsaved:
             self.save()
 
-    def _catch_up(self) -> None:
+    def _run_due(self) -> None:
         # A replay that lost its episodes is not ready.
         while self.pending_updates >= 1.0 and self.replay.ready():
             self.poll()
@@ -207,24 +207,24 @@ class Run:
         for scores in self.scores.add(obs):
             self.last_return = scores.get("train_return", self.last_return)
             self.logger.scalars(self.step, scores)
-        if self._filled() and self.replay.ready():
+        if self._prefilled() and self.replay.ready():
             if not self.started:
                 self.started, self.pending_updates = True, float(config.replay.pretrain)
             self.pending_updates += (
                 taken * config.replay.ratio / (config.replay.batch * config.replay.length)
             )
 
-    def _least_rows(self) -> int:
+    def _prefill_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""
         return min(self.config.replay.prefill, self.replay.capacity)
 
-    def _filled(self) -> bool:
-        return len(self.replay) >= self._least_rows()
+    def _prefilled(self) -> bool:
+        return len(self.replay) >= self._prefill_rows()
 
     def _warn_if_too_short(self) -> None:
         """A line where a run of this length never updates."""
         steps = -(-self.config.steps // self.envs.repeat)
-        rows = max(self._least_rows(), self.config.replay.length)
+        rows = max(self._prefill_rows(), self.config.replay.length)
         # a step brings at most two rows
         if not self.started and self.config.replay.ratio and 2 * steps < rows:
             self.report(
@@ -236,7 +236,7 @@ class Run:
         """(count, A) actions for the last observations."""
         expl = self.config.expl
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
-        if not self._filled() or (exploring and expl.behavior == "random"):
+        if not self._prefilled() or (exploring and expl.behavior == "random"):
             self.act = None
             return random_action(self.envs.act_space, self.envs.count, self.explore_rng)
         obs = {key: self.obs[key] for key in (*self.envs.obs_space, "is_first")}
@@ -268,7 +268,7 @@ class Run:
         finite.
         """
         metrics = self.window.read(self.agent.metric_names)
-        if name := self.window.first_broken(metrics):
+        if name := self.window.first_nonfinite(metrics):
             raise Failure(
                 f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); the"
                 f" last good checkpoint is {self.folder / 'latest.pt'}"

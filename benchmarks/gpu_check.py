@@ -96,7 +96,7 @@ def speed(
 def dream_ms(agent: models.Agent, batch: models.Batch, repeats: int) -> float:
     """Of one step."""
     with torch.no_grad(), agent.autocast():
-        carry, post, _ = agent.world_model.observe(networks.prepare(batch))
+        carry, post, _ = agent.world_model.observe(networks.preprocess(batch))
         start = agent.world_model.dynamics.starts(carry, post, 0)
 
     def dream(inputs: models.Batch) -> Tensor:

@@ -1,8 +1,10 @@
-"""Would the tests notice? One-line faults in the core's maths, each put into a copy of the tree and run against tests.
+"""Mutation tests: one-line faults in the core,
+each put into a copy of the tree and run against tests.
 
-    python benchmarks/mutants.py [NAME ...] [--out FILE.json]      # all of them, or those whose name contains a NAME
+    python benchmarks/mutants.py [NAME ...] [--out FILE.json]  # all, or those with NAME in theirs
 
-Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests fail without any.
+Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests
+fail without any.
 """
 
 from __future__ import annotations
@@ -151,7 +153,8 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        # No bytecode: Python compares its time in seconds and its size, and two mutants may share both.
+        # No bytecode: Python compares its time in seconds and its size, and two mutants may share
+        # both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         sys.path[:] = [

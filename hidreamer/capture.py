@@ -1,5 +1,5 @@
-"""The update as fast as a machine allows: compiled parts, and on CUDA one recorded graph, launched
-as a whole.
+"""The update as fast as a machine allows: compiled parts,
+and on CUDA one recorded graph, launched as a whole.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ WARMUP = 3  # ordinary calls before a graph is recorded
 
 
 class Captured:
-    """``fn`` of a dict of CUDA tensors of fixed shapes, recorded after ``warmup`` ordinary calls,
-    then replayed.
+    """``fn`` of a dict of CUDA tensors of fixed shapes,
+    recorded after ``warmup`` ordinary calls, then replayed.
 
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     """
@@ -31,11 +31,11 @@ class Captured:
         if self.calls <= self.warmup:
             # Not on the default stream, so that lazy set-up (libraries, optimiser states) precedes
             # the recording.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 out = self.fn(batch)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(stream)
             return out
         if self.graph is None:
             self.inputs = {key: x.clone() for key, x in batch.items()}
@@ -50,8 +50,8 @@ class Captured:
 
 
 class FastUpdate:
-    """``agent.update``, compiled and with ``capture`` recorded, as far as that works on this
-    machine.
+    """``agent.update``, compiled and with ``capture`` recorded,
+    as far as that works on this machine.
 
     Compilation happens at the first call and recording after WARMUP calls; either may fail there
     (no compiler, an operation that cannot be recorded). Then one RuntimeWarning names the cause,
@@ -66,16 +66,16 @@ class FastUpdate:
         self.agent, self.compile, self.capture = agent, compile, capture
         self.plain: dict[nn.Module, set[str]] = {}  # the attributes of uncompiled modules
         self.compiled = False
-        self._begin()
+        self._select_update()
 
-    def _begin(self) -> None:
-        """Run ``update`` from here on, recording it where that is asked for."""
+    def _select_update(self) -> None:
+        """Run ``update`` from here on, recording it where that is configured."""
         self.run: Update = Captured(self.agent.update) if self.capture else self.agent.update
         # calls that may fail for want of a compiler or recording
-        self.unproven = WARMUP + 1 if self.capture else 1
+        self.trial_calls = WARMUP + 1 if self.capture else 1
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        if not self.unproven:
+        if not self.trial_calls:
             return self.run(batch)
         if not self.plain:
             # Not before: acting also calls these modules, and would fail in their stead.
@@ -91,12 +91,12 @@ class FastUpdate:
                 if not recording and not self.compiled:
                     raise
                 before.restore()
-                self._do_without("record" if recording else "compile", error)
+                self._fall_back("record" if recording else "compile", error)
             else:
-                self.unproven = max(0, self.unproven - 1)
+                self.trial_calls = max(0, self.trial_calls - 1)
                 return out
 
-    def _do_without(self, what: str, error: Exception) -> None:
+    def _fall_back(self, what: str, error: Exception) -> None:
         if what == "record":
             self.capture = False
             # ending a broken recording fails as well, with a vaguer error
@@ -106,9 +106,12 @@ class FastUpdate:
             for module, names in self.plain.items():
                 for name in set(vars(module)) - names:
                     delattr(module, name)
-        self._begin()
+        self._select_update()
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"cannot {what} the update, which continues without (slower; --compile off does not try): {cause}"
+        message = (
+            f"cannot {what} the update, which continues without (slower; "
+            f"--compile off does not try): {cause}"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 

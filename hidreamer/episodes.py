@@ -314,6 +314,8 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises
     EpisodeError.
     """
+    if path.exists() and not path.is_file():
+        raise EpisodeError("it is no file")  # opening a pipe would wait for ever
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]

@@ -47,7 +47,8 @@ def play(
 ) -> Played:
     """Play ``episodes`` in ``envs``, each environment its share.
 
-    Taking whoever finishes first would favour short episodes.
+    Taking whoever finishes first would favour short episodes. One that ended because its
+    environment crashed is played again.
 
     mode: as of ``Agent.act``. limit: the frames after which ``envs`` cut an episode. video: film
     environment 0's first episode, up to LONGEST frames; an error ends the film only. levels: also
@@ -66,7 +67,10 @@ def play(
         inputs = agent.tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
         state = agent.act(state, inputs, mode)
         action = state.action.cpu().numpy()
-        if video:
+        if envs.crashed[0] and video:
+            # What is new now has not been reset and cannot be drawn: the film starts again.
+            videos = {"agent": [], "levels": []}
+        elif video:
             try:
                 videos["agent"].append(envs.render(0))
                 if levels:
@@ -75,7 +79,7 @@ def play(
                 video, problem = False, error
             video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST
         cut = ~obs["is_terminal"] & (running.sums["length"] * envs.repeat >= limit)
-        for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
+        for i in np.flatnonzero(obs["is_last"] & ~envs.crashed & (quota > 0)):
             sums = {key: float(total[i]) for key, total in running.sums.items()}
             ended.append(sums | {"truncated": float(cut[i])})
             quota[i] -= 1

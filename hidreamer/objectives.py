@@ -1,5 +1,4 @@
-"""What trains the world model besides its dynamics' own loss: one small class each, one entry of a
-list.
+"""What trains the world model besides its dynamics' own loss: one small class each.
 
 Another objective is another class with ``loss``, and a line in ``models.WorldModel``.
 """
@@ -20,7 +19,7 @@ class Objective(Protocol):
     """What trains the world model besides the dynamics' own loss."""
 
     def loss(self, post: Post, embed: Tensor, obs: Batch) -> dict[str, Tensor]:
-        """post of (B,T), embed (B,T,E), prepared obs -> losses (B,T) by name."""
+        """post of (B,T), embed (B,T,E), preprocessed obs -> losses (B,T) by name."""
         ...
 
 
@@ -48,7 +47,7 @@ class Reward:
 
 
 class Continue:
-    """The likelihood that the episode goes on, or ends, after a state."""
+    """The likelihood that the episode continues, or ends, after a state."""
 
     def __init__(self, head: nn.Module):
         self.head = head

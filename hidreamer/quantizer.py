@@ -28,7 +28,7 @@ from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
 SCALES = (1.0, 0.7, 0.5)  # deviation of the first codes by level; the last also for all finer ones
-HARD = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
+HARD_LOGIT = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
 
 
 class Codes(NamedTuple):
@@ -69,7 +69,8 @@ def split_codes(codes: int) -> list[int]:
         if found:
             return found
     raise ValueError(
-        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, 256 is 8 x 8 x 4"
+        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, "
+        "256 is 8 x 8 x 4"
     )
 
 
@@ -155,17 +156,17 @@ class Quantizer(nn.Module):
         distance = self.distance(level, residual)
         if self.kind == "sampled":
             logit = -distance / self.log_tau[level].exp()
-            onehot = dists.draw(dists.mix(logit, self.unimix), sample)
+            onehot = dists.sample_onehot(dists.unimix_probs(logit, self.unimix), sample)
             return self.decode(level, onehot.to(residual.dtype)), onehot.argmax(-1), logit
         index = distance.argmin(-1)
         onehot = onehots(index, self.codes, residual.dtype)
         code = dists.straight_through(self.decode(level, onehot), residual)
-        return code, index, HARD * onehot
+        return code, index, HARD_LOGIT * onehot
 
     def distance(self, level: int, residual: Tensor) -> Tensor:
         """Squared distances (..., G, K) of (..., G, d) to a level's codes, in float32 at least."""
-        book = dists.wide(self.book[level])  # (G or 1, K, d)
-        x = dists.wide(residual)
+        book = dists.at_least_float32(self.book[level])  # (G or 1, K, d)
+        x = dists.at_least_float32(residual)
         with torch.autocast(
             x.device.type, enabled=False
         ):  # it would round by more than codes differ
@@ -192,12 +193,12 @@ class Quantizer(nn.Module):
 
     def _encode_fsq(self, level: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``_encode_level``."""
-        bound = dists.wide(torch.tanh(self.down[level](residual)))  # (..., G, numbers)
+        bound = dists.at_least_float32(torch.tanh(self.down[level](residual)))  # (..., G, numbers)
         digits = ((bound + 1.0) / 2.0 * (self.sides - 1.0)).round()
         index = (digits.long() * self._radix()).sum(-1)
         onehot = onehots(index, self.codes, residual.dtype)
         rounded = dists.straight_through(2.0 * digits / (self.sides - 1.0) - 1.0, bound)
-        return self.up[level](rounded.to(residual.dtype)), index, HARD * onehot
+        return self.up[level](rounded.to(residual.dtype)), index, HARD_LOGIT * onehot
 
     @torch.no_grad()
     def update_codebook(self, codes: Codes, rate: float = 0.02, floor: float = 0.2) -> None:

@@ -51,7 +51,7 @@ class Carry(NamedTuple):
     keys: Tensor  # (B, layers, h, P, d)
     values: Tensor  # the same
     segment: Tensor  # (B, S) the episode of a step: 0 is the last step's, others are negative
-    where: Tensor  # (N,) the branch's step, 0 .. S - 1
+    step: Tensor  # (N,) the branch's step, 0 .. S - 1
 
     def prefix(self) -> list[KV] | None:
         """Each layer's K/V, (B, h, P, d); None where no step is cached."""
@@ -83,7 +83,7 @@ class Carry(NamedTuple):
             keys=self.keys[..., first:, :],
             values=self.values[..., first:, :],
             segment=self.segment[:, steps - count :],
-            where=torch.full_like(self.where, count - 1),
+            step=torch.full_like(self.step, count - 1),
         )
 
     def unshared(self, count: int) -> Carry:
@@ -96,13 +96,13 @@ class Carry(NamedTuple):
         if not steps:
             return self
         count = min(count, steps)
-        index = self.where.unsqueeze(1) + torch.arange(
-            1 - count, 1, device=self.where.device
+        index = self.step.unsqueeze(1) + torch.arange(
+            1 - count, 1, device=self.step.device
         )  # (N, count)
         cached, index = index >= 0, index.clamp(min=0)
         rows = (
             torch.arange(batch, device=index.device)
-            .repeat_interleave(len(self.where) // batch)
+            .repeat_interleave(len(self.step) // batch)
             .unsqueeze(1)
         )
 
@@ -110,9 +110,9 @@ class Carry(NamedTuple):
             x = x.unflatten(-2, (steps, -1))[rows, :, :, index]  # (N, count, layers, h, L + 1, d)
             return x.movedim(1, 3).flatten(3, 4)  # (N, layers, h, count * (L + 1), d)
 
-        time = self.where - (steps - 1)  # (N,) of the branch's step
+        time = self.step - (steps - 1)  # (N,) of the branch's step
         back = rotary(-time.view(-1, 1, 1), self.keys.shape[-1], self.keys.dtype)
-        own = self.segment[rows[:, 0], self.where].unsqueeze(1)  # (N, 1)
+        own = self.segment[rows[:, 0], self.step].unsqueeze(1)  # (N, 1)
         segment = torch.where(cached, self.segment[rows, index] - own, -1)
         return Carry(
             self.deter,
@@ -120,7 +120,7 @@ class Carry(NamedTuple):
             rotate(copies(self.keys), back),
             copies(self.values),
             segment,
-            torch.full_like(self.where, count - 1),
+            torch.full_like(self.step, count - 1),
         )
 
 
@@ -138,35 +138,35 @@ class Rollout:
     Rows of imagined positions are computed pass by pass, in the order of ``Layout``: A_0, then
     L0_1 .. A_1, and so on. The K/V of imagined positions are each branch's own.
 
-    rules: what ``mask.rule`` returned; slots: by level, how many slots of earlier steps a row of
-    that level sees.
+    level_mask: of ``mask.make_level_mask``; slots: by level, how many slots of earlier steps a row
+    of that level sees.
     """
 
     def __init__(
         self,
         transformer: Transformer,
-        rules: Tensor,
+        level_mask: Tensor,
         slots: list[int],
         window: int,
         carry: Carry,
         horizon: int,
     ):
-        self.transformer, self.rules, self.slots, self.window, self.origin = (
+        self.transformer, self.level_mask, self.slots, self.window, self.origin = (
             transformer,
-            rules,
+            level_mask,
             slots,
             window,
             carry,
         )
         self.levels, self.horizon, self.graph = len(slots) - 1, horizon, torch.is_grad_enabled()
         batch, steps = carry.segment.shape
-        self.shape = batch, len(carry.where) // batch  # (B, n)
-        where = carry.where.view(self.shape)
+        self.shape = batch, len(carry.step) // batch  # (B, n)
+        where = carry.step.view(self.shape)
         self.start = where.unsqueeze(2) - (steps - 1)  # (B, n, 1) time of a branch's step 0
         self.cached = Layout.of(steps, self.levels, 1 - steps, where.device)
         self.own = Layout.of(horizon, self.levels, 1, where.device)
         rows = self.own.time, self.own.level
-        self.own_mask = attn_mask(rules, rows, rows, window)  # (O, O)
+        self.own_mask = attn_mask(level_mask, rows, rows, window)  # (O, O)
         self.rope = rotary(
             self.start + self.own.time, transformer.head_dim, carry.deter.dtype
         )  # (B, n, O, 2, d / 2)
@@ -178,12 +178,12 @@ class Rollout:
         )  # of the next row, which is A_0; rows computed so far
         self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
         self.prefixes: dict[tuple[int, int], Prefix] = {}
-        self.pieces: dict[int, list[KV]] = {}
+        self.cached_kv: dict[int, list[KV]] = {}
         if steps:
             segment = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
             same = segment.unsqueeze(1) == carry.segment.gather(1, where).unsqueeze(2)  # (B, n, P)
-            # What the sequence goes on to do after the branch's step is not seen, the step's own
-            # action included.
+            # Not visible: what follows the branch's step in its sequence, beginning with the
+            # step's own action.
             self.visible = same & (self.cached.step <= where.unsqueeze(2))
 
     def append(self, token: Tensor) -> None:
@@ -228,22 +228,26 @@ class Rollout:
                 for x in (self.cached.time, self.cached.level, self.visible)
             )
             mask = attn_mask(
-                self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level)
+                self.level_mask,
+                (self.start + self.own.time[rows], self.own.level[rows]),
+                (time, level),
             )
             self.prefixes[self.level, count] = Prefix(
-                self._piece(slots), mask & visible.unsqueeze(2), (self.start - time).unsqueeze(2)
+                self._cached_kv(slots),
+                mask & visible.unsqueeze(2),
+                (self.start - time).unsqueeze(2),
             )
         return self.prefixes[self.level, count]
 
-    def _piece(self, slots: int) -> list[KV]:
+    def _cached_kv(self, slots: int) -> list[KV]:
         """The first slots of the cached K/V, contiguous: else every product would copy them."""
-        if slots not in self.pieces:
+        if slots not in self.cached_kv:
             keys, values = (
                 first_slots(x, self.levels + 1, slots, -2).transpose(0, 1).contiguous().unbind()
                 for x in (self.origin.keys, self.origin.values)
             )
-            self.pieces[slots] = [KV(*kv) for kv in zip(keys, values, strict=True)]
-        return self.pieces[slots]
+            self.cached_kv[slots] = [KV(*kv) for kv in zip(keys, values, strict=True)]
+        return self.cached_kv[slots]
 
     def carry(self, deter: Tensor, stoch: Tensor) -> Carry:
         """A sequence for each branch, at its last step, of state deter (N,D), stoch (N,Z)."""

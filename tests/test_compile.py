@@ -21,7 +21,9 @@ def updates(agent, batch, update, count=6):
 
 
 def break_actor(agent):
-    """Compile as usual, as far as anyone can see; the actor fails when the world model has had its step already."""
+    """Compile as usual, as far as anyone can see;
+    the actor fails when the world model has had its step already.
+    """
 
     def broken(*args):
         torch.rand(5)

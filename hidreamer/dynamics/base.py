@@ -92,7 +92,7 @@ def kl_losses(
         losses["rep"] = 0.0
     free = config.free_nats / len(levels)
     for i, level in enumerate(levels):
-        post, prior = (dists.mix(logit, config.unimix) for logit in level)  # (B, T, S, K)
+        post, prior = (dists.unimix_probs(logit, config.unimix) for logit in level)  # (B, T, S, K)
         dyn = dists.kl(post.detach(), prior)  # (B, T)
         dyn_scale = config.dyn * (weights[i] if weights else 1.0)
         losses["dyn"] = losses["dyn"] + dyn_scale * dyn.clamp(min=free)
@@ -109,7 +109,7 @@ class Dynamics(nn.Module):
     """A latent state and how it moves.
 
     Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
-    the mode wherever a sample would be drawn.
+    the mode instead of every sample.
     """
 
     deter_dim: int
@@ -177,7 +177,7 @@ class Dynamics(nn.Module):
         return post.feat
 
     def update_codebook(self, post: Post) -> None:
-        """Learn what is not learned by gradient.
+        """Update what is not trained by gradient.
 
         Called once per training update, after the optimiser's step.
         """

@@ -12,10 +12,10 @@ from hidreamer.dynamics.recurrent import Recurrent
 from hidreamer.dynamics.scan import (
     Tensors,
     add_product,
-    draw,
-    draw_grad,
     norm,
     product,
+    sample,
+    sample_grad,
     weight_grad,
 )
 from hidreamer.nets import linear
@@ -90,9 +90,9 @@ class HRSSM(Recurrent):
         return stoch[..., : math.prod(self.shapes[0])]
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
-        # The bottom's prior is given the posterior's top. Given a sample of the prior's own, which
-        # says nothing of the observation, it would learn to ignore the top, and the levels of
-        # imagined states would not fit together.
+        # The bottom's prior is conditioned on the posterior's top. Conditioned on a sample of the
+        # prior's own, which is independent of the observation, it would learn to ignore the top,
+        # and the levels of imagined states would not fit together.
         u, top = self.img_out(deter), self._top_of(stoch).detach()
         return self._top_prior(u), self._bottom_prior(u, top)
 
@@ -124,10 +124,10 @@ class HRSSM(Recurrent):
     ) -> tuple[Tensor, Tensors, Tensors]:
         of_top, both, (of_u, *u_norm) = weights[:2], weights[4:6], weights[6:]
         noises, unimix = noise or (None, None), self.kl_config.unimix
-        top, *seen_top = draw(product(v, *of_top), self.shapes[0], unimix, noises[0])
+        top, *seen_top = sample(product(v, *of_top), self.shapes[0], unimix, noises[0])
         u = nn.functional.silu(norm(product(deter, of_u), *u_norm, self.eps)[-1])
         given = torch.cat([u, v, top], -1)  # (B, 2 hidden + S0 * K0)
-        bottom, *seen_bottom = draw(product(given, *both), self.shapes[1], unimix, noises[1])
+        bottom, *seen_bottom = sample(product(given, *both), self.shapes[1], unimix, noises[1])
         logits, softmaxes = zip(seen_top, seen_bottom, strict=True)
         return torch.cat([top, bottom], -1), logits, (*softmaxes, given)
 
@@ -137,10 +137,10 @@ class HRSSM(Recurrent):
         of_top, of_delta, hidden = weights[0], weights[2], weights[0].shape[1]
         unimix, size = self.kl_config.unimix, len(of_top)
         top, bottom = stoch.split([size, stoch.shape[-1] - size], -1)
-        bottom = draw_grad(bottom, logits[1], saved[1], unimix)  # (B, S1 * K1)
+        bottom = sample_grad(bottom, logits[1], saved[1], unimix)  # (B, S1 * K1)
         # u and the bottom's prior have no gradient here
         v, through = product(bottom, of_delta[:, hidden:].t()).split([hidden, size], -1)
-        top = draw_grad(top + through, logits[0], saved[0], unimix)  # (B, S0 * K0)
+        top = sample_grad(top + through, logits[0], saved[0], unimix)  # (B, S0 * K0)
         return add_product(v, top, of_top.t()), (top, bottom)
 
     def post_weight_grads(

@@ -35,7 +35,7 @@ from hidreamer.dynamics.base import (
     stack_feats,
     start_steps,
 )
-from hidreamer.mask import attn_mask, rule
+from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
@@ -105,9 +105,9 @@ class HRVQ(Dynamics):
             raise ValueError(
                 f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number"
             )
-        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to
-        # be near to it, all it can do is become vague. So nothing draws it there, and no nats are
-        # free: the prior is always trained.
+        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be
+        # near to it, all it can do is become vague. So it is not regularised towards the prior
+        # (rep 0), and there are no free nats: the prior is always trained.
         self.kl_config = kl_config._replace(rep=0.0, free_nats=0.0)
         self.levels, self.window, self.chain = levels, window, chain
         self.level_dropout = level_dropout
@@ -124,11 +124,11 @@ class HRVQ(Dynamics):
             raise ValueError(
                 f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions"
             )
-        self.register_buffer("rules", rule(mask, levels), persistent=False)
+        self.register_buffer("level_mask", make_level_mask(mask, levels), persistent=False)
         # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
         # ..).
         with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
-            past = rule(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
+            past = make_level_mask(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
         self.code_shape = groups, code_dim
         self.map_positions = groups if spatial else 0
@@ -174,14 +174,14 @@ class HRVQ(Dynamics):
         """Any carry as one with a sequence for each branch."""
         if isinstance(carry, RolloutCarry):
             return carry.sequences()
-        return carry if len(carry.where) == len(carry.segment) else carry.unshared(self.window)
+        return carry if len(carry.step) == len(carry.segment) else carry.unshared(self.window)
 
     def _attention(self, carry: Carry, segment: Tensor) -> Attention:
         """Of T steps after the carry's, of the episodes segment (B, T), 0 being its last step's."""
         new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
         rows = new.time, new.level
         episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
-        mask = attn_mask(self.rules, rows, rows, self.window)  # (Q, Q)
+        mask = attn_mask(self.level_mask, rows, rows, self.window)  # (Q, Q)
         mask = (mask & (episode.unsqueeze(2) == episode.unsqueeze(1))).unsqueeze(1)
         rope = rotary(new.time, self.transformer.head_dim, carry.deter.dtype)
         steps = carry.segment.shape[1]
@@ -189,7 +189,7 @@ class HRVQ(Dynamics):
             return Attention(rope, new.level, mask, None, None)
         old = Layout.of(steps, self.levels, 1 - steps, segment.device)
         past = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
-        prefix_mask = attn_mask(self.rules, rows, (old.time, old.level), self.window)  # (Q, P)
+        prefix_mask = attn_mask(self.level_mask, rows, (old.time, old.level), self.window)  # (Q, P)
         prefix_mask = (prefix_mask & (episode.unsqueeze(2) == past.unsqueeze(1))).unsqueeze(1)
         return Attention(rope, new.level, mask, carry.prefix(), prefix_mask)
 
@@ -320,7 +320,7 @@ class HRVQ(Dynamics):
         steps = torch.arange(length, device=cache.segment.device)[chosen] + cached
         deter, stoch = (x[:, chosen].flatten(0, 1).detach() for x in post.feat)  # (B * n, .)
         where = steps.repeat(len(cache.segment))
-        return cache._replace(deter=deter, stoch=stoch, where=where)
+        return cache._replace(deter=deter, stoch=stoch, step=where)
 
     def imagine(
         self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
@@ -328,7 +328,9 @@ class HRVQ(Dynamics):
         self.check_imagined(carry, actor, horizon)
         given = isinstance(actor, Tensor)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
-        rollout = Rollout(self.transformer, self.rules, self.slots, self.window, carry, horizon)
+        rollout = Rollout(
+            self.transformer, self.level_mask, self.slots, self.window, carry, horizon
+        )
         feats, actions = [self.feat(carry)], []
         for t in range(horizon):
             action = actor[:, t] if given else actor(feats[-1])  # (N, A)
@@ -344,8 +346,8 @@ class HRVQ(Dynamics):
         codes = []
         for level in range(self.levels):
             logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
-            probs = dists.mix(logit, self.kl_config.unimix)
-            onehot = dists.draw(probs, sample).to(out.dtype)
+            probs = dists.unimix_probs(logit, self.kl_config.unimix)
+            onehot = dists.sample_onehot(probs, sample).to(out.dtype)
             codes.append(self.quantizer.decode(level, onehot).flatten(1))  # (N, G * d)
             token = self._token(level, codes[-1])
             if self.chain and level < self.levels - 1:

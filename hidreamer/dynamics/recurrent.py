@@ -46,7 +46,7 @@ class Carry(NamedTuple):
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
-    They add how a state is drawn: ``prior_step``, ``post_step``, ``priors``; and, for a faster
+    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
     scan, what ``scan.ScanDynamics`` asks for. ``cell``, ``norm`` and ``act`` are names of
     ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
     """
@@ -98,7 +98,9 @@ class Recurrent(Dynamics):
 
     def sample_stoch(self, logit: Tensor, sample: bool) -> Tensor:
         """One level's logits (...,S,K) -> one-hots (...,S*K), sampled, or the mode."""
-        return dists.draw(dists.mix(logit, self.kl_config.unimix), sample).flatten(-2)
+        return dists.sample_onehot(
+            dists.unimix_probs(logit, self.kl_config.unimix), sample
+        ).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
         # The memory is learned; the state is the prior's mode there, a constant, so that no loss
@@ -124,8 +126,8 @@ class Recurrent(Dynamics):
         first = self.initial(len(embed))
         keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
         deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
-        action = img_in.partial(1, prev_action * keep)  # (B, T, hidden)
-        embed = obs_out.partial(1, embed)  # (B, T, hidden)
+        action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
+        embed = obs_out.project(1, embed)  # (B, T, hidden)
         inputs = keep, deter0, stoch0, action, embed
         if self.has_scan:
             noise = self._noise(keep.transpose(0, 1)) if sample else ()
@@ -140,7 +142,7 @@ class Recurrent(Dynamics):
         return last, Post(feat, tuple(map(Level, post, self.priors(*feat))))
 
     def _noise(self, like: Tensor) -> Tensors:
-        """Uniform numbers (T,B,S,1) by level, for steps like (T,B,1); drawn step by step."""
+        """Uniform numbers (T,B,S,1) by level, for steps like (T,B,1); sampled step by step."""
         steps, batch, _ = like.shape
         sizes = [batch * variables for variables, _ in self.shapes]
         noise = torch.rand(steps, sum(sizes), device=like.device, dtype=like.dtype)
@@ -201,7 +203,7 @@ class Recurrent(Dynamics):
         obs_out: SplitBlock,
         sample: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """One step of the scan: (B,.) each, action and embed as ``partial`` products (B,hidden).
+        """One step of the scan: (B,.) each, action and embed as ``project`` products (B,hidden).
 
         The rows of a starting episode have keep 0 and carry deter0, stoch0 instead, which are 0 in
         the other rows.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hidreamer.dynamics.base import KLConfig
 from hidreamer.dynamics.recurrent import Recurrent
-from hidreamer.dynamics.scan import Tensors, draw, draw_grad, product, weight_grad
+from hidreamer.dynamics.scan import Tensors, product, sample, sample_grad, weight_grad
 from hidreamer.nets import linear
 
 
@@ -54,13 +54,13 @@ class RSSM(Recurrent):
         self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
     ) -> tuple[Tensor, Tensors, Tensors]:
         noise, unimix = noise[0] if noise else None, self.kl_config.unimix
-        stoch, logit, softmax = draw(product(v, *weights), self.shapes[0], unimix, noise)
+        stoch, logit, softmax = sample(product(v, *weights), self.shapes[0], unimix, noise)
         return stoch, (logit,), (softmax,)
 
     def post_backward(
         self, weights: Tensors, saved: Tensors, stoch: Tensor, logits: Tensors
     ) -> tuple[Tensor, Tensors]:
-        logit = draw_grad(stoch, *logits, *saved, self.kl_config.unimix)  # (B, S * K)
+        logit = sample_grad(stoch, *logits, *saved, self.kl_config.unimix)  # (B, S * K)
         return product(logit, weights[0].t()), (logit,)
 
     def post_weight_grads(

@@ -69,7 +69,7 @@ class CellGrads(NamedTuple):
 class ScanDynamics(Protocol):
     """A dynamics whose posterior tells its gradient.
 
-    The state is drawn from memory (B,D) and v (B,W), the hidden layer of memory and embedding.
+    The state is sampled from memory (B,D) and v (B,W), the hidden layer of memory and embedding.
     ``scan_forward`` and ``scan_backward`` are ``forward_step`` and ``backward_step`` here, compiled
     or not.
     """
@@ -129,7 +129,7 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensors:
     """LayerNorm -> input, mean, reciprocal deviation, output."""
-    x = dists.wide(x)
+    x = dists.at_least_float32(x)
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return x, mean, rstd, y
 
@@ -147,25 +147,19 @@ def norm_weight_grads(grad: Tensor, saved: Tensors, weight: Tensor, bias: Tensor
     return LayerNormBackward(*args, [False, True, True])[1:]
 
 
-def draw(logit: Tensor, shape: tuple[int, int], unimix: float, noise: Tensor | None) -> Tensors:
-    """One level as ``distributions`` has it, with given noise (B,S,1); None for the mode.
+def sample(logit: Tensor, shape: tuple[int, int], unimix: float, noise: Tensor | None) -> Tensors:
+    """One level's logits (B, S * K), with given noise (B,S,1) or None for the mode.
 
-    logit: (B, S * K). -> one-hots (B, S * K), logits (B,S,K), their softmax.
+    -> one-hots (B, S * K), logits (B,S,K), their softmax.
     """
-    logit = dists.wide(logit).unflatten(-1, shape)
+    logit = dists.at_least_float32(logit).unflatten(-1, shape)
     probs = softmax = torch.softmax(logit, -1)
     if unimix:
         probs = torch.add(unimix / shape[1], softmax, alpha=1.0 - unimix)
-    if noise is None:
-        index = probs.argmax(-1, keepdim=True)
-    elif torch.compiler.is_compiling():  # becomes one kernel with what is before and after it
-        index = (probs[..., :-1].cumsum(-1) < noise).sum(-1, keepdim=True)
-    else:
-        index = torch.searchsorted(probs[..., :-1].cumsum(-1), noise)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0).flatten(-2), logit, softmax
+    return dists.invert_cdf(probs, noise).flatten(-2), logit, softmax
 
 
-def draw_grad(stoch: Tensor, logit: Tensor, softmax: Tensor, unimix: float) -> Tensor:
+def sample_grad(stoch: Tensor, logit: Tensor, softmax: Tensor, unimix: float) -> Tensor:
     """From those of one-hots (B, S * K), straight-through, and logits (B,S,K) -> (B, S * K)."""
     stoch = stoch.unflatten(-1, softmax.shape[-2:])
     through = SoftmaxBackward(stoch, softmax, -1, softmax.dtype)
@@ -222,17 +216,17 @@ def backward_step(
     w, (cell, post) = CellWeights(*weights[:9]), split_saved(saved)
     silu_grad = torch.ops.aten.silu_backward
     v, post_grads = dynamics.post_backward(weights[9:], post, stoch, logits)  # (B, W)
-    obs = silu_grad(dists.wide(v), cell.obs_norm[-1])
+    obs = silu_grad(dists.at_least_float32(v), cell.obs_norm[-1])
     obs = obs, norm_grad(obs, cell.obs_norm, w.obs_weight, w.obs_bias)
     deter = add_product(deter, obs[1], w.obs_out.t())
     slope, stays = gates  # (B, 3D), (B, D)
     gru = (deter.unsqueeze(-2) * slope.unflatten(-1, (3, -1))).flatten(-2)
     gru = gru, norm_grad(gru, cell.gru_norm, w.gru_weight, w.gru_bias)
-    x = dists.wide(product(gru[1], w.gru.t()))
+    x = dists.at_least_float32(product(gru[1], w.gru.t()))
     x, through = x.split([x.shape[-1] - stays.shape[-1], stays.shape[-1]], -1)  # (B, W), (B, D)
     img = silu_grad(x, cell.img_norm[-1])
     img = img, norm_grad(img, cell.img_norm, w.img_weight, w.img_bias)
-    stoch = dists.wide(product(img[1], w.img_in.t()))
+    stoch = dists.at_least_float32(product(img[1], w.img_in.t()))
     deter = torch.addcmul(through, deter, stays)
     return deter, stoch, (*img, *gru, *obs, *post_grads)
 
