@@ -123,8 +123,8 @@ class Layer(nn.Module):
         return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
 
     def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
-        """x (B,n,Q,W), what attention gave (B,h,n,Q,d), levels (Q,) -> (B,n,Q,W), losses."""
-        x = x + self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
+        """x (B,n,Q,W), what attention gave (B,n,Q,W), levels (Q,) -> (B,n,Q,W), losses."""
+        x = x + self.out(attended)
         added, losses = self.ffn(self.norm2(x), level)
         return x + added, losses
 
@@ -207,10 +207,13 @@ class Transformer(nn.Module):
             q, k, v = layer.project(x, rope)
             kv = own[i].add(k, v)
             if layer is self.layers[-1]:  # of the other positions only keys and values are needed
-                x, q, level = x[:, :, out_index], q[:, :, :, out_index], level[out_index]
+                # contiguous: what is compiled is compiled anew for every other order in memory
+                x, level = x[:, :, out_index].contiguous(), level[out_index].contiguous()
+                q = q[:, :, :, out_index]
                 own_mask = own_mask[..., out_index, :]
                 prefix_mask = prefix_mask[:, :, out_index] if prefix else None
             attended = attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask)
+            attended = attended.permute(0, 2, 3, 1, 4).flatten(-2)  # (B, n, Q, W)
             x, layer_losses = layer.add_residuals(x, attended, level)
             for name, loss in layer_losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss

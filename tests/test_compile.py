@@ -1,5 +1,6 @@
 """An update that cannot be compiled or recorded is done without, as if nothing had been tried."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from test_agent import EVERYTHING, make
 
 from conftest import ROOT
-from hidreamer import capture
+from hidreamer import capture, evaluation
 from hidreamer.dynamics import TYPES
 
 
@@ -102,6 +103,48 @@ def test_what_works_is_not_copied_again(monkeypatch):
         fast(batch)
         monkeypatch.setattr(capture, "Snapshot", None)
         fast(batch)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_run_compiles_every_piece_it_needs_and_then_no_more(kind, precision, monkeypatch):
+    """In the order of a run: acting comes before training. Past its limit torch would give up a piece."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend=backend))
+    over = {"dynamics.type": kind, "precision": precision, "imag.horizon": 3}
+    agent, batch = make(EVERYTHING, batch=4, **over)
+    rows = {key: x.numpy() for key, x in batch.items()}
+
+    def act(count, mode):
+        state = agent.initial(count)
+        for t in range(6):
+            obs = {key: batch[key][:count, t] for key in (*EVERYTHING, "is_first")}
+            state = agent.act(state, obs, mode)
+        agent.decode_state(obs, state)
+
+    def run():
+        act(1, "train"), act(3, "train")
+        agent.update(batch), agent.update(batch)
+        act(3, "greedy")
+        evaluation.open_loop(agent, rows, levels=True)
+        act(1, "train"), agent.update(batch)
+
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+            agent._compile()
+            run()
+            compiled = len(graphs)
+            assert compiled > 15
+            run()
+            assert len(graphs) == compiled
+    finally:
+        torch._dynamo.reset()
 
 
 def test_without_a_compiler_a_run_is_one_line_and_the_same(tmp_path):

@@ -402,24 +402,3 @@ def test_memory_of_imagination_does_not_grow_with_starts_times_context():
     start = dynamics.starts(carry, post, 0)
     assert start.keys.shape[0] == 2 and start.deter.shape[0] == 128
     assert start.keys.numel() == carry.keys.numel()
-
-
-def test_every_shape_that_layers_meet_is_compiled(monkeypatch):
-    """Training, dreaming, acting in one environment and in three:
-    after eight shapes of a piece torch gives up.
-    """
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda piece: real(piece, backend="eager"))
-    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
-    agent, batch = make(EVERYTHING, **{"dynamics.type": "hrvq", "imag.horizon": 3})
-    agent.world_model.dynamics.compile_steps()
-    try:
-        agent.update(batch), agent.update(batch)
-        for count in (1, 3):
-            state = agent.initial(count)
-            for t in range(3):
-                obs = {key: x[:1, t].expand(count, *x.shape[2:]) for key, x in batch.items()}
-                state = agent.act(state, obs)
-    finally:
-        torch._dynamo.reset()

@@ -61,6 +61,7 @@ class Attention(NamedTuple):
     prefix_mask: Tensor | None  # (B, 1, Q, P)
 
 
+COMPILED_KINDS = 16  # at most, of calls that a compiled piece meets
 FORMER_NAMES = {
     "begin": "bos_token",
     "place": "level_emb",
@@ -381,6 +382,11 @@ class HRVQ(Dynamics):
         return post.feat._replace(stoch=(stoch * keep).flatten(-2))
 
     def compile_steps(self) -> None:
+        # Acting, training, dreaming and open loops differ in which of B, n and Q are 1, in whether
+        # gradients are recorded, and in the rotations' shape: nine kinds of calls, each compiled
+        # once. Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
         for layer in self.transformer.layers:
             layer.project = torch.compile(layer.project)
             layer.add_residuals = torch.compile(layer.add_residuals)
