@@ -24,6 +24,7 @@ from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
 from hidreamer.optim import make_optimizer
+from hidreamer.precision import set_tf32
 from hidreamer.weights import match, module_name, renamed
 from tools import Config, ConfigError
 
@@ -299,7 +300,8 @@ class Agent(nn.Module):
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.config.precision != "bfloat16":
             return contextlib.nullcontext()
-        # The cache of cast weights would outlive the optimiser step that changes them.
+        # Without its cache of cast weights: what is cast in imagination, where no gradient is
+        # recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
         device = next(self.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
@@ -367,14 +369,9 @@ def pick_device(config: Config) -> torch.device:
 
 
 def set_precision(config: Config, device: torch.device) -> None:
-    """Of float32 products and convolutions on CUDA, for the whole process.
-
-    torch's own default is TF32 for convolutions alone.
-    """
+    """Of float32 products and convolutions on CUDA, for the whole process."""
     if device.type == "cuda":
-        tf32 = config.precision != "float32"
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
+        set_tf32(config.precision != "float32")
 
 
 def make_agent(env: Any, config: Config, device: torch.device) -> Agent:

@@ -101,7 +101,7 @@ def dream_ms(agent: models.Agent, batch: models.Batch, repeats: int) -> float:
 
     def dream(inputs: models.Batch) -> Tensor:
         with torch.no_grad(), agent.autocast():
-            return agent.behavior.dream(agent.world_model, start, inputs["terminal"]).x
+            return agent.behavior.imagine(agent.world_model, start, inputs["terminal"]).x
 
     device = batch["reward"].device
     run = capture.Captured(dream) if device.type == "cuda" else dream

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hidreamer.distributions import TwoHot
 from hidreamer.dynamics.base import Feat
 from hidreamer.losses import imag_loss, scaled
+from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
 Metrics = dict[str, Tensor]  # each ()
@@ -46,7 +47,8 @@ class Behavior(nn.Module):
 
         REINFORCE needs no gradient through the trajectory, so none is recorded for it.
         """
-        with torch.set_grad_enabled(self.backprop):
+        grad = torch.set_grad_enabled(self.backprop)
+        with grad, cast_weights(model.dynamics, self.actor):
             policy = lambda feat: self.actor(feat.cat().detach()).sample()
             _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
             x = feat.cat()

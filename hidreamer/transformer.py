@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import at_least_float32
 from hidreamer.nets import by_name, linear, make_activation, make_norm
+from hidreamer.precision import masked_attention
 
 
 class KV(NamedTuple):
@@ -145,7 +146,8 @@ def attend(
         if own_mask.ndim == 4:
             own_mask = own_mask.flatten(0, 1).unsqueeze(1)  # (B * n, 1, Q, O)
         each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
-        out = F.scaled_dot_product_attention(*each, own_mask)
+        with masked_attention(q.is_cuda):
+            out = F.scaled_dot_product_attention(*each, own_mask)
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)
     q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
     own_mask = own_mask.unsqueeze(1) if own_mask.ndim == 4 else own_mask

@@ -108,23 +108,20 @@ class HRSSM(Recurrent):
         """Of the top, of u, of the bottom's prior and delta as one product with (u, v, z_top)."""
         top, delta, hidden = self.post_top, self.delta, self.img_out.linear.out_features
         with torch.no_grad():
-            of_u, of_top = self.prior_bottom.weight.split(
-                [hidden, self.prior_bottom.in_features - hidden], 1
-            )
-            base = torch.cat([of_u, torch.zeros_like(of_u), of_top], 1)
+            prior = self.prior_bottom.weight
+            of_v = torch.zeros_like(prior[:, :hidden])
+            base = torch.cat([prior[:, :hidden], of_v, prior[:, hidden:]], 1)
             both = delta.weight + base, delta.bias + self.prior_bottom.bias
-            u = (
-                self.img_out.linear.weight.detach(),
-                *map(Tensor.detach, self.img_out.norm.parameters()),
-            )
-        return top.weight, top.bias, delta.weight, delta.bias, *both, *u
+        of_u = self.img_out.linear.weight.detach()
+        return top.weight, top.bias, delta.weight, delta.bias, *both, of_u
 
     def post_forward(
         self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
     ) -> tuple[Tensor, Tensors, Tensors]:
-        of_top, both, (of_u, *u_norm) = weights[:2], weights[4:6], weights[6:]
+        of_top, both, of_u = weights[:2], weights[4:6], weights[6]
         noises, unimix = noise or (None, None), self.kl_config.unimix
         top, *seen_top = sample(product(v, *of_top), self.shapes[0], unimix, noises[0])
+        u_norm = self.img_out.norm.weight, self.img_out.norm.bias
         u = nn.functional.silu(norm(product(deter, of_u), *u_norm, self.eps)[-1])
         given = torch.cat([u, v, top], -1)  # (B, 2 hidden + S0 * K0)
         bottom, *seen_bottom = sample(product(given, *both), self.shapes[1], unimix, noises[1])
@@ -149,7 +146,7 @@ class HRSSM(Recurrent):
         top, bottom = grads
         of_top = weight_grad(top, v, weights[0]), top.sum((0, 1))
         of_delta = weight_grad(bottom, saved[2], weights[2]), bottom.sum((0, 1))
-        return *of_top, *of_delta, None, None, None, None, None
+        return *of_top, *of_delta, None, None, None
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Split the heads of a flat state over two levels: it computes the same until trained.

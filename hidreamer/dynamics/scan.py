@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hidreamer import distributions as dists
+from hidreamer.precision import autocast_dtype
 
 Tensors = tuple[Tensor, ...]
 LayerNormBackward = torch.ops.aten.native_layer_norm_backward
@@ -77,7 +78,7 @@ class ScanDynamics(Protocol):
     eps: float  # of all norms
 
     def post_weights(self) -> Tensors:
-        """Those of the posterior that a step multiplies with."""
+        """Those that the posterior multiplies with, and their biases."""
         ...
 
     def post_forward(
@@ -342,10 +343,11 @@ def scan(
 
     Under autocast products are taken in its precision, all else in float32.
     """
-    weights, device = (*cell, *dynamics.post_weights()), carry[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        weights = tuple(w.to(dtype) if w.ndim == 2 else w for w in weights)
+    post, dtype = dynamics.post_weights(), autocast_dtype(carry[0].device)
+    if dtype is not None:  # once, not at every step
+        cell = (w.to(dtype) if w.ndim == 2 else w for w in cell)
+        post = (w.to(dtype) for w in post)
+    weights = (*cell, *post)
     if not torch.is_grad_enabled():
         return run_steps(dynamics, weights, inputs, carry, save=False)[:3]
     count = 2 + len(dynamics.shapes)
