@@ -207,15 +207,19 @@ class Agent(nn.Module):
             optimizer = make_optimizer("adam", group, **settings, capturable=capturable)
             self.optimizers[name] = optimizer
 
-    def make_update(self, compiled: str) -> Callable[[Batch], Tensor]:
-        """``update``; for CUDA, or ``compiled`` "on", with compiled parts; for CUDA as one graph.
+    def make_update(
+        self, compiled: str, report: Callable[[str], None] = print
+    ) -> Callable[[Batch], Tensor]:
+        """``update``: on CUDA recorded as one graph; with ``compiled`` "on", and for "auto" on
+        CUDA, its parts compiled, of which ``report`` is told.
 
         Where compiling or recording fails, it warns and continues without (see ``FastUpdate``).
         """
         cuda = next(self.parameters()).is_cuda
-        if compiled == "off" or (compiled == "auto" and not cuda):
+        compiling = compiled == "on" or (compiled == "auto" and cuda)
+        if not compiling and not cuda:
             return self.update
-        return FastUpdate(self, self._compile, capture=cuda)
+        return FastUpdate(self, self._compile if compiling else None, cuda, report)
 
     def _compile(self) -> None:
         wm, behavior = self.world_model, self.behavior

@@ -74,7 +74,7 @@ class Run:
         self.envs = self._make_envs(n, 0, self.generation)
         self.agent = models.make_agent(self.envs, config, device)
         self.agent.make_optimizers()
-        self.update = self.agent.make_update(config.compile)
+        self.update = self.agent.make_update(config.compile, report)
         if source is not None and not state:
             run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)

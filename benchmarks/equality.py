@@ -4,6 +4,7 @@ by comparison on this machine.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Callable
@@ -80,10 +81,7 @@ def compare(make: Make, faster: Callable[[models.Agent], Update]) -> Difference:
         runs.append((metrics, after))
         moved = moved or (after - before).norm().item()
     (eager, weights), (found, other) = runs
-    error = (eager - found).abs() / eager.abs().clamp(min=0.1)
-    worst = agent.metric_names[int(error.amax(0).nan_to_num(torch.inf).argmax())]
-    distance = (weights - other).norm().item() / moved
-    return Difference(error.amax(1).tolist(), distance, worst)
+    return difference(agent, eager, found, (weights - other).norm().item() / moved)
 
 
 def flat_weights(agent: models.Agent) -> Tensor:
@@ -135,6 +133,38 @@ def compiled_equals_eager(device: torch.device, **overrides: Any) -> dict[str, A
     with torch._inductor.config.patch(fallback_random=True):
         make = functools.partial(small_agent, device, updates=6, **overrides)
         return compare(make, lambda agent: agent.make_update("on")).check()
+
+
+def resume_equals_going_on(device: torch.device, **overrides: Any) -> dict[str, Any]:
+    """Updates after a checkpoint, of its agent and of another one that is restored from it."""
+    half = capture.WARMUP + 1
+    random = torch.cuda if device.type == "cuda" else torch
+    agent, batches = small_agent(device, updates=2 * half, **overrides)
+    update = captured(agent)
+    torch.manual_seed(1)
+    for batch in batches[:half]:
+        update(batch)
+    state, draws = copy.deepcopy(agent.save_state()), random.get_rng_state()
+    before = flat_weights(agent)
+    straight = torch.stack([update(batch).clone() for batch in batches[half:]])
+    other, _ = small_agent(device, **overrides)
+    other.load_state(state)
+    update = captured(other)
+    random.set_rng_state(draws)
+    found = torch.stack([update(batch).clone() for batch in batches[half:]])
+    distance = (flat_weights(agent) - flat_weights(other)).norm()
+    return difference(
+        agent, straight, found, distance / (flat_weights(agent) - before).norm()
+    ).check()
+
+
+def difference(
+    agent: models.Agent, truth: Tensor, found: Tensor, weights: Tensor | float
+) -> Difference:
+    """Of metrics (updates, M)."""
+    error = (truth - found).abs() / truth.abs().clamp(min=0.1)
+    worst = agent.metric_names[int(error.amax(0).nan_to_num(torch.inf).argmax())]
+    return Difference(error.amax(1).tolist(), float(weights), worst)
 
 
 def gap(found: Tensor, truth: Tensor) -> float:

@@ -35,6 +35,7 @@ from equality import (
     log_ndtr,
     make_agent,
     replay_equals_eager,
+    resume_equals_going_on,
 )
 from torch import Tensor
 
@@ -210,6 +211,8 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
         "replay = eager, hrvq nearest", 10, equal(**hrvq, **{"dynamics.hrvq.posterior": "nearest"})
     )
     yield Item("replay = eager, plan2explore", 10, equal(**{"expl.behavior": "plan2explore"}))
+    resume = functools.partial(resume_equals_going_on, device)
+    yield Item("resumed = not interrupted", 10, resume)
     yield Item("copies", 3, lambda: copies(device))
     for precision in ("float32", "tf32", "bfloat16"):
         for kind, words in presets.items():

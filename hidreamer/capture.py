@@ -4,8 +4,11 @@ and on CUDA one recorded graph, launched as a whole.
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,12 @@ from torch import Tensor, nn
 
 Update = Callable[[Mapping[str, Tensor]], Tensor]
 WARMUP = 3  # ordinary calls before a graph is recorded
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """For calls that precede a recording. One for all: each has a workspace of tens of megabytes."""
+    return torch.cuda.Stream()
 
 
 class Captured:
@@ -40,7 +49,8 @@ class Captured:
         if self.graph is None:
             self.inputs = {key: x.clone() for key, x in batch.items()}
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # other threads of this process, such as one that trains another seed, may do as they like
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.out = self.fn(self.inputs)
             self.graph = graph
         for key, x in batch.items():
@@ -59,11 +69,18 @@ class FastUpdate:
     that the call began with.
 
     agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
-    compile when they are called, by setting attributes of its modules.
+    compile when they are called, by setting attributes of its modules; None to record alone.
+    report: takes a line for people when compilation begins.
     """
 
-    def __init__(self, agent: Any, compile: Callable[[], None], capture: bool):
-        self.agent, self.compile, self.capture = agent, compile, capture
+    def __init__(
+        self,
+        agent: Any,
+        compile: Callable[[], None] | None,
+        capture: bool,
+        report: Callable[[str], None] = print,
+    ):
+        self.agent, self.compile, self.capture, self.report = agent, compile, capture, report
         self.plain: dict[nn.Module, set[str]] = {}  # the attributes of uncompiled modules
         self.compiled = False
         self._select_update()
@@ -77,9 +94,11 @@ class FastUpdate:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.trial_calls:
             return self.run(batch)
-        if not self.plain:
+        if self.compile is not None and not self.plain:
             # Not before: acting also calls these modules, and would fail in their stead.
             self.plain = {module: set(vars(module)) for module in self.agent.modules()}
+            prepare_compiler()
+            self.report(COMPILING)
             self.compile()
             self.compiled = True
         before = Snapshot(self.agent)
@@ -108,11 +127,27 @@ class FastUpdate:
                     delattr(module, name)
         self._select_update()
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = (
-            f"cannot {what} the update, which continues without (slower; "
-            f"--compile off does not try): {cause}"
-        )
+        remedy = "; --compile off does not try" if what == "compile" else ""
+        message = f"cannot {what} the update, which continues without (slower{remedy}): {cause}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+COMPILING = "compiling the update: about a minute, once for these sizes on this machine"
+# What the compiler says of its own choices, which nobody here can change.
+NOISE = ("Online softmax is disabled on the fly", "TensorFloat32 tensor cores .* not enabled")
+
+
+def prepare_compiler() -> None:
+    """Keep what is compiled where it outlives a restart of the machine, and hide NOISE."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hidreamer/inductor"
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        except OSError:
+            pass  # it stays torch's own, in the folder of temporary files
+    for start in NOISE:
+        warnings.filterwarnings("ignore", rf"\s*{start}")
 
 
 class Snapshot:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from test_agent import EVERYTHING, make
 
+import models
 from conftest import ROOT
 from hidreamer import capture, evaluation
 from hidreamer.dynamics import TYPES
@@ -80,7 +82,7 @@ def test_after_a_failed_recording_all_is_as_without(monkeypatch):
     agent.load_state_dict(eager.state_dict())
     fast = capture.FastUpdate(agent, lambda: None, capture=True)
     with pytest.warns(
-        RuntimeWarning, match=r"cannot record .*--compile off.*not permitted when stream"
+        RuntimeWarning, match=r"cannot record .*without \(slower\).*not permitted when stream"
     ) as seen:
         found = updates(agent, batch, fast)
     assert len(seen) == 1 and torch.equal(found, updates(eager, batch, eager.update))
@@ -93,6 +95,52 @@ def test_an_error_of_the_update_itself_is_not_hidden():
     fast = capture.FastUpdate(agent, lambda: None, capture=False)
     with pytest.warns(RuntimeWarning, match="reward"), pytest.raises(KeyError, match="reward"):
         fast(batch)
+
+
+class CountingCapture(FailingCapture):
+    """Like ``Captured`` on a CPU, where all is well."""
+
+    def __call__(self, batch):
+        self.calls += 1
+        return self.fn(batch)
+
+
+def test_without_compilation_the_update_is_still_recorded(monkeypatch):
+    monkeypatch.setattr(capture, "Captured", CountingCapture)
+    agent, batch = make()
+    monkeypatch.setattr(models.Agent, "_compile", None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    lines = []
+    fast = agent.make_update("off", lines.append)
+    monkeypatch.undo()
+    assert fast.capture and fast.compile is None and fast(batch).isfinite().all()
+    assert fast.run.calls == 1 and not lines
+    assert agent.make_update("off") == agent.make_update("auto") == agent.update  # on a CPU
+
+
+def test_compilation_is_announced_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    agent, batch = make()
+    lines = []
+    fast = capture.FastUpdate(agent, lambda: None, capture=False, report=lines.append)
+    with warnings.catch_warnings(record=True) as seen:
+        fast(batch), fast(batch)
+        warnings.warn("\nOnline softmax is disabled on the fly since ...", stacklevel=1)
+        warnings.warn("TensorFloat32 tensor cores for x available but not enabled", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["something else"]
+    assert len(lines) == 1 and "minute" in lines[0]
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_dir() and folder.is_relative_to(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    capture.prepare_compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    capture.prepare_compiler()  # no such folder can be made
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 def test_what_works_is_not_copied_again(monkeypatch):

@@ -50,6 +50,19 @@ def test_compiled_updates_equal_eager_ones(state):
     equality.compiled_equals_eager(CUDA, **settings(state))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_resumed_run_draws_what_it_would_have_drawn(kind, device):
+    """On CUDA from the generator that graphs draw from, first in calls that precede a recording."""
+    equality.resume_equals_going_on(torch.device(device), **{"dynamics.type": kind})
+
+
+def test_another_state_of_the_generator_is_seen(monkeypatch):
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: torch.manual_seed(2))
+    with pytest.raises(equality.Wrong):
+        equality.resume_equals_going_on(torch.device("cpu"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", [equality.log_ndtr, equality.attention])
 def test_functions_that_only_cuda_has_so(check):
