@@ -21,6 +21,7 @@ from envs.base import Env
 from envs.vector import Envs
 from hidreamer import checkpoint, cost, evaluation
 from hidreamer.episodes import Episodes, make_replay, recorded
+from hidreamer.feed import Feed
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import note_start, provenance
@@ -75,6 +76,7 @@ class Run:
         self.agent = models.make_agent(self.envs, config, device)
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile, report)
+        self.feed = Feed(device)
         if source is not None and not state:
             run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
@@ -249,9 +251,9 @@ class Run:
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
-        batch = self.replay.sample()
+        batch = self.feed.send(self.replay.sample(out=self.feed.rows()))
         del batch["is_last"]
-        self.window.add(self.update(self.agent.tensors(batch)))
+        self.window.add(self.update(batch))
         self.updates += 1
         self.pending_updates -= 1.0
         self.unsaved = True
