@@ -385,6 +385,9 @@ def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
     """
     set_precision(config, device)
     try:
-        return Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+        agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+        # cuDNN's convolutions of channels-last images would reorder their weights at every use
+        cuda = device.type == "cuda"
+        return agent.to(memory_format=torch.channels_last) if cuda else agent
     except ValueError as error:
         raise ConfigError(str(error)) from None

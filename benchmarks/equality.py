@@ -109,6 +109,8 @@ def make_agent(
     torch.manual_seed(0)
     space, dim = ACTIONS[act]
     agent = models.Agent(obs, space, dim, config).to(device)
+    if device.type == "cuda":
+        agent = agent.to(memory_format=torch.channels_last)  # as ``models.make_agent`` does
     agent.make_optimizers()
     shape = config.replay.batch, config.replay.length
     rows = random_rows(obs, space, shape[0] * batches, shape[1])

@@ -91,9 +91,15 @@ class Optimizer:
         self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
-                self.optim.state[p] = {
-                    name: x.detach().clone().to(p.device) for name, x in state[key].items()
-                }
+                self.optim.state[p] = {name: like(p, x) for name, x in state[key].items()}
+
+
+@torch.no_grad()
+def like(param: Tensor, x: Tensor) -> Tensor:
+    """A copy of state ``x`` of a parameter on its device, and in its order in memory (``gather``)."""
+    if x.shape != param.shape:  # the count of steps
+        return x.detach().clone().to(param.device)
+    return torch.empty_like(param, dtype=x.dtype).copy_(x.detach())
 
 
 def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
