@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import networks
 from hidreamer.behavior import Behavior
-from hidreamer.capture import FastUpdate
+from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.explorer import Explorer
@@ -154,6 +154,7 @@ class Agent(nn.Module):
         explores = config.expl.behavior == "plan2explore"
         self.explorer = self._make_explorer(act_space) if explores else None
         self.metric_names: tuple[str, ...] = ()
+        self.captured_act: CapturedAct | None = None  # on CUDA, where it trains
 
     def _make_behavior(self, act_space: spaces.Space) -> Behavior:
         config, feat_dim = self.config, self.world_model.feat_dim
@@ -210,7 +211,7 @@ class Agent(nn.Module):
     def make_update(
         self, compiled: str, report: Callable[[str], None] = print
     ) -> Callable[[Batch], Tensor]:
-        """``update``: on CUDA recorded as one graph; with ``compiled`` "on", and for "auto" on
+        """``update``: on CUDA recorded as one graph, and ``act`` as well; with ``compiled`` "on", and for "auto" on
         CUDA, its parts compiled, of which ``report`` is told.
 
         Where compiling or recording fails, it warns and continues without (see ``FastUpdate``).
@@ -219,6 +220,7 @@ class Agent(nn.Module):
         compiling = compiled == "on" or (compiled == "auto" and cuda)
         if not compiling and not cuda:
             return self.update
+        self.captured_act = CapturedAct(self) if cuda else None
         return FastUpdate(self, self._compile if compiling else None, cuda, report)
 
     def _compile(self) -> None:
@@ -264,7 +266,6 @@ class Agent(nn.Module):
         with torch.no_grad():
             return ActState(self.world_model.dynamics.initial(n), action)
 
-    @torch.no_grad()
     def act(self, state: ActState, obs: Batch, mode: str = "train") -> ActState:
         """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
@@ -272,6 +273,11 @@ class Agent(nn.Module):
         mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
         explorer's. The state is always sampled, as in training.
         """
+        return (self.captured_act or self.plain_act)(state, obs, mode)
+
+    @torch.no_grad()
+    def plain_act(self, state: ActState, obs: Batch, mode: str) -> ActState:
+        """``act``, an operation at a time."""
         with self.autocast():
             obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
             obs["prev_action"] = state.action.unsqueeze(1)

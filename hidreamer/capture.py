@@ -59,6 +59,52 @@ class Captured:
         return self.out
 
 
+class CapturedAct:
+    """``agent.act`` with a graph for every number of environments and mode.
+
+    Where recording fails, one RuntimeWarning names the cause, and acting continues without.
+
+    agent: with ``plain_act``, and ``world_model.dynamics.fixed_size``. record: makes of a function
+    of a dict of tensors what ``Captured`` does.
+    """
+
+    def __init__(self, agent: Any, record: Callable[[Callable], Callable] = Captured):
+        self.agent, self.record = agent, record
+        self.graphs: dict[tuple, Callable] = {}
+        self.works = True
+
+    def __call__(self, state: Any, obs: Mapping[str, Tensor], mode: str) -> Any:
+        carry = self.agent.world_model.dynamics.fixed_size(state.carry)
+        state = state._replace(carry=carry)
+        inputs = dict(obs) | {f"state {i}": x for i, x in enumerate((*carry, state.action))}
+        # What is compiled since is compiled at its first call, not while a graph is recorded.
+        compiled = self.agent.world_model.encoder._compiled_call_impl is not None
+        key = (mode, compiled, *((name, x.shape) for name, x in inputs.items()))
+        if not self.works:
+            return self.agent.plain_act(state, obs, mode)
+
+        def act(inputs: Mapping[str, Tensor]) -> Any:
+            given = [inputs[f"state {i}"] for i in range(len(carry) + 1)]
+            start = state._replace(carry=type(carry)(*given[:-1]), action=given[-1])
+            return self.agent.plain_act(start, {name: inputs[name] for name in obs}, mode)
+
+        if key not in self.graphs:
+            self.graphs[key] = self.record(act)
+        draws = RandomState(state.action.device)
+        try:
+            new = self.graphs[key](inputs)
+        except Exception as error:  # drivers may raise anything
+            draws.restore()
+            self.works = False
+            cause = str(error.__context__ or error).strip().splitlines() or [type(error).__name__]
+            message = f"cannot record acting, which continues without (slower): {cause[0]}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return self.agent.plain_act(state, obs, mode)
+        # the next call writes over what this one returned
+        kept = type(new.carry)(*(x.clone() for x in new.carry))
+        return new._replace(carry=kept, action=new.action.clone())
+
+
 class FastUpdate:
     """``agent.update``, compiled and with ``capture`` recorded,
     as far as that works on this machine.
@@ -150,24 +196,34 @@ def prepare_compiler() -> None:
         warnings.filterwarnings("ignore", rf"\s*{start}")
 
 
-class Snapshot:
-    """Weights, optimisers and torch's random numbers of an agent, copied to memory of the host."""
+class RandomState:
+    """torch's random numbers on the host and on a device."""
 
-    def __init__(self, agent: Any):
-        self.agent, self.device = agent, next(agent.parameters()).device
-        self.state = on_host(agent.save_state())
-        self.random = torch.get_rng_state()
+    def __init__(self, device: torch.device):
+        self.device, self.random = device, torch.get_rng_state()
         if self.device.type == "cuda":
             self.generator = torch.cuda.default_generators[self.device.index or 0]
             self.cuda_random = self.generator.clone_state()
 
     def restore(self) -> None:
-        self.agent.load_state(self.state)
         torch.set_rng_state(self.random)
         if self.device.type == "cuda":
             # In place of the present state, which a recording that broke off leaves in the middle
             # of it.
             self.generator.graphsafe_set_state(self.cuda_random.clone_state())
+
+
+class Snapshot:
+    """Weights, optimisers and torch's random numbers of an agent, copied to memory of the host."""
+
+    def __init__(self, agent: Any):
+        self.agent = agent
+        self.state = on_host(agent.save_state())
+        self.random = RandomState(next(agent.parameters()).device)
+
+    def restore(self) -> None:
+        self.agent.load_state(self.state)
+        self.random.restore()
 
 
 def on_host(value: Any) -> Any:

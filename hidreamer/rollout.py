@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hidreamer.mask import attn_mask
@@ -84,6 +85,21 @@ class Carry(NamedTuple):
             values=self.values[..., first:, :],
             segment=self.segment[:, steps - count :],
             step=torch.full_like(self.step, count - 1),
+        )
+
+    def padded(self, count: int, slots: int) -> Carry:
+        """At least ``count`` steps of ``slots`` positions: those before the first are of another
+        episode, and so never seen.
+        """
+        missing = count - self.segment.shape[1]
+        if missing <= 0:
+            return self
+        before = (0, 0, missing * slots, 0)
+        return self._replace(
+            keys=F.pad(self.keys, before),
+            values=F.pad(self.values, before),
+            segment=F.pad(self.segment, (missing, 0), value=-1),
+            step=self.step + missing,
         )
 
     def unshared(self, count: int) -> Carry:

@@ -224,3 +224,12 @@ class Transformer(nn.Module):
     def branches(self, capacity: int) -> list[Branch]:
         """Empty K/V of every layer, for at most ``capacity`` positions of a branch's own."""
         return [Branch(capacity) for _ in self.layers]
+
+
+def former_ffn_names(layers: int) -> dict[str, str]:
+    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
+    names = {}
+    for i in range(layers):
+        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
+            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
+    return names

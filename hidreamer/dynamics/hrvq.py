@@ -39,7 +39,7 @@ from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
-from hidreamer.transformer import KV, Branch, FFNLosses, Transformer, rotary
+from hidreamer.transformer import KV, Branch, FFNLosses, Transformer, former_ffn_names, rotary
 
 
 class Aux(NamedTuple):
@@ -357,6 +357,9 @@ class HRVQ(Dynamics):
                 rollout.append(token)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
 
+    def fixed_size(self, carry: Carry) -> Carry:
+        return carry.padded(self.window, self.levels + 1)
+
     def coarse_features(self, feat: Feat) -> dict[str, Feat]:
         """L0 alone, L0+L1, and so on, finer codes being zero; all levels would be ``feat``."""
         size = self.stoch_dim // self.levels
@@ -395,12 +398,3 @@ class HRVQ(Dynamics):
 def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
     """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
     return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
-
-
-def former_ffn_names(layers: int) -> dict[str, str]:
-    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
-    names = {}
-    for i in range(layers):
-        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
-            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
-    return names
