@@ -185,7 +185,7 @@ class Rollout:
         self.own_mask = attn_mask(level_mask, rows, rows, window)  # (O, O)
         self.rope = rotary(
             self.start + self.own.time, transformer.head_dim, carry.deter.dtype
-        )  # (B, n, O, 2, d / 2)
+        )  # (B, n, O, 2, d)
         self.own_kv = transformer.branches(len(self.own.time))
         self.time, self.level, self.length = (
             0,

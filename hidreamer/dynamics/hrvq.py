@@ -35,6 +35,7 @@ from hidreamer.dynamics.base import (
     stack_feats,
     start_steps,
 )
+from hidreamer.losses import scaled
 from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
@@ -54,7 +55,7 @@ class Aux(NamedTuple):
 class Attention(NamedTuple):
     """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
 
-    rope: Tensor  # (Q, 2, d / 2) their rotations
+    rope: Tensor  # (Q, 2, d) their rotations
     level: Tensor  # (Q,) their levels, L for the action
     attn_mask: Tensor  # (B, 1, Q, Q) among themselves
     prefix: list[KV] | None  # of each layer, cached steps
@@ -346,7 +347,7 @@ class HRVQ(Dynamics):
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
         codes = []
         for level in range(self.levels):
-            logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
+            logit = scaled(self._logit(level, out), 1.0 / self.temperature[level])  # (N, G, K)
             probs = dists.unimix_probs(logit, self.kl_config.unimix)
             onehot = dists.sample_onehot(probs, sample).to(out.dtype)
             codes.append(self.quantizer.decode(level, onehot).flatten(1))  # (N, G * d)
@@ -385,9 +386,8 @@ class HRVQ(Dynamics):
         return post.feat._replace(stoch=(stoch * keep).flatten(-2))
 
     def compile_steps(self) -> None:
-        # Acting, training, dreaming and open loops differ in which of B, n and Q are 1, in whether
-        # gradients are recorded, and in the rotations' shape: nine kinds of calls, each compiled
-        # once. Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
+        # Acting, training, dreaming and open loops make nine kinds of calls, each compiled once.
+        # Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
         for layer in self.transformer.layers:
