@@ -71,7 +71,8 @@ def read_config(home: Path) -> dict[str, Any]:
         tools.load_config([], saved)
     except ConfigError as error:
         raise ConfigError(
-            f"{home / 'config.yaml'}: {error}; correct it, or continue the run by its --configs and keys"
+            f"{home / 'config.yaml'}: {error}; correct it, "
+            "or continue the run by its --configs and keys"
         ) from None
     return saved
 
@@ -148,7 +149,7 @@ class Signals:
             name = signal.Signals(signum).name
             text = f"{name}: ending after the running step; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-                os.write(2, text.encode())
+                os.write(1, text.encode())
             worker.Hurry.begin(GRACE)
         self.signum = signum
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.deferred else signal.SIG_DFL)
@@ -202,7 +203,8 @@ def start(argv: list[str], signals: Signals) -> int:
             except Stop as stop:
                 name = signal.Signals(stop.signum).name
                 screen.line(
-                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is"
+                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as "
+                    "it is"
                 )
                 run.save()
                 screen.line(
@@ -270,7 +272,10 @@ def resource(error: Exception) -> str:
     """What ran out, and which keys ask for less of it; "" where that was no disk and no memory."""
     cause = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
-        what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
+        what = (
+            f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
+            "replay.length or imag.starts"
+        )
     elif (
         isinstance(error, MemoryError)
         or getattr(error, "errno", 0) == errno.ENOMEM
@@ -284,7 +289,7 @@ def resource(error: Exception) -> str:
         return f"a file cannot be used ({error}): move it away, or choose another --logdir"
     else:
         return ""
-    return f"{what}; what was saved before is whole, and the same command continues from it"
+    return f"{what}; the last checkpoint is whole, and the same command continues from it"
 
 
 if __name__ == "__main__":

@@ -155,12 +155,10 @@ def help_text() -> str:
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
         lines.append(f"  --{key.replace('_', '-'):<18} {sentence} [{shown}]")
     lines += [
-        "  --configs NAME ...   Presets that are stacked on the suite's for all runs, "
-        "below the model's."
+        "  --configs NAME ...   Presets stacked on the suite's for all runs, below the model's.",
+        f"  --key value          Any config key ({train} --help), for all runs.",
     ]
-    return "\n".join(
-        [*lines, f"  --key value          Any config key ({train} --help), for all runs."]
-    )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the matrix
@@ -369,19 +367,18 @@ def main(argv: list[str]) -> int:
         folder = Path(options.logdir).expanduser().resolve()
         if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
-            folder = (
-                Path(sources[0]).resolve() if options.logdir == OPTIONS["logdir"][0] else folder
-            )
+            if options.logdir == OPTIONS["logdir"][0]:
+                folder = Path(sources[0]).resolve()
         elif options.paired_offline:
             folder /= "offline"
             signum, what = train_offline(options, make_plan(options, presets, values), folder)
         else:
             signum, what = train(options, make_plan(options, presets, values), folder)
         if signum:
-            more = (
-                "" if options.paired_offline else f", and --from {folder} reports on what there is"
-            )
-            print(f"stopped; the same command continues{more}")
+            line = "stopped; the same command continues"
+            if not options.paired_offline:
+                line += f", and --from {folder} reports on what there is"
+            print(line)
             return 128 + signum
         for failed in what.failed:
             print(f"\n{failed['name']}: {failed['reason']}\n{failed['log']}\n", file=sys.stderr)
@@ -391,8 +388,7 @@ def main(argv: list[str]) -> int:
     except (ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # a full disk, a folder that is not ours, a cluster that does not answer
-    except OSError as error:
+    except OSError as error:  # a full disk, a folder that is not ours, a cluster that is silent
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,6 @@
-"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and restoring it."""
+"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and
+restoring it.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +68,8 @@ def snapshot(run: Any) -> dict[str, Any]:
         "sums": run.window.sums,
         "metric_names": run.agent.metric_names,
         "last": {name: every.last for name, every in run.every.items()},
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(run.device) if cuda else None,
+        "torch_rng": torch.get_rng_state() if cuda else run.generator.get_state(),
+        "cuda_rng": run.generator.get_state() if cuda else None,
         "replay_rng": run.replay.rng.bit_generator.state,
         "explore_rng": run.explore_rng.bit_generator.state,
         "log_size": run.logger.flush(),
@@ -92,7 +94,8 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
         _restore_parts(run, state, rows)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointError(
-            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: {error}): {instead}"
+            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: "
+            f"{error}): {instead}"
         ) from None
     run.unsaved = False
     run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
@@ -140,9 +143,9 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
         for i in np.flatnonzero(~restored & ~run.obs["is_last"]):
             run.episodes.cut(run.replay, i)  # truncated where it stood
             run.obs["is_last"][i] = True
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+    random = state["torch_rng" if run.device.type == "cpu" else "cuda_rng"]
+    if random is not None:  # None: the run was on the other kind of device until now
+        run.generator.set_state(random)
 
 
 def _restore_counters(run: Any, state: dict[str, Any]) -> None:
@@ -183,7 +186,8 @@ def load_weights(run: Any, source: Path) -> None:
             state = {"agent": legacy.convert(state)}
         if "agent" not in state:
             raise CheckpointError(
-                f"--resume: {source} is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
+                f"--resume: {source} is a checkpoint neither of this program nor of "
+                "dreamerv3-torch: it has no 'agent'"
             )
         moved = run.agent.load_state(state["agent"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

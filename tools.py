@@ -236,7 +236,8 @@ def parse(argv: list[str]) -> Args:
         word = argv[i]
         if not word.startswith("--"):
             raise ConfigError(
-                f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key value"
+                f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, "
+                "--key value"
             )
         key, has_value, value = word[2:].partition("=")
         key, values = key.replace("-", "_"), [value] if has_value else []
@@ -273,11 +274,13 @@ def help_text(usage: str) -> str:
     lines += [
         "",
         (
-            "  --resume PATH          Continue a run, or start from another's weights, optimiser and episodes."
+            "  --resume PATH          Continue a run, or start from another's weights, "
+            "optimiser and episodes."
         ),
     ]
     lines += [
-        "  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."
+        "  --capacity NAME ...    Train nothing; "
+        "print sizes and costs of --configs beside these presets'."
     ]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():

@@ -34,6 +34,16 @@ class Failure(Exception):
     """One line: the run cannot continue, and why."""
 
 
+def make_generator(device: torch.device) -> torch.Generator:
+    """The random numbers of a run: on the CPU those that torch's default generator would go on
+    with.
+    """
+    generator = torch.Generator(device)
+    if device.type == "cpu":
+        return generator.set_state(torch.get_rng_state())
+    return generator.manual_seed(torch.initial_seed())
+
+
 class Run:
     """The state of one training run: ``advance`` it until ``steps``, then ``finish``.
 
@@ -75,7 +85,8 @@ class Run:
         self.envs = self._make_envs(n, 0, self.generation)
         self.agent = models.make_agent(self.envs, config, device)
         self.agent.make_optimizers()
-        self.update = self.agent.make_update(config.compile, report)
+        self.generator = make_generator(device)
+        self.update = self.agent.make_update(config.compile, self.generator, report)
         self.feed = Feed(device)
         if source is not None and not state:
             run_state.load_weights(self, source)
@@ -212,9 +223,8 @@ class Run:
         if self._prefilled() and self.replay.ready():
             if not self.started:
                 self.started, self.pending_updates = True, float(config.replay.pretrain)
-            self.pending_updates += (
-                taken * config.replay.ratio / (config.replay.batch * config.replay.length)
-            )
+            batch_steps = config.replay.batch * config.replay.length
+            self.pending_updates += taken * config.replay.ratio / batch_steps
 
     def _prefill_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""
@@ -247,7 +257,7 @@ class Run:
             self.act = self.agent.initial(self.envs.count)
             obs["is_first"] = np.ones_like(obs["is_first"])
         mode = "explore" if exploring else "train"
-        self.act = self.agent.act(self.act, self.agent.tensors(obs), mode)
+        self.act = self.agent.act(self.act, self.agent.tensors(obs), mode, self.generator)
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
@@ -308,24 +318,24 @@ class Run:
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(int(entropy.generate_state(1)[0]))
-                best_effort = self.logger.best_effort
-                count = min(config.env.count, config.eval_episodes)
-                drawable = RENDER not in best_effort.off
-                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    scores, played = evaluation.evaluate(
-                        self.agent, envs, config, drawable, self.poll
-                    )
-                self.logger.scalars(self.step, scores)
-                self.report(f"[{self.step}] {evaluation.line(scores)}")
-                if played.problem:
-                    best_effort.failed(RENDER, played.problem)
-                if config.video and self.replay.ready():
-                    self.poll()
-                    batch = self.replay.sample(np.random.default_rng(entropy))
-                    args = (self.logger, self.step, self.agent, played, batch)
-                    best_effort(VIDEO, evaluation.record, *args, config.decode_levels)
+            generator = torch.Generator(self.device)
+            generator.manual_seed(int(entropy.generate_state(1)[0]))
+            best_effort = self.logger.best_effort
+            count = min(config.env.count, config.eval_episodes)
+            drawable = RENDER not in best_effort.off
+            with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+                scores, played = evaluation.evaluate(
+                    self.agent, envs, config, drawable, self.poll, generator
+                )
+            self.logger.scalars(self.step, scores)
+            self.report(f"[{self.step}] {evaluation.line(scores)}")
+            if played.problem:
+                best_effort.failed(RENDER, played.problem)
+            if config.video and self.replay.ready():
+                self.poll()
+                batch = self.replay.sample(np.random.default_rng(entropy))
+                args = (self.logger, self.step, self.agent, played, batch, config.decode_levels)
+                best_effort(VIDEO, evaluation.record, *args, generator)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)

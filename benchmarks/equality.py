@@ -65,23 +65,23 @@ class Difference(NamedTuple):
         return report
 
 
-def compare(make: Make, faster: Callable[[models.Agent], Update]) -> Difference:
+def compare(make: Make, faster: Callable[[models.Agent, torch.Generator], Update]) -> Difference:
     """Updates of two equal agents on the same batches with the same draws, one of them ``faster``.
 
     The batches differ, and all updates are compared, so that it is replays that are tested, not the
     ordinary calls before them.
     """
     runs, moved = [], 0.0
-    for way in (lambda agent: agent.update, faster):
+    for way in (eager, faster):
         agent, batches = make()
-        before, update = flat_weights(agent), way(agent)
-        torch.manual_seed(1)
+        generator = seeded(agent)
+        before, update = flat_weights(agent), way(agent, generator)
         metrics = torch.stack([update(batch).clone() for batch in batches])  # (updates, M)
         after = flat_weights(agent)
         runs.append((metrics, after))
         moved = moved or (after - before).norm().item()
-    (eager, weights), (found, other) = runs
-    return difference(agent, eager, found, (weights - other).norm().item() / moved)
+    (truth, weights), (found, other) = runs
+    return difference(agent, truth, found, (weights - other).norm().item() / moved)
 
 
 def flat_weights(agent: models.Agent) -> Tensor:
@@ -118,10 +118,23 @@ def make_agent(
     return agent, [agent.tensors({key: x[i] for key, x in parts.items()}) for i in range(batches)]
 
 
-def captured(agent: models.Agent) -> Update:
+def seeded(agent: models.Agent) -> torch.Generator:
+    """The random numbers of a run of it."""
+    return torch.Generator(next(agent.parameters()).device).manual_seed(1)
+
+
+def eager(agent: models.Agent, generator: torch.Generator) -> Update:
+    return functools.partial(agent.update, generator=generator)
+
+
+def captured(agent: models.Agent, generator: torch.Generator) -> Update:
     """The update as one graph, not compiled; eager where there are no graphs."""
-    cuda = next(agent.parameters()).is_cuda
-    return capture.Captured(agent.update) if cuda else agent.update
+    update, cuda = eager(agent, generator), next(agent.parameters()).is_cuda
+    return capture.Captured(update, generator=generator) if cuda else update
+
+
+def compiled(agent: models.Agent, generator: torch.Generator) -> Update:
+    return agent.make_update("on", generator)
 
 
 def replay_equals_eager(device: torch.device, **overrides: Any) -> dict[str, Any]:
@@ -134,25 +147,25 @@ def compiled_equals_eager(device: torch.device, **overrides: Any) -> dict[str, A
     # compiled code would draw other numbers
     with torch._inductor.config.patch(fallback_random=True):
         make = functools.partial(small_agent, device, updates=6, **overrides)
-        return compare(make, lambda agent: agent.make_update("on")).check()
+        return compare(make, compiled).check()
 
 
 def resume_equals_going_on(device: torch.device, **overrides: Any) -> dict[str, Any]:
     """Updates after a checkpoint, of its agent and of another one that is restored from it."""
     half = capture.WARMUP + 1
-    random = torch.cuda if device.type == "cuda" else torch
     agent, batches = small_agent(device, updates=2 * half, **overrides)
-    update = captured(agent)
-    torch.manual_seed(1)
+    generator = seeded(agent)
+    update = captured(agent, generator)
     for batch in batches[:half]:
         update(batch)
-    state, draws = copy.deepcopy(agent.save_state()), random.get_rng_state()
+    state, draws = copy.deepcopy(agent.save_state()), generator.get_state()
     before = flat_weights(agent)
     straight = torch.stack([update(batch).clone() for batch in batches[half:]])
     other, _ = small_agent(device, **overrides)
     other.load_state(state)
-    update = captured(other)
-    random.set_rng_state(draws)
+    generator = seeded(other)
+    generator.set_state(draws)
+    update = captured(other, generator)
     found = torch.stack([update(batch).clone() for batch in batches[half:]])
     distance = (flat_weights(agent) - flat_weights(other)).norm()
     return difference(

@@ -36,6 +36,10 @@ from equality import (
     make_agent,
     replay_equals_eager,
     resume_equals_going_on,
+    seeded,
+)
+from equality import (
+    compiled as make_compiled,
 )
 from torch import Tensor
 
@@ -80,7 +84,7 @@ def speed(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    step = agent.make_update("on") if compiled else captured(agent)
+    step = (make_compiled if compiled else captured)(agent, seeded(agent))
     for _ in range(capture.WARMUP + 2):
         metrics = step(batch)
     out: dict[str, Any] = {"first_s": round(time.perf_counter() - start, 1)}

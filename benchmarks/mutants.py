@@ -56,10 +56,10 @@ FAST = (
     "legacy",
     "hrssm",
 )
-FAST += ("hrvq", "hrvq_losses", "agent", "losses", "episodes", "spaces", "run")
+FAST += ("hrvq", "hrvq_losses", "agent", "losses", "random", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
-    "training.py": ("updates", "run"),
+    "training.py": ("updates", "run", "random"),
     "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
     "hidreamer/behavior.py": ("golden", "wiring"),
@@ -71,9 +71,9 @@ LIKELY = {
     "hidreamer/explorer.py": ("wiring", "agent"),
     "hidreamer/losses.py": ("golden",),
     "hidreamer/mask.py": ("mask",),
-    "hidreamer/objectives.py": ("golden", "wiring"),
+    "hidreamer/objectives.py": ("golden", "wiring", "random"),
     "hidreamer/optim.py": ("numerics", "agent", "losses"),
-    "hidreamer/quantizer.py": ("numerics", "quantizer"),
+    "hidreamer/quantizer.py": ("numerics", "quantizer", "random"),
     "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),
     "hidreamer/rollout.py": ("parts", "dynamics", "hrvq"),
@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    chosen = [m for m in listed if not args.names or any(part in m.name for part in args.names)]
+    contains_any = lambda mutant: any(part in mutant.name for part in args.names)
+    chosen = list(filter(contains_any, listed)) if args.names else listed
     if not chosen:
         print(f"error: no mutant's name contains {' or '.join(args.names)}", file=sys.stderr)
         return 2

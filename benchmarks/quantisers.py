@@ -118,7 +118,9 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
         raise tools.ConfigError(
             f"no held-out episode has the {length} steps of a sequence: record longer ones"
         )
-    rows = {key: np.concatenate([x[key] for x in pieces]) for key in pieces[0]}
+    rows = {}
+    for key in pieces[0]:
+        rows[key] = np.concatenate([x[key] for x in pieces])
     picks = np.random.default_rng(0).permutation(len(rows["reward"]))[:PIECES]
     sums: dict[str, list[float]] = {}
     posts = []

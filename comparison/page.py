@@ -279,9 +279,8 @@ def aggregate(report: Report) -> Section | None:
     rows.append(["seeds", *(str(report["seeds"][model]) for model in found)])
     drawings = [figures.picture(lambda ax: figures.profiles(ax, report))]
     if better:
-        drawings.append(
-            figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better))
-        )
+        draw = functools.partial(figures.improvements, summary=report)
+        drawings.append(figures.picture(draw, 0.9 + 0.35 * len(better)))
     note = (
         "Normalised scores. With few seeds these intervals are too narrow: they describe, "
         "and claim nothing."

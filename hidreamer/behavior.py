@@ -42,15 +42,17 @@ class Behavior(nn.Module):
         self.entropy, self.scales = config.actor.entropy, config.loss_scales
         self.backprop = backprop
 
-    def imagine(self, model: Any, start: Any, terminal: Tensor) -> Trajectory:
+    def imagine(
+        self, model: Any, start: Any, terminal: Tensor, generator: torch.Generator | None = None
+    ) -> Trajectory:
         """Imagine H steps from N starts; terminal (N,): which of them ended their episode.
 
         REINFORCE needs no gradient through the trajectory, so none is recorded for it.
         """
-        grad = torch.set_grad_enabled(self.backprop)
+        grad, horizon = torch.set_grad_enabled(self.backprop), self.imag.horizon
         with grad, cast_weights(model.dynamics, self.actor):
-            policy = lambda feat: self.actor(feat.cat().detach()).sample()
-            _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
+            policy = lambda feat: self.actor(feat.cat().detach()).sample(generator)
+            _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
             x = feat.cat()
             cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
             return Trajectory(feat, x, action, self.imag.discount * cont)

@@ -20,7 +20,7 @@ WARMUP = 3  # ordinary calls before a graph is recorded
 
 @functools.cache
 def side_stream() -> torch.cuda.Stream:
-    """For calls that precede a recording. One for all: each has a workspace of tens of megabytes."""
+    """For calls that precede a recording. One for all: each has its own workspace."""
     return torch.cuda.Stream()
 
 
@@ -31,8 +31,8 @@ class Captured:
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, fn: Update, warmup: int = WARMUP):
-        self.fn, self.warmup, self.calls = fn, warmup, 0
+    def __init__(self, fn: Update, warmup: int = WARMUP, generator: torch.Generator | None = None):
+        self.fn, self.warmup, self.calls, self.generator = fn, warmup, 0, generator
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -49,7 +49,9 @@ class Captured:
         if self.graph is None:
             self.inputs = {key: x.clone() for key, x in batch.items()}
             graph = torch.cuda.CUDAGraph()
-            # other threads of this process, such as one that trains another seed, may do as they like
+            if self.generator is not None:  # every graph knows the default one
+                graph.register_generator_state(self.generator)
+            # other threads of this process may do as they like, such as train another seed
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.out = self.fn(self.inputs)
             self.graph = graph
@@ -64,42 +66,50 @@ class CapturedAct:
 
     Where recording fails, one RuntimeWarning names the cause, and acting continues without.
 
-    agent: with ``plain_act``, and ``world_model.dynamics.fixed_size``. record: makes of a function
-    of a dict of tensors what ``Captured`` does.
+    agent: with ``plain_act``, and ``world_model.dynamics.fixed_size``. generator: whose numbers
+    graphs draw; a call with another one is an ordinary one. record: makes what ``Captured`` makes.
     """
 
-    def __init__(self, agent: Any, record: Callable[[Callable], Callable] = Captured):
-        self.agent, self.record = agent, record
+    def __init__(
+        self,
+        agent: Any,
+        generator: torch.Generator | None = None,
+        record: Callable[..., Callable] = Captured,
+    ):
+        self.agent, self.generator, self.record = agent, generator, record
         self.graphs: dict[tuple, Callable] = {}
         self.works = True
 
-    def __call__(self, state: Any, obs: Mapping[str, Tensor], mode: str) -> Any:
+    def __call__(
+        self, state: Any, obs: Mapping[str, Tensor], mode: str, generator: torch.Generator | None
+    ) -> Any:
+        if not self.works or generator is not self.generator:
+            return self.agent.plain_act(state, obs, mode, generator)
         carry = self.agent.world_model.dynamics.fixed_size(state.carry)
         state = state._replace(carry=carry)
         inputs = dict(obs) | {f"state {i}": x for i, x in enumerate((*carry, state.action))}
         # What is compiled since is compiled at its first call, not while a graph is recorded.
         compiled = self.agent.world_model.encoder._compiled_call_impl is not None
         key = (mode, compiled, *((name, x.shape) for name, x in inputs.items()))
-        if not self.works:
-            return self.agent.plain_act(state, obs, mode)
 
         def act(inputs: Mapping[str, Tensor]) -> Any:
             given = [inputs[f"state {i}"] for i in range(len(carry) + 1)]
             start = state._replace(carry=type(carry)(*given[:-1]), action=given[-1])
-            return self.agent.plain_act(start, {name: inputs[name] for name in obs}, mode)
+            observed = {name: inputs[name] for name in obs}
+            return self.agent.plain_act(start, observed, mode, generator)
 
         if key not in self.graphs:
-            self.graphs[key] = self.record(act)
-        draws = RandomState(state.action.device)
+            self.graphs[key] = self.record(act, generator=generator)
+        before = RandomState(generator or default_generator(self.agent))
         try:
             new = self.graphs[key](inputs)
         except Exception as error:  # drivers may raise anything
-            draws.restore()
+            before.restore()
             self.works = False
             cause = str(error.__context__ or error).strip().splitlines() or [type(error).__name__]
             message = f"cannot record acting, which continues without (slower): {cause[0]}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-            return self.agent.plain_act(state, obs, mode)
+            return self.agent.plain_act(state, obs, mode, generator)
         # the next call writes over what this one returned
         kept = type(new.carry)(*(x.clone() for x in new.carry))
         return new._replace(carry=kept, action=new.action.clone())
@@ -116,7 +126,8 @@ class FastUpdate:
 
     agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
     compile when they are called, by setting attributes of its modules; None to record alone.
-    report: takes a line for people when compilation begins.
+    generator: that of all random numbers, None being torch's default one. report: takes a line for
+    people when compilation begins.
     """
 
     def __init__(
@@ -124,16 +135,21 @@ class FastUpdate:
         agent: Any,
         compile: Callable[[], None] | None,
         capture: bool,
+        generator: torch.Generator | None = None,
         report: Callable[[str], None] = print,
     ):
         self.agent, self.compile, self.capture, self.report = agent, compile, capture, report
+        self.generator = generator
+        self.update: Update = functools.partial(agent.update, generator=generator)
         self.plain: dict[nn.Module, set[str]] = {}  # the attributes of uncompiled modules
         self.compiled = False
         self._select_update()
 
     def _select_update(self) -> None:
         """Run ``update`` from here on, recording it where that is configured."""
-        self.run: Update = Captured(self.agent.update) if self.capture else self.agent.update
+        self.run: Update = self.update
+        if self.capture:
+            self.run = Captured(self.update, generator=self.generator)
         # calls that may fail for want of a compiler or recording
         self.trial_calls = WARMUP + 1 if self.capture else 1
 
@@ -147,7 +163,7 @@ class FastUpdate:
             self.report(COMPILING)
             self.compile()
             self.compiled = True
-        before = Snapshot(self.agent)
+        before = Snapshot(self.agent, self.generator or default_generator(self.agent))
         while True:
             try:
                 out = self.run(batch)
@@ -197,29 +213,34 @@ def prepare_compiler() -> None:
 
 
 class RandomState:
-    """torch's random numbers on the host and on a device."""
+    """Of a generator, on the host."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.random = device, torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.generator = torch.cuda.default_generators[self.device.index or 0]
-            self.cuda_random = self.generator.clone_state()
+    def __init__(self, generator: torch.Generator):
+        self.generator, self.random = generator, generator.clone_state()
 
     def restore(self) -> None:
-        torch.set_rng_state(self.random)
-        if self.device.type == "cuda":
+        if self.generator.device.type == "cuda":
             # In place of the present state, which a recording that broke off leaves in the middle
             # of it.
-            self.generator.graphsafe_set_state(self.cuda_random.clone_state())
+            self.generator.graphsafe_set_state(self.random.clone_state())
+        else:
+            self.generator.set_state(self.random.get_state())
+
+
+def default_generator(module: nn.Module) -> torch.Generator:
+    """Torch's default generator on a module's device."""
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 class Snapshot:
-    """Weights, optimisers and torch's random numbers of an agent, copied to memory of the host."""
+    """Weights and optimisers of an agent and a generator's state, copied to memory of the host."""
 
-    def __init__(self, agent: Any):
-        self.agent = agent
+    def __init__(self, agent: Any, generator: torch.Generator):
+        self.agent, self.random = agent, RandomState(generator)
         self.state = on_host(agent.save_state())
-        self.random = RandomState(next(agent.parameters()).device)
 
     def restore(self) -> None:
         self.agent.load_state(self.state)

@@ -152,7 +152,10 @@ def load_checkpoint(
             f"{path} is no checkpoint of this program: its format is {written_by!r}"
         )
     if written_by > FORMAT:
-        message = f"{path} was written by a newer version of this program (format {written_by}, not {FORMAT})"
+        message = (
+            f"{path} was written by a newer version of this program (format {written_by}, "
+            f"not {FORMAT})"
+        )
         raise CheckpointError(f"{message}: update it to continue this run")
     for name, kind in (fields or {}).items():
         if name not in state:
@@ -260,7 +263,10 @@ def locked(logdir: Path) -> Iterator[None]:
             logdir.mkdir(parents=True, exist_ok=True)
             lock = lock_file(logdir / "lock")
         except OSError as error:
-            message = f"{logdir} cannot be the folder of a run ({error.strerror}: {error.filename or logdir})"
+            message = (
+                f"{logdir} cannot be the folder of a run ({error.strerror}: "
+                f"{error.filename or logdir})"
+            )
             raise FolderError(f"{message}: choose another --logdir") from None
         try:
             yield
@@ -290,7 +296,10 @@ def lock_file(path: Path) -> TextIO:
                 f"{message}: wait for it, stop it, or choose another --logdir"
             ) from None
         except OSError as error:
-            message = f"{path.parent} is on a disk without locks ({error.strerror}): start no second run in it"
+            message = (
+                f"{path.parent} is on a disk without locks ({error.strerror}): "
+                "start no second run in it"
+            )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         # A holder that ended removes the file: what was locked may no longer be what the next
         # process opens.

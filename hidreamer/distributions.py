@@ -1,13 +1,14 @@
 """The distributions of DreamerV3. Those of torch check arguments, which reads the host.
 
 Every class wraps the tensors that a network emitted and offers what its callers use of
-``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32 or wider,
-whatever autocast says.
+``log_prob(x)``, ``mode()``, ``mean()``, ``sample(generator)``, ``entropy()``. All is float32 or
+wider, whatever autocast says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,15 @@ def symexp(x: Tensor) -> Tensor:
 class StraightThrough(torch.autograd.Function):
     """The sample, whose gradient goes to the probabilities unchanged (Bengio et al. 2013)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, sample: Tensor, probs: Tensor) -> Tensor:
+    def forward(sample: Tensor, probs: Tensor) -> Tensor:
         return sample.view_as(sample)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
@@ -55,14 +62,24 @@ def unimix_probs(logit: Tensor, unimix: float) -> Tensor:
     return torch.add(unimix / logit.shape[-1], probs, alpha=1.0 - unimix) if unimix else probs
 
 
-def sample_onehot(probs: Tensor, sample: bool = True) -> Tensor:
-    """One-hot (..., K) straight-through sample of ``probs``, or their mode.
+def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1) on the device of ``like``, float64 if it is that, float32 otherwise.
 
-    By the inverse of the cumulative distribution: one uniform number a variable. A race of K
-    exponentials does the same and costs ten times as much on a CPU, and ``multinomial`` as well.
+    generator: None is torch's default one, here and wherever else a generator is asked for.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.rand(*shape, dtype=dtype, device=like.device, generator=generator)
+
+
+def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
+    """One-hot (..., K) straight-through sample of ``probs``; without noise their mode.
+
+    noise (..., 1): uniform in [0, 1), through the inverse of the cumulative distribution: one
+    number a variable. A race of K exponentials does the same and costs ten times as much on a CPU,
+    and ``multinomial`` as well.
     """
     with torch.no_grad():
-        onehot = invert_cdf(probs, torch.rand_like(probs[..., :1]) if sample else None)
+        onehot = invert_cdf(probs, noise)
     return straight_through(onehot, probs)
 
 
@@ -99,11 +116,15 @@ class OneHotCategorical:
         self.probs = [unimix_probs(x, unimix) for x in logit.split(sizes, -1)]
         self.sizes = sizes
 
-    def sample(self) -> Tensor:
-        return torch.cat([sample_onehot(p) for p in self.probs], -1)
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        drawn = []
+        for p in self.probs:
+            noise = uniform((*p.shape[:-1], 1), p, generator)
+            drawn.append(sample_onehot(p, noise))
+        return torch.cat(drawn, -1)
 
     def mode(self) -> Tensor:
-        return torch.cat([sample_onehot(p, sample=False) for p in self.probs], -1)
+        return torch.cat([sample_onehot(p, None) for p in self.probs], -1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         onehots = x.split(self.sizes, -1)
@@ -128,8 +149,10 @@ class ClippedNormal:
         self.loc = torch.tanh(at_least_float32(mean))
         self.std = (high - low) * torch.sigmoid(at_least_float32(std) + 2.0) + low
 
-    def sample(self) -> Tensor:
-        return torch.clamp(torch.addcmul(self.loc, self.std, torch.randn_like(self.std)), -1.0, 1.0)
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        where = {"dtype": self.std.dtype, "device": self.std.device}
+        noise = torch.randn(self.std.shape, generator=generator, **where)  # (..., A)
+        return torch.clamp(torch.addcmul(self.loc, self.std, noise), -1.0, 1.0)
 
     def mode(self) -> Tensor:
         return self.loc

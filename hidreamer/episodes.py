@@ -238,7 +238,8 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
         path, error = found[0]
         if len(found) > MANY:
             lines.append(
-                f"skipped {len(found)} of {total} episodes of {path.parent}, e.g. {path.name}: {error}"
+                f"skipped {len(found)} of {total} episodes of {path.parent}, e.g. {path.name}: "
+                f"{error}"
             )
         else:
             lines += [f"skipped episode {path}: {error}" for path, error in found]

@@ -25,9 +25,8 @@ def make_level_mask(kind: str, levels: int) -> Tensor:
     """
     n = levels + 1
     level = torch.arange(n)
-    earlier = (
-        level.unsqueeze(1) >= level
-    )  # (row, column): a step's positions come in order of level
+    # (row, column): a step's positions come in order of level
+    earlier = level.unsqueeze(1) >= level
     if kind == "causal":
         past = torch.ones(n, n, dtype=torch.bool)
     elif kind == "barrier":

@@ -71,28 +71,18 @@ def available_memory(root: Path = Path("/")) -> Capacity | None:
     }
     if not {"MemTotal", "MemAvailable"} <= known.keys():
         return None
-    capacities = [
-        Capacity(
-            known["MemTotal"] + known.get("SwapTotal", 0),
-            known["MemAvailable"] + known.get("SwapFree", 0),
-        )
-    ]
+    total = known["MemTotal"] + known.get("SwapTotal", 0)
+    limits = [Capacity(total, known["MemAvailable"] + known.get("SwapFree", 0))]
     for line in read_or_empty(root / "proc/self/cgroup").splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds == "":
             names = ("memory.max", "memory.current", r"^inactive_file (\d+)$")
-            capacities += groups(root / "sys/fs/cgroup", path, names)
+            limits += groups(root / "sys/fs/cgroup", path, names)
         elif "memory" in kinds.split(","):
-            names = (
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                r"^total_inactive_file (\d+)$",
-            )
-            capacities += groups(root / "sys/fs/cgroup/memory", path, names)
-    return Capacity(
-        min(capacity.total for capacity in capacities),
-        min(capacity.free for capacity in capacities),
-    )
+            version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            names = (*version1, r"^total_inactive_file (\d+)$")
+            limits += groups(root / "sys/fs/cgroup/memory", path, names)
+    return Capacity(*map(min, zip(*limits, strict=True)))
 
 
 def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Capacity]:
@@ -105,10 +95,8 @@ def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Capacity
     if not here.is_dir():
         here = mount
     while True:
-        limit, usage = (
-            read_or_empty(here / limit_name).strip(),
-            read_or_empty(here / usage_name).strip(),
-        )
+        limit = read_or_empty(here / limit_name).strip()
+        usage = read_or_empty(here / usage_name).strip()
         if limit.isdigit() and usage.isdigit():
             cache = re.search(cache_pattern, read_or_empty(here / "memory.stat"), re.MULTILINE)
             # the kernel drops that before it refuses memory

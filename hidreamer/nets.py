@@ -181,9 +181,8 @@ class GRUCell(nn.Module):
         return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
 
 
-CELLS = {
-    "gru": GRUCell
-}  # each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter)
+# Each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter).
+CELLS = {"gru": GRUCell}
 
 
 def make_cell(name: str, inp: int, deter: int, *, norm: str = "layer") -> nn.Module:

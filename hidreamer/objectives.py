@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hidreamer.dynamics.base import Dynamics, Post
@@ -18,7 +19,9 @@ Batch = Mapping[str, Tensor]
 class Objective(Protocol):
     """What trains the world model besides the dynamics' own loss."""
 
-    def loss(self, post: Post, embed: Tensor, obs: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         """post of (B,T), embed (B,T,E), preprocessed obs -> losses (B,T) by name."""
         ...
 
@@ -31,8 +34,10 @@ class Reconstruction:
     def __init__(self, decoder: nn.Module, dynamics: Dynamics):
         self.decoder, self.dynamics = decoder, dynamics
 
-    def loss(self, post: Post, embed: Tensor, obs: Batch) -> dict[str, Tensor]:
-        dists = self.decoder(self.dynamics.decoder_features(post).cat())
+    def loss(
+        self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        dists = self.decoder(self.dynamics.decoder_features(post, generator).cat())
         return {key: -dist.log_prob(obs[key]) for key, dist in dists.items()}
 
 
@@ -42,7 +47,9 @@ class Reward:
     def __init__(self, head: nn.Module):
         self.head = head
 
-    def loss(self, post: Post, embed: Tensor, obs: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         return {"reward": -self.head(post.feat.cat()).log_prob(obs["reward"])}
 
 
@@ -52,5 +59,7 @@ class Continue:
     def __init__(self, head: nn.Module):
         self.head = head
 
-    def loss(self, post: Post, embed: Tensor, obs: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         return {"cont": -self.head(post.feat.cat()).log_prob(1.0 - obs["is_terminal"])}

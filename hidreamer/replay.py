@@ -18,9 +18,7 @@ import numpy as np
 from hidreamer import memory
 
 Rows = dict[str, np.ndarray]
-BLOCK_BYTES = (
-    2**18
-)  # bytes that are put together at a time for a file: what stays in a core's cache
+BLOCK_BYTES = 2**18  # written to a file at a time: what stays in a core's cache
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # {key: (shape, dtype)} of one row
 
 

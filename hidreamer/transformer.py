@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import at_least_float32
 from hidreamer.nets import by_name, linear, make_activation, make_norm
-from hidreamer.precision import masked_attention
+from hidreamer.precision import autocast_dtype, masked_attention
 
 
 class KV(NamedTuple):
@@ -175,7 +175,10 @@ def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
     bias: of ``score_bias``, (B,1,n,Q,P+O).
     """
     (batch, heads, count, rows, _), size = q.shape, prefix.keys.shape[-2]
-    scale, q = q.shape[-1] ** -0.5, q.contiguous()
+    dtype = autocast_dtype(q.device) or q.dtype
+    q, bias = q.contiguous().to(dtype), bias.to(dtype)
+    own, prefix = (KV(*(x.to(dtype) for x in kv)) for kv in (own, prefix))
+    scale = q.shape[-1] ** -0.5
     by_sequence = lambda x: x.reshape(batch * heads, -1, x.shape[-1])
     by_branch = lambda x: x.flatten(0, 2)
     scores = bias.expand(-1, heads, -1, -1, -1).clone(memory_format=torch.contiguous_format)

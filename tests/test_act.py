@@ -15,7 +15,7 @@ class Graph:
 
     made = 0
 
-    def __init__(self, fn):
+    def __init__(self, fn, generator=None):
         self.fn, self.calls = fn, 0
         Graph.made += 1
 
@@ -50,7 +50,7 @@ def test_captured_acting_is_acting(kind, mode, device):
     runs = []
     Graph.made = 0
     for recorded in (False, True):
-        agent.captured_act = capture.CapturedAct(agent, record) if recorded else None
+        agent.captured_act = capture.CapturedAct(agent, record=record) if recorded else None
         torch.manual_seed(3)
         state, actions, states = agent.initial(2), [], []
         for t in range(12):
@@ -67,7 +67,7 @@ def test_captured_acting_is_acting(kind, mode, device):
 
 def test_a_graph_for_every_count_mode_and_compilation():
     agent, batch = make(**{"expl.behavior": "plan2explore"})
-    agent.captured_act, Graph.made = capture.CapturedAct(agent, Graph), 0
+    agent.captured_act, Graph.made = capture.CapturedAct(agent, record=Graph), 0
 
     def act(count, mode):
         obs = {key: batch[key][:count, 0] for key in ("vector", "is_first")}
@@ -96,7 +96,7 @@ def test_where_recording_fails_acting_continues(monkeypatch):
     agent, batch = make()
     obs, found = {key: batch[key][:, 0] for key in ("vector", "is_first")}, []
     for recorded in (True, False):
-        agent.captured_act = capture.CapturedAct(agent, Failing) if recorded else None
+        agent.captured_act = capture.CapturedAct(agent, record=Failing) if recorded else None
         torch.manual_seed(0)
         state = agent.initial(2)
         with warnings.catch_warnings(record=True) as seen:
@@ -107,3 +107,14 @@ def test_where_recording_fails_acting_continues(monkeypatch):
         assert not recorded or str(seen[0].message).endswith("stream is capturing")
         found.append((state.action, *state.carry))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_another_generator_than_the_runs_is_not_captured():
+    agent, batch = make()
+    own, other = torch.Generator(), torch.Generator()
+    agent.captured_act, Graph.made = capture.CapturedAct(agent, own, Graph), 0
+    obs = {key: batch[key][:, 0] for key in ("vector", "is_first")}
+    agent.act(agent.initial(2), obs, "train", other)
+    assert not agent.captured_act.graphs
+    agent.act(agent.initial(2), obs, "train", own)
+    assert len(agent.captured_act.graphs) == 1

@@ -107,7 +107,7 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
 
 
 def test_optimiser_states_lie_as_their_weights_do():
-    """A checkpoint of a CPU continues on CUDA, where weights are channels-last: fused Adam walks through memory."""
+    """A CPU's checkpoint continues on CUDA, where weights lie channels-last."""
     agent, batch = make({"image": EVERYTHING["image"]})
     agent.update(batch)
     state, found = copy.deepcopy(agent.save_state()), []

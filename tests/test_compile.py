@@ -61,7 +61,7 @@ def test_after_a_failed_compilation_all_is_as_without(kind):
 class FailingCapture:
     """Like ``Captured`` on a CPU, whose recording breaks off after the update ran."""
 
-    def __init__(self, fn):
+    def __init__(self, fn, generator):
         self.fn, self.calls = fn, 0
 
     def __call__(self, batch):
@@ -111,11 +111,12 @@ def test_without_compilation_the_update_is_still_recorded(monkeypatch):
     monkeypatch.setattr(models.Agent, "_compile", None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     lines = []
-    fast = agent.make_update("off", lines.append)
+    fast = agent.make_update("off", report=lines.append)
     monkeypatch.undo()
     assert fast.capture and fast.compile is None and fast(batch).isfinite().all()
     assert fast.run.calls == 1 and not lines
-    assert agent.make_update("off") == agent.make_update("auto") == agent.update  # on a CPU
+    for compiled in ("off", "auto"):  # on a CPU
+        assert agent.make_update(compiled).func == agent.update
 
 
 def test_compilation_is_announced_once_and_kept(tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def test_what_works_is_not_copied_again(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_run_compiles_every_piece_it_needs_and_then_no_more(kind, precision, monkeypatch):
-    """In the order of a run: acting comes before training. Past its limit torch would give up a piece."""
+    """In the order of a run, which acts first. Past its limit torch would give up a piece."""
     graphs = []
 
     def backend(graph, inputs):

@@ -70,7 +70,7 @@ class StubAgent:
     def tensors(self, rows):
         return rows
 
-    def act(self, state, obs, mode):
+    def act(self, state, obs, mode, generator):
         return SimpleNamespace(action=torch.zeros(len(obs["vector"]), 1))
 
 

@@ -268,7 +268,9 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     found = {}
     behavior, step = agent.behavior, agent.world_model.loss
     imagine, losses = behavior.imagine, behavior.losses
-    monkeypatch.setattr(agent.world_model, "loss", lambda obs: found.setdefault("loss", step(obs)))
+    monkeypatch.setattr(
+        agent.world_model, "loss", lambda obs, _: found.setdefault("loss", step(obs))
+    )
     monkeypatch.setattr(
         behavior,
         "imagine",
@@ -282,7 +284,7 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     assert not torch.equal(batch["is_first"], batch["is_terminal"])
     agent.update(batch)
     steps = [0, 1, 2, 3, 4, 5] if starts == 0 else [2, 5]
-    _, start, terminal = found["args"]
+    _, start, terminal, _ = found["args"]
     assert terminal.tolist() == batch["is_terminal"][:, steps].float().flatten().tolist()
     assert 0 < terminal.sum() < len(terminal)
     post = found["loss"][2]
@@ -352,7 +354,7 @@ def test_the_world_models_losses(kind):
     agent, obs = build(kind=kind, **{"dynamics.unimix": unimix, "dynamics.free": total})
     model, seen = agent.world_model, []
     decoded = model.dynamics.decoder_features
-    model.dynamics.decoder_features = lambda post: seen.append(decoded(post)) or seen[-1]
+    model.dynamics.decoder_features = lambda post, _: seen.append(decoded(post)) or seen[-1]
     if kind == "hrvq":
         model.dynamics.level_weights = [0.5, 0.25]
     losses, _, post, _, metrics = model.loss(obs)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,16 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(kind, device):
 
 
 def test_another_state_of_the_generator_is_seen(monkeypatch):
-    monkeypatch.setattr(torch, "set_rng_state", lambda state: torch.manual_seed(2))
+    made = equality.seeded
+
+    def other(agent):
+        generator = made(agent)
+        ignore = lambda state: None
+        return SimpleNamespace(get_state=generator.get_state, set_state=ignore, own=generator)
+
+    monkeypatch.setattr(equality, "seeded", other)
+    captured = equality.captured
+    monkeypatch.setattr(equality, "captured", lambda agent, seeded: captured(agent, seeded.own))
     with pytest.raises(equality.Wrong):
         equality.resume_equals_going_on(torch.device("cpu"))
 
@@ -75,13 +85,13 @@ def test_functions_that_only_cuda_has_so(check):
 class Recorded:
     """Like ``Captured`` on a CPU: from the 4th call on it computes with inputs of its own."""
 
-    def __init__(self, agent, fault=""):
-        self.agent, self.fault, self.calls = agent, fault, 0
+    def __init__(self, agent, generator, fault=""):
+        self.agent, self.generator, self.fault, self.calls = agent, generator, fault, 0
 
     def __call__(self, batch):
         self.calls += 1
         if self.calls <= 3:
-            return self.agent.update(batch)
+            return self.agent.update(batch, self.generator)
         if self.calls == 4:
             self.inputs = {key: x.clone() for key, x in batch.items()}
         for key, x in batch.items():
@@ -92,11 +102,11 @@ class Recorded:
         if self.fault == "old weights":
             kept = self.agent.save_state()
             kept = {key: {name: x.clone() for name, x in kept[key].items()} for key in ["params"]}
-        self.out = self.agent.update(self.inputs)
+        self.out = self.agent.update(self.inputs, self.generator)
         if self.fault == "old weights":
             self.agent.load_state_dict(kept["params"])
         if self.fault == "same draws":
-            torch.manual_seed(2)
+            self.generator.manual_seed(2)
         return self.out
 
 

@@ -60,10 +60,10 @@ def test_bottom_depends_on_top_and_never_the_reverse():
     assert jacobian.abs().amax((0, 1)).min() > 0
     # Through a whole step: moving the layers of the bottom moves the bottom's logits alone.
     deter, v = torch.randn(1, 16), torch.randn(1, 16)
-    _, (top_logit, bottom_logit) = dynamics.post_step(deter, v, sample=False)
+    _, (top_logit, bottom_logit) = dynamics.post_step(deter, v, (None, None))
     for layer in (dynamics.prior_bottom, dynamics.delta):
         torch.nn.init.normal_(layer.weight)
-    _, (top_after, bottom_after) = dynamics.post_step(deter, v, sample=False)
+    _, (top_after, bottom_after) = dynamics.post_step(deter, v, (None, None))
     assert torch.equal(top_logit, top_after) and not torch.allclose(bottom_logit, bottom_after)
 
 

@@ -356,7 +356,7 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
 
 def test_exploring_ends_at_expl_until(tmp_path, monkeypatch):
     modes, act = [], models.Agent.act
-    spy = lambda self, state, obs, mode="train": modes.append(mode) or act(self, state, obs, mode)
+    spy = lambda self, *args: modes.append(args[2]) or act(self, *args)
     monkeypatch.setattr(models.Agent, "act", spy)
     settings = [
         "--steps",
@@ -385,9 +385,9 @@ def test_every_evaluation_has_seeds_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_env", spy)
     drawn, play = [], evaluation.play
 
-    def first_draw(*args, **kwargs):
-        drawn.append(torch.get_rng_state().numpy().tobytes())
-        return play(*args, **kwargs)
+    def first_draw(*args, generator, **kwargs):
+        drawn.append(generator.get_state().numpy().tobytes())
+        return play(*args, generator=generator, **kwargs)
 
     monkeypatch.setattr(evaluation, "play", first_draw)
     assert run(tmp_path / "run", "--steps", 120, "--eval_every", 40) == 0

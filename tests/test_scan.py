@@ -24,7 +24,7 @@ def small(kind, **names):
 
 
 def inputs(dynamics, batch=2, length=4):
-    """-> carry, embed (B,T,E), action (B,T,A), is_first (B,T) with an episode that starts inside."""
+    """-> carry, embed (B,T,E), action (B,T,A), is_first (B,T) with a start inside."""
     make = lambda *shape: torch.randn(batch, *shape, dtype=torch.float64)
     first = torch.zeros(batch, length, dtype=torch.bool)
     first[0, 0] = first[1, 2] = True

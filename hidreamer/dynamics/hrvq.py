@@ -32,8 +32,8 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.losses import scaled
 from hidreamer.mask import attn_mask, make_level_mask
@@ -228,13 +228,17 @@ class HRVQ(Dynamics):
         prev_action: Tensor,
         is_first: Tensor,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
-        return self.follow(carry, self.encode(embed, sample), prev_action, is_first)
+        codes = self.encode(embed, sample, generator)
+        return self.follow(carry, codes, prev_action, is_first)
 
-    def encode(self, embed: Tensor, sample: bool = True) -> Codes:
+    def encode(
+        self, embed: Tensor, sample: bool = True, generator: torch.Generator | None = None
+    ) -> Codes:
         """The posterior (..., E) -> codes (..., L, G, .): of each observation alone."""
         assert embed.shape[-1] == self.embed_dim, (embed.shape, self.embed_dim)
-        return self.quantizer.encode(self._project(embed), sample)
+        return self.quantizer.encode(self._project(embed), sample, generator)
 
     def follow(
         self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor
@@ -311,8 +315,8 @@ class HRVQ(Dynamics):
             metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
         return metrics
 
-    def update_codebook(self, post: Post) -> None:
-        self.quantizer.update_codebook(post.aux.codes)
+    def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
+        self.quantizer.update_codebook(post.aux.codes, generator=generator)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)
@@ -325,31 +329,37 @@ class HRVQ(Dynamics):
         return cache._replace(deter=deter, stoch=stoch, step=where)
 
     def imagine(
-        self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
+        self,
+        carry: Any,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[RolloutCarry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
         rollout = Rollout(
             self.transformer, self.level_mask, self.slots, self.window, carry, horizon
         )
-        feats, actions = [self.feat(carry)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            feats.append(self._imagine_step(rollout, action, sample))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        feat = stack_feats(feats)  # (N, H+1, .)
-        return RolloutCarry(*feats[-1], rollout), feat, torch.stack(actions, 1)
+        step = lambda _, action: self._imagine_step(rollout, action, sample, generator)
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return RolloutCarry(*last, rollout), feat, action
 
-    def _imagine_step(self, rollout: Rollout, action: Tensor, sample: bool) -> Feat:
+    def _imagine_step(
+        self,
+        rollout: Rollout,
+        action: Tensor,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> Feat:
         """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
         codes = []
         for level in range(self.levels):
             logit = scaled(self._logit(level, out), 1.0 / self.temperature[level])  # (N, G, K)
             probs = dists.unimix_probs(logit, self.kl_config.unimix)
-            onehot = dists.sample_onehot(probs, sample).to(out.dtype)
+            noise = dists.uniform((*probs.shape[:-1], 1), probs, generator) if sample else None
+            onehot = dists.sample_onehot(probs, noise).to(out.dtype)
             codes.append(self.quantizer.decode(level, onehot).flatten(1))  # (N, G * d)
             token = self._token(level, codes[-1])
             if self.chain and level < self.levels - 1:
@@ -361,7 +371,9 @@ class HRVQ(Dynamics):
     def fixed_size(self, carry: Carry) -> Carry:
         return carry.padded(self.window, self.levels + 1)
 
-    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+    def coarse_features(
+        self, feat: Feat, generator: torch.Generator | None = None
+    ) -> dict[str, Feat]:
         """L0 alone, L0+L1, and so on, finer codes being zero; all levels would be ``feat``."""
         size = self.stoch_dim // self.levels
         level = torch.arange(self.stoch_dim, device=feat.stoch.device)
@@ -372,14 +384,15 @@ class HRVQ(Dynamics):
             name += f"+L{i + 1}"
         return out
 
-    def decoder_features(self, post: Post) -> Feat:
+    def decoder_features(self, post: Post, generator: torch.Generator | None = None) -> Feat:
         """Features (B,T,.), at random steps without fine levels: coarse ones can be decoded."""
         if not self.level_dropout or self.levels == 1:
             return post.feat
         stoch = post.feat.stoch.unflatten(-1, (self.levels, -1))  # (B, T, L, G * d)
         steps, device = stoch.shape[:2], stoch.device
-        dropped = torch.rand(steps, device=device) < self.level_dropout
-        kept = torch.randint(1, self.levels, steps, device=device)
+        where = {"device": device, "generator": generator}
+        dropped = torch.rand(steps, **where) < self.level_dropout
+        kept = torch.randint(1, self.levels, steps, **where)
         kept = kept.where(dropped, self.levels)  # (B, T) levels
         level = torch.arange(self.levels, device=device)
         keep = (level < kept.unsqueeze(-1)).unsqueeze(-1)  # (B, T, L, 1)

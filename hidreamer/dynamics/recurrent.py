@@ -22,8 +22,8 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.dynamics.scan import (
     CellWeights,
@@ -34,6 +34,8 @@ from hidreamer.dynamics.scan import (
     scan,
 )
 from hidreamer.nets import Block, GRUCell, SplitBlock, make_cell
+
+Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
 
 class Carry(NamedTuple):
@@ -79,12 +81,12 @@ class Recurrent(Dynamics):
         known = tuple(map(type, parts)) == (GRUCell, nn.LayerNorm, nn.SiLU)
         self.has_scan = known and hasattr(self, "post_forward")
 
-    def prior_step(self, deter: Tensor, sample: bool) -> Tensor:
+    def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         """Memory (N,D) -> an imagined stoch (N,Z)."""
         raise NotImplementedError
 
     def post_step(
-        self, deter: Tensor, v: Tensor, sample: bool
+        self, deter: Tensor, v: Tensor, noise: Noise
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Memory (B,D), hidden of memory and embedding (B,hidden).
 
@@ -96,17 +98,35 @@ class Recurrent(Dynamics):
         """(B,T,D), (B,T,Z) -> prior logits per level (B,T,S,K) given the posterior's coarser."""
         raise NotImplementedError
 
-    def sample_stoch(self, logit: Tensor, sample: bool) -> Tensor:
-        """One level's logits (...,S,K) -> one-hots (...,S*K), sampled, or the mode."""
-        return dists.sample_onehot(
-            dists.unimix_probs(logit, self.kl_config.unimix), sample
-        ).flatten(-2)
+    def noise(
+        self, steps: int, like: Tensor, sample: bool, generator: torch.Generator | None
+    ) -> list[Noise]:
+        """What each of so many steps of ``len(like)`` states needs to be sampled."""
+        if not sample:
+            return [(None,) * len(self.shapes)] * steps
+        levels = (level.unbind(0) for level in self.noises(steps, like, generator))
+        return list(zip(*levels, strict=True))
+
+    def noises(self, steps: int, like: Tensor, generator: torch.Generator | None) -> Tensors:
+        """The same by level, (T,N,S,1).
+
+        All of it at once: per step, it would be a call to the generator for each level.
+        """
+        sizes = [len(like) * variables for variables, _ in self.shapes]
+        parts = dists.uniform((steps, sum(sizes)), like, generator).split(sizes, 1)
+        return tuple(part.view(steps, len(like), -1, 1) for part in parts)
+
+    def sample_stoch(self, logit: Tensor, noise: Tensor | None) -> Tensor:
+        """One level's logits (...,S,K), noise (...,S,1) -> one-hots (...,S*K), or the mode."""
+        probs = dists.unimix_probs(logit, self.kl_config.unimix)
+        return dists.sample_onehot(probs, noise).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
         # The memory is learned; the state is the prior's mode there, a constant, so that no loss
         # of the posterior reaches the prior through it.
         deter = torch.tanh(self.initial_deter).unsqueeze(0)  # (1, D)
-        stoch = self.prior_step(deter, sample=False).detach()  # (1, Z)
+        mode = self.noise(1, deter, False, None)[0]
+        stoch = self.prior_step(deter, mode).detach()  # (1, Z)
         return Carry(deter.expand(batch, -1), stoch.expand(batch, -1))
 
     def observe(
@@ -116,6 +136,7 @@ class Recurrent(Dynamics):
         prev_action: Tensor,
         is_first: Tensor,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
         self.check_steps(carry, prev_action, is_first)
         assert embed.shape == (*is_first.shape, self.embed_dim), embed.shape
@@ -130,23 +151,17 @@ class Recurrent(Dynamics):
         embed = obs_out.project(1, embed)  # (B, T, hidden)
         inputs = keep, deter0, stoch0, action, embed
         if self.has_scan:
-            noise = self._noise(keep.transpose(0, 1)) if sample else ()
-            steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noise)
+            noises = self.noises(is_first.shape[1], carry.deter, generator) if sample else ()
+            steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noises)
             found = scan(self, self._cell_weights(img_in, obs_out), steps, carry)
             deter, stoch, logits = found  # (T, B, .)
             last = Carry(deter[-1], stoch[-1])
             feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
             post = [logit.transpose(0, 1) for logit in logits]  # (B, T, S, K) each
         else:
-            last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, sample)
+            noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
+            last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
         return last, Post(feat, tuple(map(Level, post, self.priors(*feat))))
-
-    def _noise(self, like: Tensor) -> Tensors:
-        """Uniform numbers (T,B,S,1) by level, for steps like (T,B,1); sampled step by step."""
-        steps, batch, _ = like.shape
-        sizes = [batch * variables for variables, _ in self.shapes]
-        noise = torch.rand(steps, sum(sizes), device=like.device, dtype=like.dtype)
-        return tuple(x.view(steps, batch, -1, 1) for x in noise.split(sizes, 1))
 
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
         gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
@@ -173,7 +188,7 @@ class Recurrent(Dynamics):
         inputs: tuple[Tensor, ...],
         img_in: SplitBlock,
         obs_out: SplitBlock,
-        sample: bool,
+        noises: list[Noise],
     ) -> tuple[Carry, Feat, list[Tensor]]:
         """For other cells, norms and activations than ``scan`` knows, or for a state without one.
 
@@ -181,8 +196,8 @@ class Recurrent(Dynamics):
         """
         deters, stochs, logits = [], [], []
         deter, stoch = carry
-        for step in zip(*(x.unbind(1) for x in inputs), strict=True):
-            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, sample)
+        for *step, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
+            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, noise)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
@@ -201,7 +216,7 @@ class Recurrent(Dynamics):
         embed: Tensor,
         img_in: SplitBlock,
         obs_out: SplitBlock,
-        sample: bool,
+        noise: Noise,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """One step of the scan: (B,.) each, action and embed as ``project`` products (B,hidden).
 
@@ -214,14 +229,14 @@ class Recurrent(Dynamics):
         stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
         deter = self.cell(img_in(0, stoch, action), deter)
         v = obs_out(0, deter, embed)  # (B, hidden)
-        return deter, *self.post_step(deter, v, sample)
+        return deter, *self.post_step(deter, v, noise)
 
     def imagine_step(
-        self, deter: Tensor, stoch: Tensor, action: Tensor, sample: bool
+        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
         deter = self.cell(self.img_in(torch.cat([stoch, action], -1)), deter)
-        return deter, self.prior_step(deter, sample)
+        return deter, self.prior_step(deter, noise)
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
@@ -239,16 +254,18 @@ class Recurrent(Dynamics):
         return Carry(*(x[:, where].flatten(0, 1).detach() for x in post.feat))  # (B * n, .)
 
     def imagine(
-        self, carry: Carry, actor: Policy | Tensor, horizon: int, sample: bool = True
+        self,
+        carry: Carry,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Carry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
-        deter, stoch = carry
-        feats, actions = [Feat(deter, stoch)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            deter, stoch = self.imagine_step(deter, stoch, action, sample)
-            feats.append(Feat(deter, stoch))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        return Carry(deter, stoch), stack_feats(feats), torch.stack(actions, 1)
+
+        def step(state: Feat, action: Tensor) -> Feat:
+            noise = self.noise(1, state.deter, sample, generator)[0]
+            return Feat(*self.imagine_step(*state, action, noise))
+
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return Carry(*last), feat, action
