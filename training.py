@@ -21,6 +21,7 @@ from envs.base import Env
 from envs.vector import Envs
 from hidreamer import checkpoint, cost, evaluation, process
 from hidreamer.episodes import Episodes, make_replay, recorded
+from hidreamer.feed import Feed
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import note_start, provenance
@@ -88,7 +89,8 @@ class Run:
         self.generator = make_generator(device)
         if config.compile == "on" and device.type == "cpu":
             report("compile on: on a CPU that takes minutes and gains nothing that was measured")
-        self.update = self.agent.make_update(config.compile, self.generator)
+        self.update = self.agent.make_update(config.compile, self.generator, report)
+        self.feed = Feed(device)
         if source is not None and not state:
             run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
@@ -262,9 +264,9 @@ class Run:
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
-        batch = self.replay.sample()
+        batch = self.feed.send(self.replay.sample(out=self.feed.rows()))
         del batch["is_last"]
-        self.window.add(self.update(self.agent.tensors(batch)))
+        self.window.add(self.update(batch))
         self.updates += 1
         self.pending_updates -= 1.0
         self.unsaved = True

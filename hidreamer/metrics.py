@@ -71,3 +71,7 @@ class EpisodeScores:
             }
             ended.append({name: value for name, value in scores.items() if np.isfinite(value)})
         return ended
+
+
+def prefixed(prefix: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in metrics.items()}

@@ -94,9 +94,15 @@ class Optimizer:
         self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
-                self.optim.state[p] = {
-                    name: x.detach().clone().to(p.device) for name, x in state[key].items()
-                }
+                self.optim.state[p] = {name: like(p, x) for name, x in state[key].items()}
+
+
+@torch.no_grad()
+def like(param: Tensor, x: Tensor) -> Tensor:
+    """A copy of state ``x`` of a parameter on its device, in its order in memory (``gather``)."""
+    if x.shape != param.shape:  # the count of steps
+        return x.detach().clone().to(param.device)
+    return torch.empty_like(param, dtype=x.dtype).copy_(x.detach())
 
 
 def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
@@ -109,3 +115,8 @@ def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: floa
             f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
         )
     return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)
+
+
+def joint_name(loss_name: str, module: str) -> str:
+    """The module's name in a joint optimiser: the explorer has an actor and a critic as well."""
+    return f"expl_{module}" if loss_name.startswith("expl_") else module

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hidreamer.mask import attn_mask
+from hidreamer.precision import autocast_dtype
 from hidreamer.transformer import KV, Transformer, rotary, rotate
 
 
@@ -86,6 +88,21 @@ class Carry(NamedTuple):
             step=torch.full_like(self.step, count - 1),
         )
 
+    def padded(self, count: int, slots: int) -> Carry:
+        """At least ``count`` steps of ``slots`` positions: those before the first are of another
+        episode, and so never seen.
+        """
+        missing = count - self.segment.shape[1]
+        if missing <= 0:
+            return self
+        before = (0, 0, missing * slots, 0)
+        return self._replace(
+            keys=F.pad(self.keys, before),
+            values=F.pad(self.values, before),
+            segment=F.pad(self.segment, (missing, 0), value=-1),
+            step=self.step + missing,
+        )
+
     def unshared(self, count: int) -> Carry:
         """A sequence for each branch, (N, ..): copies of at most ``count`` steps up to its own.
 
@@ -154,7 +171,7 @@ class Rollout:
         rows = self.own.time, self.own.level
         self.own_mask = attn_mask(level_mask, rows, rows, window)  # (O, O)
         time = self.start + self.own.time  # (B, n, O)
-        self.rope = rotary(time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
+        self.rope = rotary(time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d)
         self.own_kv = transformer.branches(len(self.own.time))
         self.time, self.level = 0, self.levels  # of the next row, which is A_0
         self.length = 0  # rows computed so far
@@ -215,12 +232,15 @@ class Rollout:
         return self.prefixes[key]
 
     def _cached_kv(self, slots: int) -> list[KV]:
-        """The first slots of the cached K/V, contiguous: else every product would copy them."""
+        """The first slots of the cached K/V, contiguous and in the products' precision: else every
+        product would copy them.
+        """
         if slots not in self.cached_kv:
-            layers = []
+            layers, dtype = [], autocast_dtype(self.origin.keys.device)
             for x in (self.origin.keys, self.origin.values):
                 x = first_slots(x, self.levels + 1, slots, -2)  # (B, layers, h, P', d)
-                layers.append(x.transpose(0, 1).contiguous().unbind())
+                x = x.transpose(0, 1).contiguous()
+                layers.append((x if dtype is None else x.to(dtype)).unbind())
             self.cached_kv[slots] = [KV(*kv) for kv in zip(*layers, strict=True)]
         return self.cached_kv[slots]
 

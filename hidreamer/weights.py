@@ -45,6 +45,27 @@ def match(
     return matched, report
 
 
+def load_state(agent: Any, state: Mapping[str, Any]) -> dict[str, str]:
+    """What ``Agent.load_state`` does."""
+    prefix, dynamics = "world_model.dynamics.", agent.world_model.dynamics
+    given = renamed(state["params"], prefix, dynamics.former_names)
+    params, theirs = {}, {}
+    for name, x in given.items():
+        if name.startswith(prefix):
+            theirs[name.removeprefix(prefix)] = x
+        else:
+            params[name] = x
+    params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
+    matched, report = match(agent.state_dict(), params, given, may_be_fresh="explorer.")
+    agent.load_state_dict(matched)
+    for name, opt in agent.optimizers.items():
+        moments = renamed(state["optim"].get(name, {}), "dynamics.", dynamics.former_names)
+        opt.load_state_dict(moments)
+        fresh = (key for key in opt.params if key not in moments)
+        report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
+    return report
+
+
 def former_hrvq_names(layers: int) -> dict[str, str]:
     """{former: now} of ``hrvq``'s parameters."""
     names = {

@@ -181,6 +181,10 @@ class Dynamics(nn.Module):
         """The state that a carry is at, (B,.)."""
         return Feat(carry.deter, carry.stoch)
 
+    def fixed_size(self, carry: Any) -> Any:
+        """The same carry of ``observe``, in a size that does not depend on the steps before."""
+        return carry
+
     def coarse_features(
         self, feat: Feat, generator: torch.Generator | None = None
     ) -> dict[str, Feat]:

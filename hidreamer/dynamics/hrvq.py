@@ -35,9 +35,10 @@ from hidreamer.dynamics.base import (
     start_steps,
     unroll,
 )
+from hidreamer.losses import scaled
 from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
-from hidreamer.quantizer import Codes, Quantizer, per_level
+from hidreamer.quantizer import Codes, Quantizer, code_accuracy, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
 from hidreamer.transformer import KV, Branch, FFNLosses, Transformer, rotary
 from hidreamer.weights import former_hrvq_names
@@ -55,11 +56,14 @@ class Aux(NamedTuple):
 class Attention(NamedTuple):
     """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
 
-    rope: Tensor  # (Q, 2, width of a head / 2) their rotations
+    rope: Tensor  # (Q, 2, width of a head) their rotations
     level: Tensor  # (Q,) their levels, L for the action
     attn_mask: Tensor  # (B, 1, Q, Q) among themselves
     prefix: list[KV] | None  # of each layer, cached steps
     prefix_mask: Tensor | None  # (B, 1, Q, P)
+
+
+COMPILED_KINDS = 16  # at most, of calls that a compiled piece meets
 
 
 class HRVQ(Dynamics):
@@ -292,24 +296,9 @@ class HRVQ(Dynamics):
         for name, loss in post.aux.ffn_losses.items():  # (B, 1) each
             losses[name] = loss.expand(is_first.shape)
         metrics |= self.quantizer.usage(codes.index)
-        return losses, metrics | self._accuracy(post.levels, codes.index, is_first)
-
-    @torch.no_grad()
-    def _accuracy(self, levels: tuple[Level, ...], index: Tensor, is_first: Tensor) -> Metrics:
-        """How often the likeliest code is right, of all and of those that changed, and a copy is.
-
-        index: (B, T, L, G).
-        """
-        metrics, same_episode = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
-        same_episode = same_episode.expand(-1, -1, index.shape[-1]).float()
-        for i, level in enumerate(levels):
-            now, before = index[:, 1:, i], index[:, :-1, i]  # (B, T-1, G)
-            right = level.prior[:, 1:].argmax(-1) == now
-            changed = same_episode * (now != before).float()
-            metrics[f"accuracy_{i}"] = weighted_mean(right, same_episode)
-            metrics[f"accuracy_copy_{i}"] = weighted_mean(now == before, same_episode)
-            metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
-        return metrics
+        return losses, metrics | code_accuracy(
+            [level.prior for level in post.levels], codes.index, is_first
+        )
 
     def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
         self.quantizer.update_codebook(post.aux.codes, generator=generator)
@@ -352,7 +341,7 @@ class HRVQ(Dynamics):
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
         codes = []
         for level in range(self.levels):
-            logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
+            logit = scaled(self._logit(level, out), 1.0 / self.temperature[level])  # (N, G, K)
             probs = dists.unimix_probs(logit, self.kl_config.unimix)
             noise = dists.uniform((*probs.shape[:-1], 1), probs, generator) if sample else None
             onehot = dists.sample_onehot(probs, noise).to(out.dtype)
@@ -363,6 +352,9 @@ class HRVQ(Dynamics):
             else:  # predicts nothing before the next action, and is computed together with that
                 rollout.append(token)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
+
+    def fixed_size(self, carry: Carry) -> Carry:
+        return carry.padded(self.window, self.levels + 1)
 
     def coarse_features(
         self, feat: Feat, generator: torch.Generator | None = None
@@ -392,11 +384,10 @@ class HRVQ(Dynamics):
         return post.feat._replace(stoch=(stoch * keep).flatten(-2))
 
     def compile_steps(self) -> None:
+        # Acting, training, dreaming and open loops make nine kinds of calls, each compiled once.
+        # Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
         for layer in self.transformer.layers:
             layer.project = torch.compile(layer.project)
             layer.add_residuals = torch.compile(layer.add_residuals)
-
-
-def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
-    return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
