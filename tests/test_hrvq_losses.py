@@ -33,9 +33,9 @@ def test_exactly_one_codebook_update_per_training_update(monkeypatch):
     quantizer, calls = agent.world_model.dynamics.quantizer, []
     update = quantizer.update_codebook
 
-    def counted(codes):
+    def counted(codes, generator):
         calls.append(quantizer.count.clone())
-        update(codes)
+        update(codes, generator=generator)
 
     monkeypatch.setattr(quantizer, "update_codebook", counted)
     state, obs = agent.initial(2), {key: batch[key][:, 0] for key in (*EVERYTHING, "is_first")}
