@@ -7,10 +7,11 @@ one pass, h heads of d numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hidreamer.mask import attn_mask
 from hidreamer.transformer import KV, Transformer, rotary, rotate
@@ -85,6 +86,40 @@ class Carry(NamedTuple):
             segment=self.segment[:, steps - count :],
             where=torch.full_like(self.where, count - 1),
         )
+
+    def select(self, index: Tensor, window: int) -> Carry:
+        """The branches ``index`` (M,), with a sequence of at most ``window`` steps each; several
+        of a single sequence go on sharing it.
+        """
+        batch = len(self.segment)
+        here = self._replace(
+            deter=self.deter[index], stoch=self.stoch[index], where=self.where[index]
+        )
+        if batch == 1 and len(index) > 1:
+            return here
+        rows = index // (len(self.where) // batch)  # (M,) whose sequence
+        here = here._replace(
+            keys=self.keys[rows], values=self.values[rows], segment=self.segment[rows]
+        )
+        return here.unshared(window)
+
+    @classmethod
+    def join(cls, carries: Sequence[Carry]) -> Carry:
+        """Of carries with a sequence for each branch, of at least one step: steps that one has not
+        cached are zeros of an earlier episode.
+        """
+        steps = max(carry.segment.shape[1] for carry in carries)
+        slots = carries[0].keys.shape[-2] // carries[0].segment.shape[1]
+        padded = []
+        for carry in carries:
+            missing = steps - carry.segment.shape[1]
+            room = [0, 0, missing * slots, 0]
+            earlier = carry.segment.amin(1, keepdim=True) - 1  # (N, 1)
+            segment = torch.cat([earlier.expand(-1, missing), carry.segment], 1)
+            keys, values = (nn.functional.pad(x, room) for x in (carry.keys, carry.values))
+            where = carry.where + missing
+            padded.append(cls(carry.deter, carry.stoch, keys, values, segment, where))
+        return cls(*(torch.cat(x) for x in zip(*padded, strict=True)))
 
     def unshared(self, count: int) -> Carry:
         """A sequence for each branch, (N, ..): copies of at most ``count`` steps up to its own.
@@ -177,6 +212,7 @@ class Rollout:
             0,
         )  # of the next row, which is A_0; rows computed so far
         self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
+        self.logits: list[Tensor] = []  # of the last step's codes, by level (N, G, K)
         self.prefixes: dict[tuple[int, int], Prefix] = {}
         self.pieces: dict[int, list[KV]] = {}
         if steps:
@@ -273,3 +309,6 @@ class RolloutCarry(NamedTuple):
 
     def sequences(self) -> Carry:
         return self.rollout.carry(self.deter, self.stoch)
+
+    def select(self, index: Tensor, window: int) -> Carry:
+        return self.sequences().select(index, window)

@@ -219,3 +219,11 @@ class Transformer(nn.Module):
     def branches(self, room: int) -> list[Branch]:
         """Empty K/V of every layer, for at most ``room`` positions of a branch's own."""
         return [Branch(room) for _ in self.layers]
+
+    def former_names(self, prefix: str) -> dict[str, str]:
+        """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
+        names = {}
+        for i in range(len(self.layers)):
+            for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
+                names[f"{prefix}layers.{i}.{name}"] = f"{prefix}layers.{i}.ffn.{name}"
+        return names

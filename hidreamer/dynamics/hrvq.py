@@ -16,6 +16,7 @@ positions, P cached ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from hidreamer.dynamics.base import (
     start_steps,
 )
 from hidreamer.mask import attn_mask, rule
+from hidreamer.metrics import weighted_mean
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
@@ -131,6 +133,7 @@ class HRVQ(Dynamics):
             past = rule(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
         self.code_shape = groups, code_dim
+        self.level_dims = (groups * code_dim,) * levels
         self.map_positions = groups if spatial else 0
         if spatial:
             self.in_proj = linear(embed_dim // groups, code_dim)
@@ -145,7 +148,7 @@ class HRVQ(Dynamics):
         self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
         self.transformer = Transformer(deter, layers, heads, hidden, **names)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
-        self.former_names = FORMER_NAMES | former_ffn_names(layers)
+        self.former_names = FORMER_NAMES | self.transformer.former_names("transformer.")
 
     # ------------------------------------------------------------ pieces
 
@@ -312,6 +315,18 @@ class HRVQ(Dynamics):
     def update_codebook(self, post: Post) -> None:
         self.quantizer.update_codebook(post.aux.codes)
 
+    def select(self, carry: Carry | RolloutCarry, index: Tensor) -> Carry:
+        return carry.select(index, self.window)
+
+    def join(self, carries: Sequence[Carry | RolloutCarry]) -> Carry:
+        return Carry.join([self._sequences(carry) for carry in carries])
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        return post.aux.codes.index.unbind(2)
+
+    def prior_logits(self, carry: RolloutCarry) -> tuple[Tensor, ...]:
+        return tuple(carry.rollout.logits)
+
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)
         length, cache = post.feat.deter.shape[1], post.aux.cache
@@ -341,9 +356,10 @@ class HRVQ(Dynamics):
     def _imagine_step(self, rollout: Rollout, action: Tensor, sample: bool) -> Feat:
         """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
-        codes = []
+        codes, rollout.logits = [], []
         for level in range(self.levels):
             logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
+            rollout.logits.append(logit)
             probs = dists.mix(logit, self.kl_config.unimix)
             onehot = dists.draw(probs, sample).to(out.dtype)
             codes.append(self.quantizer.decode(level, onehot).flatten(1))  # (N, G * d)
@@ -382,17 +398,3 @@ class HRVQ(Dynamics):
         for layer in self.transformer.layers:
             layer.project = torch.compile(layer.project)
             layer.add_residuals = torch.compile(layer.add_residuals)
-
-
-def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
-    return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
-
-
-def former_ffn_names(layers: int) -> dict[str, str]:
-    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
-    names = {}
-    for i in range(layers):
-        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
-            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
-    return names
