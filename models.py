@@ -236,8 +236,18 @@ class Agent(nn.Module):
         -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that
         is missing or of another shape; only an explorer that is not there may start afresh.
         """
+        report, dynamics = self.load_params(state["params"]), self.world_model.dynamics
+        for name, opt in self.optimizers.items():
+            moments = renamed(state["optim"].get(name, {}), "dynamics.", dynamics.former_names)
+            opt.load_state_dict(moments)
+            fresh = (key for key in opt.params if key not in moments)
+            report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
+        return report
+
+    def load_params(self, params: Mapping[str, Tensor]) -> dict[str, str]:
+        """``load_state`` of parameters and buffers alone, for an agent that is not trained on."""
         prefix, dynamics = "world_model.dynamics.", self.world_model.dynamics
-        given = renamed(state["params"], prefix, dynamics.former_names)
+        given = renamed(params, prefix, dynamics.former_names)
         params, theirs = {}, {}
         for name, x in given.items():
             if name.startswith(prefix):
@@ -247,11 +257,6 @@ class Agent(nn.Module):
         params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
         matched, report = match(self.state_dict(), params, given, may_be_fresh="explorer.")
         self.load_state_dict(matched)
-        for name, opt in self.optimizers.items():
-            moments = renamed(state["optim"].get(name, {}), "dynamics.", dynamics.former_names)
-            opt.load_state_dict(moments)
-            fresh = (key for key in opt.params if key not in moments)
-            report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
         return report
 
     def initial(self, n: int) -> ActState:
@@ -263,18 +268,32 @@ class Agent(nn.Module):
     def act(self, state: ActState, obs: Batch, mode: str = "train") -> ActState:
         """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
-        obs: raw (N, ...), with is_first.
-        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
-        explorer's. The state is always sampled, as in training.
+        obs: raw (N, ...), with is_first. mode: see ``choose``. The state is always sampled, as in
+        training.
         """
+        carry, post = self.follow(state, obs)
+        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode))
+
+    @torch.no_grad()
+    def follow(self, state: ActState, obs: Batch) -> tuple[Any, Post]:
+        """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
             obs = networks.prepare({key: x.unsqueeze(1) for key, x in obs.items()})
             obs["prev_action"] = state.action.unsqueeze(1)
             carry, post, _ = self.world_model.observe(obs, state.carry)
+        return carry, post
+
+    @torch.no_grad()
+    def choose(self, feat: Feat, mode: str = "train") -> Tensor:
+        """Actions (N,A) in states (N,.).
+
+        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
+        explorer's.
+        """
+        with self.autocast():
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
-            policy = behavior.actor(post.feat.cat()[:, 0])
-            action = policy.mode() if mode == "greedy" else policy.sample()
-            return ActState(carry, action.float())
+            policy = behavior.actor(feat.cat())
+            return (policy.mode() if mode == "greedy" else policy.sample()).float()
 
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,35 @@ from tools import Config, ConfigError
 
 class Failure(Exception):
     """One line: the run cannot continue, and why."""
+
+
+def make_envs(
+    config: Config, count: int, role: int, generation: int, error_log: Path | None = None
+) -> Envs:
+    """A run's environments, seeded by all of these numbers.
+
+    role: 0 for training, 1 for an evaluation. generation: how often the run was continued, or the
+    step of the evaluation. Raises EnvError.
+    """
+    task, block, seed = config.task, config.env.tree(), config.seed
+    if role == 1:
+        block["time_limit"] = evaluation.time_limit(config)
+
+    def make(index: int, restart: int) -> Env:
+        entropy = [seed, role, generation, index, restart]
+        number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+        return make_env(task, block, number, index=index, evaluation=role == 1)
+
+    return Envs(make, count, config.env.parallel, config.env.timeout, error_log)
+
+
+@contextlib.contextmanager
+def evaluation_chance(config: Config, step: int, device: torch.device) -> Iterator[None]:
+    """In the ``with`` block torch draws what the run's evaluation at ``step`` draws."""
+    number = np.random.SeedSequence([config.seed, 1, step]).generate_state(1)[0]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(number))
+        yield
 
 
 class Run:
@@ -71,7 +100,8 @@ class Run:
         rngs = tools.seed_all(config.seed)
         self.explore_rng = rngs["explore"]
         n = config.env.count
-        self.envs = self._make_envs(n, 0, self.generation)
+        errors = logdir / "env_errors.txt"
+        self.envs = make_envs(config, n, 0, self.generation, errors)
         self.agent = models.make_agent(self.envs, config, device)
         self.agent.make_optimizers()
         self.update = self.agent.make_update(config.compile)
@@ -118,19 +148,6 @@ class Run:
             self._copy_episodes(Path(self.copy_from))
             self.copy_from = ""
             self.save()
-
-    def _make_envs(self, count: int, role: int, generation: int) -> Envs:
-        task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        if role == 1:
-            block["time_limit"] = evaluation.time_limit(self.config)
-
-        def make(index: int, restart: int) -> Env:
-            entropy = [seed, role, generation, index, restart]
-            number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-            return make_env(task, block, number, index=index, evaluation=role == 1)
-
-        env = self.config.env
-        return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
     def make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
         """An empty replay. episodes: a checkpoint's, which will be restored into it."""
@@ -306,12 +323,12 @@ class Run:
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(int(entropy.generate_state(1)[0]))
+            with evaluation_chance(config, self.step, self.device):
                 best_effort = self.logger.best_effort
                 count = min(config.env.count, config.eval_episodes)
                 drawable = RENDER not in best_effort.off
-                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+                errors = self.logdir / "env_errors.txt"
+                with contextlib.closing(make_envs(config, count, 1, self.step, errors)) as envs:
                     scores, played = evaluation.evaluate(
                         self.agent, envs, config, drawable, self.poll
                     )

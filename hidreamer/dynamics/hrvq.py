@@ -16,7 +16,6 @@ positions, P cached ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -318,7 +317,7 @@ class HRVQ(Dynamics):
     def select(self, carry: Carry | RolloutCarry, index: Tensor) -> Carry:
         return carry.select(index, self.window)
 
-    def join(self, carries: Sequence[Carry | RolloutCarry]) -> Carry:
+    def join(self, carries: list[Carry | RolloutCarry]) -> Carry:
         return Carry.join([self._sequences(carry) for carry in carries])
 
     def classes(self, post: Post) -> tuple[Tensor, ...]:
