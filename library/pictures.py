@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.palette import PALETTE
 from hidreamer import evaluation
 from hidreamer.distributions import symlog
 
@@ -22,13 +23,26 @@ def picture(obs: Mapping[str, Tensor]) -> np.ndarray:
     """
     shown = []
     for x in obs.values():
-        if x.ndim == 3:
+        if x.ndim == 3 and x.shape[-1] in range(4, len(PALETTE)):
+            shown.append(board(x))
+        elif x.ndim == 3:
             shown.append(evaluation.board([{"x": x[None, None]}])[0])
         else:
             shown.append(bars(x))
     height = max(frame.shape[0] for frame in shown)
     padded = [np.pad(x, ((0, height - x.shape[0]), (0, 0), (0, 0))) for x in shown]
     return np.concatenate(padded, 1)
+
+
+def board(x: Tensor) -> np.ndarray:
+    """(H,W,C) planes in [0, 1]: each in its colour, later ones over earlier ones."""
+    out = np.zeros((*x.shape[:2], 3))
+    planes = x.float().cpu().clamp(0.0, 1.0).numpy()
+    for i, colour in enumerate(PALETTE[1 : x.shape[-1] + 1]):
+        share = planes[..., i, None]
+        out = (1.0 - share) * out + share * colour
+    scale = max(1, SIDE // x.shape[1])
+    return out.round().astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
 
 
 def raw_picture(obs: Mapping[str, np.ndarray], keys: Mapping) -> np.ndarray:
