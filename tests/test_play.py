@@ -452,7 +452,8 @@ def test_who_may_come(trained):
 def test_what_a_tab_can_ask_for(trained, tmp_path):
     folder = hidreamer.export(trained("hrvq", "multi"), tmp_path / "agent")
     with served(folder, cwd=tmp_path) as (url, process):
-        with connect(url.replace("http", "ws") + "/socket", origin=url, proxy=None) as tab:
+        address = url.replace("http", "ws") + "/socket"
+        with connect(address, origin=url, proxy=None, max_size=None) as tab:
             hello = until(tab, lambda m: m["type"] == "hello")
             assert hello["dynamics"] == "hrvq" and len(hello["keys"]) == 5
             for text in ("no json", "[]", "3", '{"do": 3}', '{"do": "keys", "value": 7}', "{}"):
