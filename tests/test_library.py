@@ -1,6 +1,8 @@
 """hidreamer.load: what it reads, encodes, dreams and decodes; the policy in a Gymnasium loop."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -288,6 +290,37 @@ def test_collected_episodes_can_be_encoded(agent):
     assert len(agent.encode(rows).value) == 21
     assert len(agent.collect(seed=3, steps=4)["reward"]) == 5
     assert not rows["prev_action"][0].any() and rows["prev_action"][1:].any(-1).all()
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_example(case, trained, tmp_path):
+    """From another folder, as it is."""
+    words = [sys.executable, str(ROOT / "examples" / "look_inside.py"), str(trained(*case))]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "L0: (21, " in done.stdout and "return of chance in the dream" in done.stdout
+    assert (tmp_path / "levels.png").exists() == (case[1] in ("image", "grid", "multi"))
+
+
+def test_the_code_of_the_page_runs(trained, tmp_path, monkeypatch):
+    """Every block of docs/library.md, in order, of the agent that it names."""
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(trained("hrvq", "multi"))
+    text = (ROOT / "docs" / "library.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 4
+    monkeypatch.setattr("library.push", lambda folder, name: None)  # there is no network
+    names = {}
+    for block in blocks:
+        exec(block.replace('"hf:ORG/NAME"', '"pong-agent"').replace("1024", "3"), names)
+    assert names["pictures"]["L0"]["image"].shape == (1, 16, 64, 64, 3)
+    assert names["envs"].num_envs == 3 and (tmp_path / "pong-agent" / "README.md").exists()
 
 
 # ---------------------------------------------------------------- the door and bad folders

@@ -48,7 +48,13 @@ DOORS = ("hidreamer.__main__", "envs.gym")
 # The one arrow upwards: hidreamer.load and its like, and only inside a function.
 UPWARDS = ("hidreamer", "library")
 BY_NAME = ("import_module", "__import__", "run_module", "run_path")
-OUTSIDE = ("tests", "results", "runs", "build")  # folders without code of the project's rooms
+OUTSIDE = (
+    "tests",
+    "examples",
+    "results",
+    "runs",
+    "build",
+)  # folders without code of the project's rooms
 
 
 class House:
