@@ -24,7 +24,7 @@ from hidreamer.checkpoint import FolderError, replace_file
 from hidreamer.provenance import provenance
 from library.agent import LoadedAgent, load
 from tools import Config, ConfigError
-from training import evaluation_chance, make_envs
+from training import evaluation_generator, make_envs
 
 
 def evaluate(
@@ -43,11 +43,11 @@ def evaluate(
     tree["eval_greedy"] = agent.config.eval_greedy and not sampled
     config, step = Config(tree | {"video": False}), agent.facts["step"]
     count = min(config.env.count, config.eval_episodes)
-    with (
-        evaluation_chance(config, step, agent.device),
-        contextlib.closing(make_envs(config, count, 1, step)) as envs,
-    ):
-        scores, played = evaluation.evaluate(agent.model, envs, config, False, lambda: None)
+    generator = evaluation_generator(config, step, agent.device)
+    with contextlib.closing(make_envs(config, count, 1, step)) as envs:
+        scores, played = evaluation.evaluate(
+            agent.model, envs, config, False, lambda: None, generator
+        )
     facts = {key: agent.facts[key] for key in ("task", "step", "commit")}
     facts |= {"dynamics": config.dynamics.type, "trained_with_seed": agent.facts["seed"]}
     facts |= {"seed": config.seed, "actions": "likeliest" if config.eval_greedy else "sampled"}

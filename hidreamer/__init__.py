@@ -5,8 +5,9 @@
 is the one door upwards, to what stands above this library (docs/library.md); it opens when a name
 of ``LIBRARY`` is asked for. All else here imports downwards only.
 
-Floors (a file imports only from lower ones): 0 ``nets distributions returns optim replay spaces`` and more;
-1 ``quantizer transformer mask``; 2 ``dynamics.base``; 3 ``dynamics.rssm hrssm hrvq``; 4 ``dynamics``.
+Floors (a file imports only from lower ones):
+0 ``nets distributions returns optim replay spaces`` and more; 1 ``quantizer transformer mask``;
+2 ``dynamics.base``; 3 ``dynamics.rssm hrssm hrvq``; 4 ``dynamics``.
 """
 
 import gymnasium

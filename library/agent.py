@@ -218,14 +218,19 @@ class LoadedAgent:
 
     @torch.no_grad()
     def encode(
-        self, episode: Mapping[str, Any] | str | os.PathLike, *, sample: bool = False
+        self,
+        episode: Mapping[str, Any] | str | os.PathLike,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
     ) -> Latents:
         """What the world model holds at every step of an episode.
 
         episode: {key: (T, ...)}: the observations of ``obs_space``, ``prev_action`` (T,A) the
         action that led to each step (or ``action``, as files have it), and optionally ``is_first``
         (T,); or the path of a recorded episode. sample: draw the states, as training and acting
-        do, instead of taking the likeliest.
+        do, instead of taking the likeliest. generator: of random numbers, here and elsewhere; None
+        is torch's default one.
         Raises ValueError for what is missing or of another shape.
         """
         rows, model = self.rows(episode), self.world_model
@@ -233,8 +238,8 @@ class LoadedAgent:
         for first in range(0, total, CHUNK):
             batch = {key: x[None, first : first + CHUNK] for key, x in rows.items()}
             with self.model.autocast():
-                obs = networks.prepare(self.model.tensors(batch))
-                carry, post, _ = model.observe(obs, carry, sample)
+                obs = networks.preprocess(self.model.tensors(batch))
+                carry, post, _ = model.observe(obs, carry, sample, generator)
                 start = self.dynamics.starts(carry, post, 0)
             parts.append((post, self.dynamics.classes(post), start))
         levels = []
@@ -273,6 +278,7 @@ class LoadedAgent:
         start: int | Sequence[int] = -1,
         count: int = 1,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> Dream:
         """Imagine H = ``horizon`` steps.
 
@@ -290,9 +296,9 @@ class LoadedAgent:
         if count > 1:
             index = torch.arange(total, device=self.device).repeat_interleave(count)
             carry, total = self.dynamics.select(carry, index), total * count
-        actor = self.policy_of(actor, total, horizon)
+        actor = self.policy_of(actor, total, horizon, generator)
         with self.model.autocast():
-            carry, feat, action = self.dynamics.imagine(carry, actor, horizon, sample)
+            carry, feat, action = self.dynamics.imagine(carry, actor, horizon, sample, generator)
         feat = feat.map(Tensor.float)
         return Dream(feat, action.float(), *self.heads(feat), carry)
 
@@ -308,10 +314,12 @@ class LoadedAgent:
             carries.append(self.dynamics.select(latents.starts[chunk], index))
         return carries[0] if len(carries) == 1 else self.dynamics.join(carries)
 
-    def policy_of(self, actor: Any, count: int, horizon: int) -> Actor | Tensor:
+    def policy_of(
+        self, actor: Any, count: int, horizon: int, generator: torch.Generator | None
+    ) -> Actor | Tensor:
         """``actor`` of ``dream`` as ``Dynamics.imagine`` takes it."""
         if actor is None:
-            return lambda feat: self.model.choose(feat)
+            return lambda feat: self.model.choose(feat, generator=generator)
         if callable(actor):
             return lambda feat: self.action_vector(actor(feat.map(Tensor.float)))
         action = self.action_vector(actor)
@@ -324,7 +332,11 @@ class LoadedAgent:
 
     @torch.no_grad()
     def decode(
-        self, latents: Latents | Dream | Feat, *, levels: bool = False
+        self,
+        latents: Latents | Dream | Feat,
+        *,
+        levels: bool = False,
+        generator: torch.Generator | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """The observations that states stand for: {"all": {key: (T, ...) or (N, H+1, ...)}}.
 
@@ -335,7 +347,7 @@ class LoadedAgent:
         flat = feat.deter.ndim == 2
         feat = feat.map(lambda x: x.unsqueeze(0)) if flat else feat
         with self.model.autocast():
-            whole, *coarse = self.world_model.decode(feat, levels)
+            whole, *coarse = self.world_model.decode(feat, levels, generator)
             names = list(self.dynamics.coarse_features(feat)) if levels else []
         found = dict(zip([*names, "all"], [*coarse, whole], strict=True))
         out = {}

@@ -36,7 +36,7 @@ class Dreams:
     """N dreams of an agent, which begin and end each on its own.
 
     The shared part of ``DreamEnv`` and ``VectorDreamEnv``; their arguments are explained there.
-    All chance is drawn from ``rng``: the global generators are left alone.
+    All chance comes from ``rng`` and ``generator``: the global ones are left alone.
     """
 
     def __init__(self, logdir: Any, horizon: int, decode: bool, start: str, device: str):
@@ -46,7 +46,8 @@ class Dreams:
             raise ConfigError(f"start is {start!r}; it can be recorded, real")
         self.agent = logdir if isinstance(logdir, LoadedAgent) else load(logdir, device=device)
         self.horizon, self.decoded, self.start = horizon, decode, start
-        self.rng = np.random.default_rng()
+        self.rng, self.generator = np.random.default_rng(), torch.Generator(self.agent.device)
+        self.generator.manual_seed(int(self.rng.integers(2**63)))
         self.obs_space = self._obs_space()
         self.episodes = self._recorded() if start == "recorded" else []
         self.real = self.agent.real_env() if start == "real" else None
@@ -109,27 +110,23 @@ class Dreams:
         contexts = [self._context() for _ in range(count)]
         batch = {key: np.stack([rows[key] for rows in contexts]) for key in contexts[0]}
         with self.agent.model.autocast():
-            obs = networks.prepare(self.agent.model.tensors(batch))
-            return self.agent.world_model.observe(obs)[0]
+            obs = networks.preprocess(self.agent.model.tensors(batch))
+            return self.agent.world_model.observe(obs, generator=self.generator)[0]
 
     # ------------------------------------------------------------ stepping
 
     def seed(self, seed: int | None) -> None:
         if seed is not None:
             self.rng = np.random.default_rng(seed)
+            self.generator.manual_seed(int(self.rng.integers(2**63)))
             if self.real is not None:
                 self.real.close()
                 self.real = self.agent.real_env(seed)
 
-    def chance(self) -> Any:
-        """A context in which torch draws from ``rng``."""
-        return Chance(int(self.rng.integers(2**63)), self.agent.device)
-
     @torch.no_grad()
     def reset(self, count: int) -> Any:
         """Begin ``count`` dreams. -> their observations."""
-        with self.chance():
-            self.carry = self.pool = self.begin(count)
+        self.carry = self.pool = self.begin(count)
         self.steps, self.used = np.zeros(count, int), 0
         return self.observations()
 
@@ -159,11 +156,13 @@ class Dreams:
 
         over: (N,) which dreams begin anew instead.
         """
-        with self.chance(), self.agent.model.autocast():
-            self.carry, feat, _ = self.agent.dynamics.imagine(self.carry, action.unsqueeze(1), 1)
-            self.steps += 1
-            if over.any():
-                self.begin_again(over)
+        with self.agent.model.autocast():
+            self.carry, feat, _ = self.agent.dynamics.imagine(
+                self.carry, action.unsqueeze(1), 1, generator=self.generator
+            )
+        self.steps += 1
+        if over.any():
+            self.begin_again(over)
         reward, cont, _ = self.agent.heads(feat.map(lambda x: x[:, 1]))
         ended = self.rng.random(len(over)) >= cont.cpu().numpy()
         terminated = ended & ~over
@@ -200,21 +199,6 @@ class Dreams:
     def close(self) -> None:
         if self.real is not None:
             self.real.close()
-
-
-class Chance:
-    """A ``with`` block in which torch draws from a seed; its own state comes back afterwards."""
-
-    def __init__(self, seed: int, device: torch.device):
-        devices = [device] if device.type == "cuda" else []
-        self.seed, self.fork = seed, torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
 
 
 class DreamEnv(gymnasium.Env):

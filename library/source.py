@@ -86,7 +86,7 @@ def read_run(folder: Path, checkpoints: list[Path]) -> Source:
     problem: CheckpointError | None = None
     for path in checkpoints:
         try:
-            state = load_checkpoint(path, ("agent", "step"))
+            state = load_checkpoint(path, {"agent": dict, "step": int})
             params = state["agent"]["params"]
             break
         except CheckpointError as error:

@@ -230,7 +230,7 @@ class Session:
     def _levels(self) -> list[Level]:
         now, dynamics = self.now, self.agent.dynamics
         unimix = dynamics.kl_config.unimix
-        nats = lambda logit: float(dists.entropy(dists.mix(logit, unimix)).flatten()[0])
+        nats = lambda logit: float(dists.entropy(dists.unimix_probs(logit, unimix)).flatten()[0])
         if not now.dreaming:
             pairs = [(level.prior, level.post) for level in now.post.levels]
         elif now.ahead:

@@ -103,7 +103,7 @@ def test_starts_are_states_of_recorded_episodes(trained):
     whole, cut = ({key: x[None, -n:] for key, x in rows.items()} for n in (len(rows["image"]), 3))
     found = []
     for batch in (whole, cut):
-        obs = networks.prepare(agent.model.tensors(batch))
+        obs = networks.preprocess(agent.model.tensors(batch))
         found.append(agent.world_model.observe(obs, sample=False)[0])
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(*found, strict=True))
 

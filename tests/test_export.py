@@ -1,4 +1,4 @@
-"""An agent as a folder for a model hub: what is in it, what damage does to it, and a hub's layout."""
+"""An agent as a folder for a model hub: what is in it, what damage does to it, a hub's layout."""
 
 import json
 import os

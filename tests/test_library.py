@@ -70,7 +70,7 @@ def test_latents_have_the_documented_shapes(agent, episode):
 def test_encoding_is_what_training_sees(agent, episode):
     model = agent.world_model
     rows = {key: episode[key][None] for key in (*agent.obs_space, "prev_action", "is_first")}
-    _, post, _ = model.observe(networks.prepare(agent.model.tensors(rows)), sample=False)
+    _, post, _ = model.observe(networks.preprocess(agent.model.tensors(rows)), sample=False)
     latents = agent.encode(episode)
     assert close([x[0] for x in post.feat], latents.feat)
     assert torch.allclose(model.reward(post.feat.cat()).mode()[0], latents.reward, atol=1e-5)

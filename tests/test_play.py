@@ -1,4 +1,4 @@
-"""Looking inside and playing: controls, the session behind the page, videos, the server, the page."""
+"""Looking inside and playing: controls, the session behind the page, videos, server, page."""
 
 import contextlib
 import json
