@@ -147,8 +147,10 @@ class Run:
             note_start(logdir, provenance())
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
-        wandb = config.tree() if config.logger == "wandb" else None
-        self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
+        wandb_id = (state or {}).get("wandb_id")
+        self.logger = Logger(
+            logdir, self.step, log_size, config.tree(), wandb_id, service=config.logger
+        )
         if not state:
             # From now on the folder is this run's, and it can be continued if killed at any moment.
             self.save()

@@ -1,5 +1,5 @@
-"""A trained agent for programs and notebooks: ``hidreamer.load``, ``export``, ``push`` and the dream
-as a Gymnasium environment. The package ``hidreamer`` hands these out by name (docs/library.md).
+"""A trained agent for programs and notebooks: ``hidreamer.load``, ``export``, ``push``, and the
+dream as a Gymnasium environment. ``hidreamer`` hands these out by name (docs/library.md).
 """
 
 from library.agent import LoadedAgent, load

@@ -116,7 +116,7 @@ class Controls:
         return [{"name": choice.name, "keys": sorted(choice.keys)} for choice in every]
 
     def options(self) -> list[tuple[str, np.ndarray]]:
-        """(name, action) of what a "what if" tries: each choice of each group, the others at rest."""
+        """(name, action) of what a "what if" tries: each choice, the other groups at rest."""
         rest = np.zeros(self.size, np.float32)
         if isinstance(self.space, Box):
             found = [("nothing", rest)]

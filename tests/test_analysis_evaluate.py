@@ -1,4 +1,4 @@
-"""python -m analysis.evaluate: the numbers of the run's own evaluation, and one line for bad input."""
+"""python -m analysis.evaluate: the numbers of the run's own evaluation; one line for bad input."""
 
 import json
 import subprocess

@@ -79,7 +79,7 @@ def test_memory_follows_the_actions_of_its_own_row(case, trained):
     _, feat, _ = agent.dynamics.imagine(alone, actions[[1, 3]], 3, sample=False)
     with pytest.MonkeyPatch.context() as patch:
         whole = agent.dynamics.imagine
-        patch.setattr(agent.dynamics, "imagine", lambda *args: whole(*args, sample=False))
+        patch.setattr(agent.dynamics, "imagine", lambda *args, **_: whole(*args, sample=False))
         for t, over in enumerate(([1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0])):
             dreams.step(actions[:, t], np.array(over, bool))
             found = agent.dynamics.feat(dreams.carry)

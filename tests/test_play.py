@@ -164,7 +164,7 @@ def test_the_agent_plays_as_its_policy(session):
 
 
 def mode(observe):
-    return lambda carry, embed, action, first, sample=True: observe(
+    return lambda carry, embed, action, first, *_, **__: observe(
         carry, embed, action, first, False
     )
 
