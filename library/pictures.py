@@ -55,7 +55,9 @@ def raw_picture(obs: Mapping[str, np.ndarray], keys: Mapping) -> np.ndarray:
 
 
 def bars(x: Tensor) -> np.ndarray:
-    """(n,) numbers, the first 256, as bars of their symlog from a line of 0, SIDE pixels high, whole at 6.4."""
+    """(n,) numbers, the first 256 of them, as bars of their symlog from a line of 0; SIDE pixels
+    high, and a bar is whole at 6.4.
+    """
     values = symlog(x.float().cpu()[:256]).clamp(-2.0, 2.0).numpy() / 2.0  # symlog(6.4) is 2
     wide = max(2, SIDE // len(values))
     out = np.full((SIDE, wide * len(values), 3), BACK, np.uint8)
