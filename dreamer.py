@@ -32,7 +32,7 @@ import tools
 from envs import EnvError, make_env, worker
 from hidreamer import app, checkpoint, cost, process
 from hidreamer.checkpoint import FolderError
-from hidreamer.logger import Rates, Screen
+from hidreamer.logger import SERVICES, Rates, Screen
 from hidreamer.spaces import random_rows
 from tools import Config, ConfigError
 from training import Failure, Run
@@ -56,8 +56,9 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     alone = home is not None and not args.presets and "logdir" not in args.overrides
     saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
-    if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
+    if config.logger in SERVICES and importlib.util.find_spec(config.logger) is None:
+        extra = config.logger
+        raise ConfigError(f"logger {extra} needs its extra: pip install -e '.[{extra}]'")
     logdir = Path(
         config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
     ).expanduser()

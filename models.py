@@ -24,7 +24,7 @@ from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
-from hidreamer.optim import joint_name, make_optimizer
+from hidreamer.optim import joint_name, make_optimizers
 from hidreamer.precision import set_precision
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
@@ -200,20 +200,8 @@ class Agent(nn.Module):
 
     def make_optimizers(self) -> None:
         """After the agent was moved to its device. One for each loss, or one for all."""
-        config, modules = self.config, self.trained()
-        blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
-        if config.optim == "joint":
-            joint: dict[str, nn.Module] = {}
-            for loss, group in modules.items():
-                joint |= {joint_name(loss, name): module for name, module in group.items()}
-            modules, blocks = {"joint": joint}, {"joint": config.model}
         capturable = next(self.parameters()).is_cuda
-        self.optimizers = {}
-        for name, group in modules.items():
-            block = blocks[name.removeprefix("expl_")]
-            settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
-            optimizer = make_optimizer("adam", group, **settings, capturable=capturable)
-            self.optimizers[name] = optimizer
+        self.optimizers = make_optimizers(self.trained(), self.config, capturable)
 
     def make_update(
         self,
@@ -270,9 +258,8 @@ class Agent(nn.Module):
     ) -> ActState:
         """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
-        obs: raw (N, ...), with is_first.
-        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
-        explorer's. The state is always sampled, as in training.
+        obs: raw (N, ...), with is_first. mode: see ``choose``. The state is always sampled, as in
+        training.
         """
         return (self.captured_act or self.plain_act)(state, obs, mode, generator)
 
@@ -281,14 +268,33 @@ class Agent(nn.Module):
         self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
     ) -> ActState:
         """``act``, an operation at a time."""
+        carry, post = self.follow(state, obs, generator)
+        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode, generator))
+
+    @torch.no_grad()
+    def follow(
+        self, state: ActState, obs: Batch, generator: torch.Generator | None = None
+    ) -> tuple[Any, Post]:
+        """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
             obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
             obs["prev_action"] = state.action.unsqueeze(1)
             carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
+        return carry, post
+
+    @torch.no_grad()
+    def choose(
+        self, feat: Feat, mode: str = "train", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Actions (N,A) in states (N,.).
+
+        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
+        explorer's.
+        """
+        with self.autocast():
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
-            policy = behavior.actor(post.feat.cat()[:, 0])
-            action = policy.mode() if mode == "greedy" else policy.sample(generator)
-            return ActState(carry, action.float())
+            policy = behavior.actor(feat.cat())
+            return (policy.mode() if mode == "greedy" else policy.sample(generator)).float()
 
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""

@@ -34,6 +34,32 @@ class Failure(Exception):
     """One line: the run cannot continue, and why."""
 
 
+def make_envs(
+    config: Config, count: int, role: int, generation: int, error_log: Path | None = None
+) -> Envs:
+    """A run's environments, seeded by all of these numbers.
+
+    role: 0 for training, 1 for an evaluation. generation: how often the run was continued, or the
+    step of the evaluation. Raises EnvError.
+    """
+    task, block, seed = config.task, config.env.tree(), config.seed
+    if role == 1:
+        block["time_limit"] = evaluation.time_limit(config)
+
+    def make(index: int, restart: int) -> Env:
+        entropy = [seed, role, generation, index, restart]
+        number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+        return make_env(task, block, number, index=index, evaluation=role == 1)
+
+    return Envs(make, count, config.env.parallel, config.env.timeout, error_log)
+
+
+def evaluation_generator(config: Config, step: int, device: torch.device) -> torch.Generator:
+    """The random numbers of a run's evaluation at ``step``."""
+    number = np.random.SeedSequence([config.seed, 1, step]).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(number))
+
+
 def make_generator(device: torch.device) -> torch.Generator:
     """The random numbers of a run: on the CPU those that torch's default generator would go on
     with.
@@ -82,7 +108,8 @@ class Run:
         rngs = tools.seed_all(config.seed)
         self.explore_rng = rngs["explore"]
         n = config.env.count
-        self.envs = self._make_envs(n, 0, self.generation)
+        errors = logdir / "env_errors.txt"
+        self.envs = make_envs(config, n, 0, self.generation, errors)
         self.agent = models.make_agent(self.envs, config, device)
         torch.set_num_threads(process.pick_threads(self.agent, config.threads))
         self.agent.make_optimizers()
@@ -125,8 +152,10 @@ class Run:
             note_start(logdir, provenance())
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
-        wandb = config.tree() if config.logger == "wandb" else None
-        self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
+        wandb_id = (state or {}).get("wandb_id")
+        self.logger = Logger(
+            logdir, self.step, log_size, config.tree(), wandb_id, service=config.logger
+        )
         if not state:
             # From now on the folder is this run's, and it can be continued if killed at any moment.
             self.save()
@@ -134,19 +163,6 @@ class Run:
             self._copy_episodes(Path(self.copy_from))
             self.copy_from = ""
             self.save()
-
-    def _make_envs(self, count: int, role: int, generation: int) -> Envs:
-        task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        if role == 1:
-            block["time_limit"] = evaluation.time_limit(self.config)
-
-        def make(index: int, restart: int) -> Env:
-            entropy = [seed, role, generation, index, restart]
-            number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-            return make_env(task, block, number, index=index, evaluation=role == 1)
-
-        env = self.config.env
-        return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
     def make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
         """An empty replay. episodes: a checkpoint's, which will be restored into it."""
@@ -321,12 +337,12 @@ class Run:
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
-            generator = torch.Generator(self.device)
-            generator.manual_seed(int(entropy.generate_state(1)[0]))
+            generator = evaluation_generator(config, self.step, self.device)
             best_effort = self.logger.best_effort
             count = min(config.env.count, config.eval_episodes)
             drawable = RENDER not in best_effort.off
-            with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+            errors = self.logdir / "env_errors.txt"
+            with contextlib.closing(make_envs(config, count, 1, self.step, errors)) as envs:
                 scores, played = evaluation.evaluate(
                     self.agent, envs, config, drawable, self.poll, generator
                 )

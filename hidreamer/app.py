@@ -21,6 +21,11 @@ by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set b
 COMMANDS = {
     "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
+    "evaluate": (
+        "analysis.evaluate",
+        "Play episodes with a trained agent, and write their returns.",
+    ),
+    "play": ("play", "Look inside a trained agent and play in its dream, on a local page."),
 }
 
 
@@ -60,7 +65,9 @@ def command(module: str) -> list[str]:
     for name, (known, _) in COMMANDS.items():
         if known == module and by_command:
             return ["hidreamer", name]
-    return ["python", f"{module}.py"]
+    if (ROOT / f"{module}.py").exists():
+        return ["python", f"{module}.py"]
+    return ["python", "-m", module]
 
 
 def python_path() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,28 @@ def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: floa
             f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
         )
     return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)
+
+
+def make_optimizers(
+    modules: Mapping[str, Mapping[str, nn.Module]], config: Any, capturable: bool
+) -> dict[str, Optimizer]:
+    """For {loss: {name: module}}: one for each loss, or for ``optim: joint`` one, "joint", for all.
+
+    config: of all keys; the explorer's losses have the settings of the others. capturable: whether
+    steps can be recorded in a CUDA graph.
+    """
+    blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
+    if config.optim == "joint":
+        joint: dict[str, nn.Module] = {}
+        for loss, group in modules.items():
+            joint |= {joint_name(loss, name): module for name, module in group.items()}
+        modules, blocks = {"joint": joint}, {"joint": config.model}
+    optimizers = {}
+    for name, group in modules.items():
+        block = blocks[name.removeprefix("expl_")]
+        settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
+        optimizers[name] = make_optimizer("adam", group, **settings, capturable=capturable)
+    return optimizers
 
 
 def joint_name(loss_name: str, module: str) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
+from hidreamer.metrics import weighted_mean
 from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
@@ -270,8 +271,3 @@ def code_accuracy(priors: list[Tensor], index: Tensor, is_first: Tensor) -> dict
         metrics[f"accuracy_copy_{i}"] = weighted_mean(now == before, same_episode)
         metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
     return metrics
-
-
-def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
-    return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)

@@ -7,6 +7,7 @@ one pass, h heads of d numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,32 @@ class Carry(NamedTuple):
             step=self.step + missing,
         )
 
+    def select(self, index: Tensor, window: int) -> Carry:
+        """The branches ``index`` (M,), with a sequence of at most ``window`` steps each; several
+        of a single sequence go on sharing it.
+        """
+        batch = len(self.segment)
+        here = self._replace(
+            deter=self.deter[index], stoch=self.stoch[index], step=self.step[index]
+        )
+        if batch == 1 and len(index) > 1:
+            return here
+        rows = index // (len(self.step) // batch)  # (M,) whose sequence
+        here = here._replace(
+            keys=self.keys[rows], values=self.values[rows], segment=self.segment[rows]
+        )
+        return here.unshared(window)
+
+    @classmethod
+    def join(cls, carries: Sequence[Carry]) -> Carry:
+        """Of carries with a sequence for each branch, of at least one step, padded to the same
+        number of steps.
+        """
+        steps = max(carry.segment.shape[1] for carry in carries)
+        slots = carries[0].keys.shape[-2] // carries[0].segment.shape[1]
+        padded = [carry.padded(steps, slots) for carry in carries]
+        return cls(*(torch.cat(x) for x in zip(*padded, strict=True)))
+
     def unshared(self, count: int) -> Carry:
         """A sequence for each branch, (N, ..): copies of at most ``count`` steps up to its own.
 
@@ -176,6 +203,7 @@ class Rollout:
         self.time, self.level = 0, self.levels  # of the next row, which is A_0
         self.length = 0  # rows computed so far
         self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
+        self.logits: list[Tensor] = []  # of the last step's codes, by level (N, G, K)
         self.prefixes: dict[tuple[int, int], Prefix] = {}
         self.cached_kv: dict[int, list[KV]] = {}
         if steps:
@@ -268,3 +296,6 @@ class RolloutCarry(NamedTuple):
 
     def sequences(self) -> Carry:
         return self.rollout.carry(self.deter, self.stoch)
+
+    def select(self, index: Tensor, window: int) -> Carry:
+        return self.sequences().select(index, window)

@@ -45,10 +45,10 @@ def match(
     return matched, report
 
 
-def load_state(agent: Any, state: Mapping[str, Any]) -> dict[str, str]:
-    """What ``Agent.load_state`` does."""
+def load_params(agent: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
+    """``load_state`` of parameters and buffers alone, for an agent that is not trained on."""
     prefix, dynamics = "world_model.dynamics.", agent.world_model.dynamics
-    given = renamed(state["params"], prefix, dynamics.former_names)
+    given = renamed(params, prefix, dynamics.former_names)
     params, theirs = {}, {}
     for name, x in given.items():
         if name.startswith(prefix):
@@ -58,8 +58,14 @@ def load_state(agent: Any, state: Mapping[str, Any]) -> dict[str, str]:
     params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
     matched, report = match(agent.state_dict(), params, given, may_be_fresh="explorer.")
     agent.load_state_dict(matched)
+    return report
+
+
+def load_state(agent: Any, state: Mapping[str, Any]) -> dict[str, str]:
+    """What ``Agent.load_state`` does."""
+    report, names = load_params(agent, state["params"]), agent.world_model.dynamics.former_names
     for name, opt in agent.optimizers.items():
-        moments = renamed(state["optim"].get(name, {}), "dynamics.", dynamics.former_names)
+        moments = renamed(state["optim"].get(name, {}), "dynamics.", names)
         opt.load_state_dict(moments)
         fresh = (key for key in opt.params if key not in moments)
         report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}

@@ -53,6 +53,23 @@ def tiny(made, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """``trained("hrvq", "image")``: the folder of a short run of dummy_image; each is made once."""
+    from small_runs import short
+
+    made = {}
+
+    def make(kind: str, task: str):
+        if (kind, task) not in made:
+            folder = tmp_path_factory.mktemp("trained") / f"{kind}_{task}"
+            assert short(folder, kind, task) == 0
+            made[kind, task] = folder
+        return made[kind, task]
+
+    return make
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
     for item in items:

@@ -8,7 +8,7 @@ D deter, Z stoch, S variables of K classes in a level. Feat (N,.) is one whose t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +131,7 @@ class Dynamics(nn.Module):
     embed_dim: int
     act_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
+    level_dims: tuple[int, ...]  # numbers of each level in stoch, coarse -> fine; their sum is Z
     former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
     map_positions: int = 0  # positions required of the encoder's feature map; 0: any
 
@@ -184,6 +185,24 @@ class Dynamics(nn.Module):
     def fixed_size(self, carry: Any) -> Any:
         """The same carry of ``observe``, in a size that does not depend on the steps before."""
         return carry
+
+    def select(self, carry: Any, index: Tensor) -> Any:
+        """The rows ``index`` (M,) int64 of any carry of N: a carry of M, in that order."""
+        return type(carry)(*(x[index] for x in carry))
+
+    def join(self, carries: Sequence[Any]) -> Any:
+        """Carries of N1, N2 .. rows as one of all these rows. ``initial`` is none of them: each has
+        observed or imagined a step.
+        """
+        return type(carries[0])(*(torch.cat(x) for x in zip(*carries, strict=True)))
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        """Which class of every variable was drawn, by level (B,T,S) int64."""
+        raise NotImplementedError
+
+    def prior_logits(self, carry: Any) -> tuple[Tensor, ...]:
+        """What the state of a carry of ``imagine`` was drawn from, by level (N,S,K)."""
+        raise NotImplementedError
 
     def coarse_features(
         self, feat: Feat, generator: torch.Generator | None = None

@@ -130,6 +130,7 @@ class HRVQ(Dynamics):
             past = make_level_mask(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
         self.code_shape = groups, code_dim
+        self.level_dims = (groups * code_dim,) * levels
         self.map_positions = groups if spatial else 0
         if spatial:
             self.in_proj = linear(embed_dim // groups, code_dim)
@@ -303,6 +304,18 @@ class HRVQ(Dynamics):
     def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
         self.quantizer.update_codebook(post.aux.codes, generator=generator)
 
+    def select(self, carry: Carry | RolloutCarry, index: Tensor) -> Carry:
+        return carry.select(index, self.window)
+
+    def join(self, carries: list[Carry | RolloutCarry]) -> Carry:
+        return Carry.join([self._sequences(carry) for carry in carries])
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        return post.aux.codes.index.unbind(2)
+
+    def prior_logits(self, carry: RolloutCarry) -> tuple[Tensor, ...]:
+        return tuple(carry.rollout.logits)
+
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)
         length, cache = post.feat.deter.shape[1], post.aux.cache
@@ -339,9 +352,10 @@ class HRVQ(Dynamics):
     ) -> Feat:
         """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
-        codes = []
+        codes, rollout.logits = [], []
         for level in range(self.levels):
             logit = scaled(self._logit(level, out), 1.0 / self.temperature[level])  # (N, G, K)
+            rollout.logits.append(logit)
             probs = dists.unimix_probs(logit, self.kl_config.unimix)
             noise = dists.uniform((*probs.shape[:-1], 1), probs, generator) if sample else None
             onehot = dists.sample_onehot(probs, noise).to(out.dtype)

@@ -248,6 +248,17 @@ class Recurrent(Dynamics):
         self.check_levels(post)
         return kl_losses(post.levels, self.kl_config)
 
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        return tuple(variables * classes for variables, classes in self.shapes)
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        levels = zip(post.feat.stoch.split(self.level_dims, -1), self.shapes, strict=True)
+        return tuple(onehot.unflatten(-1, shape).argmax(-1) for onehot, shape in levels)
+
+    def prior_logits(self, carry: Carry) -> tuple[Tensor, ...]:
+        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry)))
+
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)
         where = start_steps(post.feat.deter.shape[1], n)
