@@ -104,7 +104,8 @@ def kind(task: str, name: str) -> str:
         )  # which hangs on the cart and is not driven
     if suite == "dmc":
         return WORLD if name.startswith(DRIVEN_NOT) else EGO
-    return EGO if name.startswith(OWN) and "score" not in name else WORLD
+    own = name.removeprefix("number of ").startswith(OWN)
+    return EGO if own and "score" not in name else WORLD
 
 
 def ram(memory: np.ndarray, names: Mapping[str, int]) -> Values:
@@ -127,7 +128,7 @@ def planes(grid: np.ndarray, game: str) -> Values:
                 out[f"{name} x, row {row}"] = float(found[0]) if len(found) else math.nan
             continue
         if how in ("count", "group"):
-            out[f"{name}, number"] = float(len(x))
+            out[f"number of {name}"] = float(len(x))
         if how != "count":
             for axis, at in (("x", x), ("y", y)):
                 if axis in how or how == "group":

@@ -26,6 +26,7 @@ CONTEXT = 5  # observed steps before an open loop
 class Latents(NamedTuple):
     """Of one episode."""
 
+    embed: Tensor  # (T, E) of the encoder alone
     feat: dict[int, Feat]  # {horizon: (T, .)}, by the step that the features are about
     codes: dict[str, np.ndarray]  # {level: (T, S)} classes of the posterior's draw
     kl: np.ndarray  # (T, levels) nats between posterior and prior
@@ -73,7 +74,7 @@ def read(model: WorldModel, obs: Mapping[str, Tensor], seed: int) -> Latents:
     """obs: a prepared episode (1, T, ...). States are drawn, as in training and acting."""
     dynamics = model.dynamics
     torch.manual_seed(seed)
-    carry, post, _ = model.observe(obs)
+    carry, post, embed = model.observe(obs)
     kl, entropy = [], []
     for level in post.levels:
         after, before = (dists.mix(logit, dynamics.kl_config.unimix) for logit in level)
@@ -83,7 +84,7 @@ def read(model: WorldModel, obs: Mapping[str, Tensor], seed: int) -> Latents:
     feats |= open_loop(model, carry, post, obs["prev_action"])
     codes = {name: x[0].cpu().numpy() for name, x in classes(dynamics, post).items()}
     numbers = lambda x: torch.stack(x, -1).float().cpu().numpy()
-    return Latents(feats, codes, numbers(kl), numbers(entropy))
+    return Latents(embed[0].float(), feats, codes, numbers(kl), numbers(entropy))
 
 
 def open_loop(model: WorldModel, carry: object, post: Post, action: Tensor) -> dict[int, Feat]:

@@ -33,11 +33,10 @@ class Contrast(NamedTuple):
 
     @property
     def supported(self) -> bool:
-        """The interval leaves out 0, and so does the value the shuffled controls."""
+        """The whole interval lies beyond 0 and beyond the shuffled controls, on one side."""
         if self.value is None:
             return False
-        apart = self.low > 0.0 or self.high < 0.0
-        return apart and not self.control[0] <= self.value <= self.control[1]
+        return self.low > max(0.0, self.control[1]) or self.high < min(0.0, self.control[0])
 
 
 def contrast(

@@ -98,6 +98,21 @@ def load_all(found: Sequence[runs.Run]) -> list[Subject]:
     return [load(run) for run in found]
 
 
+def has_factors(subject: Subject) -> bool:
+    """Whether its task has named factors."""
+    env = make_env(subject.config.task, subject.config.env.tree(), SEED)
+    try:
+        return factors.reader(env, subject.config.task) is not None
+    finally:
+        env.close()
+
+
+def observed(subject: Subject) -> list[str]:
+    """The observations that the encoder reads."""
+    encoder = subject.agent.world_model.encoder
+    return [key for shapes in encoder.kinds.values() for key in shapes]
+
+
 def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episode]:
     """``count`` new episodes of at most ``longest`` steps, the subjects' policies taking turns.
 

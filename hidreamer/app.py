@@ -21,6 +21,7 @@ by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set b
 COMMANDS = {
     "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
+    "analyse": ("analysis", "Look inside trained agents: what do their levels hold?"),
 }
 
 
@@ -54,12 +55,14 @@ def origin(name: str) -> str | None:
 
 
 def command(module: str) -> list[str]:
-    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer
-    train".
+    """The words that start a script or a package of ROOT: "python dreamer.py", "python -m
+    analysis" or, by the command, "hidreamer train".
     """
     for name, (known, _) in COMMANDS.items():
         if known == module and by_command:
             return ["hidreamer", name]
+    if (ROOT / module).is_dir():
+        return ["python", "-m", module]
     return ["python", f"{module}.py"]
 
 
