@@ -30,6 +30,7 @@ class Contrast(NamedTuple):
     low: float
     high: float
     control: tuple[float, float]  # 95% of contrasts with factors of other episodes
+    groups: np.ndarray  # (2, 3) mean top - bottom of A and of B, their 95% intervals
 
     @property
     def supported(self) -> bool:
@@ -37,6 +38,12 @@ class Contrast(NamedTuple):
         if self.value is None:
             return False
         return self.low > max(0.0, self.control[1]) or self.high < min(0.0, self.control[0])
+
+    @property
+    def divided(self) -> bool:
+        """Supported, and each level holds more than the other of one of the groups."""
+        (_, low_a, high_a), (_, low_b, high_b) = self.groups
+        return self.supported and ((low_a > 0 > high_b) or (high_a < 0 < low_b))
 
 
 def contrast(
@@ -66,7 +73,8 @@ def contrast(
     difference = np.column_stack([gap, bounds])
     difference[~scored] = np.nan
     if not all(group.any() for group in groups):
-        return Contrast(*seen, difference, None, np.nan, np.nan, (np.nan, np.nan))
+        nothing = np.full((2, 3), np.nan)
+        return Contrast(*seen, difference, None, np.nan, np.nan, (np.nan, np.nan), nothing)
     between = lambda d: d[..., groups[0]].mean(-1) - d[..., groups[1]].mean(-1)
     low, high = np.percentile(between(drawn), (2.5, 97.5))
     lengths = np.bincount(episode)
@@ -76,7 +84,12 @@ def contrast(
         fits = [readout.cross_fitted(x, other, episode, PENALTY) for x in (top, bottom)]
         chance.append(between(shares(*fits[0], None) - shares(*fits[1], None)))
     control = tuple(map(float, np.percentile(chance, (2.5, 97.5))))
-    return Contrast(*seen, difference, float(between(gap)), float(low), float(high), control)
+    sides = []
+    for group in groups:
+        interval = np.percentile(drawn[:, group].mean(1), (2.5, 97.5))
+        sides.append([gap[group].mean(), *interval])
+    value = float(between(gap))
+    return Contrast(*seen, difference, value, float(low), float(high), control, np.array(sides))
 
 
 def shares(error: np.ndarray, total: np.ndarray, pick: np.ndarray | None) -> np.ndarray:

@@ -94,12 +94,12 @@ def decodes(scene: Scene) -> Strip:
     feat = scene.post.feat.map(lambda x: x[:, steps])
     names = list(scene.subject.agent.world_model.dynamics.coarse_features(feat))
     everything, *coarse = decoded(scene.subject, feat, coarse=True)
-    rows = [("truth", row(truth(scene, steps)))]
+    rows = [("truth at the steps above", row(truth(scene, steps)))]
     shown = {"top": "L0, the bottom level drawn from its prior"}
     for name, frames in zip(names, coarse, strict=True):
         rows.append((shown.get(name, name), row(frames)))
     rows.append(("all levels" if names else "the flat state", row(everything)))
-    return Strip(scene.subject.name, rows, [f"step {t}" for t in steps], TILES)
+    return Strip(scene.subject.name, rows, [str(t) for t in steps], TILES)
 
 
 def resampled(scene: Scene) -> Strip | None:
@@ -112,7 +112,7 @@ def resampled(scene: Scene) -> Strip | None:
     torch.manual_seed(0)
     pick = lambda feat: feat.map(lambda x: x[:, steps])
     fine = set(range(1, len(names)))
-    rows = [("truth", row(truth(scene, steps)))]
+    rows = [("truth at the steps above", row(truth(scene, steps)))]
     rows.append(("as observed", row(decoded(scene.subject, pick(scene.post.feat))[0])))
     for label, which in (
         ("finer levels drawn anew, L0 held", fine),
@@ -125,7 +125,7 @@ def resampled(scene: Scene) -> Strip | None:
         "Each row of a draw is one sample per step. What stays in the picture is what the held"
         " levels and the memory hold; what changes is what the drawn level decides."
     )
-    return Strip(scene.subject.name, rows, [f"step {t}" for t in steps], TILES, note)
+    return Strip(scene.subject.name, rows, [str(t) for t in steps], TILES, note)
 
 
 def code_map(
@@ -160,7 +160,7 @@ def code_map(
         mean = tiles({key: x.float().mean(1, keepdim=True) for key, x in obs.items()})
         label = f"class {code}: {100 * share[variable, code]:.0f}% of all steps"
         rows.append((label, row([*mean, *frames])))
-    columns = ["mean", *["a frame"] * (TILES - 1)]
+    columns = ["mean", *[""] * (TILES - 1)]
     title = f"{subject.name}: variable {variable} of {level}"
     return Strip(title, rows, columns, TILES)
 

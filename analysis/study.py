@@ -163,7 +163,8 @@ def ego(subject: Subject, found: Sequence[Latents], material: Material) -> Found
     out["value"] = got.value
     if got.value is not None:
         out |= {"low": got.low, "high": got.high, "control": list(got.control)}
-    return out | {"supported": got.supported}
+        out |= dict(zip(("ego", "world"), got.groups.tolist(), strict=True))
+    return out | {"supported": got.supported, "divided": got.divided}
 
 
 # ---------------------------------------------------------------- codes

@@ -136,8 +136,9 @@ def information_lines(report: Report) -> list[str]:
             if shown:
                 best = max(shown, key=lambda f: cells[f]["bits"] - cells[f]["chance"])
                 share = cells[best]["bits"] / max(run["information"]["entropy"][best], 1e-9)
+                which = "every factor" if len(shown) == len(cells) else listed(shown)
                 lines.append(
-                    f"{name}, {level}: information about {listed(shown)} is shown; most about"
+                    f"{name}, {level}: information about {which} is shown; most about"
                     f" {best}, {cells[best]['bits']:.2f} bits ({share:.0%} of its entropy;"
                     f" {cells[best]['chance']:.2f} bits by chance)."
                 )
@@ -168,17 +169,21 @@ def contrast_lines(report: Report) -> list[str]:
         )
         kinds = [cell["kind"] for cell in found["factors"].values()]
         of = f"{kinds.count('ego')} ego, {kinds.count('world')} world factors"
-        if found["supported"]:
-            first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
-            lines.append(
-                f"{name}: supported, {top} is worth more for {first} than for {second}, compared with"
-                f" {bottom} (contrast {where}; {of}).{both(found)}"
+        first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
+        if found["divided"]:
+            says = (
+                f"supported, the levels divide the factors: {top} alone holds more of {first},"
+                f" {bottom} alone more of {second}"
+            )
+        elif found["supported"]:
+            says = (
+                f"supported, {top} is worth more for {first} than for {second}, compared with"
+                f" {bottom}; not supported, that the levels divide them, for it is not shown that"
+                " each holds more of one kind"
             )
         else:
-            lines.append(
-                f"{name}: not supported, no division of ego and world over {top} and {bottom} is"
-                f" shown (contrast {where}; {of}).{both(found)}"
-            )
+            says = f"not supported, that {top} and {bottom} differ in how much of ego and world they hold"
+        lines.append(f"{name}: {says} (contrast {where}; {of}).{both(found)}")
     return lines
 
 
@@ -186,9 +191,10 @@ def both(found: Mapping[str, Any]) -> str:
     """Says so where one level holds more of everything."""
     gaps = [cell["difference"][0] for cell in found["factors"].values()]
     gaps = [gap for gap in gaps if gap is not None]
-    for level, more in (("top", min(gaps) > 0), ("bottom", max(gaps) < 0)):
+    ways = (("top", "bottom", min(gaps) > 0), ("bottom", "top", max(gaps) < 0))
+    for one, other, more in ways:
         if more:
-            return f" {found[level]} alone holds more of every factor than the other."
+            return f" {found[one]} alone holds more of every factor than {found[other]} alone."
     return ""
 
 

@@ -1,7 +1,7 @@
 """What does a level hold, where the answer is known? A world of known factors, each latent state
 trained on it, MIG and DCI by level beside a permutation null.
 
-    python benchmarks/factors.py [--dynamics rssm hrssm hrvq] [--predictable 0.9] [--updates 1500]
+    python benchmarks/factors.py [--dynamics rssm hrssm hrvq] [--predictable 0.9] [--updates 2000]
         [--seeds 0] [--out results/analysis/factors.json]
 
 Coarse factors are slow and scene-like: half of all cells change with them. Fine ones are fast and
@@ -26,7 +26,7 @@ from measure import ROOT  # noqa: F401 - puts the project on the path
 import models
 import networks
 import tools
-from analysis import latents, levels
+from analysis import latents, levels, readout
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, Rows, row_spec
 
@@ -97,22 +97,29 @@ def judge(
     model: models.WorldModel, held: list[Rows], factors: list[dict[str, np.ndarray]]
 ) -> dict[str, Any]:
     """MIG, DCI and the contrast of coarse and fine, on episodes that were not trained on."""
-    codes, stoch = [], []
+    codes, parts = [], []
     for i, rows in enumerate(held):
         batch = {key: torch.from_numpy(x)[None] for key, x in rows.items() if key != "is_last"}
         found = latents.read(model, networks.prepare(batch), i)
         codes.append(found.codes)
-        stoch.append(latents.parts(model.dynamics, found.feat[0]))
+        parts.append(latents.parts(model.dynamics, found.feat[0]))
     names = latents.names(model.dynamics)
     pooled = {name: np.concatenate([x[name] for x in codes]) for name in names}
     known = {name: np.concatenate([x[name] for x in factors]) for name in FACTORS}
-    return judge_codes(
-        pooled,
-        [k for _, k in model.dynamics.shapes],
-        known,
-        np.repeat(np.arange(len(held)), LENGTH),
-        [np.concatenate([x[name].numpy() for x in stoch]) for name in (names[0], names[-1])],
-    )
+    feature = lambda name: np.concatenate([x[name].numpy() for x in parts])
+    episode = np.repeat(np.arange(len(held)), LENGTH)
+    classes = [k for _, k in model.dynamics.shapes]
+    ends = [feature(names[0]), feature(names[-1])]
+    out = judge_codes(pooled, classes, known, episode, ends)
+    error, total = readout.cross_fitted(feature("all"), onehots(known)[0], episode, levels.PENALTY)
+    start = 0
+    for name, (count, _) in FACTORS.items():  # what the model knows at all, its memory included
+        here = slice(start, start + count)
+        out["factors"][name]["R2 with memory"] = 1.0 - float(
+            error[:, here].sum() / total[:, here].sum()
+        )
+        start += count
+    return out
 
 
 def judge_codes(
@@ -144,6 +151,8 @@ def judge_codes(
         got = levels.contrast(*ends, y, coarse, episode)
         out["contrast"] = {"value": got.value, "low": got.low, "high": got.high}
         out["contrast"] |= {"control": list(got.control), "supported": got.supported}
+        out["contrast"] |= dict(zip(("coarse", "fine"), got.groups.tolist(), strict=True))
+        out["contrast"]["divided"] = got.divided
     out["says"] = sentences(out)
     return out
 
@@ -172,18 +181,23 @@ def sentences(found: dict[str, Any]) -> list[str]:
     contrast = found["contrast"]
     if contrast is None:
         lines.append("one level: no hierarchy can be shown")
-    elif contrast["supported"]:
-        way = "coarse above fine" if contrast["value"] > 0 else "fine above coarse"
-        lines.append(f"levels divide the factors: {way}")
     else:
-        lines.append("no division of coarse and fine over the levels is shown")
+        way = ("coarse", "fine") if contrast["value"] > 0 else ("fine", "coarse")
+        top, *_, bottom = found["levels"]
+        value = f"(contrast {contrast['value']:+.2f})"
+        if contrast["divided"]:
+            lines.append(f"divided: {top} holds more of {way[0]}, {bottom} of {way[1]} {value}")
+        elif contrast["supported"]:
+            lines.append(f"{top} leans to {way[0]}, the levels do not divide the factors {value}")
+        else:
+            lines.append(f"no division of coarse and fine is shown {value}")
     return lines
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
-        "| state | predictable | seed | best level and MIG by factor | R2 of all levels | says |"
+        "| state | predictable | seed | best level and MIG by factor | R² of all levels (with the memory) | says |"
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for run in report["runs"]:
@@ -194,7 +208,10 @@ def table(report: dict[str, Any]) -> str:
                 f"{name}: {x['best level']} {x['MIG']:.2f}{'' if x['MIG p'] <= LEVEL else ' (chance)'}"
                 for name, x in cells
             ]
-            read = [f"{name} {x['R2 of all levels']:.2f}" for name, x in cells]
+            read = [
+                f"{name} {x['R2 of all levels']:.2f} ({x['R2 with memory']:.2f})"
+                for name, x in cells
+            ]
             row = [f"{run['dynamics']}, {who}", str(run["predictable"]), str(run["seed"])]
             row += ["; ".join(gaps), "; ".join(read), "; ".join(found["says"])]
             lines.append(f"| {' | '.join(row)} |")
@@ -209,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dynamics", nargs="+", default=["rssm", "hrssm", "hrvq"])
     parser.add_argument("--predictable", type=float, nargs="+", default=[0.9])
-    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--out", type=Path, help="write the figures here, and a table as .md beside"

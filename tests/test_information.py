@@ -174,7 +174,7 @@ def test_planted_levels_are_found():
     planted = found.importance_p <= 0.05
     assert planted.tolist() == [[True, True, False, False], [False, False, True, True]]
     verdict = judged(codes, factors, episode)
-    assert verdict.supported and verdict.value > 0.5
+    assert verdict.supported and verdict.divided and verdict.value > 0.5
     swapped = judged({"L0": codes["L1"], "L1": codes["L0"]}, factors, episode)
     assert swapped.supported and swapped.value == pytest.approx(-verdict.value)
 
@@ -221,7 +221,7 @@ def test_a_group_without_factors_has_no_contrast():
     codes = {f"L{i}": codes_of(factors, list(factors), i) for i in range(2)}
     y = np.stack(list(factors.values()), 1).astype(float)
     found = levels.contrast(hot(codes["L0"]), hot(codes["L1"]), y, [True] * 4, episode, shuffles=2)
-    assert found.value is None and not found.supported
+    assert found.value is None and not found.supported and not found.divided
 
 
 # ---------------------------------------------------------------- probes

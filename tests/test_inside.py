@@ -465,11 +465,16 @@ def test_words_say_what_is_not_supported():
         "high": 0.3,
         "control": [-0.05, 0.05],
         "supported": False,
+        "divided": False,
     }
     (line,) = summary.contrast_lines({"runs": {"a/0": {"contrast": found}}})
     assert "not supported" in line and "L1 alone holds more of every factor" in line
     found |= {"supported": True, "low": 0.06}
     (line,) = summary.contrast_lines({"runs": {"a/0": {"contrast": found}}})
     assert "a/0: supported, L0 is worth more for ego than for world" in line
+    assert "not supported, that the levels divide them" in line
+    found |= {"divided": True}
+    (line,) = summary.contrast_lines({"runs": {"a/0": {"contrast": found}}})
+    assert "L0 alone holds more of ego, L1 alone more of world" in line
     (line,) = summary.contrast_lines({"runs": {"a/0": {"contrast": None}}})
     assert "one level" in line

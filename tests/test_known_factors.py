@@ -81,7 +81,7 @@ FINE = [name for name in benchmark.FACTORS if name not in COARSE]
 def test_planted_levels_are_said(world):
     known, episode = world
     found = judged({"L0": noise(known, COARSE, 1), "L1": noise(known, FINE, 2)}, known, episode)
-    assert "levels divide the factors: coarse above fine" in found["says"]
+    assert found["says"][-1].startswith("divided: L0 holds more of coarse, L1 of fine (contrast +")
     assert found["says"][0] == "L0 holds scene, season"
     assert found["says"][1] == "L1 holds sprite x, sprite y, own x"
     best = {name: x["best level"] for name, x in found["factors"].items()}
@@ -100,9 +100,21 @@ def test_levels_that_hold_everything_are_not_said_to_divide_it(world):
         divided += benchmark.levels.contrast(*ends, y, coarse, episode, shuffles=4).supported
     assert divided <= 1
     found = judged(dict(zip(("L0", "L1"), codes, strict=True)), known, episode)
-    assert found["says"][-1] == "no division of coarse and fine over the levels is shown"
+    assert found["says"][-1].startswith("no division of coarse and fine is shown")
     assert all(line.endswith(", ".join(everything)) for line in found["says"][:2])
     assert max(x["MIG"] for x in found["factors"].values()) < 0.1
+
+
+def test_more_of_one_kind_in_the_same_level_is_no_division(world):
+    """L0 holds everything, L1 a little of the fine factors: it leans, and they divide nothing."""
+    known, episode = world
+    rng = np.random.default_rng(5)
+    vague = {
+        name: np.where(rng.random(len(x)) < 0.5, rng.permutation(x), x) for name, x in known.items()
+    }
+    codes = {"L0": noise(known, list(known), 1), "L1": noise(vague, FINE, 2)}
+    found = judged(codes, known, episode)
+    assert found["says"][-1].startswith("L0 leans to coarse, the levels do not divide the factors")
 
 
 def test_codes_that_only_drift_hold_nothing(world):
@@ -113,16 +125,15 @@ def test_codes_that_only_drift_hold_nothing(world):
         for i in range(2)
     }
     found = judged(codes, known, episode)
-    assert found["says"] == [
-        "L0 holds nothing that is shown",
-        "L1 holds nothing that is shown",
-        "no division of coarse and fine over the levels is shown",
-    ]
+    assert found["says"][:2] == [f"L{i} holds nothing that is shown" for i in range(2)]
+    assert found["says"][2].startswith("no division of coarse and fine is shown")
 
 
 def test_the_table_has_every_run(world, tmp_path):
     known, episode = world
     found = judged({"L0": noise(known, COARSE, 1), "L1": noise(known, FINE, 2)}, known, episode)
+    for cell in found["factors"].values():
+        cell["R2 with memory"] = 0.5
     run = {"dynamics": "hrssm", "predictable": 0.9, "seed": 0, "trained": found, "untrained": found}
     made = {"command": "python benchmarks/factors.py", "commit": "abc", "hardware": "a machine"}
     text = benchmark.table({"runs": [run], "made": made})
@@ -132,13 +143,13 @@ def test_the_table_has_every_run(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamics", ["rssm", "hrssm", "hrvq"])
 def test_a_trained_state_holds_the_scene(dynamics):
-    """Minutes: after 1,500 updates the scene, which most cells depend on, is told by the codes."""
+    """Minutes: after 2,000 updates the scene, which most cells depend on, is told by the codes."""
     data = episodes(benchmark.EPISODES + benchmark.HELD, 0.9)
     train = [rows for rows, _ in data[: benchmark.EPISODES]]
     held, known = (list(x) for x in zip(*data[benchmark.EPISODES :], strict=True))
     scores = {}
-    for updates in (0, 1500):
+    for updates in (0, 2000):
         model = benchmark.train(dynamics, train, updates, 0).world_model
         scores[updates] = benchmark.judge(model, held, known)["factors"]["scene"]
-    assert scores[1500]["p"] <= 0.05
-    assert scores[1500]["R2 of all levels"] > scores[0]["R2 of all levels"] + 0.2
+    assert scores[2000]["p"] <= 0.05
+    assert scores[2000]["R2 of all levels"] > scores[0]["R2 of all levels"] + 0.2
