@@ -139,7 +139,7 @@ def look(
     strips: dict[str, list],
     draw: bool,
 ) -> None:
-    """Add a subject's pictures to ``strips``, its attention and its longest episode to ``entry``."""
+    """Add a subject's pictures to ``strips``, attention and its longest episode to ``entry``."""
     if not draw:  # one run of each model: others of it look alike
         return
     longest = max(range(len(episodes)), key=lambda i: len(episodes[i]))

@@ -1,4 +1,4 @@
-"""Where hrvq's transformer looks: by the level of the asking and the answering position, by distance.
+"""Where hrvq's transformer looks: by the levels of both positions, and by distance.
 
 Beside each number stands what equal weights over everything visible would give: attention falls on
 past steps for no other reason than that there are many of them.
@@ -32,7 +32,7 @@ class Attention(NamedTuple):
 
 @torch.no_grad()
 def look(model: WorldModel, obs: Mapping[str, Tensor]) -> Attention | None:
-    """Weights on one prepared episode (1, T, ...); None for a model without a transformer."""
+    """Weights on one preprocessed episode (1, T, ...); None for a model without a transformer."""
     dynamics = model.dynamics
     if not hasattr(dynamics, "transformer"):
         return None
@@ -50,7 +50,7 @@ def look(model: WorldModel, obs: Mapping[str, Tensor]) -> Attention | None:
     length, levels, window = obs["reward"].shape[1], dynamics.levels, dynamics.window
     place = Layout.of(length, levels, 1, caught[0][0].device)
     rows = place.time, place.level
-    mask = attn_mask(dynamics.rules, rows, rows, window)  # (Q, Q)
+    mask = attn_mask(dynamics.level_mask, rows, rows, window)  # (Q, Q)
     weights = []
     for q, k in caught[: len(layers)]:  # (1, h, 1, Q, d)
         score = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5

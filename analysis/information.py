@@ -66,7 +66,7 @@ def mutual_information(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def discretise(x: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Factor (N,) -> classes (N,), -1 where it is NaN: its values, or ``bins`` quantiles of them."""
+    """Factor (N,) -> classes (N,), -1 where it is NaN: its values, or ``bins`` quantiles."""
     out = np.full(len(x), -1)
     there = np.isfinite(x)
     values, index = np.unique(x[there], return_inverse=True)

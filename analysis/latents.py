@@ -71,23 +71,33 @@ def classes(dynamics: Dynamics, post: Post) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def read(model: WorldModel, obs: Mapping[str, Tensor], seed: int) -> Latents:
-    """obs: a prepared episode (1, T, ...). States are drawn, as in training and acting."""
-    dynamics = model.dynamics
-    torch.manual_seed(seed)
-    carry, post, embed = model.observe(obs)
+    """obs: a preprocessed episode (1, T, ...). States are sampled, as in training and acting."""
+    dynamics, random = model.dynamics, generator(obs, seed)
+    carry, post, embed = model.observe(obs, generator=random)
     kl, entropy = [], []
     for level in post.levels:
-        after, before = (dists.mix(logit, dynamics.kl_config.unimix) for logit in level)
+        after, before = (dists.unimix_probs(logit, dynamics.kl_config.unimix) for logit in level)
         kl.append(dists.kl(after, before)[0])
         entropy.append(dists.entropy(after)[0])
     feats = {0: post.feat.map(lambda x: x[0].float())}
-    feats |= open_loop(model, carry, post, obs["prev_action"])
+    feats |= open_loop(model, carry, post, obs["prev_action"], random)
     codes = {name: x[0].cpu().numpy() for name, x in classes(dynamics, post).items()}
     numbers = lambda x: torch.stack(x, -1).float().cpu().numpy()
     return Latents(embed[0].float(), feats, codes, numbers(kl), numbers(entropy))
 
 
-def open_loop(model: WorldModel, carry: object, post: Post, action: Tensor) -> dict[int, Feat]:
+def generator(obs: Mapping[str, Tensor], seed: int) -> torch.Generator:
+    """Random numbers of its own, where ``obs`` lie."""
+    return torch.Generator(next(iter(obs.values())).device).manual_seed(seed)
+
+
+def open_loop(
+    model: WorldModel,
+    carry: object,
+    post: Post,
+    action: Tensor,
+    random: torch.Generator | None = None,
+) -> dict[int, Feat]:
     """Imagine from every step with the actions (1, T, A) that were taken.
 
     -> {horizon: (T, .)}: row t is the prediction *of* step t, made ``horizon`` steps before it and
@@ -100,7 +110,7 @@ def open_loop(model: WorldModel, carry: object, post: Post, action: Tensor) -> d
     padded = torch.cat([action[0], action.new_zeros(most, action.shape[-1])])  # (T + most, A)
     # A start at step t takes the actions that led to t + 1, t + 2, ...
     ahead = torch.stack([padded[1 + i : 1 + i + length] for i in range(most)], 1)  # (T, most, A)
-    imagined = dynamics.imagine(start, ahead, most)[1]  # (T, most + 1, .)
+    imagined = dynamics.imagine(start, ahead, most, generator=random)[1]  # (T, most + 1, .)
     out = {}
     for horizon in HORIZONS[1:]:
         out[horizon] = imagined.map(lambda x, h=horizon: moved(x[:, h].float(), h))
@@ -116,14 +126,18 @@ def moved(x: Tensor, horizon: int) -> Tensor:
     return out
 
 
-def resampled(dynamics: Dynamics, post: Post, levels: set[int]) -> Feat:
+def resampled(
+    dynamics: Dynamics, post: Post, levels: set[int], random: torch.Generator | None = None
+) -> Feat:
     """Features (B, T, .) with these levels drawn anew from their priors, the others as they were.
 
     A finer level's prior is the one given the coarser levels that were observed.
     """
     parts = list(post.feat.stoch.split(sizes(dynamics), -1))
     for i in levels:
-        onehot = dists.draw(dists.mix(post.levels[i].prior, dynamics.kl_config.unimix))
+        probs = dists.unimix_probs(post.levels[i].prior, dynamics.kl_config.unimix)
+        noise = dists.uniform((*probs.shape[:-1], 1), probs, random)
+        onehot = dists.sample_onehot(probs, noise)
         parts[i] = embedded(dynamics, i, onehot).to(parts[i].dtype)
     return post.feat._replace(stoch=torch.cat(parts, -1))
 

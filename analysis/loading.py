@@ -61,7 +61,7 @@ def load(run: runs.Run) -> Subject:
         config = tools.load_config([], saved)
     except ConfigError as error:
         raise ConfigError(f"{where}, it is a run of another version: {error}") from None
-    state = load_checkpoint(run.folder / "checkpoints" / "latest.pt", ("agent",))
+    state = load_checkpoint(run.folder / "checkpoints" / "latest.pt", {"agent": dict})
     env = make_env(config.task, config.env.tree(), 0)
     try:
         tools.seed_all(config.seed)  # the parameters that training began from
@@ -72,7 +72,7 @@ def load(run: runs.Run) -> Subject:
     agent.make_optimizers()
     try:
         agent.load_state(state["agent"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{where}, its weights are of another version: {reason}") from None
     return Subject(run, config, agent.eval(), untrained.eval())
@@ -124,10 +124,11 @@ def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episo
     env = make_env(task, first.config.env.tree(), SEED)
     try:
         read = factors.reader(env, task)
-        torch.manual_seed(SEED)
+        device = next(subjects[0].agent.parameters()).device
+        random = torch.Generator(device).manual_seed(SEED)
         for i in range(count):
             subject = subjects[i % len(subjects)]
-            rows, values = play(subject.agent, env, read, longest)
+            rows, values = play(subject.agent, env, read, longest, random)
             out.append(Episode(stack(rows), stack(values), subject.name))
     finally:
         env.close()
@@ -135,7 +136,11 @@ def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episo
 
 
 def play(
-    agent: models.Agent, env: Any, read: factors.Reader | None, longest: int
+    agent: models.Agent,
+    env: Any,
+    read: factors.Reader | None,
+    longest: int,
+    random: torch.Generator,
 ) -> tuple[list[dict], list[dict]]:
     """One episode of the agent's sampled policy. -> its rows, the factors at each."""
     state = agent.initial(1)
@@ -149,7 +154,7 @@ def play(
             return rows, values
         keys = (*env.obs_space, "is_first")
         inputs = agent.tensors({key: np.asarray(obs[key])[None] for key in keys})
-        state = agent.act(state, inputs)
+        state = agent.act(state, inputs, generator=random)
         action = state.action[0].cpu().numpy()
         obs = env.step(action)
 
@@ -159,6 +164,6 @@ def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {key: np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
 
 
-def prepared(agent: models.Agent, rows: Rows) -> dict[str, Tensor]:
-    """An episode (T, ...) as a prepared batch (1, T, ...) on the agent's device."""
-    return networks.prepare(agent.tensors({key: x[None] for key, x in rows.items()}))
+def preprocessed(agent: models.Agent, rows: Rows) -> dict[str, Tensor]:
+    """An episode (T, ...) as a preprocessed batch (1, T, ...) on the agent's device."""
+    return networks.preprocess(agent.tensors({key: x[None] for key, x in rows.items()}))

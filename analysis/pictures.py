@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analysis import latents
 from analysis.latents import CONTEXT, Latents
-from analysis.loading import Episode, Subject, prepared
+from analysis.loading import Episode, Subject, preprocessed
 from comparison.parts import Strip, png
 from hidreamer.dynamics.base import Feat
 from hidreamer.evaluation import board
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
     """One episode, followed by one subject's world model."""
 
     subject: Subject
-    obs: Mapping[str, Tensor]  # prepared, (1, T, ...)
+    obs: Mapping[str, Tensor]  # preprocessed, (1, T, ...)
     carry: Any
     post: Any
 
@@ -38,10 +38,10 @@ class Scene(NamedTuple):
 
 @torch.no_grad()
 def follow(subject: Subject, episode: Episode, seed: int = 0) -> Scene:
-    torch.manual_seed(seed)
-    obs = prepared(subject.agent, episode.rows)
+    obs = preprocessed(subject.agent, episode.rows)
     with subject.agent.autocast():
-        carry, post, _ = subject.agent.world_model.observe(obs)
+        random = latents.generator(obs, seed)
+        carry, post, _ = subject.agent.world_model.observe(obs, generator=random)
     return Scene(subject, obs, carry, post)
 
 
@@ -81,7 +81,8 @@ def truth(scene: Scene, steps: Any) -> np.ndarray:
 def decoded(subject: Subject, feat: Feat, coarse: bool = False) -> list[np.ndarray]:
     """Tiles of features (1, n, .): of all levels, then those of the coarse ones alone."""
     with subject.agent.autocast():
-        found = subject.agent.world_model.decode(feat, coarse)
+        random = latents.generator(feat._asdict(), 0)
+        found = subject.agent.world_model.decode(feat, coarse, random)
     return [tiles(x) for x in found]
 
 
@@ -109,7 +110,7 @@ def resampled(scene: Scene) -> Strip | None:
     if len(names) < 2:
         return None
     steps = spread(scene.length)
-    torch.manual_seed(0)
+    random = latents.generator(scene.obs, 0)
     pick = lambda feat: feat.map(lambda x: x[:, steps])
     fine = set(range(1, len(names)))
     rows = [("truth at the steps above", row(truth(scene, steps)))]
@@ -119,7 +120,7 @@ def resampled(scene: Scene) -> Strip | None:
         ("L0 drawn anew, finer held", {0}),
     ):
         for _ in range(2):
-            feat = latents.resampled(dynamics, scene.post, which)
+            feat = latents.resampled(dynamics, scene.post, which, random)
             rows.append((label, row(decoded(scene.subject, pick(feat))[0])))
     note = (
         "Each row of a draw is one sample per step. What stays in the picture is what the held"
@@ -155,7 +156,7 @@ def code_map(
             )[None]
             for key in keys
         }
-        obs = model.postprocess(subject_prepared(subject, batch))
+        obs = model.postprocess(preprocessed_frames(subject, batch))
         frames = tiles({key: x[:, : TILES - 1] for key, x in obs.items()})
         mean = tiles({key: x.float().mean(1, keepdim=True) for key, x in obs.items()})
         label = f"class {code}: {100 * share[variable, code]:.0f}% of all steps"
@@ -165,8 +166,8 @@ def code_map(
     return Strip(title, rows, columns, TILES)
 
 
-def subject_prepared(subject: Subject, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Raw observations (1, n, ...) prepared, with zeros for vectors that are decoded too."""
+def preprocessed_frames(subject: Subject, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Raw observations (1, n, ...) preprocessed, with zeros for vectors that are decoded too."""
     decoder = subject.agent.world_model.decoder
     out = {}
     for key, x in batch.items():
@@ -211,8 +212,8 @@ def counterfactual(scene: Scene, act_space: spaces.Space, names: Sequence[str]) 
     subject, device = scene.subject, scene.obs["reward"].device
     with torch.no_grad(), subject.agent.autocast():
         before = {key: x[:, : start + 1] for key, x in scene.obs.items()}
-        torch.manual_seed(0)
-        carry, post, _ = subject.agent.world_model.observe(before)
+        random = latents.generator(before, 0)
+        carry, post, _ = subject.agent.world_model.observe(before, generator=random)
         begin = subject.agent.world_model.dynamics.starts(carry, post, 1)
         real = scene.obs["prev_action"][:, start + 1 : start + 1 + horizon]
         plans = {"dream, with the actions that were taken": real}
@@ -222,8 +223,9 @@ def counterfactual(scene: Scene, act_space: spaces.Space, names: Sequence[str]) 
         moments = list(MOMENTS)
         rows = [("truth", row(truth(scene, [start + m for m in moments])))]
         for label, action in plans.items():
-            torch.manual_seed(0)
-            feat = subject.agent.world_model.dynamics.imagine(begin, action, horizon)[1]
+            random = latents.generator(before, 0)  # the same numbers for every plan
+            model = subject.agent.world_model
+            feat = model.dynamics.imagine(begin, action, horizon, generator=random)[1]
             feat = feat.map(lambda x: x[:, moments])
             rows.append((label, row(decoded(subject, feat)[0])))
     columns = ["start", *(f"+{m}" for m in moments[1:])]

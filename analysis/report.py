@@ -89,8 +89,8 @@ def compared(report: Report) -> Section:
         rows.append([part, *(estimate(known[m]["means"][k].get(part)) for m, k in columns)])
     rows.append(["seeds", *(str(known[model]["seeds"]) for model, _ in columns)])
     note = (
-        "Mean R² over factors on held-out episodes; in brackets the 95% t interval over seeds. deter"
-        " is the memory, L0 the coarsest level, all is everything that the heads read."
+        "Mean R² over factors on held-out episodes; in brackets the 95% t interval over seeds."
+        " deter is the memory, L0 the coarsest level, all is everything that the heads read."
     )
     return Section("The models side by side", tables=[Table(header, rows, note)])
 
@@ -179,9 +179,9 @@ def open_loop(report: Report) -> Section:
     draw = functools.partial(drawings.open_loop, models=curves, baseline=baseline, colours=colours)
     text = (
         "The world model is told what was done, not what was seen. Probes are fitted anew on the"
-        f" imagined states, from step {CONTEXT} of an episode on; means over factors. The dashed line"
-        " reads the last frame that was seen, as old as the dream is long: what a dream adds lies"
-        " above it."
+        f" imagined states, from step {CONTEXT} of an episode on; means over factors. The dashed"
+        " line reads the last frame that was seen, as old as the dream is long: what a dream adds"
+        " lies above it."
     )
     return Section("And after imagined steps?", [text], figures=[figures.picture(draw)])
 
@@ -209,10 +209,10 @@ def informed(report: Report) -> Section:
     text = (
         f"Bits that the best single variable of a level tells of a factor ({first['estimator']}"
         f" corrected; factors of many values are cut into {information.BINS} quantiles), darker for"
-        " a larger share of all there is. Faint: no more than chance, which is what exchanging whole"
-        f" episodes gives ({first['permutations']} exchanges, {information.LEVEL:.0%} for a run's"
-        " whole table). Shuffled steps would not do: successive steps are alike, so whatever drifts"
-        " would seem to tell of whatever else drifts."
+        " a larger share of all there is. Faint: no more than chance, which is what exchanging"
+        f" whole episodes gives ({first['permutations']} exchanges, {information.LEVEL:.0%} for a"
+        " run's whole table). Shuffled steps would not do: successive steps are alike, so whatever"
+        " drifts would seem to tell of whatever else drifts."
     )
     return Section("Mutual information of codes and factors", [text], figures=drawn)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from analysis import factors, information, latents, levels, readout
 from analysis.latents import HORIZONS, Latents
-from analysis.loading import Episode, Subject, prepared
+from analysis.loading import Episode, Subject, preprocessed
 from models import WorldModel
 
 PIXELS, UNTRAINED = "raw observation", "untrained"
@@ -71,7 +71,7 @@ def read_all(subject: Subject, model: WorldModel, material: Material) -> list[La
     out = []
     for i, episode in enumerate(material.episodes):
         with subject.agent.autocast():
-            out.append(latents.read(model, prepared(subject.agent, episode.rows), i))
+            out.append(latents.read(model, preprocessed(subject.agent, episode.rows), i))
     return out
 
 
@@ -100,7 +100,7 @@ def named(row: np.ndarray, material: Material) -> dict[str, float | None]:
 
 
 def baseline(material: Material, keys: Sequence[str]) -> Found:
-    """{horizon: scores} of the raw observation, after that many steps the last one that was seen."""
+    """{horizon: scores} of the raw observation, that many steps old."""
     return {str(h): probe(material.pixels(keys, h), material) for h in HORIZONS}
 
 

@@ -36,7 +36,7 @@ def by_model(report: Report) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def probe_table(runs: Sequence[Mapping[str, Any]], kind: str, horizon: int) -> dict[str, Any]:
-    """{part: {factor: Cell}} of a model's runs; the untrained model's parts are "untrained PART"."""
+    """{part: {factor: Cell}} of a model's runs; the untrained one's parts are "untrained PART"."""
     out: dict[str, Any] = {}
     for who, prefix in (("untrained", "untrained "), ("trained", "")):
         for part, scores in runs[0]["probes"][who][str(horizon)].items():
@@ -162,11 +162,9 @@ def contrast_lines(report: Report) -> list[str]:
             )
             continue
         top, bottom = found["top"], found["bottom"]
-        where = (
-            f"{score(found['value'], '+')} [{score(found['low'], '+')}, {score(found['high'], '+')}],"
-            f" shuffled controls [{score(found['control'][0], '+')},"
-            f" {score(found['control'][1], '+')}]"
-        )
+        signed = lambda *x: ", ".join(score(each, "+") for each in x)
+        where = f"{signed(found['value'])} [{signed(found['low'], found['high'])}],"
+        where += f" shuffled controls [{signed(*found['control'])}]"
         kinds = [cell["kind"] for cell in found["factors"].values()]
         of = f"{kinds.count('ego')} ego, {kinds.count('world')} world factors"
         first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
@@ -182,7 +180,9 @@ def contrast_lines(report: Report) -> list[str]:
                 " each holds more of one kind"
             )
         else:
-            says = f"not supported, that {top} and {bottom} differ in how much of ego and world they hold"
+            says = (
+                f"not supported, that {top} and {bottom} differ in what they hold of ego and world"
+            )
         lines.append(f"{name}: {says} (contrast {where}; {of}).{both(found)}")
     return lines
 
@@ -210,8 +210,8 @@ def limit_lines(report: Report) -> list[str]:
     if "baseline" in report:
         lines += [
             (
-                "A probe shows that something can be read, not that the agent makes use of it; a low"
-                " score of a level may mean that the memory (deter) holds it instead."
+                "A probe shows that something can be read, not that the agent makes use of it; a"
+                " low score of a level may mean that the memory (deter) holds it instead."
             ),
             (
                 "A level's bits are those of its best single variable: a lower bound, and an easier"

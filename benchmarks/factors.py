@@ -6,8 +6,9 @@ trained on it, MIG and DCI by level beside a permutation null.
 
 Coarse factors are slow and scene-like: half of all cells change with them. Fine ones are fast and
 sprite-like: one cell of a hundred. ``predictable`` is the dial: the probability that a fine factor
-moves on as it should, and (nine tenths of the way to 1) that a coarse one stays. Trained takes
-minutes; the untrained model is judged beside it, and so is what whole episodes of other factors give.
+moves on as it should, and (nine tenths of the way to 1) that a coarse one stays. A
+training takes minutes; the untrained model is judged beside the trained one, and both beside
+chance, which is what the factors of other episodes give.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def train(dynamics: str, episodes: list[Rows], updates: int, seed: int) -> model
         replay.streams[0].extend(rows)
     for _ in range(updates):
         batch = {key: x for key, x in replay.sample().items() if key != "is_last"}
-        losses, _, post, _, _ = agent.world_model.loss(networks.prepare(agent.tensors(batch)))
+        losses, _, post, _, _ = agent.world_model.loss(networks.preprocess(agent.tensors(batch)))
         agent.optimizers["model"].step(sum(losses.values()).mean())
         agent.world_model.dynamics.update_codebook(post)
     return agent.eval()
@@ -100,7 +101,7 @@ def judge(
     codes, parts = [], []
     for i, rows in enumerate(held):
         batch = {key: torch.from_numpy(x)[None] for key, x in rows.items() if key != "is_last"}
-        found = latents.read(model, networks.prepare(batch), i)
+        found = latents.read(model, networks.preprocess(batch), i)
         codes.append(found.codes)
         parts.append(latents.parts(model.dynamics, found.feat[0]))
     names = latents.names(model.dynamics)
@@ -196,18 +197,17 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    lines = [
-        "| state | predictable | seed | best level and MIG by factor | R² of all levels (with the memory) | says |"
-    ]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    header = ["state", "predictable", "seed", "best level and MIG by factor"]
+    header += ["R² of all levels (with the memory)", "says"]
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for run in report["runs"]:
         for who in ("trained", "untrained"):
             found = run[who]
             cells = found["factors"].items()
-            gaps = [
-                f"{name}: {x['best level']} {x['MIG']:.2f}{'' if x['MIG p'] <= LEVEL else ' (chance)'}"
-                for name, x in cells
-            ]
+            gaps = []
+            for name, x in cells:
+                chance = "" if x["MIG p"] <= LEVEL else " (chance)"
+                gaps.append(f"{name}: {x['best level']} {x['MIG']:.2f}{chance}")
             read = [
                 f"{name} {x['R2 of all levels']:.2f} ({x['R2 with memory']:.2f})"
                 for name, x in cells

@@ -50,7 +50,8 @@ def headline(report: Report) -> str:
     if report["offline"]:
         found = report["offline"]
         facts.append(
-            f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline"
+            f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates "
+            "offline"
         )
     return " · ".join(facts)
 
@@ -149,7 +150,8 @@ def provenance(report: Report) -> Section:
             " from it."
         ),
         (
-            f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe."
+            f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. "
+            "They describe."
         ),
         (
             f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out"
@@ -224,7 +226,8 @@ def support(report: Report) -> Section:
 
 def learning(report: Report) -> Section:
     text = [
-        "Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."
+        "Thin lines are single seeds, dashed where a run is incomplete; "
+        "thick ones their IQM with its 95% band."
     ]
     return Section(
         "Learning curves",
@@ -249,10 +252,12 @@ def aggregate(report: Report) -> Section | None:
     rows.append(["seeds", *(str(report["seeds"][model]) for model in found)])
     drawings = [figures.picture(lambda ax: figures.profiles(ax, report))]
     if better:
-        drawings.append(
-            figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better))
-        )
-    note = "Normalised scores. With few seeds these intervals are too narrow: they describe, and claim nothing."
+        draw = functools.partial(figures.improvements, summary=report)
+        drawings.append(figures.picture(draw, 0.9 + 0.35 * len(better)))
+    note = (
+        "Normalised scores. With few seeds these intervals are too narrow: they describe, "
+        "and claim nothing."
+    )
     return Section("Over all tasks", figures=drawings, tables=[Table(["", *found], rows, note)])
 
 
@@ -326,7 +331,8 @@ def levels(report: Report) -> Section | None:
         draw = functools.partial(figures.level_curves, summary=report, kind=kind)
         drawings.append(figures.picture(draw))
     text = [
-        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its prior, before free bits."
+        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its "
+        "prior, before free bits."
     ]
     return Section(
         "Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)]

@@ -23,7 +23,7 @@ class Table:
 
 @dataclass
 class Strip:
-    """Rows of small pictures, all with the same number of tiles, and what each row and column is."""
+    """Rows of small pictures, all with as many tiles, and what each row and column is."""
 
     title: str
     rows: list[tuple[str, str]]  # label, data URI

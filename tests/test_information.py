@@ -13,7 +13,7 @@ def uniform(n, kinds, seed):
 
 
 def drifting(lengths, kinds, stay, seed):
-    """Each step keeps the value of the step before with probability ``stay``; episodes are independent."""
+    """Each step keeps the value before it with probability ``stay``; episodes are independent."""
     rng, out = RNG(seed), []
     for length in lengths:
         x = rng.integers(0, kinds, length)
@@ -39,7 +39,7 @@ def test_a_noisy_channel_has_its_capacity():
 
 
 def test_the_correction_takes_the_bias_away():
-    """Independent: 32 x 8 values of 1,000 steps have 0.15 bits of plug-in information, and 0 in truth."""
+    """Independent: 32 x 8 values of 1,000 steps have 0.15 bits by plugging in, 0 in truth."""
     plugin, corrected = [], []
     for seed in range(20):
         x, y = uniform(1000, 32, seed), uniform(1000, 8, 100 + seed)
@@ -90,7 +90,7 @@ def test_no_episode_keeps_its_own():
 
 
 def test_drift_is_no_information():
-    """Series that drift apart from each other: whole episodes find nothing, shuffled steps would."""
+    """Series that drift by themselves: whole episodes find nothing, shuffled steps would."""
     lengths, claims, naive = [60] * 12, 0, 0
     for seed in range(60):
         x, y = drifting(lengths, 4, 0.97, seed), drifting(lengths, 4, 0.97, 1000 + seed)
@@ -143,7 +143,7 @@ def world(seed, episodes=30, length=40):
 
 
 def codes_of(factors, names, seed, noise=0.15):
-    """A level with one variable for each named factor, sometimes wrong, and two that mean nothing."""
+    """A level with a variable for each named factor, sometimes wrong, and two of noise."""
     rng, out = RNG(seed), []
     for name in names:
         x = factors[name]

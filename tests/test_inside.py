@@ -139,10 +139,10 @@ def test_a_task_without_named_factors_has_no_reader():
 
 
 def observed(subject, episode, seed=0):
-    obs = loading.prepared(subject.agent, episode.rows)
-    torch.manual_seed(seed)
+    obs = loading.preprocessed(subject.agent, episode.rows)
+    random = latents.generator(obs, seed)
     with torch.no_grad():
-        return obs, *subject.agent.world_model.observe(obs)
+        return obs, *subject.agent.world_model.observe(obs, generator=random)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -183,7 +183,7 @@ class Counter(torch.nn.Module):
     def starts(self, carry, post, n):
         return post.feat.map(lambda x: x[0])
 
-    def imagine(self, carry, action, horizon):
+    def imagine(self, carry, action, horizon, generator):
         total = carry.deter[:, None] + action.cumsum(1)
         total = torch.cat([carry.deter[:, None], total], 1)  # (N, H+1, A)
         return None, Feat(total, total), None
@@ -205,8 +205,8 @@ def test_a_prediction_stands_at_the_step_that_it_is_about():
 
 
 def test_labels_of_a_real_agent_shifted_by_one_step_are_read_worse(material, tmp_path):
-    """The whole way from episodes to scores, of what a random policy moves at random. (Where the ball
-    was a step before is no such label: Breakout shows it as the ball's trail.)
+    """The whole way from episodes to scores, of what a random policy moves at random. (Where the
+    ball was a step before is no such label: Breakout shows it as the ball's trail.)
     """
     sizes = ["--encoder.units", "128", "--encoder.depth", "8"]
     folder = train(tmp_path / "run", "rssm", 0, "minatar_breakout", *sizes)
@@ -247,7 +247,7 @@ def test_attention_is_that_of_the_forward_pass(subjects, material):
     """Weights that were recomputed give the same output as the model's own attention did."""
     subject = subjects["hrvq/0"]
     model = subject.agent.world_model
-    obs = loading.prepared(subject.agent, max(material.episodes, key=len).rows)
+    obs = loading.preprocessed(subject.agent, max(material.episodes, key=len).rows)
     found = attention.look(model, obs)
     assert found.by_level.sum(-1) == pytest.approx(np.ones(found.by_level.shape[:2]), abs=1e-5)
     assert found.by_distance.sum(-1) == pytest.approx(
