@@ -37,13 +37,13 @@ class Contrast(NamedTuple):
         """The whole interval lies beyond 0 and beyond the shuffled controls, on one side."""
         if self.value is None:
             return False
-        return self.low > max(0.0, self.control[1]) or self.high < min(0.0, self.control[0])
+        return bool(self.low > max(0.0, self.control[1]) or self.high < min(0.0, self.control[0]))
 
     @property
     def divided(self) -> bool:
         """Supported, and each level holds more than the other of one of the groups."""
         (_, low_a, high_a), (_, low_b, high_b) = self.groups
-        return self.supported and ((low_a > 0 > high_b) or (high_a < 0 < low_b))
+        return self.supported and bool((low_a > 0 > high_b) or (high_a < 0 < low_b))
 
 
 def contrast(

@@ -1,5 +1,6 @@
 """The world of known factors: what it is, and that only what is in codes is said of them."""
 
+import json
 import sys
 
 import numpy as np
@@ -82,6 +83,7 @@ def test_planted_levels_are_said(world):
     known, episode = world
     found = judged({"L0": noise(known, COARSE, 1), "L1": noise(known, FINE, 2)}, known, episode)
     assert found["says"][-1].startswith("divided: L0 holds more of coarse, L1 of fine (contrast +")
+    json.dumps(found)  # plain numbers alone
     assert found["says"][0] == "L0 holds scene, season"
     assert found["says"][1] == "L1 holds sprite x, sprite y, own x"
     best = {name: x["best level"] for name, x in found["factors"].items()}
@@ -114,6 +116,7 @@ def test_more_of_one_kind_in_the_same_level_is_no_division(world):
     }
     codes = {"L0": noise(known, list(known), 1), "L1": noise(vague, FINE, 2)}
     found = judged(codes, known, episode)
+    json.dumps(found)
     assert found["says"][-1].startswith("L0 leans to coarse, the levels do not divide the factors")
 
 
