@@ -246,10 +246,10 @@ def main(argv: list[str] | None = None) -> int:
                     run[who] = judge(agent.world_model, held, known)
                     print(dynamics, predictable, seed, who, "; ".join(run[who]["says"]), flush=True)
                 report["runs"].append(run)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1))
-        args.out.with_suffix(".md").write_text(table(report))
+                if args.out:  # after each, so that nothing is lost
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(report, indent=1))
+                    args.out.with_suffix(".md").write_text(table(report))
     return 0
 
 
