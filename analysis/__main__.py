@@ -23,7 +23,7 @@ from hidreamer.provenance import provenance
 from tools import ConfigError
 
 try:
-    from analysis import attention, latents, loading, pictures, report, study, summary
+    from analysis import attention, latents, loading, pictures, readout, report, study, summary
     from comparison import runs
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -115,6 +115,7 @@ def analyse(
         "by": by,
     }
     if material.factors:
+        check_steps(material)
         found["baseline"] = study.baseline(material, sorted(loading.observed(subjects[0])))
     else:
         found["factors"] = {}
@@ -129,6 +130,16 @@ def analyse(
             shown.add(subject.run.model)
     found["models"] = summary.models(found)
     report.write(found, strips, folder)
+
+
+def check_steps(material: study.Material) -> None:
+    """Raises ConfigError where too few steps are held out for any score."""
+    held = min(int(side.sum()) for side in readout.split(material.episode))
+    if held < readout.LEAST:
+        raise ConfigError(
+            f"{len(material.episodes)} episodes have {sum(material.lengths)} steps, of which {held}"
+            f" are held out, and {readout.LEAST} are needed: raise --episodes"
+        )
 
 
 def look(

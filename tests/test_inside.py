@@ -352,7 +352,7 @@ def test_compare_has_tables_and_no_pictures(trained, tmp_path):
         trained / "hrssm",
         "--compare",
         "--episodes",
-        "12",
+        "24",
         "--longest",
         "40",
     ]
@@ -395,6 +395,7 @@ def test_what_cannot_be_analysed_is_said_in_one_line(trained, tmp_path, capsys):
     refused(tmp_path / "empty", hints=["there is no run in"])
     refused(run, "--episodes", 0, hints=["--episodes is 0", "at least"])
     refused(run, "--longest", 3, hints=["--longest"])
+    refused(run, "--episodes", 10, "--longest", 7, hints=["14 are held out", "raise --episodes"])
     other = train(tmp_path / "other", "rssm", 0, "minatar_freeway")
     refused(run, other, hints=["minatar_breakout, minatar_freeway", "one task"])
 
@@ -435,7 +436,7 @@ def test_runs_of_another_version_or_without_weights(trained, tmp_path, capsys):
 
 
 def test_the_installed_command_analyses(trained, tmp_path):
-    words = ["-m", "hidreamer", "analyse", trained / "hrvq" / "0", "--compare", "--episodes", 10]
+    words = ["-m", "hidreamer", "analyse", trained / "hrvq" / "0", "--compare", "--episodes", 24]
     words += ["--longest", 30, "--out", tmp_path]
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
