@@ -174,10 +174,11 @@ def number(x: float) -> float | None:
 
 def sentences(found: dict[str, Any]) -> list[str]:
     """What is claimed: nothing that chance would give, and no hierarchy without a contrast."""
-    lines = []
+    lines, anywhere = [], set()
     for level, entry in found["levels"].items():
         cells = entry["holds"].items()  # held: better than chance, and than the mean alone
         held = [name for name, cell in cells if cell["p"] <= LEVEL and cell["R2"] > 0.0]
+        anywhere |= {FACTORS[name][1] for name in held}
         lines.append(f"{level} holds {', '.join(held) if held else 'nothing that is shown'}")
     contrast = found["contrast"]
     if contrast is None:
@@ -192,6 +193,9 @@ def sentences(found: dict[str, Any]) -> list[str]:
             lines.append(f"{top} leans to {way[0]}, the levels do not divide the factors {value}")
         else:
             lines.append(f"no division of coarse and fine is shown {value}")
+    for kind, coarse in (("coarse", True), ("fine", False)):
+        if anywhere and coarse not in anywhere:
+            lines.append(f"no level holds anything {kind}")
     return lines
 
 

@@ -132,6 +132,13 @@ def test_codes_that_only_drift_hold_nothing(world):
     assert found["says"][2].startswith("no division of coarse and fine is shown")
 
 
+def test_what_no_level_holds_is_said(world):
+    """A contrast alone would read as if one of them held the fine factors."""
+    known, episode = world
+    codes = {"L0": noise(known, COARSE, 1), "L1": noise(known, COARSE[:1], 2)}
+    assert judged(codes, known, episode)["says"][-1] == "no level holds anything fine"
+
+
 def test_the_table_has_every_run(world, tmp_path):
     known, episode = world
     found = judged({"L0": noise(known, COARSE, 1), "L1": noise(known, FINE, 2)}, known, episode)
