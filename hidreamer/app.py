@@ -26,6 +26,7 @@ COMMANDS = {
         "Play episodes with a trained agent, and write their returns.",
     ),
     "play": ("play", "Look inside a trained agent and play in its dream, on a local page."),
+    "analyse": ("analysis", "Look inside trained agents: what do their levels hold?"),
 }
 
 
@@ -59,8 +60,8 @@ def origin(name: str) -> str | None:
 
 
 def command(module: str) -> list[str]:
-    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer
-    train".
+    """The words that start a script or a package of ROOT: "python dreamer.py", "python -m
+    analysis" or, by the command, "hidreamer train".
     """
     for name, (known, _) in COMMANDS.items():
         if known == module and by_command:

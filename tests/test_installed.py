@@ -80,6 +80,11 @@ def test_it_trains_and_reports_beside_modules_of_the_same_names(site, tmp_path):
     assert '"commit": "version ' in notes  # and not that of the repository around
     assert str(site) not in notes
 
+    look = [site / "bin" / "hidreamer", "analyse", run, "--pictures", "--episodes", 10]
+    done = start(site, work, *look, path=[theirs])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hidreamer analyse" in (run / "analysis" / "analysis.html").read_text()
+
     again = [sys.executable, "-m", "hidreamer", "train", "--resume", run, "--steps", 220]
     done = start(site, work, *again, path=[theirs])
     assert done.returncode == 0, done.stderr
