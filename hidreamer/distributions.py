@@ -92,7 +92,7 @@ def invert_cdf(probs: Tensor, noise: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # becomes one kernel with what is before and after it
             index = (below < noise).sum(-1, keepdim=True)
         else:
-            index = torch.searchsorted(below, noise)
+            index = torch.searchsorted(below, noise.expand(*below.shape[:-1], 1).contiguous())
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
