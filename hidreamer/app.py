@@ -21,6 +21,7 @@ by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set b
 COMMANDS = {
     "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
+    "pipeline": ("pipeline", "Train in stages: frames, encoder, tokens, world model, policy."),
 }
 
 
