@@ -24,10 +24,11 @@ from hidreamer import app
 from hidreamer.checkpoint import FolderError
 from pipeline import gate, stage
 from pipeline.collect import Collect
+from pipeline.encoder import Encoder
 from pipeline.stage import StageError
 from tools import ConfigError
 
-STAGES = {kind.name: kind for kind in (Collect,)}
+STAGES = {kind.name: kind for kind in (Collect, Encoder)}
 
 
 def full_key(key: str, name: str, keys: Iterable[str]) -> str:

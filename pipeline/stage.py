@@ -125,7 +125,6 @@ class Runner:
         path = folder / "latest.pt"
         if not path.exists() and not (folder / "previous.pt").exists():
             checkpoint.refuse_used_folder(self.folder)
-            tools.seed_all(self.config.seed)
             return 0
         try:
             state = checkpoint.load_checkpoint(path, FIELDS)
@@ -269,6 +268,7 @@ def run(
     for name in kind.needs:
         inputs[name] = manifest.check_input(root, name, kind.name, config.flat())
     with checkpoint.locked(root / kind.name), contextlib.ExitStack() as stack:
+        tools.seed_all(config.seed)  # networks begin the same in every process of a stage
         stage = kind(config, root, device, print)
         stack.callback(stage.close)
         runner = Runner(stage, inputs)

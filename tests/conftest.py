@@ -37,6 +37,26 @@ def tiny(made, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="session")
+def collected(tmp_path_factory):
+    """A LOGDIR of the pipeline with a finished ``collect``: a few hundred steps of two games."""
+    from small_pipeline import run
+
+    folder = tmp_path_factory.mktemp("collected")
+    assert run("collect", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoded(collected, tmp_path_factory):
+    """And with a finished ``encoder``."""
+    from small_pipeline import copied, run
+
+    folder = copied(collected, tmp_path_factory.mktemp("encoded"), "collect")
+    assert run("encoder", folder) == 0
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
     for item in items:

@@ -20,14 +20,6 @@ from pipeline import __main__ as command
 from pipeline import data, gate, manifest
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 
-
-@pytest.fixture(scope="module")
-def collected(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("collected")
-    assert run("collect", folder) == 0
-    return folder
-
-
 # ---------------------------------------------------------------- the command line
 
 
