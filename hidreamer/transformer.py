@@ -107,9 +107,10 @@ class Layer(nn.Module):
         norm: str = "layer",
         act: str = "silu",
         ffn: str = "dense",
+        dropout: float = 0.0,
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = make_norm(norm, width), make_norm(norm, width)
         self.qkv = linear(width, 3 * width, bias=False)
         self.out = linear(width, width, bias=False)
@@ -124,9 +125,15 @@ class Layer(nn.Module):
 
     def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
         """x (B,n,Q,W), what attention gave (B,h,n,Q,d), levels (Q,) -> (B,n,Q,W), losses."""
-        x = x + self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2))
+        x = x + self._drop(self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2)))
         added, losses = self.ffn(self.norm2(x), level)
-        return x + added, losses
+        return x + self._drop(added), losses
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Dropout where something learns; acting and dreams without a gradient are whole."""
+        if not self.dropout:
+            return x
+        return F.dropout(x, self.dropout, self.training and torch.is_grad_enabled())
 
 
 MASKED = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
@@ -160,6 +167,8 @@ def attend(
 class Transformer(nn.Module):
     """``layers`` blocks and a final norm; ``norm``, ``act`` and ``ffn`` are names, as of ``Layer``.
 
+    dropout: of what attention and feed-forward parts add, while training.
+
     Raises ValueError for widths that the heads do not divide evenly, and for unknown names.
     """
 
@@ -173,6 +182,7 @@ class Transformer(nn.Module):
         norm: str = "layer",
         act: str = "silu",
         ffn: str = "dense",
+        dropout: float = 0.0,
     ):
         super().__init__()
         if width % heads or (width // heads) % 2:
@@ -182,7 +192,8 @@ class Transformer(nn.Module):
         self.heads, self.head_dim = heads, width // heads
         self.layers = nn.ModuleList()
         for _ in range(layers):
-            self.layers.append(Layer(width, heads, hidden, norm=norm, act=act, ffn=ffn))
+            names = {"norm": norm, "act": act, "ffn": ffn}
+            self.layers.append(Layer(width, heads, hidden, **names, dropout=dropout))
         self.norm = make_norm(norm, width)
 
     def forward(

@@ -26,9 +26,11 @@ from pipeline import gate, stage
 from pipeline.collect import Collect
 from pipeline.encoder import Encoder
 from pipeline.stage import StageError
+from pipeline.tokenizer import Tokenizer
+from pipeline.world_model import WorldModel
 from tools import ConfigError
 
-STAGES = {kind.name: kind for kind in (Collect, Encoder)}
+STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel)}
 
 
 def full_key(key: str, name: str, keys: Iterable[str]) -> str:

@@ -234,12 +234,16 @@ class Encoder(Stage):
 
 def save_embeddings(folder: Path, game: str, embeddings: np.ndarray) -> Path:
     """(N, E) float32 of all rows of a game. -> the file."""
-    path = folder / "embeddings" / f"{game}.npy"
+    return save_array(folder / "embeddings" / f"{game}.npy", embeddings)
+
+
+def save_array(path: Path, x: np.ndarray) -> Path:
+    """In one step. -> the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.save(file, embeddings)
+            np.save(file, x)
 
     checkpoint.replace_file(path, write)
     return path

@@ -57,6 +57,27 @@ def encoded(collected, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tokenized(encoded, tmp_path_factory):
+    """And with a finished ``tokenizer``."""
+    from small_pipeline import copied, run
+
+    folder = copied(encoded, tmp_path_factory.mktemp("tokenized"), "collect", "encoder")
+    assert run("tokenizer", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def modelled(tokenized, tmp_path_factory):
+    """And with a finished ``world_model``."""
+    from small_pipeline import copied, run
+
+    stages = ("collect", "encoder", "tokenizer")
+    folder = copied(tokenized, tmp_path_factory.mktemp("modelled"), *stages)
+    assert run("world_model", folder) == 0
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
     for item in items:

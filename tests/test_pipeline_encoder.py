@@ -206,6 +206,7 @@ def test_dinov2_from_a_local_folder(collected, tmp_path, capsys):
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     model.save_pretrained(tmp_path / "dino")
+    capsys.readouterr()
     folder = copied(collected, tmp_path / "run", "collect")
     control = ["--encoder.kind", "dinov2", "--weights"]
     assert run("encoder", folder, *control, tmp_path / "nowhere") == 2

@@ -98,6 +98,7 @@ class HRVQ(Dynamics):
         temperature: list[float],
         level_dropout: float,
         spatial: bool,
+        dropout: float = 0.0,
         **names: str,
     ):
         super().__init__()
@@ -143,7 +144,7 @@ class HRVQ(Dynamics):
         self.token.append(linear(act_dim, deter))
         self.level_emb = nn.Parameter(0.02 * torch.randn(levels + 1, deter))
         self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
-        self.transformer = Transformer(deter, layers, heads, hidden, **names)
+        self.transformer = Transformer(deter, layers, heads, hidden, dropout=dropout, **names)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
         self.former_names = FORMER_NAMES | former_ffn_names(layers)
 
