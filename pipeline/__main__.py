@@ -25,12 +25,14 @@ from hidreamer.checkpoint import FolderError
 from pipeline import gate, stage
 from pipeline.collect import Collect
 from pipeline.encoder import Encoder
+from pipeline.policy import Policy
 from pipeline.stage import StageError
 from pipeline.tokenizer import Tokenizer
 from pipeline.world_model import WorldModel
 from tools import ConfigError
+from training import Failure
 
-STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel)}
+STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, Policy)}
 
 
 def full_key(key: str, name: str, keys: Iterable[str]) -> str:
@@ -96,7 +98,7 @@ def main(argv: list[str]) -> int:
         return 128 + stop.signum
     except (ConfigError, FolderError, EnvError) as error:
         status, message = 2, str(error)
-    except StageError as error:
+    except (StageError, Failure) as error:
         status, message = 1, str(error)
     except BrokenPipeError:
         raise

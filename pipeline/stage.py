@@ -55,6 +55,7 @@ class Stage:
     def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
         self.config, self.root, self.device, self.report = config, root, device, report
         self.folder = root / self.name
+        self.poll: Callable[[], None] = lambda: None  # called in a long ``finish``; it may raise
 
     def advance(self) -> Mapping[str, Tensor | float]:
         """One step or several. -> metrics by name, () each; the next record has their means."""
@@ -117,15 +118,20 @@ class Runner:
         }
         for every in self.every.values():
             every.done(stage.step)
-        self.logger = Logger(self.folder, stage.step, size)
+        self.logger = Logger(self.folder, stage.step, size or 0)
+        if size is None:
+            self.save()  # from now on the stage can be continued if killed at any moment
 
-    def _restore(self) -> int:
-        """-> size of metrics.jsonl that the checkpoint vouches for. Raises FolderError."""
+    def _restore(self) -> int | None:
+        """-> size of metrics.jsonl that the checkpoint vouches for, None where there is none.
+
+        Raises FolderError.
+        """
         folder = self.folder / "checkpoints"
         path = folder / "latest.pt"
         if not path.exists() and not (folder / "previous.pt").exists():
             checkpoint.refuse_used_folder(self.folder)
-            return 0
+            return None
         try:
             state = checkpoint.load_checkpoint(path, FIELDS)
         except checkpoint.CheckpointError as error:
@@ -274,7 +280,7 @@ def run(
         runner = Runner(stage, inputs)
         stack.callback(runner.logger.close)
         screen = stack.enter_context(StageScreen(kind.name, stage.total))
-        stage.report = screen.line
+        stage.report, stage.poll = screen.line, poll
         try:
             return runner.run(poll, screen).tree()
         except tuple(stops):

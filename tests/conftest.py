@@ -78,6 +78,17 @@ def modelled(tokenized, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def acting(modelled, tmp_path_factory):
+    """And with a finished ``policy``: every stage."""
+    from small_pipeline import copied, run
+
+    stages = ("collect", "encoder", "tokenizer", "world_model")
+    folder = copied(modelled, tmp_path_factory.mktemp("acting"), *stages)
+    assert run("policy", folder) == 0
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
     for item in items:

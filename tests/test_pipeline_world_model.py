@@ -234,31 +234,38 @@ def test_dropout_is_of_learning_alone():
     assert torch.equal(*twice())
 
 
-def test_it_learns_a_rule_that_copying_cannot_know():
-    """L0 counts on by the action; L1 follows L0. Frozen tokens, real heads, in a minute."""
-    settings = config(**{"dynamics.deter": 32, "dynamics.hidden": 64})
+def toy_batch(rng, size):
+    """L0 counts on by the action, 8 codes in a ring; L1 and L2 follow it. Code 0 is rewarded."""
+    action = rng.integers(2, size=(size, 8))
+    action[:, 0] = 0
+    coarse = (rng.integers(8, size=(size, 1)) + action.cumsum(1)) % 8
+    return {
+        "index": np.stack([coarse, 2 * coarse, coarse], -1).astype(np.int32),
+        "prev_action": np.eye(2, dtype=np.float32)[action],
+        "reward": (coarse == 0).astype(np.float32),
+        "is_first": np.arange(8) == np.zeros((size, 1)),
+        "is_terminal": np.zeros((size, 8), bool),
+    }
+
+
+def toy_model(**overrides):
+    """A world model that has learned the toy. -> config, model, metrics of its last update."""
+    settings = config(
+        **{"dynamics.deter": 32, "dynamics.hidden": 64, "reward.units": 32}, **overrides
+    )
     model = make_model(settings, act_dim=2)
-    block = settings.pipeline.world_model
-    optimizer = world_model.make_optimizer(model, block, CPU)
+    optimizer = world_model.make_optimizer(model, settings.pipeline.world_model, CPU)
     training.set_lr(optimizer, 3e-3)
     rng = np.random.default_rng(0)
+    for _ in range(250):
+        batch = tensors(toy_batch(rng, 32), CPU)
+        found = world_model.accumulate(model, optimizer, [batch], settings)
+    return settings, model, found
 
-    def batch(size):
-        action = rng.integers(2, size=(size, 8))
-        action[:, 0] = 0
-        coarse = (rng.integers(8, size=(size, 1)) + action.cumsum(1)) % 8
-        index = np.stack([coarse, 2 * coarse, coarse], -1).astype(np.int32)
-        rows = {
-            "index": index,
-            "prev_action": np.eye(2, dtype=np.float32)[action],
-            "reward": (coarse == 0).astype(np.float32),
-            "is_first": np.arange(8) == np.zeros((size, 1)),
-            "is_terminal": np.zeros((size, 8), bool),
-        }
-        return tensors(rows, CPU)
 
-    for _ in range(200):
-        found = world_model.accumulate(model, optimizer, [batch(32)], settings)
+def test_it_learns_a_rule_that_copying_cannot_know():
+    """Frozen tokens and real heads, in a minute."""
+    _, _, found = toy_model()
     assert found["accuracy_0"] > 0.9 > 0.7 > found["accuracy_copy_0"]
     assert found["accuracy_1"] > 0.9 and found["accuracy_changed_0"] > 0.8
 
@@ -356,10 +363,11 @@ def test_one_game_of_a_model_of_several(modelled):
     tokens = tokenizer.load_tokens(modelled, part)
     actions = world_model.actions_of(settings)
     feats = []
-    for model, rows in (
+    for model, part_rows in (
         (wide, token_rows(part, tokens, actions, 1)),
         (own, token_rows(part, tokens, None)),
     ):
-        batch = tensors({key: x[None, :20] for key, x in rows.items() if key != "is_last"}, CPU)
+        few = {key: x[None, :20] for key, x in part_rows.items() if key != "is_last"}
+        batch = tensors(few, CPU)
         feats.append(model.observe(batch)[1].feat.cat())
     assert own.dynamics.act_dim == 4 and torch.allclose(*feats, atol=1e-5)
