@@ -47,20 +47,32 @@ def write(report: Report, folder: Path) -> None:
     """summary.json, report.md, report.html and, of runs, curves.png; each replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"summary.json": json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(
-        loader=loader, autoescape=lambda name: "html" in name, trim_blocks=True, lstrip_blocks=True
-    )
-    context = {"report": report, "sections": sections(report), "headline": headline(report)}
-    context["colours"] = figures.colours(report["models"])
+    context = {
+        "title": ", ".join(report["models"]),
+        "sections": sections(report),
+        "headline": headline(report),
+        "colours": figures.colours(report["models"]),
+    }
     for kind in ("html", "md"):
-        pages[f"report.{kind}"] = templates.get_template(f"page.{kind}").render(context)
+        pages[f"report.{kind}"] = render(kind, **context)
     for name, text in pages.items():
         checkpoint.replace_file(
             folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
         )
     if report["runs"]:
         figures.save_curves(report, folder / "curves.png")
+
+
+def render(
+    kind: str, *, title: str, headline: str, sections: list[Section], colours: Mapping[str, str]
+) -> str:
+    """A page as "html" or "md". colours: of what the figures show, by name, for the legend."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(
+        loader=loader, autoescape=lambda name: "html" in name, trim_blocks=True, lstrip_blocks=True
+    )
+    context = {"title": title, "headline": headline, "sections": sections, "colours": colours}
+    return templates.get_template(f"page.{kind}").render(context)
 
 
 def headline(report: Report) -> str:

@@ -1,10 +1,11 @@
 """Train in stages, each usable alone.
 
-    python -m pipeline STAGE --configs PRESET --logdir FOLDER [--strict] [--key value ...]
+    python -m pipeline STAGE|all --configs PRESET --logdir FOLDER [--strict] [--key value ...]
 
 The same command again continues. Keys of the group ``pipeline`` may be written without it, those of
-the stage without its name: --agent is --pipeline.collect.agent for ``collect``. --strict ends with
-1 where a metric is no better than its baseline.
+the stage without its name: --agent is --pipeline.collect.agent for ``collect``. ``all`` runs every
+stage that is not finished, and writes FOLDER/report.html. --strict ends with 1 where a metric is no
+better than its baseline.
 """
 
 from __future__ import annotations
@@ -22,15 +23,23 @@ from dreamer import Signals, Stop, resource
 from envs import EnvError
 from hidreamer import app
 from hidreamer.checkpoint import FolderError
-from pipeline import gate, stage
-from pipeline.collect import Collect
-from pipeline.encoder import Encoder
-from pipeline.policy import Policy
-from pipeline.stage import StageError
-from pipeline.tokenizer import Tokenizer
-from pipeline.world_model import WorldModel
 from tools import ConfigError
 from training import Failure
+
+try:
+    from pipeline import gate, report, stage
+    from pipeline.collect import Collect
+    from pipeline.encoder import Encoder
+    from pipeline.policy import Policy
+    from pipeline.stage import StageError
+    from pipeline.tokenizer import Tokenizer
+    from pipeline.world_model import WorldModel
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    message = f"error: the pipeline needs its extra: pip install -e '.[compare]' ({error})"
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, Policy)}
 
@@ -71,14 +80,19 @@ def configured(name: str, args: tools.Args) -> tuple[tools.Config, bool]:
 def start(argv: list[str], signals: Signals) -> int:
     """-> exit status. Raises what ``main`` turns into a line."""
     name, *rest = argv
-    if name not in STAGES:
-        raise ConfigError(f"there is no stage {name!r}; {tools.nearest(name, STAGES)}")
+    if name not in (*STAGES, "all"):
+        raise ConfigError(f"there is no stage {name!r}; {tools.nearest(name, (*STAGES, 'all'))}")
     config, strict = configured(name, tools.parse(rest))
     root, device = Path(config.logdir).expanduser(), models.pick_device(config)
     signals.defer()
-    found = stage.run(STAGES[name], config, root, device, signals.check, (Stop,))
-    print(gate.markdown(found))
-    return 1 if strict and not found["passed"] else 0
+    for kind in STAGES.values() if name == "all" else [STAGES[name]]:
+        found = stage.run(kind, config, root, device, signals.check, (Stop,))
+        print(gate.markdown(found))
+        if strict and not found["passed"]:
+            return 1
+    if name == "all":
+        print(f"report: {report.write(root, config, STAGES, device, signals.check)}")
+    return 0
 
 
 def main(argv: list[str]) -> int:
