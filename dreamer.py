@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import os
 import shlex
 import signal
 import sys
@@ -24,7 +25,7 @@ import torch
 
 import models
 import tools
-from envs import EnvError, make_env
+from envs import EnvError, make_env, worker
 from hidreamer import app, checkpoint, cost
 from hidreamer.checkpoint import FolderError
 from hidreamer.logger import Rates, Screen
@@ -70,7 +71,8 @@ def read_config(home: Path) -> dict[str, Any]:
         tools.load_config([], saved)
     except ConfigError as error:
         raise ConfigError(
-            f"{home / 'config.yaml'}: {error}; correct it, or continue the run by its --configs and keys"
+            f"{home / 'config.yaml'}: {error}; correct it, "
+            "or continue the run by its --configs and keys"
         ) from None
     return saved
 
@@ -94,6 +96,11 @@ def capacity(args: tools.Args) -> str:
 
 
 # ---------------------------------------------------------------- the loop
+
+
+# Of a file where a folder belongs, and the reverse: what the user can put right.
+WRONG_PLACE = (IsADirectoryError, NotADirectoryError, FileExistsError)
+GRACE = 10.0  # seconds that an environment may still take for its step when a signal has come
 
 
 class Stop(BaseException):
@@ -125,6 +132,7 @@ class Signals:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        worker.Hurry.end()
         for signum, handler in self.before.items():
             signal.signal(signum, handler or signal.SIG_DFL)
 
@@ -137,6 +145,12 @@ class Signals:
             raise Stop(self.signum)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
+        if self.deferred and not self.signum:
+            name = signal.Signals(signum).name
+            text = f"{name}: ending after the running step; Ctrl-C ends at once\n"
+            with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+                os.write(1, text.encode())
+            worker.Hurry.begin(GRACE)
         self.signum = signum
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.deferred else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -189,7 +203,8 @@ def start(argv: list[str], signals: Signals) -> int:
             except Stop as stop:
                 name = signal.Signals(stop.signum).name
                 screen.line(
-                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as it is"
+                    f"{name}: writing a checkpoint; Ctrl-C ends at once and leaves the last one as "
+                    "it is"
                 )
                 run.save()
                 screen.line(
@@ -220,7 +235,8 @@ def summary(run: Run, argv: list[str]) -> str:
     for before, word in zip(["", *argv], argv, strict=False):
         if word.partition("=")[0] != "--steps" and before != "--steps":
             kept.append(word)
-    again = shlex.join([*app.command("dreamer"), *kept, "--steps", str(2 * run.config.steps)])
+    more = str(2 * max(run.step, run.config.steps))
+    again = shlex.join([*app.command("dreamer"), *kept, "--steps", more])
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
     return "\n".join([*lines, f"checkpoint: {run.folder / 'latest.pt'}", f"continue:   {again}"])
@@ -245,7 +261,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        status, message = 1, resource(error)
+        status, message = 2 if isinstance(error, WRONG_PLACE) else 1, resource(error)
         if not message:
             raise
     print(f"error: {message}", file=sys.stderr)
@@ -256,7 +272,10 @@ def resource(error: Exception) -> str:
     """What ran out, and which keys ask for less of it; "" where that was no disk and no memory."""
     cause = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
-        what = f"the GPU's memory is full ({cause}): ask for less with replay.batch, replay.length or imag.starts"
+        what = (
+            f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
+            "replay.length or imag.starts"
+        )
     elif (
         isinstance(error, MemoryError)
         or getattr(error, "errno", 0) == errno.ENOMEM
@@ -264,9 +283,10 @@ def resource(error: Exception) -> str:
     ):
         less = "replay.capacity or replay.store disk, replay.batch, env.count"
         what = f"the memory is full ({cause}): ask for less with {less}"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"the disk is full, or what the output goes to ({error})"
     elif isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"the disk is full ({error})" if full else f"a file cannot be used ({error})"
+        return f"a file cannot be used ({error}): move it away, or choose another --logdir"
     else:
         return ""
     return f"{what}; the last checkpoint is whole, and the same command continues from it"

@@ -62,65 +62,79 @@ class WorldModel(nn.Module):
         self.scales = {name: config.loss_scales[name] for name in self.objectives}
 
     def observe(
-        self, obs: Batch, carry: Any = None, sample: bool = True
+        self,
+        obs: Batch,
+        carry: Any = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, Post, Tensor]:
-        """Follow prepared observations (B,T,...). -> carry, Post, embed (B,T,E)."""
+        """Follow preprocessed observations (B,T,...). -> carry, Post, embed (B,T,E)."""
         embed = self.encoder(obs)
         carry = self.dynamics.initial(len(embed)) if carry is None else carry
-        is_first = obs["is_first"].bool()
-        carry, post = self.dynamics.observe(carry, embed, obs["prev_action"], is_first, sample)
+        steps = embed, obs["prev_action"], obs["is_first"].bool()
+        carry, post = self.dynamics.observe(carry, *steps, sample, generator)
         return carry, post, embed
 
-    def loss(self, obs: Batch) -> tuple[dict[str, Tensor], Any, Post, Tensor, Metrics]:
+    def loss(
+        self, obs: Batch, generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Tensor], Any, Post, Tensor, Metrics]:
         """-> losses (B,T) by name, carry, Post, embed, metrics.
 
         The losses are weighted: their sum is to be minimised.
         """
-        carry, post, embed = self.observe(obs)
+        carry, post, embed = self.observe(obs, generator=generator)
         losses, metrics = self.dynamics.loss(post)
         for name, objective in self.objectives.items():
-            found = objective.loss(post, embed, obs)
+            found = objective.loss(post, embed, obs, generator)
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
         return losses, carry, post, embed, metrics
 
     @torch.no_grad()
-    def decode(self, feat: Feat, levels: bool = False) -> list[dict[str, Tensor]]:
+    def decode(
+        self, feat: Feat, levels: bool = False, generator: torch.Generator | None = None
+    ) -> list[dict[str, Tensor]]:
         """Observations that features (B,T,.) stand for, {key: (B,T,...)}, images in [0, 1].
 
         With ``levels`` also those of the coarse levels alone, coarsest first.
         """
         feats = [feat]
         if levels:
-            feats += self.dynamics.coarse_features(feat).values()
-        decoded = []
+            feats += self.dynamics.coarse_features(feat, generator).values()
+        recons = []
         for feat in feats:
             dists = self.decoder(feat.cat())
-            decoded.append(self.postprocess({key: dist.mean() for key, dist in dists.items()}))
-        return decoded
+            recons.append(self.postprocess({key: dist.mean() for key, dist in dists.items()}))
+        return recons
 
     def postprocess(self, obs: Batch) -> dict[str, Tensor]:
-        """Prepared observations, of those that are decoded, with images in [0, 1]."""
+        """Preprocessed observations, of those that are decoded, with images in [0, 1]."""
         images = {key: (obs[key] + 0.5).clamp(0.0, 1.0) for key in self.decoder.kinds["image"]}
         return images | {key: obs[key] for key in self.decoder.sizes}
 
     @torch.no_grad()
     def open_loop(
-        self, batch: Batch, context: int, levels: bool = False
+        self,
+        batch: Batch,
+        context: int,
+        levels: bool = False,
+        generator: torch.Generator | None = None,
     ) -> list[dict[str, Tensor]]:
         """Observe ``context`` of T steps, then imagine the others from the real actions.
 
         -> the observations (B,T,...), then what ``decode`` makes of the features of all T steps.
         """
-        obs = networks.prepare(batch)
-        carry, post, _ = self.observe({key: x[:, :context] for key, x in obs.items()})
+        obs = networks.preprocess(batch)
+        seen = {key: x[:, :context] for key, x in obs.items()}
+        carry, post, _ = self.observe(seen, generator=generator)
         start = self.dynamics.starts(carry, post, 1)
         action = obs["prev_action"][:, context:]
-        _, imagined, _ = self.dynamics.imagine(start, action, action.shape[1])
+        horizon = action.shape[1]
+        _, imagined, _ = self.dynamics.imagine(start, action, horizon, generator=generator)
         pairs = zip(post.feat, imagined, strict=True)
         feat = Feat(*(torch.cat([observed, x[:, 1:]], 1) for observed, x in pairs))
-        return [self.postprocess(obs), *self.decode(feat, levels)]
+        return [self.postprocess(obs), *self.decode(feat, levels, generator)]
 
 
 def prefixed(prefix: str, metrics: Metrics) -> Metrics:
@@ -195,26 +209,29 @@ class Agent(nn.Module):
         blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
         if config.optim == "joint":
             joint: dict[str, nn.Module] = {}
-            for loss, part in modules.items():
-                joint |= {joint_name(loss, name): module for name, module in part.items()}
+            for loss, group in modules.items():
+                joint |= {joint_name(loss, name): module for name, module in group.items()}
             modules, blocks = {"joint": joint}, {"joint": config.model}
         capturable = next(self.parameters()).is_cuda
         self.optimizers = {}
-        for name, part in modules.items():
+        for name, group in modules.items():
             block = blocks[name.removeprefix("expl_")]
             settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
-            optimizer = make_optimizer("adam", part, **settings, capturable=capturable)
+            optimizer = make_optimizer("adam", group, **settings, capturable=capturable)
             self.optimizers[name] = optimizer
 
-    def make_update(self, compiled: str) -> Callable[[Batch], Tensor]:
-        """``update``; for CUDA, or ``compiled`` "on", with compiled parts; for CUDA as one graph.
+    def make_update(
+        self, compiled: str, generator: torch.Generator | None = None
+    ) -> Callable[[Batch], Tensor]:
+        """``update`` with numbers of ``generator``; for CUDA, or ``compiled`` "on", with compiled
+        parts; for CUDA as one graph.
 
-        Where compiling or recording fails, it warns and goes on without (see ``FastUpdate``).
+        Where compiling or recording fails, it warns and continues without (see ``FastUpdate``).
         """
         cuda = next(self.parameters()).is_cuda
         if compiled == "off" or (compiled == "auto" and not cuda):
-            return self.update
-        return FastUpdate(self, self._compile, capture=cuda)
+            return functools.partial(self.update, generator=generator)
+        return FastUpdate(self, self._compile, capture=cuda, generator=generator)
 
     def _compile(self) -> None:
         wm, behavior = self.world_model, self.behavior
@@ -260,7 +277,13 @@ class Agent(nn.Module):
             return ActState(self.world_model.dynamics.initial(n), action)
 
     @torch.no_grad()
-    def act(self, state: ActState, obs: Batch, mode: str = "train") -> ActState:
+    def act(
+        self,
+        state: ActState,
+        obs: Batch,
+        mode: str = "train",
+        generator: torch.Generator | None = None,
+    ) -> ActState:
         """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
         obs: raw (N, ...), with is_first.
@@ -268,31 +291,35 @@ class Agent(nn.Module):
         explorer's. The state is always sampled, as in training.
         """
         with self.autocast():
-            obs = networks.prepare({key: x.unsqueeze(1) for key, x in obs.items()})
+            obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
             obs["prev_action"] = state.action.unsqueeze(1)
-            carry, post, _ = self.world_model.observe(obs, state.carry)
+            carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
             policy = behavior.actor(post.feat.cat()[:, 0])
-            action = policy.mode() if mode == "greedy" else policy.sample()
+            action = policy.mode() if mode == "greedy" else policy.sample(generator)
             return ActState(carry, action.float())
 
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
         device = next(self.parameters()).device
-        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        return {key: move(x) for key, x in rows.items()}
+        batch = {}
+        for key, x in rows.items():
+            batch[key] = torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        return batch
 
     @torch.no_grad()
-    def decode_state(self, obs: Batch, state: ActState) -> list[Batch]:
+    def decode_state(
+        self, obs: Batch, state: ActState, generator: torch.Generator | None = None
+    ) -> list[Batch]:
         """Of the first environment: its observation, its state decoded, its coarse levels decoded.
 
         {key: (1,1,...)} each. obs: what ``act`` was given to reach ``state``, raw (N,...).
         """
         model = self.world_model
-        observed = networks.prepare({key: x[:1].unsqueeze(1) for key, x in obs.items()})
+        observed = networks.preprocess({key: x[:1].unsqueeze(1) for key, x in obs.items()})
         feat = model.dynamics.feat(state.carry).map(lambda x: x[:1].unsqueeze(1))
         with self.autocast():
-            return [model.postprocess(observed), *model.decode(feat, levels=True)]
+            return [model.postprocess(observed), *model.decode(feat, True, generator)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.config.precision != "bfloat16":
@@ -301,29 +328,32 @@ class Agent(nn.Module):
         device = next(self.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
-    def update(self, batch: Batch) -> Tensor:
+    def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
 
-        batch: raw (B,T,...), on the device.
+        batch: raw (B,T,...), on the device. generator: where all random numbers come from, None
+        being torch's default one.
         """
         with self.autocast():
-            obs = networks.prepare(batch)
-            losses, carry, post, embed, mets = self.world_model.loss(obs)
+            obs = networks.preprocess(batch)
+            losses, carry, post, embed, mets = self.world_model.loss(obs, generator)
         loss = sum(losses.values()).mean()
         metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
         metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
-        self.world_model.dynamics.update_codebook(post)
+        self.world_model.dynamics.update_codebook(post, generator)
 
         starts = self.config.imag.starts
         terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
         with torch.no_grad():
             start = self.world_model.dynamics.starts(carry, post, starts)
-        metrics |= self._update_behavior("", start, terminal, lambda dream, rew: rew)
+        extrinsic = lambda traj, rew: rew
+        metrics |= self._update_behavior("", start, terminal, extrinsic, generator)
         if self.explorer:
             with self.autocast():
                 loss = self.explorer.loss(post, embed, obs["prev_action"])
             metrics |= {"expl_model_loss": loss.detach()} | self._step("expl_model", loss)
-            metrics |= self._update_behavior("expl_", start, terminal, self.explorer.reward)
+            bonus = self.explorer.reward
+            metrics |= self._update_behavior("expl_", start, terminal, bonus, generator)
         if self.config.optim == "joint":
             metrics |= prefixed("joint_", self.optimizers["joint"].apply())
         for behavior in self.behaviors().values():
@@ -332,18 +362,23 @@ class Agent(nn.Module):
         return torch.stack([m.float() for m in metrics.values()])
 
     def _update_behavior(
-        self, prefix: str, start: Any, terminal: Tensor, reward: Callable
+        self,
+        prefix: str,
+        start: Any,
+        terminal: Tensor,
+        reward: Callable,
+        generator: torch.Generator | None = None,
     ) -> Metrics:
-        """Dream from N starts, terminal (N,), and train one behavior on it.
+        """Imagine from N starts, terminal (N,), and train one behavior on the trajectories.
 
-        ``reward`` turns (dream, predicted reward (N,H+1)) into what the behavior is paid, (N,H+1).
+        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1).
         """
         behavior = self.behaviors()[prefix]
         with self.autocast():
-            dream = behavior.dream(self.world_model, start, terminal)
+            traj = behavior.imagine(self.world_model, start, terminal, generator)
             with torch.set_grad_enabled(behavior.backprop):
-                rew = reward(dream, self.world_model.reward(dream.x).mode())
-            actor_loss, critic_loss, metrics = behavior.losses(dream, rew)
+                rew = reward(traj, self.world_model.reward(traj.x).mode())
+            actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
         steps = self._step(f"{prefix}actor", actor_loss)
         steps |= self._step(f"{prefix}critic", critic_loss)
         return prefixed(prefix, metrics) | steps

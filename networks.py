@@ -1,8 +1,8 @@
 """What touches observations and actions: encoder, decoder, heads, actor.
 
 An observation is a dict of images (uint8 (H,W,C)), grids (bool (H,W,C)) and vectors (float32 (N,)),
-told apart by their spaces. Inside the networks images are floats in [-0.5, 0.5] (see ``prepare``).
-Keys go in alphabetical order. The layers' shapes are those of dreamerv3-torch.
+distinguished by their spaces. Inside the networks images are floats in [-0.5, 0.5] (see
+``preprocess``). Keys go in alphabetical order. The layers' shapes are those of dreamerv3-torch.
 
 ``norm`` and ``act`` are names, of ``nets.NORMS`` (for convolutions ``CHANNEL_NORMS``) and
 ``nets.ACTIVATIONS``; ``HEADS`` are the heads by the name of what they put out.
@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 KINDS = {(np.uint8, 3): "image", (np.bool_, 3): "grid"}  # by dtype and axes; all others are vectors
 
 
-def kinds(
+def keys_by_kind(
     obs_space: Mapping[str, spaces.Space], pattern: str, name: str
 ) -> dict[str, dict[str, Shape]]:
     """Observation keys that match ``pattern``, sorted, by kind.
@@ -68,7 +68,7 @@ def kinds(
     return found
 
 
-def prepare(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def preprocess(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Raw observations to floats: images to [-0.5, 0.5], grids to {0, 1}; vectors as they are."""
     out = {}
     for key, x in obs.items():
@@ -194,7 +194,7 @@ def stacked_shape(shapes: Mapping[str, Shape]) -> Shape:
 
 
 class Encoder(nn.Module):
-    """Prepared observations (B, T, ...) -> embed (B, T, dim): images, grids, symlog of vectors.
+    """Preprocessed observations (B, T, ...) -> embed (B, T, dim): images, grids, symlog of vectors.
 
     keys: a regular expression of observations; depth, minres: of convolutions; layers, units: of
     the vectors' perceptron; names: ``norm`` and ``act``.
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         **names: str,
     ):
         super().__init__()
-        self.kinds = kinds(obs_space, keys, "encoder.keys")
+        self.kinds = keys_by_kind(obs_space, keys, "encoder.keys")
         self.dim = 0  # numbers of embed
         self.map_positions = 0  # of the images' last feature map, where there is one
         if image := self.kinds["image"]:
@@ -228,23 +228,23 @@ class Encoder(nn.Module):
             self.dim += units
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        parts = []
+        embeds = []
         for kind, shapes in self.kinds.items():
             if not shapes:
                 continue
             x = [obs[key] for key in shapes]  # (B, T, ...) each
             if kind == "vector":
                 vector = torch.cat([v.flatten(2) for v in x], -1)  # (B, T, size)
-                parts.append(self.vector(dists.symlog(vector)))
+                embeds.append(self.vector(dists.symlog(vector)))
             else:
                 x = torch.cat(x, -1) if len(x) > 1 else x[0]  # (B, T, H, W, C)
                 embed = getattr(self, kind)(x.flatten(0, 1))  # (B * T, .)
-                parts.append(embed.unflatten(0, x.shape[:2]))  # (B, T, .)
-        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+                embeds.append(embed.unflatten(0, x.shape[:2]))  # (B, T, .)
+        return torch.cat(embeds, -1) if len(embeds) > 1 else embeds[0]
 
 
 class Decoder(nn.Module):
-    """Features (B, T, F) -> {key: distribution of the prepared observation (B, T, ...)}.
+    """Features (B, T, F) -> {key: distribution of the preprocessed observation (B, T, ...)}.
 
     Arguments as of ``Encoder``; the perceptron decodes grids as well.
     """
@@ -262,7 +262,7 @@ class Decoder(nn.Module):
         **names: str,
     ):
         super().__init__()
-        self.kinds = kinds(obs_space, keys, "decoder.keys")
+        self.kinds = keys_by_kind(obs_space, keys, "decoder.keys")
         if image := self.kinds["image"]:
             self.image = ConvDecoder(feat_dim, stacked_shape(image), depth, minres, **names)
         flat = self.kinds["grid"] | self.kinds["vector"]
@@ -274,18 +274,18 @@ class Decoder(nn.Module):
         out = {}
         if shapes := self.kinds["image"]:
             images = self.image(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, T, H, W, C)
-            parts = images.split([shape[-1] for shape in shapes.values()], -1)
-            for key, part in zip(shapes, parts, strict=True):
-                out[key] = dists.MSE(part, event=3)
+            channels = images.split([shape[-1] for shape in shapes.values()], -1)
+            for key, image in zip(shapes, channels, strict=True):
+                out[key] = dists.MSE(image, event=3)
         if self.sizes:
             flat = self.vector(x).split(list(self.sizes.values()), -1)  # (B, T, size) each
-            for key, part in zip(self.sizes, flat, strict=True):
+            for key, x in zip(self.sizes, flat, strict=True):
                 if shape := self.kinds["grid"].get(key):
-                    out[key] = dists.Bernoulli(part.unflatten(-1, shape), event=3)
+                    out[key] = dists.Bernoulli(x.unflatten(-1, shape), event=3)
                 else:
                     shape = self.kinds["vector"][key]
-                    part = part.unflatten(-1, shape)
-                    out[key] = dists.MSE(part, event=len(shape), squash=True)
+                    x = x.unflatten(-1, shape)
+                    out[key] = dists.MSE(x, event=len(shape), in_symlog=True)
         return out
 
 
@@ -318,7 +318,7 @@ def make_head(output: str, feat_dim: int, *, layers: int, units: int, **names: s
 
 
 class Actor(MLP):
-    """The policy, (..., F) -> OneHots, or for continuous ClippedNormal, actions (..., A)."""
+    """The policy, (..., F) -> distribution of actions (..., A), ClippedNormal for a Box."""
 
     def __init__(
         self,
@@ -342,8 +342,8 @@ class Actor(MLP):
         super().__init__(feat_dim, layers, units, out, **names)
         self.sizes, self.unimix, self.std = sizes, unimix, (min_std, max_std)
 
-    def forward(self, x: Tensor) -> dists.OneHots | dists.ClippedNormal:
+    def forward(self, x: Tensor) -> dists.OneHotCategorical | dists.ClippedNormal:
         x = super().forward(x)
         if self.sizes is None:
             return dists.ClippedNormal(*x.chunk(2, -1), *self.std)
-        return dists.OneHots(x, self.sizes, self.unimix)
+        return dists.OneHotCategorical(x, self.sizes, self.unimix)

@@ -1,5 +1,5 @@
-"""Which latent structure is better? Runs every model on every task with every seed, and reports
-what the data support.
+"""Which latent structure is better? Runs every model on every task with every seed,
+and reports what the data support.
 
     python run_comparison.py --steps 50000 --seeds 3        train, then report
     python run_comparison.py --from FOLDER [FOLDER ...]     report on runs that exist
@@ -68,7 +68,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "jobs": (
         0,
         (
-            "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. At least 0."
+            "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. "
+            "At least 0."
         ),
     ),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
@@ -76,7 +77,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "resources": (
         [],
         (
-            "KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition (slurm), ..."
+            "KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition "
+            "(slurm), ..."
         ),
     ),
     "allow_differences": (
@@ -153,11 +155,10 @@ def help_text() -> str:
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
         lines.append(f"  --{key.replace('_', '-'):<18} {sentence} [{shown}]")
     lines += [
-        "  --configs NAME ...   Presets that are stacked on the suite's for all runs, below the model's."
+        "  --configs NAME ...   Presets stacked on the suite's for all runs, below the model's.",
+        f"  --key value          Any config key ({train} --help), for all runs.",
     ]
-    return "\n".join(
-        [*lines, f"  --key value          Any config key ({train} --help), for all runs."]
-    )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the matrix
@@ -231,8 +232,8 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
 
 
 def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
-    """The same for world models on recorded episodes; compared are the seeds that all models
-    finished.
+    """The same for world models on recorded episodes;
+    compared are the seeds that all models finished.
     """
     if len(options.task) > 1:
         raise ConfigError("--paired-offline compares on one --task, that of the episodes")
@@ -355,8 +356,8 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """-> exit status: 0 all runs are complete, 1 some failed, 2 bad arguments, 128 + signal after
-    a signal.
+    """-> exit status: 0 all runs are complete, 1 some failed, 2 bad arguments,
+    128 + signal after a signal.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -366,19 +367,18 @@ def main(argv: list[str]) -> int:
         folder = Path(options.logdir).expanduser().resolve()
         if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
-            folder = (
-                Path(sources[0]).resolve() if options.logdir == OPTIONS["logdir"][0] else folder
-            )
+            if options.logdir == OPTIONS["logdir"][0]:
+                folder = Path(sources[0]).resolve()
         elif options.paired_offline:
             folder /= "offline"
             signum, what = train_offline(options, make_plan(options, presets, values), folder)
         else:
             signum, what = train(options, make_plan(options, presets, values), folder)
         if signum:
-            more = (
-                "" if options.paired_offline else f", and --from {folder} reports on what there is"
-            )
-            print(f"stopped; the same command continues{more}")
+            line = "stopped; the same command continues"
+            if not options.paired_offline:
+                line += f", and --from {folder} reports on what there is"
+            print(line)
             return 128 + signum
         for failed in what.failed:
             print(f"\n{failed['name']}: {failed['reason']}\n{failed['log']}\n", file=sys.stderr)
@@ -388,8 +388,7 @@ def main(argv: list[str]) -> int:
     except (ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # a full disk, a folder that is not ours, a cluster that does not answer
-    except OSError as error:
+    except OSError as error:  # a full disk, a folder that is not ours, a cluster that is silent
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

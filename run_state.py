@@ -1,7 +1,10 @@
-"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and restoring it."""
+"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and
+restoring it.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,27 @@ from tools import ConfigError
 COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return")
 COUNTERS += ("evaluated",)
 OLD_COUNTERS = {"credit": "pending_updates"}  # names that checkpoints without a format have
-# What every checkpoint of a run has.
-FIELDS = ("config", "generation", "counters", "step", "agent", "act", "obs", "envs", "episodes")
-FIELDS += ("score", "sums", "metric_names", "torch_rng", "cuda_rng", "replay_rng", "explore_rng")
-FIELDS += ("log_size",)
+Tree = (dict, type(None))
+# What every checkpoint of a run has, and of which type.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "generation": int,
+    "counters": dict,
+    "step": int,
+    "agent": dict,
+    "act": (list, type(None)),
+    "obs": Tree,
+    "envs": (list, type(None)),
+    "episodes": dict,
+    "score": dict,
+    "sums": torch.Tensor,
+    "metric_names": (list, tuple),
+    "torch_rng": torch.Tensor,
+    "cuda_rng": (torch.Tensor, type(None)),
+    "replay_rng": dict,
+    "explore_rng": dict,
+    "log_size": int,
+}
 
 
 def snapshot(run: Any) -> dict[str, Any]:
@@ -48,8 +68,8 @@ def snapshot(run: Any) -> dict[str, Any]:
         "sums": run.window.sums,
         "metric_names": run.agent.metric_names,
         "last": {name: every.last for name, every in run.every.items()},
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(run.device) if cuda else None,
+        "torch_rng": torch.get_rng_state() if cuda else run.generator.get_state(),
+        "cuda_rng": run.generator.get_state() if cuda else None,
         "replay_rng": run.replay.rng.bit_generator.state,
         "explore_rng": run.explore_rng.bit_generator.state,
         "log_size": run.logger.flush(),
@@ -74,7 +94,8 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
         _restore_parts(run, state, rows)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointError(
-            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: {error}): {instead}"
+            f"the checkpoint in {run.folder} does not fit this program ({type(error).__name__}: "
+            f"{error}): {instead}"
         ) from None
     run.unsaved = False
     run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
@@ -102,8 +123,11 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
     run.agent.metric_names = tuple(state["metric_names"])
     run.explore_rng.bit_generator.state = state["explore_rng"]
     run.obs = checkpoint.arrays(state["obs"])
+    for key, space in run.envs.obs_space.items() if run.obs is not None else ():
+        _check_shape(key, run.obs[key], (run.envs.count, *space.shape))
     if state["act"] is not None:
         *carry, action = (x.to(run.device) for x in state["act"])
+        _check_shape("action", action, (run.envs.count, run.envs.act_dim))
         run.act = models.ActState(type(run.agent.initial(1).carry)(*carry), action)
     try:
         problems = run.episodes.restore(run.replay, state["episodes"], rows)
@@ -119,21 +143,34 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
         for i in np.flatnonzero(~restored & ~run.obs["is_last"]):
             run.episodes.cut(run.replay, i)  # truncated where it stood
             run.obs["is_last"][i] = True
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+    random = state["torch_rng" if run.device.type == "cpu" else "cuda_rng"]
+    if random is not None:  # None: the run was on the other kind of device until now
+        run.generator.set_state(random)
 
 
 def _restore_counters(run: Any, state: dict[str, Any]) -> None:
     counters = {OLD_COUNTERS.get(name, name): value for name, value in state["counters"].items()}
+    for name, value in (counters | {"log_size": state["log_size"]}).items():
+        least = {"evaluated": -1, "last_return": -math.inf}.get(name, 0)
+        if value is None and name == "last_return":
+            continue
+        if not math.isfinite(value) or value < least:
+            raise ValueError(f"{name} is {value}")
     for name in (*COUNTERS, "restarts"):
         setattr(run, name, counters[name])
     run.window.sums, run.window.count = state["sums"].to(run.device), counters["summed"]
+    if run.window.count:
+        _check_shape("sums", run.window.sums, (len(state["metric_names"]),))
     for name, every in run.every.items():
         if "last" in state:
             every.last = state["last"][name]
         else:  # before there was a format: how many periods of the old length had passed
             every.last = state["every"][name] * state["config"][f"{name}_every"]
+
+
+def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, not {shape}")
 
 
 def load_weights(run: Any, source: Path) -> None:
@@ -149,7 +186,8 @@ def load_weights(run: Any, source: Path) -> None:
             state = {"agent": legacy.convert(state)}
         if "agent" not in state:
             raise CheckpointError(
-                f"--resume: {source} is a checkpoint neither of this program nor of dreamerv3-torch: it has no 'agent'"
+                f"--resume: {source} is a checkpoint neither of this program nor of "
+                "dreamerv3-torch: it has no 'agent'"
             )
         moved = run.agent.load_state(state["agent"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

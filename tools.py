@@ -176,6 +176,8 @@ def saved_config(folder: Path) -> dict[str, Any]:
         return flatten(tree)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if mark := getattr(error, "problem_mark", None):
+            reason = f"line {mark.line + 1}: {' '.join(str(error.problem).split())}"
         raise ConfigError(
             f"{folder / 'config.yaml'} is no config of a run: {reason}; correct it, or continue"
             " the run by its --configs and keys"
@@ -234,7 +236,8 @@ def parse(argv: list[str]) -> Args:
         word = argv[i]
         if not word.startswith("--"):
             raise ConfigError(
-                f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, --key value"
+                f"unexpected argument {word!r}; write --configs NAME ..., --resume PATH, "
+                "--key value"
             )
         key, has_value, value = word[2:].partition("=")
         key, values = key.replace("-", "_"), [value] if has_value else []
@@ -243,12 +246,18 @@ def parse(argv: list[str]) -> Args:
             values.append(argv[i])
             i += 1
         if key in lists:
+            if not values:
+                raise ConfigError(f"--{key} needs the name of a preset")
             lists[key] += values
         else:
             overrides[key] = values if len(values) > 1 else values[0] if values else True
     resume = overrides.pop("resume", "")
     if not isinstance(resume, str):
         raise ConfigError("--resume needs one path")
+    if resume and lists["capacity"]:
+        raise ConfigError(
+            "--capacity trains nothing and takes no --resume: give --configs and keys"
+        )
     return Args(lists["configs"], overrides, resume, lists["capacity"])
 
 
@@ -265,11 +274,13 @@ def help_text(usage: str) -> str:
     lines += [
         "",
         (
-            "  --resume PATH          Continue a run, or start from another's weights, optimiser and episodes."
+            "  --resume PATH          Continue a run, or start from another's weights, "
+            "optimiser and episodes."
         ),
     ]
     lines += [
-        "  --capacity NAME ...    Train nothing; print sizes and costs of --configs beside these presets'."
+        "  --capacity NAME ...    Train nothing; "
+        "print sizes and costs of --configs beside these presets'."
     ]
     lines += ["", "Keys, their sentences and defaults:"]
     for key, value in defaults.items():

@@ -33,6 +33,16 @@ class Failure(Exception):
     """One line: the run cannot continue, and why."""
 
 
+def make_generator(device: torch.device) -> torch.Generator:
+    """The random numbers of a run: on the CPU those that torch's default generator would go on
+    with.
+    """
+    generator = torch.Generator(device)
+    if device.type == "cpu":
+        return generator.set_state(torch.get_rng_state())
+    return generator.manual_seed(torch.initial_seed())
+
+
 class Run:
     """The state of one training run: ``advance`` it until ``steps``, then ``finish``.
 
@@ -74,7 +84,8 @@ class Run:
         self.envs = self._make_envs(n, 0, self.generation)
         self.agent = models.make_agent(self.envs, config, device)
         self.agent.make_optimizers()
-        self.update = self.agent.make_update(config.compile)
+        self.generator = make_generator(device)
+        self.update = self.agent.make_update(config.compile, self.generator)
         if source is not None and not state:
             run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
@@ -159,13 +170,13 @@ class Run:
         In this order a checkpoint of any moment, also during an evaluation, continues with what
         was still due. Raises Failure, EnvError, OSError, and what ``poll`` raises.
         """
-        self._catch_up()
+        self._run_due()
         self.poll()
         self._collect()
 
     def finish(self) -> None:
         """The pending updates, and the last record, evaluation and checkpoint if missing."""
-        self._catch_up()
+        self._run_due()
         if self.window.count:
             self.log()
         if self.evaluated != self.step:
@@ -174,7 +185,7 @@ class Run:
         if self.unsaved:
             self.save()
 
-    def _catch_up(self) -> None:
+    def _run_due(self) -> None:
         # A replay that lost its episodes is not ready.
         while self.pending_updates >= 1.0 and self.replay.ready():
             self.poll()
@@ -207,24 +218,23 @@ class Run:
         for scores in self.scores.add(obs):
             self.last_return = scores.get("train_return", self.last_return)
             self.logger.scalars(self.step, scores)
-        if self._filled() and self.replay.ready():
+        if self._prefilled() and self.replay.ready():
             if not self.started:
                 self.started, self.pending_updates = True, float(config.replay.pretrain)
-            self.pending_updates += (
-                taken * config.replay.ratio / (config.replay.batch * config.replay.length)
-            )
+            batch_steps = config.replay.batch * config.replay.length
+            self.pending_updates += taken * config.replay.ratio / batch_steps
 
-    def _least_rows(self) -> int:
+    def _prefill_rows(self) -> int:
         """Rows of replay before the first update: ``prefill``, but not more than fit."""
         return min(self.config.replay.prefill, self.replay.capacity)
 
-    def _filled(self) -> bool:
-        return len(self.replay) >= self._least_rows()
+    def _prefilled(self) -> bool:
+        return len(self.replay) >= self._prefill_rows()
 
     def _warn_if_too_short(self) -> None:
         """A line where a run of this length never updates."""
         steps = -(-self.config.steps // self.envs.repeat)
-        rows = max(self._least_rows(), self.config.replay.length)
+        rows = max(self._prefill_rows(), self.config.replay.length)
         # a step brings at most two rows
         if not self.started and self.config.replay.ratio and 2 * steps < rows:
             self.report(
@@ -236,7 +246,7 @@ class Run:
         """(count, A) actions for the last observations."""
         expl = self.config.expl
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
-        if not self._filled() or (exploring and expl.behavior == "random"):
+        if not self._prefilled() or (exploring and expl.behavior == "random"):
             self.act = None
             return random_action(self.envs.act_space, self.envs.count, self.explore_rng)
         obs = {key: self.obs[key] for key in (*self.envs.obs_space, "is_first")}
@@ -245,7 +255,7 @@ class Run:
             self.act = self.agent.initial(self.envs.count)
             obs["is_first"] = np.ones_like(obs["is_first"])
         mode = "explore" if exploring else "train"
-        self.act = self.agent.act(self.act, self.agent.tensors(obs), mode)
+        self.act = self.agent.act(self.act, self.agent.tensors(obs), mode, self.generator)
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
@@ -268,7 +278,7 @@ class Run:
         finite.
         """
         metrics = self.window.read(self.agent.metric_names)
-        if name := self.window.first_broken(metrics):
+        if name := self.window.first_nonfinite(metrics):
             raise Failure(
                 f"{name} became {metrics[name]} by step {self.step} (update {self.updates}); the"
                 f" last good checkpoint is {self.folder / 'latest.pt'}"
@@ -306,24 +316,24 @@ class Run:
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(int(entropy.generate_state(1)[0]))
-                best_effort = self.logger.best_effort
-                count = min(config.env.count, config.eval_episodes)
-                drawable = RENDER not in best_effort.off
-                with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
-                    scores, played = evaluation.evaluate(
-                        self.agent, envs, config, drawable, self.poll
-                    )
-                self.logger.scalars(self.step, scores)
-                self.report(f"[{self.step}] {evaluation.line(scores)}")
-                if played.problem:
-                    best_effort.failed(RENDER, played.problem)
-                if config.video and self.replay.ready():
-                    self.poll()
-                    batch = self.replay.sample(np.random.default_rng(entropy))
-                    args = (self.logger, self.step, self.agent, played, batch)
-                    best_effort(VIDEO, evaluation.record, *args, config.decode_levels)
+            generator = torch.Generator(self.device)
+            generator.manual_seed(int(entropy.generate_state(1)[0]))
+            best_effort = self.logger.best_effort
+            count = min(config.env.count, config.eval_episodes)
+            drawable = RENDER not in best_effort.off
+            with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+                scores, played = evaluation.evaluate(
+                    self.agent, envs, config, drawable, self.poll, generator
+                )
+            self.logger.scalars(self.step, scores)
+            self.report(f"[{self.step}] {evaluation.line(scores)}")
+            if played.problem:
+                best_effort.failed(RENDER, played.problem)
+            if config.video and self.replay.ready():
+                self.poll()
+                batch = self.replay.sample(np.random.default_rng(entropy))
+                args = (self.logger, self.step, self.agent, played, batch, config.decode_levels)
+                best_effort(VIDEO, evaluation.record, *args, generator)
             self.logger.flush()
         self.evaluated = self.step
         self.every["eval"].done(self.step)

@@ -56,7 +56,7 @@ def chunks(rows: Rows, length: int) -> Rows:
 @torch.no_grad()
 def predict(model: WorldModel, batch: Mapping[str, Tensor]) -> Prediction:
     """A world model's prediction. batch: raw, (B, T, ...)."""
-    _, post, _ = model.observe(networks.prepare(batch))
+    _, post, _ = model.observe(networks.preprocess(batch))
     x = post.feat.cat()
     open_loop = model.open_loop(batch, CONTEXT)[1] if batch["reward"].shape[1] > CONTEXT else {}
     return Prediction(model.decode(post.feat)[0], open_loop, model.reward(x), model.cont(x))

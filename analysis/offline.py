@@ -1,5 +1,5 @@
-"""One world model trained on recorded episodes, and judged on others: a job of
-``--paired-offline``.
+"""One world model trained on recorded episodes, and judged on others:
+a job of ``--paired-offline``.
 
     python -m analysis.offline --configs PRESET ... --task TASK --seed S --logdir FOLDER
         --episodes FOLDER ... --updates N
@@ -57,8 +57,8 @@ def find(folders: list[str]) -> list[Path]:
 
 
 def check(files: list[Path], config: Config) -> None:
-    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and of the config's
-    task.
+    """Raises ConfigError where none of the first ``LEAST`` episodes is whole and
+    of the config's task.
     """
     env = make_env(config.task, config.env.tree(), 0)
     env.close()
@@ -75,8 +75,8 @@ def check(files: list[Path], config: Config) -> None:
 
 
 def load(files: Iterable[Path], spec: Spec) -> dict[Path, Rows]:
-    """The rows of the episodes that are whole and have those of ``spec``; a line is printed about
-    the others.
+    """The rows of the episodes that are whole and have those of ``spec``;
+    a line is printed about the others.
     """
     files, found, problems = list(files), {}, []
     for path in files:
@@ -132,7 +132,8 @@ class Trainer:
             self.replay.streams[0].extend(rows)
         if not self.replay.ready():
             raise ConfigError(
-                f"the episodes have {len(self.replay)} steps; a sequence needs {config.replay.length}"
+                f"the episodes have {len(self.replay)} steps; "
+                f"a sequence needs {config.replay.length}"
             )
         decoder = self.agent.world_model.decoder
         rows = self.replay.streams[0].slice(0, total)
@@ -147,8 +148,8 @@ class Trainer:
     # ------------------------------------------------------------ training
 
     def train(self, updates: int) -> None:
-        """On to ``updates``, or to a signal, and save. Raises ArithmeticError where the loss is no
-        number.
+        """On to ``updates``, or to a signal, and save.
+        Raises ArithmeticError where the loss is no number.
         """
         rates = Rates(0, self.update)
         self.logdir.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ class Trainer:
     def step(self) -> torch.Tensor:
         """One update. -> the loss, detached."""
         with self.agent.autocast():
-            obs = models.networks.prepare(self.batch(self.replay.sample()))
+            obs = models.networks.preprocess(self.batch(self.replay.sample()))
             losses, _, post, _, _ = self.agent.world_model.loss(obs)
         loss = sum(losses.values()).mean()
         self.agent.optimizers["model"].step(loss)
@@ -200,12 +201,12 @@ class Trainer:
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
             return
-        state = checkpoint.load_checkpoint(
-            path, ("update", "same", "agent", "torch_rng", "replay_rng")
-        )
+        fields = {"update": int, "same": str, "agent": dict, "replay_rng": dict}
+        state = checkpoint.load_checkpoint(path, fields | {"torch_rng": torch.Tensor})
         if state["same"] != self.same:
             raise ConfigError(
-                f"{self.logdir} was trained on other episodes or with another config: choose a --logdir"
+                f"{self.logdir} was trained on other episodes or with another config: "
+                "choose a --logdir"
             )
         if state["update"] > updates:
             raise ConfigError(
@@ -226,8 +227,8 @@ class Trainer:
         return self.load(self.held_files[i] for i in picks)
 
     def judge(self) -> dict[str, np.ndarray]:
-        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}. Raises ConfigError where
-        none can be read.
+        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}.
+        Raises ConfigError where none can be read.
         """
         model, found = self.agent.world_model, []
         held = self.held()
@@ -236,7 +237,7 @@ class Trainer:
         for i, rows in enumerate(held.values()):
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
-            truth = model.postprocess(models.networks.prepare(batch))
+            truth = model.postprocess(models.networks.preprocess(batch))
             judge = functools.partial(
                 heldout.score, truth=truth, batch=batch, length=self.config.replay.length
             )
@@ -253,8 +254,8 @@ class Trainer:
         return scores | probes.compare(self.probe(held))
 
     def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:
-        """``probes.judge`` of this model, its untrained self and raw pixels; empty where there is
-        no RAM.
+        """``probes.judge`` of this model, its untrained self and raw pixels;
+        empty where there is no RAM.
         """
         empty = {"model": {}}
         if not probes.possible(self.config):
@@ -270,7 +271,7 @@ class Trainer:
         def features(model: models.WorldModel, batch: Rows) -> np.ndarray:
             torch.manual_seed(0)
             rows = {key: x for key, x in batch.items() if key != "ram"}
-            obs = models.networks.prepare(self.batch(rows))
+            obs = models.networks.preprocess(self.batch(rows))
             return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
 
         encoders: dict[str, probes.Encode] = {"pixels": probes.pixels}

@@ -65,13 +65,13 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
     update = agent.make_update(config.compile)
     update(batch)  # compiles the parts: the dream has them as training does
     with torch.no_grad():
-        carry, post, _ = agent.world_model.observe(models.networks.prepare(batch))
+        carry, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
         start = agent.world_model.dynamics.starts(carry, post, 0)
 
     @torch.no_grad()
     def dream(inputs: models.Batch) -> torch.Tensor:
         with agent.autocast():
-            return agent.behavior.dream(agent.world_model, start, inputs["is_terminal"]).x
+            return agent.behavior.imagine(agent.world_model, start, inputs["is_terminal"]).x
 
     dream = Captured(dream) if device.type == "cuda" else dream
     ends = {"is_terminal": torch.zeros(batch["reward"].numel(), device=device)}

@@ -35,7 +35,10 @@ from hidreamer.dynamics import TYPES
 from hidreamer.provenance import provenance
 
 TASKS = ("dummy_vector", "gym_CartPole-v1")
-WORDS = "--configs debug --env.action_repeat 1 --env.count 2 --steps 160 --log_every 10 --eval_every 50 --video false"
+WORDS = (
+    "--configs debug --env.action_repeat 1 --env.count 2 --steps 160 --log_every 10 "
+    "--eval_every 50 --video false"
+)
 WORDS += " --eval_episodes 2 --checkpoint_every 15 --replay.ratio 8 --device cpu"
 
 
@@ -193,7 +196,8 @@ def main() -> int:
             "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal",
         )
     print(
-        f"{done} kills in {len(runs)} runs; {len(differing)} differ from the same run without a kill"
+        f"{done} kills in {len(runs)} runs; {len(differing)} differ "
+        "from the same run without a kill"
     )
     return int(bool(differing))
 

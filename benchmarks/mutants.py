@@ -1,8 +1,10 @@
-"""Would the tests notice? One-line faults in the core's maths, each put into a copy of the tree and run against tests.
+"""Mutation tests: one-line faults in the core,
+each put into a copy of the tree and run against tests.
 
-    python benchmarks/mutants.py [NAME ...] [--out FILE.json]      # all of them, or those whose name contains a NAME
+    python benchmarks/mutants.py [NAME ...] [--out FILE.json]  # all, or those with NAME in theirs
 
-Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests fail without any.
+Prints a line per mutant and a JSON line at the end. Exit status 1 if one survives, 2 if the tests
+fail without any.
 """
 
 from __future__ import annotations
@@ -54,10 +56,10 @@ FAST = (
     "legacy",
     "hrssm",
 )
-FAST += ("hrvq", "hrvq_losses", "agent", "losses", "episodes", "spaces", "run")
+FAST += ("hrvq", "hrvq_losses", "agent", "losses", "random", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
-    "training.py": ("updates", "run"),
+    "training.py": ("updates", "run", "random"),
     "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
     "hidreamer/behavior.py": ("golden", "wiring"),
@@ -69,9 +71,9 @@ LIKELY = {
     "hidreamer/explorer.py": ("wiring", "agent"),
     "hidreamer/losses.py": ("golden",),
     "hidreamer/mask.py": ("mask",),
-    "hidreamer/objectives.py": ("golden", "wiring"),
+    "hidreamer/objectives.py": ("golden", "wiring", "random"),
     "hidreamer/optim.py": ("numerics", "agent", "losses"),
-    "hidreamer/quantizer.py": ("numerics", "quantizer"),
+    "hidreamer/quantizer.py": ("numerics", "quantizer", "random"),
     "hidreamer/episodes.py": ("episodes",),
     "hidreamer/replay.py": ("replay",),
     "hidreamer/rollout.py": ("parts", "dynamics", "hrvq"),
@@ -151,7 +153,8 @@ def run_child(folder: Path, files: list[str], log: int) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        # No bytecode: Python compares its time in seconds and its size, and two mutants may share both.
+        # No bytecode: Python compares its time in seconds and its size, and two mutants may share
+        # both.
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         sys.path[:] = [
@@ -205,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    chosen = [m for m in listed if not args.names or any(part in m.name for part in args.names)]
+    contains_any = lambda mutant: any(part in mutant.name for part in args.names)
+    chosen = list(filter(contains_any, listed)) if args.names else listed
     if not chosen:
         print(f"error: no mutant's name contains {' or '.join(args.names)}", file=sys.stderr)
         return 2

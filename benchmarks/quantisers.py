@@ -1,5 +1,5 @@
-"""What each choice inside hrvq does to a world model: all are trained on the same batches of
-recorded episodes.
+"""What each choice inside hrvq does to a world model:
+all are trained on the same batches of recorded episodes.
 
     python benchmarks/quantisers.py minatar --episodes RUN [--rows sampled nearest ...]
         [--seeds 0 1] [--updates 2000] [--out results/hrvq/minatar.json]
@@ -118,14 +118,16 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
         raise tools.ConfigError(
             f"no held-out episode has the {length} steps of a sequence: record longer ones"
         )
-    rows = {key: np.concatenate([x[key] for x in pieces]) for key in pieces[0]}
+    rows = {}
+    for key in pieces[0]:
+        rows[key] = np.concatenate([x[key] for x in pieces])
     picks = np.random.default_rng(0).permutation(len(rows["reward"]))[:PIECES]
     sums: dict[str, list[float]] = {}
     posts = []
     for i, some in enumerate(np.array_split(picks, max(1, len(picks) // AT_ONCE))):
         batch = trainer.batch({key: x[some] for key, x in rows.items()})
         torch.manual_seed(i)
-        _, post, _ = model.observe(models.networks.prepare(batch))
+        _, post, _ = model.observe(models.networks.preprocess(batch))
         truth, predicted = model.open_loop(batch, CONTEXT)
         error, moving = heldout.errors(model.decode(post.feat)[0], truth, slice(1, None))
         found = {"reconstruction": error, "moving": moving}
@@ -148,15 +150,15 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
 
 @torch.no_grad()
 def picture(trainer: offline.Trainer) -> np.ndarray:
-    """(rows, frames, 3) uint8: steps of the middle of the first held-out episode, the same
-    decoded, and the open loop.
+    """(rows, frames, 3) uint8: steps of the middle of the first held-out episode,
+    the same decoded, and the open loop.
     """
     pieces = heldout.chunks(next(iter(trainer.held().values())), trainer.config.replay.length)
     middle = len(pieces["reward"]) // 2
     batch = trainer.batch({key: x[middle : middle + 1] for key, x in pieces.items()})
     model = trainer.agent.world_model
     torch.manual_seed(0)
-    _, post, _ = model.observe(models.networks.prepare(batch))
+    _, post, _ = model.observe(models.networks.preprocess(batch))
     truth, predicted = model.open_loop(batch, CONTEXT)
     rows = [truth, model.decode(post.feat)[0], predicted]
     frames = evaluation.board(rows)  # (T, 3 H, W, 3), enlarged
@@ -164,8 +166,8 @@ def picture(trainer: offline.Trainer) -> np.ndarray:
 
 
 def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
-    """{"RAM BYTE": R2 on held-out episodes from this model's features, its untrained self's, and
-    raw pixels}.
+    """{"RAM BYTE": R2 on held-out episodes from this model's features,
+    its untrained self's, and raw pixels}.
     """
     found = trainer.probe(trainer.held())
     out = {}
@@ -176,8 +178,8 @@ def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
 
 
 def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]:
-    """{row: each seed's mean return before 20,000 frames, and what else was set} from reports of
-    learning.py.
+    """{row: each seed's mean return before 20,000 frames,
+    and what else was set} from reports of learning.py.
 
     A row is known by the config of its latent state. Raises ConfigError where a file is no such
     report of MinAtar.
@@ -194,7 +196,8 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
             latent = dict(report.get("latent", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise tools.ConfigError(
-                f"--returns {path} is no report of benchmarks/learning.py minatar ({type(error).__name__}: {error})"
+                f"--returns {path} is no report of benchmarks/learning.py minatar "
+                f"({type(error).__name__}: {error})"
             ) from None
         own = {key: x for key, x in given.items() if key.startswith("dynamics.")}
         own["dynamics.type"] = kind
@@ -208,8 +211,8 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
 
 
 def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
-    """KL of posterior to prior in nats a step, and for codes how well each level is predicted and
-    used.
+    """KL of posterior to prior in nats a step,
+    and for codes how well each level is predicted and used.
     """
     total = sum(len(post.levels[0].post) for post in posts)
     metrics: dict[str, float] = {}
@@ -247,8 +250,8 @@ def spatial_note(world: str, rows: list[str]) -> list[str]:
 
 
 def table(found: Found, names: dict[str, str]) -> str:
-    """Markdown: one line a row, every seed. ``names``: the columns of figures; empty rows and
-    columns are left out.
+    """Markdown: one line a row, every seed. ``names``: the columns of figures;
+    empty rows and columns are left out.
     """
     used = {}
     for name, title in names.items():
@@ -332,8 +335,8 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
 
 
 def judged(world: str, path: Path) -> dict[str, Any]:
-    """The report of an earlier call, without returns. Raises ConfigError where a file is none of
-    this world.
+    """The report of an earlier call, without returns.
+    Raises ConfigError where a file is none of this world.
     """
     try:
         report = json.loads(path.read_text())
@@ -347,13 +350,14 @@ def judged(world: str, path: Path) -> dict[str, Any]:
         return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise tools.ConfigError(
-            f"--from {path} is no report of benchmarks/quantisers.py ({type(error).__name__}: {error})"
+            f"--from {path} is no report of benchmarks/quantisers.py "
+            f"({type(error).__name__}: {error})"
         ) from None
 
 
 def page(world: str, found: Found, others: dict[str, str], files: list[Path]) -> str:
-    """Markdown of figures. ``others``: what was set, besides the latent state, for agents whose
-    returns are shown.
+    """Markdown of figures. ``others``: what was set, besides the latent state,
+    for agents whose returns are shown.
     """
     first = next(iter(found.values()))
     seeds = " / ".join(first)
@@ -367,7 +371,10 @@ def page(world: str, found: Found, others: dict[str, str], files: list[Path]) ->
         present = present.union(*by_seed.values())
     notes = [note for name, note in NOTES.items() if name in present]
     notes += spatial_note(world, [row for row in found if row in WORLDS[world].rows])
-    text = f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. {' '.join(notes)}\n\n"
+    text = (
+        f"Held-out episodes, seeds {seeds}, levels coarse to fine; open loop: {context}. "
+        f"{' '.join(notes)}\n\n"
+    )
     by_others: dict[str, list[str]] = {}
     for row in [row for row in found if row in others]:
         by_others.setdefault(others[row] or "nothing", []).append(row)
@@ -416,7 +423,8 @@ def main() -> int:
         x is not None for x in (args.rows, args.seeds, args.updates, args.picture)
     ):
         parser.error(
-            "--from trains and judges nothing: --rows, --seeds, --updates and --picture do not go with it"
+            "--from trains and judges nothing: "
+            "--rows, --seeds, --updates and --picture do not go with it"
         )
     args.seeds = args.seeds or [0, 1]
     args.updates = 2000 if args.updates is None else args.updates

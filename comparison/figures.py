@@ -148,14 +148,11 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     for i, (model, colour) in enumerate(colours(summary["models"]).items()):
         key = (task, model, "complete")
         rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == key]
-        times = np.array(
-            [r["steps_to"] if r["steps_to"] is not None else np.inf for r in rows], float
-        )
-        shift = (
-            0.12 * (np.arange(len(times)) - (len(times) - 1) / 2)
-            if len(times) < 6
-            else np.zeros(len(times))
-        )
+        steps_to = [r["steps_to"] for r in rows]
+        times = np.array([np.inf if step is None else step for step in steps_to], float)
+        shift = np.zeros(len(times))
+        if len(times) < 6:  # few enough to lie side by side
+            shift = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2)
         never = ~np.isfinite(times)
         ax.plot(times[~never], i + shift[~never], "o", color=colour, ms=6, alpha=0.8)
         edge = np.full(never.sum(), facts["steps"] * 1.04)

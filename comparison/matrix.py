@@ -96,7 +96,7 @@ class Matrix:
                 self._enter(job, "done")
         with self._listening(), self._screen():
             while any(job.state in ("waiting", "running") for job in self.jobs):
-                self._heed()
+                self._on_signal()
                 self._collect()
                 self._start()
                 self._look()
@@ -114,7 +114,7 @@ class Matrix:
             for signum, handler in old.items():
                 signal.signal(signum, handler)
 
-    def _heed(self) -> None:
+    def _on_signal(self) -> None:
         while self.signals:
             self.signum = self.signals.pop(0)
             for job in self.jobs:

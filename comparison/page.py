@@ -20,17 +20,18 @@ Report = Mapping[str, Any]
 
 @dataclass
 class Table:
-    """Cells are text; the first column names the row."""
+    """Cells are text; the first column names the row. ``prose``: cells are sentences that wrap."""
 
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    prose: bool = False
 
 
 @dataclass
 class Section:
-    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``: only its
-    title shows at first.
+    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``:
+    only its title shows at first.
     """
 
     title: str
@@ -89,7 +90,8 @@ def headline(report: Report) -> str:
     if report["offline"]:
         found = report["offline"]
         facts.append(
-            f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates offline"
+            f"world models: {words.count(found['seeds'], 'seed')} x {found['updates']:,} updates "
+            "offline"
         )
     return " · ".join(facts)
 
@@ -188,7 +190,8 @@ def provenance(report: Report) -> Section:
             " from it."
         ),
         (
-            f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. They describe."
+            f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. "
+            "They describe."
         ),
         (
             f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out"
@@ -263,7 +266,8 @@ def support(report: Report) -> Section:
 
 def learning(report: Report) -> Section:
     text = [
-        "Thin lines are single seeds, dashed where a run is incomplete; thick ones their IQM with its 95% band."
+        "Thin lines are single seeds, dashed where a run is incomplete; "
+        "thick ones their IQM with its 95% band."
     ]
     return Section(
         "Learning curves",
@@ -288,10 +292,12 @@ def aggregate(report: Report) -> Section | None:
     rows.append(["seeds", *(str(report["seeds"][model]) for model in found)])
     drawings = [figures.picture(lambda ax: figures.profiles(ax, report))]
     if better:
-        drawings.append(
-            figures.picture(lambda ax: figures.improvements(ax, report), 0.9 + 0.35 * len(better))
-        )
-    note = "Normalised scores. With few seeds these intervals are too narrow: they describe, and claim nothing."
+        draw = functools.partial(figures.improvements, summary=report)
+        drawings.append(figures.picture(draw, 0.9 + 0.35 * len(better)))
+    note = (
+        "Normalised scores. With few seeds these intervals are too narrow: they describe, "
+        "and claim nothing."
+    )
     return Section("Over all tasks", figures=drawings, tables=[Table(["", *found], rows, note)])
 
 
@@ -365,7 +371,8 @@ def levels(report: Report) -> Section | None:
         draw = functools.partial(figures.level_curves, summary=report, kind=kind)
         drawings.append(figures.picture(draw))
     text = [
-        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its prior, before free bits."
+        "Level 0 is the coarsest. KL: nats by which the posterior of a level departs from its "
+        "prior, before free bits."
     ]
     return Section(
         "Per level", text, figures=drawings, tables=[Table(["", "mean of the last 10%"], rows)]

@@ -1,5 +1,5 @@
-"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl, wherever they were copied
-to.
+"""Run folders of dreamer.py, read back: config.yaml and metrics.jsonl,
+wherever they were copied to.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Run:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Of a flat config without seed and housekeeping: runs with one hash differ in nothing but
-    their seed.
+    """Of a flat config without seed and housekeeping:
+    runs with one hash differ in nothing but their seed.
     """
     kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING | {"seed"}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
@@ -84,7 +84,9 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
 def finished(folder: Path, steps: int) -> bool:
     """Whether the run's checkpoint, read whole, has ``steps`` frames done and evaluated."""
     try:
-        state = load_checkpoint(folder / "checkpoints" / "latest.pt", ("config", "counters"))
+        state = load_checkpoint(
+            folder / "checkpoints" / "latest.pt", {"config": dict, "counters": dict}
+        )
     except CheckpointError:
         return False
     counters = state["counters"]
@@ -92,8 +94,8 @@ def finished(folder: Path, steps: int) -> bool:
 
 
 def read(folder: Path) -> Run:
-    """Raises ConfigError for a config that is none. Without its checkpoints a run is complete if
-    its log is.
+    """Raises ConfigError for a config that is none.
+    Without its checkpoints a run is complete if its log is.
     """
     config = saved_config(folder)
     for key in ("steps", "log_every", "task", "seed", "dynamics.type"):
@@ -138,15 +140,16 @@ def find(folders: Iterable[Path]) -> list[Run]:
     for run in named:
         if run.name in seen:
             raise ConfigError(
-                f"{run.folder} and {seen[run.name].folder} are both {run.name}: leave one of them out"
+                f"{run.folder} and {seen[run.name].folder} are both {run.name}: "
+                "leave one of them out"
             )
         seen[run.name] = run
     return named
 
 
 def name_models(runs: list[Run]) -> list[Run]:
-    """Runs that no comparison started are named after their latent state, and its settings where
-    two share a type.
+    """Runs that no comparison started are named after their latent state,
+    and its settings where two share a type.
     """
 
     def latent_hash(run: Run) -> str:

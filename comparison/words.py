@@ -1,5 +1,5 @@
-"""What the data support and what they do not, in sentences. They are made from intervals, never
-from means alone.
+"""What the data support and what they do not, in sentences. They are made from intervals,
+never from means alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         found = summary["comparisons"].get(model)
         if found is None:
             lines.append(
-                f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task."
+                f"Nothing can be said about {model}: no seed of it, or of {base}, "
+                "finished every task."
             )
             continue
         value, between = found["value"], interval(found["low"], found["high"], sign=True)
@@ -71,7 +72,8 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             )
         elif found["low"] <= 0 <= found["high"]:
             lines.append(
-                f"No difference between {model} and {base} is shown: it lies in {between}, which includes 0."
+                f"No difference between {model} and {base} is shown: it lies in {between}, "
+                "which includes 0."
             )
         else:
             lines.append(
@@ -93,7 +95,10 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
         more = ""
         if base > 0 and size > TARGET * base:
-            more = f" About {stats.seeds_for(size, TARGET * base, seeds):,} seeds would show {percent(TARGET)}."
+            more = (
+                f" About {stats.seeds_for(size, TARGET * base, seeds):,} seeds would show "
+                f"{percent(TARGET)}."
+            )
         lines.append(
             f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative}"
             " cannot be seen here; the spread between seeds would hide it more than one time in"
@@ -143,7 +148,8 @@ def offline(found: Mapping[str, Any]) -> list[str]:
             if low is not None and (low > 0 or high < 0):
                 better = (value < 0) == (metric["better"] == "lower")
                 shown.append(
-                    f"{name} is {'better' if better else 'worse'} ({relative(metric, found['models'][0], model)})"
+                    f"{name} is {'better' if better else 'worse'} "
+                    f"({relative(metric, found['models'][0], model)})"
                 )
         if not total:
             lines.append(f"{model}: nothing can be concluded from one seed or one episode.")

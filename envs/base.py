@@ -40,8 +40,8 @@ RESERVED = {  # names that no observation may have
 
 
 class Suite(gymnasium.Env):
-    """A `gymnasium.Env` with a flat Dict observation space, and the two things that Gymnasium has
-    no word for.
+    """A `gymnasium.Env` with a flat Dict observation space,
+    and the two things that Gymnasium has no word for.
 
     A suite repeats actions itself, because only it knows what need not be drawn for a skipped
     frame: `step` is one agent step. `reset(seed=s)` starts all its randomness afresh. The info of
@@ -56,8 +56,8 @@ class Suite(gymnasium.Env):
         return None
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues exactly from what `get_state` returned, in this object or in another of the
-        same task.
+        """Continues exactly from what `get_state` returned,
+        in this object or in another of the same task.
         """
         raise EnvError(f"{type(self).__name__} cannot restore a state")
 
@@ -111,8 +111,8 @@ class Env:
         self._obs: dict[str, np.ndarray] = {}  # the last observation
 
     def step(self, action: np.ndarray) -> dict[str, Any]:
-        """One agent step. action: float32 (A,): one-hot, one-hots side by side, or numbers
-        (clipped to the bounds).
+        """One agent step. action: float32 (A,): one-hot, one-hots side by side,
+        or numbers (clipped to the bounds).
 
         Raises ActionError, a ValueError, for a wrong shape, a number that is not finite, and what
         is not one-hot; EnvError for a value of the suite of another shape or type than its space
@@ -139,8 +139,8 @@ class Env:
         return self._output(self._obs, logs, 0.0, is_last=True, invalid=1)
 
     def reset(self) -> dict[str, Any]:
-        """Starts the next episode. The first call seeds the suite; the episodes after it follow
-        from that seed.
+        """Starts the next episode. The first call seeds the suite;
+        the episodes after it follow from that seed.
         """
         self._frames = 0
         logs = dict.fromkeys(self.suite.log_keys, 0.0)
@@ -157,8 +157,8 @@ class Env:
         )
 
     def render(self) -> np.ndarray:
-        """uint8 (H, W, 3): the present moment, for videos. Raises EnvError where nothing can be
-        drawn.
+        """uint8 (H, W, 3): the present moment, for videos.
+        Raises EnvError where nothing can be drawn.
         """
         try:
             return picture(self.suite.render())
@@ -168,8 +168,8 @@ class Env:
             raise EnvError(line) from error
 
     def get_state(self) -> dict[str, Any] | None:
-        """Everything that later outputs depend on, as plain values (see `plain`); None where the
-        suite cannot.
+        """Everything that later outputs depend on, as plain values (see `plain`);
+        None where the suite cannot.
         """
         if self._seed is not None:
             return {"seed": self._seed}  # not started: nothing else to remember
@@ -182,8 +182,8 @@ class Env:
         return {"seed": None, "frames": self._frames, "suite": plain(state), **obs}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues, bit for bit, where `get_state` was called, here or in another object of the
-        same task.
+        """Continues, bit for bit, where `get_state` was called,
+        here or in another object of the same task.
         """
         self._seed = state["seed"]
         if self._seed is None:
@@ -196,8 +196,8 @@ class Env:
     def _output(
         self, obs, logs, reward, is_first=False, is_last=False, is_terminal=False, invalid=0
     ) -> dict[str, Any]:
-        """What `step` and `reset` return, of copies: suites may reuse their buffers. Raises
-        BadValue, EnvError.
+        """What `step` and `reset` return, of copies: suites may reuse their buffers.
+        Raises BadValue, EnvError.
         """
         scalars = {
             **logs,
@@ -222,11 +222,15 @@ class Env:
         value = np.asarray(value)
         if value.shape != space.shape:
             raise EnvError(
-                f"{self._name}: observation {key!r} has shape {value.shape}, its space says {space.shape}"
+                f"{self._name}: observation {key!r} has shape {value.shape}, "
+                f"its space says {space.shape}"
             )
         if space.dtype != np.float32:
             if value.dtype != space.dtype:
-                line = f"{self._name}: observation {key!r} is {value.dtype}, its space says {space.dtype}"
+                line = (
+                    f"{self._name}: observation {key!r} is {value.dtype}, "
+                    f"its space says {space.dtype}"
+                )
                 raise EnvError(line)
             return value.copy()
         if value.dtype.kind not in "biuf":
@@ -245,8 +249,8 @@ class Env:
 
 
 def check_finite(name: str, value: np.ndarray | np.float32) -> None:
-    """Raises BadValue, which names the first of them, where floats (any shape) hold a NaN or an
-    infinity.
+    """Raises BadValue, which names the first of them,
+    where floats (any shape) hold a NaN or an infinity.
     """
     good = np.isfinite(value)
     if not good.all():
@@ -270,7 +274,8 @@ def _checked(space: Dict) -> dict[str, Box]:
             )
         if key in RESERVED or key.startswith("log_"):
             raise EnvError(
-                f"observation {key!r} has a reserved name: rename it in the environment (docs/own_environment.md)"
+                f"observation {key!r} has a reserved name: rename it in the environment "
+                "(docs/own_environment.md)"
             )
     return dict(space.items())
 
@@ -288,8 +293,8 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def picture(frame: Any) -> np.ndarray:
-    """What a `render` returned -> uint8 (H, W, 3): grey is repeated, alpha dropped, floats in [0,
-    1] are scaled.
+    """What a `render` returned -> uint8 (H, W, 3): grey is repeated, alpha dropped,
+    floats in [0, 1] are scaled.
 
     Raises EnvError for all that is no single picture.
     """
@@ -324,8 +329,8 @@ def picture(frame: Any) -> np.ndarray:
 
 
 def plain(value: Any) -> Any:
-    """A deep copy made of None, bool, int, float, str, list, dict and np.ndarray only, as
-    checkpoints want it.
+    """A deep copy made of None, bool, int, float, str, list, dict and np.ndarray only,
+    as checkpoints want it.
     """
     match value:
         case dict():

@@ -24,8 +24,8 @@ CAMERAS = {"quadruped": 2}  # the camera that shows the whole body, where it is 
 
 
 class DMC(Suite):
-    """One task, `DOMAIN_TASK`. Observations: `image` if `image`, each sensor as a vector if
-    `proprio`.
+    """One task, `DOMAIN_TASK`. Observations: `image` if `image`,
+    each sensor as a vector if `proprio`.
 
     camera: index of the model's camera; -1 for the one that is usual in the domain.
     The suite's own 1,000 control steps end an episode by truncation; a discount of zero is a real
@@ -95,5 +95,8 @@ class DMC(Suite):
         try:
             return self._env.physics.render(height, width, camera_id=self._camera)
         except RuntimeError as error:
-            remedy = "apt install libegl1 libgl1-mesa-dri, unset MUJOCO_GL, or set dmc.image false, dmc.proprio true"
+            remedy = (
+                "apt install libegl1 libgl1-mesa-dri, unset MUJOCO_GL, or set dmc.image false, "
+                "dmc.proprio true"
+            )
             raise EnvError(f"dm_control finds no OpenGL to draw with: {remedy}") from error

@@ -1,5 +1,5 @@
-"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first. See
-docs/own_environment.md.
+"""Any environment that is registered with Gymnasium; `MODULE:ID` imports MODULE first.
+See docs/own_environment.md.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ STEP = "step must return (observation, reward, terminated, truncated, info)"
 
 
 class Gym(Suite):
-    """One Gymnasium id. Observations: the keys of a Dict space, else one key, `image`, `grid` or
-    `vector`.
+    """One Gymnasium id. Observations: the keys of a Dict space, else one key,
+    `image`, `grid` or `vector`.
 
     A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and
     its shape is (H, W), (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if
@@ -127,8 +127,8 @@ class Gym(Suite):
         inner.np_random.bit_generator.state = state["random"]
 
     def _frame(self, action: Any) -> tuple[Any, float, bool, bool]:
-        """One step of the environment. -> observation, reward, terminated, truncated. Raises
-        EnvError.
+        """One step of the environment. -> observation, reward, terminated,
+        truncated. Raises EnvError.
         """
         try:
             result = self._env.step(action)
@@ -191,7 +191,8 @@ class Gym(Suite):
             ) from error
         if not chosen:
             raise EnvError(
-                f"no observation matches env.gym.keys {pattern!r}; {self._name} has {', '.join(map(str, leaves))}"
+                f"no observation matches env.gym.keys {pattern!r}; "
+                f"{self._name} has {', '.join(map(str, leaves))}"
             )
         for key, leaf in chosen.items():
             if readable(leaf):
@@ -223,7 +224,8 @@ def _mapping(text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
         raise EnvError(
-            f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: false}}'"
+            f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: "
+            f"false}}'"
         )
     return mapping
 

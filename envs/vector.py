@@ -16,7 +16,9 @@ import numpy as np
 from envs.base import Env, EnvError, plain
 from envs.worker import Crash, Inside, Outside, close
 
-CRASHES = 5  # of one environment, without a good step in between, until we give up
+# Crashes of one environment until we give up, without a whole episode or GOOD_STEPS of one between.
+CRASHES = 5
+GOOD_STEPS = 1000
 
 
 class Envs:
@@ -32,8 +34,10 @@ class Envs:
     without a process). It is then replaced by `make(index, its number of restarts so far)`, with a
     RuntimeWarning. Its episode is closed as truncated: for this step it returns its previous
     observation, reward 0. The traceback of each new error is appended to `error_log`.
-    Raises EnvError where an environment cannot be built, and where it crashes without a good step
-    in between: twice in a row with the same error at the same line, or 5 times with whatever.
+    `crashed` (count,) says for which environments that was so in the last step.
+    Raises EnvError where an environment cannot be built, and where it would crash for ever: without
+    a whole episode or 1,000 steps in between, twice in a row with the same error at the same line
+    and step of its episode, or 5 times with whatever.
     """
 
     def __init__(
@@ -48,13 +52,15 @@ class Envs:
             raise ValueError(f"count must be at least 1, not {count}")
         self.count = count
         self.restarts = 0
+        self.crashed = np.zeros(count, bool)
         self._timeout, self._error_log = timeout, error_log
         self._start = Outside if parallel else Inside
         self._make = cloudpickle.dumps(make) if parallel else make
         self._replaced = [0] * count
-        self._crashes = [0] * count  # since the last good step
-        # that of the last crash since then
-        self._errors: list[tuple[str, str] | None] = [None] * count
+        self._ages = [0] * count  # steps of the episodes that they are in
+        self._crashes = [0] * count  # since the last whole episode
+        # that of the last crash since then, and the age at which it came
+        self._errors: list[tuple[tuple[str, str], int] | None] = [None] * count
         self._logged: set[tuple[str, str]] = set()
         # the last of each; None: not started
         self._outputs: list[dict[str, Any] | None] = [None] * count
@@ -98,6 +104,9 @@ class Envs:
             worker.send("reset") if resets[index] else worker.send("step", action[index])
         # All replies before any is examined: none may stay in its pipe.
         replies = [worker.answer() for worker in self._workers]
+        for index, reset in enumerate(resets):
+            self._ages[index] = 0 if reset else self._ages[index] + 1
+            self.crashed[index] = not reset and isinstance(replies[index], Crash)
         self._outputs = [
             self._settle(index, reply, resets[index]) for index, reply in enumerate(replies)
         ]
@@ -188,19 +197,20 @@ class Envs:
             reply = self._workers[index].answer()
         if isinstance(reply, Exception):
             raise reply
-        if not reset:
+        if reply["is_last"] or self._ages[index] >= GOOD_STEPS:
             self._crashes[index], self._errors[index] = 0, None
         return reply
 
     def _replace(self, index: int, cause: Exception) -> None:
         while isinstance(cause, Crash):
             self._crashes[index] += 1
+            error = None if cause.error is None else (cause.error, self._ages[index])
             why = ""
-            if cause.error is not None and cause.error == self._errors[index]:
+            if error is not None and error == self._errors[index]:
                 why = "fails in the same way as before its restart"
             elif self._crashes[index] == CRASHES:
-                why = f"crashed {CRASHES} times without a good step"
-            self._errors[index] = cause.error
+                why = f"crashed {CRASHES} times without a whole episode"
+            self._errors[index] = error
             trace = self._log(index, cause)
             if why:
                 raise EnvError(f"environment {index} {why}: {cause}{trace}") from cause

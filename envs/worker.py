@@ -5,6 +5,7 @@ own.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 
 # The module `signal` makes enums of all that passes, which takes longer than a step of a small
 # game.
@@ -26,6 +28,7 @@ import cloudpickle
 
 from envs.base import ActionError, Env, EnvError
 
+SLICE = 0.5  # seconds between two looks at whether to go on waiting
 PATIENCE = 5.0  # seconds for environments to close
 LONGEST = 500  # characters of an environment's own message
 # A plain child, not multiprocessing's: that one would import the parent's main module, and torch
@@ -46,6 +49,29 @@ class Crash(Exception):
 
     error: tuple[str, str] | None = None
     trace: str = ""
+
+
+class Hurry:
+    """Whether the program is to end: then nobody waits for an environment until `env.timeout`."""
+
+    began, seconds = math.inf, math.inf  # as of `time.monotonic`
+
+    @classmethod
+    def begin(cls, seconds: float) -> None:
+        """Give every call at most so many seconds, and one that runs now so many more."""
+        cls.began, cls.seconds = time.monotonic(), seconds
+        left, _ = signal.getitimer(signal.ITIMER_REAL)
+        if left > seconds and _Signals.timing:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    @classmethod
+    def end(cls) -> None:
+        cls.began = cls.seconds = math.inf
+
+    @classmethod
+    def deadline(cls, sent: float) -> float:
+        """Of a call that was sent at ``sent``."""
+        return max(cls.began, sent) + cls.seconds
 
 
 class Inside:
@@ -111,14 +137,16 @@ class Outside:
         self.send(make, index, restart)
 
     def send(self, *message: Any) -> None:
-        self._deadline = time.monotonic() + self._timeout
+        self._sent = time.monotonic()
         with contextlib.suppress(OSError):  # it is dead, which `answer` reports
             self._pipe.send(message)
 
     def answer(self) -> Any:
-        left = max(self._deadline - time.monotonic(), 0.0) if self._timeout else None
         try:
-            if self._pipe.poll(left):
+            while (left := self._left()) > 0.0:
+                if self._pipe.poll(min(left, SLICE)):
+                    return self._pipe.recv()
+            if self._pipe.poll():  # it was in time while others were waited for
                 return self._pipe.recv()
         except (EOFError, OSError):
             return Crash(_late(self._timeout) if self._late else f"its process {self._fate()}")
@@ -127,6 +155,10 @@ class Outside:
         self._late = True
         self._kill()
         return Crash(_late(self._timeout))
+
+    def _left(self) -> float:
+        deadline = self._sent + (self._timeout or math.inf)
+        return min(deadline, Hurry.deadline(self._sent)) - time.monotonic()
 
     def hang_up(self) -> None:
         self._pipe.close()  # for the worker this is the end
@@ -157,6 +189,7 @@ class Outside:
 def serve(fd: int) -> None:
     """The worker: answers calls from the pipe `fd` until the parent hangs up or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     # a child of the environment must not hold the pipe open when we die
     os.set_inheritable(fd, False)
     subprocess.Popen(
@@ -206,6 +239,7 @@ def _call(task: Callable[[], Any], seconds: float) -> Any:
         Exception,
         KeyboardInterrupt,
         SystemExit,
+        GeneratorExit,
         _TimeUp,
     ) as error:  # others end the program, not a call
         value = Crash(_late(seconds)) if signals.late else _crash(error)
@@ -229,6 +263,8 @@ class _Signals:
     is over.
     """
 
+    timing = False  # whether the alarm is that of a call
+
     def __init__(self, seconds: float):
         self.late = self.pressed = self.running = False
         self._seconds = seconds
@@ -247,11 +283,13 @@ class _Signals:
                 self._alarm = signal.setitimer(signal.ITIMER_REAL, 0)
                 self._set(signal.SIGALRM, self._expire)
                 signal.setitimer(signal.ITIMER_REAL, self._seconds)
+                _Signals.timing = True
         self.running = True
 
     def restore(self) -> None:
         if self._alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            _Signals.timing = False
         for signum, handler in self._changed:
             set_handler(signum, handler)
         if self._alarm is not None and self._alarm[0]:
@@ -273,6 +311,8 @@ class _Signals:
 
 
 def _late(seconds: float) -> str:
+    if Hurry.seconds < (seconds or math.inf):
+        return f"no answer within {Hurry.seconds:g} s of the signal to end"
     return f"no answer within {seconds:g} s (env.timeout)"
 
 

@@ -75,8 +75,13 @@ def run(main: Callable[[list[str]], int]) -> int:
     """
     try:
         status = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # started with it closed
+            sys.stdout.flush()
     except BrokenPipeError:
+        hide_stdout()
+        return 1
+    except OSError as error:
+        print(f"error: the output cannot be written ({error})", file=sys.stderr)
         hide_stdout()
         return 1
     return status

@@ -16,17 +16,17 @@ from hidreamer.returns import ReturnNorm
 Metrics = dict[str, Tensor]  # each ()
 
 
-class Dream(NamedTuple):
+class Trajectory(NamedTuple):
     """Imagined states and what the agent makes of them; entry 0 is the replayed state before."""
 
     feat: Feat  # (N, H+1, .)
     x: Tensor  # (N, H+1, F) the same, concatenated
     action: Tensor  # (N, H+1, A) taken in each state
-    disc: Tensor  # (N, H+1) gamma times the probability that the episode goes on after each state
+    disc: Tensor  # (N, H+1) gamma times the probability that the episode continues after it
 
 
 class Behavior(nn.Module):
-    """Actor and critic, trained on dreams.
+    """Actor and critic, trained on imagined trajectories.
 
     ``backprop``: the actor's gradient goes through the dynamics to the returns; otherwise it is
     REINFORCE's.
@@ -41,32 +41,35 @@ class Behavior(nn.Module):
         self.entropy, self.scales = config.actor.entropy, config.loss_scales
         self.backprop = backprop
 
-    def dream(self, model: Any, start: Any, terminal: Tensor) -> Dream:
-        """Imagine H steps from N starts; terminal (N,) tells which of them ended their episode.
+    def imagine(
+        self, model: Any, start: Any, terminal: Tensor, generator: torch.Generator | None = None
+    ) -> Trajectory:
+        """Imagine H steps from N starts; terminal (N,): which of them ended their episode.
 
-        REINFORCE needs no gradient through the dream, so none is recorded for it.
+        REINFORCE needs no gradient through the trajectory, so none is recorded for it.
         """
         with torch.set_grad_enabled(self.backprop):
-            policy = lambda feat: self.actor(feat.cat().detach()).sample()
-            _, feat, action = model.dynamics.imagine(start, policy, self.imag.horizon)
+            policy = lambda feat: self.actor(feat.cat().detach()).sample(generator)
+            horizon = self.imag.horizon
+            _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
             x = feat.cat()
             cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
-            return Dream(feat, x, action, self.imag.discount * cont)
+            return Trajectory(feat, x, action, self.imag.discount * cont)
 
     def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
-        """What the actor maximises of its actions' log-probabilities and advantages, (N, H) each."""
+        """What the actor maximises, of its actions' log-probabilities and advantages, (N, H)."""
         return reinforce_gain(log_prob, adv)
 
-    def losses(self, dream: Dream, rew: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+    def losses(self, traj: Trajectory, rew: Tensor) -> tuple[Tensor, Tensor, Metrics]:
         """Weighted actor and critic loss, () each. rew: (N, H+1), for arriving in each state."""
-        x = dream.x.detach()
+        x = traj.x.detach()
         value_dist = self.critic(x[:, :-1])
         # Backpropagating through the dynamics, returns depend on the features; for REINFORCE they
         # are constants.
-        value = self.critic(dream.x).mode() if self.backprop else self._values(value_dist, x)
+        value = self.critic(traj.x).mode() if self.backprop else self._values(value_dist, x)
         loss = imag_loss(
-            dream.action,
-            dream.disc,
+            traj.action,
+            traj.disc,
             rew,
             value,
             policy=self.actor(x[:, :-1]),

@@ -14,7 +14,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -110,12 +110,16 @@ def write_npz(path: Path, rows: Mapping[str, np.ndarray]) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None
+) -> dict[str, Any]:
     """The state in ``path``, tensors and plain values only: reading it never executes code.
 
     Raises CheckpointError, one line, for whatever is no whole checkpoint that has all of
-    ``fields``.
+    ``fields`` {name: type}.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file")  # opening a pipe would wait for ever
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch itself does not check the sums of what it maps
@@ -143,11 +147,22 @@ def load_checkpoint(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
             f"{path} is no checkpoint of this program: it holds a {type(state).__name__}"
         )
     written_by = state.get("format", 0)
-    if isinstance(written_by, int) and written_by > FORMAT:
-        message = f"{path} was written by a newer version of this program (format {written_by}, not {FORMAT})"
+    if not isinstance(written_by, int):
+        raise CheckpointError(
+            f"{path} is no checkpoint of this program: its format is {written_by!r}"
+        )
+    if written_by > FORMAT:
+        message = (
+            f"{path} was written by a newer version of this program (format {written_by}, "
+            f"not {FORMAT})"
+        )
         raise CheckpointError(f"{message}: update it to continue this run")
-    if missing := [name for name in fields if name not in state]:
-        raise CheckpointError(f"{path} is no checkpoint of such a run: it has no {missing[0]!r}")
+    for name, kind in (fields or {}).items():
+        if name not in state:
+            raise CheckpointError(f"{path} is no checkpoint of such a run: it has no {name!r}")
+        if not isinstance(state[name], kind):
+            found = type(state[name]).__name__
+            raise CheckpointError(f"{path} is no checkpoint of such a run: {name!r} is a {found}")
     return state
 
 
@@ -155,7 +170,7 @@ Rows = dict[str, np.ndarray]
 
 
 def find_checkpoint(
-    folder: Path, fields: Iterable[str]
+    folder: Path, fields: Mapping[str, type | tuple[type, ...]]
 ) -> tuple[dict[str, Any] | None, Rows, list[str]]:
     """The newest whole checkpoint in a run's ``checkpoints/``, rows of its unfinished episodes,
     lines about others.
@@ -168,7 +183,7 @@ def find_checkpoint(
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder where a checkpoint belongs: move it away")
         try:
-            state = load_checkpoint(path, (*fields, "running_file"))
+            state = load_checkpoint(path, {**fields, "running_file": str})
             rows = read_rows(folder / str(state["running_file"]), path)
         except CheckpointError as error:
             problems.append((path, str(error)))
@@ -248,7 +263,10 @@ def locked(logdir: Path) -> Iterator[None]:
             logdir.mkdir(parents=True, exist_ok=True)
             lock = lock_file(logdir / "lock")
         except OSError as error:
-            message = f"{logdir} cannot be the folder of a run ({error.strerror}: {error.filename or logdir})"
+            message = (
+                f"{logdir} cannot be the folder of a run ({error.strerror}: "
+                f"{error.filename or logdir})"
+            )
             raise FolderError(f"{message}: choose another --logdir") from None
         try:
             yield
@@ -278,7 +296,10 @@ def lock_file(path: Path) -> TextIO:
                 f"{message}: wait for it, stop it, or choose another --logdir"
             ) from None
         except OSError as error:
-            message = f"{path.parent} is on a disk without locks ({error.strerror}): start no second run in it"
+            message = (
+                f"{path.parent} is on a disk without locks ({error.strerror}): "
+                "start no second run in it"
+            )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         # A holder that ended removes the file: what was locked may no longer be what the next
         # process opens.

@@ -1,23 +1,24 @@
 """The distributions of DreamerV3. Those of torch check arguments, which reads the host.
 
 Every class wraps the tensors that a network emitted and offers what its callers use of
-``log_prob(x)``, ``mode()``, ``mean()``, ``sample()``, ``entropy()``. All is float32 or wider,
-whatever autocast says.
+``log_prob(x)``, ``mode()``, ``mean()``, ``sample(generator)``, ``entropy()``. All is float32 or
+wider, whatever autocast says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BINS = 255  # of the two-hot distribution
-LIMIT = 20.0  # its largest bin, in symlog space
+MAX_BIN = 20.0  # its largest bin, in symlog space
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32 at least."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -35,9 +36,15 @@ def symexp(x: Tensor) -> Tensor:
 class StraightThrough(torch.autograd.Function):
     """The sample, whose gradient goes to the probabilities unchanged (Bengio et al. 2013)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, sample: Tensor, probs: Tensor) -> Tensor:
+    def forward(sample: Tensor, probs: Tensor) -> Tensor:
         return sample.view_as(sample)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
@@ -49,21 +56,31 @@ def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
     return StraightThrough.apply(sample, probs)
 
 
-def mix(logit: Tensor, unimix: float) -> Tensor:
+def unimix_probs(logit: Tensor, unimix: float) -> Tensor:
     """Probabilities (..., K) of logits: ``1 - unimix`` softmax + ``unimix`` uniform, never zero."""
-    probs = torch.softmax(wide(logit), -1)
+    probs = torch.softmax(at_least_float32(logit), -1)
     return torch.add(unimix / logit.shape[-1], probs, alpha=1.0 - unimix) if unimix else probs
 
 
-def draw(probs: Tensor, sample: bool = True) -> Tensor:
-    """One-hot (..., K) straight-through draw from ``probs``, or their mode.
+def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1) on the device of ``like``, float64 if it is that, float32 otherwise.
 
-    By the inverse of the cumulative distribution: one uniform number a variable. A race of K
-    exponentials does the same and costs ten times as much on a CPU, and ``multinomial`` as well.
+    generator: None is torch's default one, here and wherever else a generator is asked for.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.rand(*shape, dtype=dtype, device=like.device, generator=generator)
+
+
+def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
+    """One-hot (..., K) straight-through sample of ``probs``; without noise their mode.
+
+    noise (..., 1): uniform in [0, 1), through the inverse of the cumulative distribution: one
+    number a variable. A race of K exponentials does the same and costs ten times as much on a CPU,
+    and ``multinomial`` as well.
     """
     with torch.no_grad():
-        if sample:
-            below = probs.cumsum(-1) < torch.rand_like(probs[..., :1])
+        if noise is not None:
+            below = probs.cumsum(-1) < noise
             # Rounding may leave the sum of all below 1.
             index = below.sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
         else:
@@ -82,47 +99,53 @@ def entropy(probs: Tensor) -> Tensor:
     return -torch.special.xlogy(probs, probs).sum((-2, -1))
 
 
-class OneHots:
+class OneHotCategorical:
     """Independent categoricals, concatenated: ``logit`` (..., sum(sizes)).
 
     MultiDiscrete actions have several.
     """
 
     def __init__(self, logit: Tensor, sizes: tuple[int, ...], unimix: float):
-        self.probs = [mix(part, unimix) for part in logit.split(sizes, -1)]
+        self.probs = [unimix_probs(x, unimix) for x in logit.split(sizes, -1)]
         self.sizes = sizes
 
-    def sample(self) -> Tensor:
-        return torch.cat([draw(p) for p in self.probs], -1)
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        drawn = []
+        for p in self.probs:
+            noise = uniform((*p.shape[:-1], 1), p, generator)
+            drawn.append(sample_onehot(p, noise))
+        return torch.cat(drawn, -1)
 
     def mode(self) -> Tensor:
-        return torch.cat([draw(p, sample=False) for p in self.probs], -1)
+        return torch.cat([sample_onehot(p, None) for p in self.probs], -1)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        parts = x.split(self.sizes, -1)
-        return sum((x * p.log()).sum(-1) for x, p in zip(parts, self.probs, strict=True))
+        onehots = x.split(self.sizes, -1)
+        return sum((x * p.log()).sum(-1) for x, p in zip(onehots, self.probs, strict=True))
 
     def entropy(self) -> Tensor:
         return -sum(torch.special.xlogy(p, p).sum(-1) for p in self.probs)
 
 
 class ClippedNormal:
-    """A normal with mean tanh(m) whose draws are clipped to [-1, 1]: the continuous policy.
+    """A normal with mean tanh(m) whose samples are clipped to [-1, 1]: the continuous policy.
 
-    Upstream clips the draw and then scores it with the density of the unclipped normal, which is
-    the wrong likelihood for every draw at a bound. Here a draw at a bound has the probability of
-    the tail beyond it (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is the
-    unclipped normal's.
+    Upstream clips the sample and then scores it with the density of the unclipped normal, which is
+    the wrong likelihood for every sample at a bound. Here a sample at a bound has the probability
+    of the tail beyond it (Fujita and Maeda 2018, Clipped Action Policy Gradient). The entropy is
+    the unclipped normal's.
 
     mean, std: (..., A); ``log_prob`` and ``entropy`` sum over A.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, low: float, high: float):
-        self.loc = torch.tanh(wide(mean))
-        self.std = (high - low) * torch.sigmoid(wide(std) + 2.0) + low
+        self.loc = torch.tanh(at_least_float32(mean))
+        self.std = (high - low) * torch.sigmoid(at_least_float32(std) + 2.0) + low
 
-    def sample(self) -> Tensor:
-        return torch.clamp(torch.addcmul(self.loc, self.std, torch.randn_like(self.std)), -1.0, 1.0)
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        where = {"dtype": self.std.dtype, "device": self.std.device}
+        noise = torch.randn(self.std.shape, generator=generator, **where)  # (..., A)
+        return torch.clamp(torch.addcmul(self.loc, self.std, noise), -1.0, 1.0)
 
     def mode(self) -> Tensor:
         return self.loc
@@ -145,14 +168,14 @@ class TwoHot:
     """
 
     def __init__(self, logit: Tensor):
-        self.logit = wide(logit)
+        self.logit = at_least_float32(logit)
 
     def mode(self) -> Tensor:
         # Bins come in pairs of opposite sign: pair by pair, a uniform output decodes to exactly 0.
         probs = torch.softmax(self.logit, -1)
         half = BINS // 2
         where = {"device": probs.device, "dtype": probs.dtype}
-        bins = torch.linspace(0.0, LIMIT, half + 1, **where)[1:]  # (127,)
+        bins = torch.linspace(0.0, MAX_BIN, half + 1, **where)[1:]  # (127,)
         pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
         return symexp((pairs * bins).sum(-1))  # no matrix product: autocast would round it
 
@@ -163,12 +186,14 @@ class TwoHot:
         logp = torch.log_softmax(self.logit, -1)
         total = 0.0
         for target in targets:
-            place = (symlog(target).clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2.0 * LIMIT))
-            below = place.floor().clamp(max=BINS - 2)
+            position = (symlog(target).clamp(-MAX_BIN, MAX_BIN) + MAX_BIN) * (
+                (BINS - 1) / (2.0 * MAX_BIN)
+            )
+            below = position.floor().clamp(max=BINS - 2)
             # A NaN stays one, but not as an index.
             index = below.nan_to_num().long().unsqueeze(-1)  # (..., 1)
             pair = logp.gather(-1, torch.cat([index, index + 1], -1))  # (..., 2)
-            total = total + torch.lerp(pair[..., 0], pair[..., 1], place - below)
+            total = total + torch.lerp(pair[..., 0], pair[..., 1], position - below)
         return total
 
 
@@ -176,7 +201,7 @@ class Bernoulli:
     """logit (...): continue flags, binary grids; ``log_prob`` sums the last ``event`` axes."""
 
     def __init__(self, logit: Tensor, event: int = 0):
-        self.logit, self.event = wide(logit), event
+        self.logit, self.event = at_least_float32(logit), event
 
     def mean(self) -> Tensor:
         return torch.sigmoid(self.logit)
@@ -194,17 +219,18 @@ class MSE:
     """A unit-variance regression up to constants.
 
     ``log_prob`` is minus the squared error summed over ``event`` axes.
-    With ``squash`` it works in symlog space: vectors of unknown scale (Hafner et al. 2023, eq. 8).
+    With ``in_symlog`` the error is that in symlog space, for vectors of unknown scale (Hafner et
+    al. 2023, eq. 8).
     """
 
-    def __init__(self, out: Tensor, event: int, squash: bool = False):
-        self.out, self.event, self.squash = wide(out), event, squash
+    def __init__(self, out: Tensor, event: int, in_symlog: bool = False):
+        self.out, self.event, self.in_symlog = at_least_float32(out), event, in_symlog
 
     def mode(self) -> Tensor:
-        return symexp(self.out) if self.squash else self.out
+        return symexp(self.out) if self.in_symlog else self.out
 
     mean = mode
 
     def log_prob(self, x: Tensor) -> Tensor:
-        x = symlog(x) if self.squash else x
+        x = symlog(x) if self.in_symlog else x
         return -(self.out - x).square().flatten(-self.event).sum(-1)

@@ -238,7 +238,8 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
         path, error = found[0]
         if len(found) > MANY:
             lines.append(
-                f"skipped {len(found)} of {total} episodes of {path.parent}, e.g. {path.name}: {error}"
+                f"skipped {len(found)} of {total} episodes of {path.parent}, e.g. {path.name}: "
+                f"{error}"
             )
         else:
             lines += [f"skipped episode {path}: {error}" for path, error in found]
@@ -314,6 +315,8 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises
     EpisodeError.
     """
+    if path.exists() and not path.is_file():
+        raise EpisodeError("it is no file")  # opening a pipe would wait for ever
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]

@@ -44,15 +44,18 @@ def play(
     video: bool = False,
     levels: bool = False,
     check: Callable[[], None] = lambda: None,
+    generator: torch.Generator | None = None,
 ) -> Played:
     """Play ``episodes`` in ``envs``, each environment its share.
 
-    Taking whoever finishes first would favour short episodes.
+    Taking whoever finishes first would favour short episodes. One that ended because its
+    environment crashed is played again.
 
     mode: as of ``Agent.act``. limit: the frames after which ``envs`` cut an episode. video: film
     environment 0's first episode, up to LONGEST frames; an error ends the film only. levels: also
     show what each level of the state decodes to.
-    check: called before every step; what it raises is not caught.
+    check: called before every step; what it raises is not caught. generator: of the agent's random
+    numbers, None being torch's default one.
     """
     count = envs.count
     quota = np.array([episodes // count + (i < episodes % count) for i in range(count)])
@@ -64,18 +67,22 @@ def play(
         obs = envs.step(action)
         running.add(obs)
         inputs = agent.tensors({key: obs[key] for key in (*envs.obs_space, "is_first")})
-        state = agent.act(state, inputs, mode)
+        state = agent.act(state, inputs, mode, generator)
         action = state.action.cpu().numpy()
-        if video:
+        if envs.crashed[0] and video:
+            # What is new now has not been reset and cannot be drawn: the film starts again.
+            videos = {"agent": [], "levels": []}
+        elif video:
             try:
                 videos["agent"].append(envs.render(0))
                 if levels:
-                    videos["levels"] += list(board(agent.decode_state(inputs, state)))
+                    decoded = agent.decode_state(inputs, state, generator)
+                    videos["levels"] += list(board(decoded))
             except Exception as error:  # a renderer may raise anything
                 video, problem = False, error
             video = video and not obs["is_last"][0] and len(videos["agent"]) < LONGEST
         cut = ~obs["is_terminal"] & (running.sums["length"] * envs.repeat >= limit)
-        for i in np.flatnonzero(obs["is_last"] & (quota > 0)):
+        for i in np.flatnonzero(obs["is_last"] & ~envs.crashed & (quota > 0)):
             sums = {key: float(total[i]) for key, total in running.sums.items()}
             ended.append(sums | {"truncated": float(cut[i])})
             quota[i] -= 1
@@ -106,12 +113,18 @@ def scores(
 
 
 def evaluate(
-    agent: Any, envs: Any, config: Any, drawable: bool, check: Callable[[], None]
+    agent: Any,
+    envs: Any,
+    config: Any,
+    drawable: bool,
+    check: Callable[[], None],
+    generator: torch.Generator | None = None,
 ) -> tuple[dict[str, float], Played]:
     """Play as the run's ``config`` asks for, in environments that cut an episode at
     ``time_limit``. -> scores, Played.
 
-    drawable: whether the environments can be drawn, as far as is known. check: see ``play``.
+    drawable: whether the environments can be drawn, as far as is known. check, generator: see
+    ``play``.
     """
     played = play(
         agent,
@@ -122,6 +135,7 @@ def evaluate(
         video=config.video and drawable,
         levels=config.decode_levels,
         check=check,
+        generator=generator,
     )
     return scores(played.episodes, getattr(envs, "summary", None)), played
 
@@ -140,17 +154,22 @@ def record(
     played: Played,
     batch: Mapping[str, np.ndarray],
     levels: bool,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Log the videos of an evaluation, and what the agent predicts of replayed sequences, a raw
     ``batch`` (B,T,...).
     """
     for name, frames in played.videos.items():
         logger.video(step, name, frames)
-    logger.video(step, "open_loop", open_loop(agent, batch, levels), fps=5)
+    logger.video(step, "open_loop", open_loop(agent, batch, levels, generator), fps=5)
 
 
 def open_loop(
-    agent: Any, batch: Mapping[str, np.ndarray], levels: bool, context: int = 5
+    agent: Any,
+    batch: Mapping[str, np.ndarray],
+    levels: bool,
+    generator: torch.Generator | None = None,
+    context: int = 5,
 ) -> np.ndarray:
     """(T,H,W,3) truth, model and error above each other for six sequences, open loop after
     ``context`` steps.
@@ -159,7 +178,7 @@ def open_loop(
     if batch["reward"].shape[1] <= context:
         return np.zeros(0)
     with agent.autocast():
-        rows = agent.world_model.open_loop(agent.tensors(batch), context, levels)
+        rows = agent.world_model.open_loop(agent.tensors(batch), context, levels, generator)
     return board(rows, error=True)
 
 

@@ -1,4 +1,4 @@
-"""Plan2Explore (Sekar et al. 2020): an ensemble whose disagreement pays for novelty."""
+"""Plan2Explore (Sekar et al. 2020): an ensemble whose disagreement is an intrinsic reward."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Explorer(nn.Module):
         pred = self._predict(post.feat.cat().detach()[:, :-1], prev_action[:, 1:])
         return 0.5 * (pred - target).square().sum(-1).mean()
 
-    def reward(self, dream: Any, extrinsic: Tensor) -> Tensor:
-        """What arriving in each state of a ``Dream`` pays, (N, H+1): disagreement on what follows.
+    def reward(self, traj: Any, extrinsic: Tensor) -> Tensor:
+        """Reward for arriving in each state of a ``Trajectory``, (N, H+1).
 
-        Conditioned on the action, the disagreement belongs to taking it, and is paid one step
-        later.
+        The bonus is the disagreement of the ensemble on the next state. Conditioned on the action,
+        it belongs to taking that, and is the reward of the step after.
         """
-        spread = self._predict(dream.x, dream.action).std(0).mean(-1)  # (N, H+1)
-        spread = spread.clamp(min=1e-8).log() if self.config.log else spread
+        bonus = self._predict(traj.x, traj.action).std(0).mean(-1)  # (N, H+1)
+        bonus = bonus.clamp(min=1e-8).log() if self.config.log else bonus
         if self.config.action_cond:
-            spread = torch.cat([torch.zeros_like(spread[:, :1]), spread[:, :-1]], 1)
-        return self.config.intr_scale * spread + self.config.extr_scale * extrinsic
+            bonus = torch.cat([torch.zeros_like(bonus[:, :1]), bonus[:, :-1]], 1)
+        return self.config.intr_scale * bonus + self.config.extr_scale * extrinsic

@@ -1,7 +1,7 @@
 """Losses as free functions of distributions and tensors.
 
-Shapes: N dreams of H imagined steps, A action. Entry t of an (N, H+1) tensor belongs to state t,
-the first of which is the replayed one that the dream starts from.
+Shapes: N imagined trajectories of H steps, A action. Entry t of an (N, H+1) tensor belongs to state
+t, the first of which is the replayed one that the trajectory starts from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hidreamer.returns import lambda_return
 
 
 class Policy(Protocol):
-    """What ``imag_loss`` asks of the actor's distribution in (N, H) states: (N, H) each."""
+    """What ``imag_loss`` needs of the actor's distribution in (N, H) states: (N, H) each."""
 
     def log_prob(self, x: Tensor) -> Tensor: ...
 
@@ -24,7 +24,7 @@ class Policy(Protocol):
 
 
 class Value(Protocol):
-    """What ``imag_loss`` asks of the critic's distribution in (N, H) states."""
+    """What ``imag_loss`` needs of the critic's distribution in (N, H) states."""
 
     def log_prob(self, *targets: Tensor) -> Tensor: ...
 
@@ -72,13 +72,13 @@ def imag_loss(
     reinforce: bool,
     surrogate: Surrogate = reinforce_gain,
 ) -> ImagLoss:
-    """Actor and critic loss of dreams (Hafner et al. 2023, eq. 7-12).
+    """Actor and critic loss of imagined trajectories (Hafner et al. 2023, eq. 7-12).
 
     action (N,H+1,A) taken in each state; rew (N,H+1) for arriving in it; disc (N,H+1), ``discount``
-    times the probability that the episode goes on after it; value (N,H+1), the critic's. policy and
-    value_dist are what actor and critic say in the first H states, whose features have no gradient;
-    slow_value (N,H) is the slow critic's, towards which the critic is drawn. scale: takes the
-    returns (N,H) and gives what advantages are divided by, ().
+    times the probability that the episode continues after it; value (N,H+1), the critic's. policy
+    and value_dist are the outputs of actor and critic in the first H states, whose features have no
+    gradient; slow_value (N,H) is the slow critic's, towards which the critic is regularised. scale:
+    takes the returns (N,H) and gives what advantages are divided by, ().
 
     reinforce: the actor's gradient is that of its actions' log-probabilities, by ``surrogate``;
     otherwise it is that of the returns, which must then depend on the actions.

@@ -1,4 +1,4 @@
-"""Who may attend to whom: masks over positions ``[L0 .. L_{levels-1}, A]`` of each time step.
+"""Attention masks over positions ``[L0 .. L_{levels-1}, A]`` of each time step.
 
 Three kinds. Rows and columns are (time, level), A being level ``levels``; all are causal.
 
@@ -18,16 +18,15 @@ from torch import Tensor
 KINDS = ("hierarchical", "barrier", "causal")
 
 
-def rule(kind: str, levels: int) -> Tensor:
+def make_level_mask(kind: str, levels: int) -> Tensor:
     """(2, levels + 1, levels + 1) bool, by row and column level: in the past, and within one step.
 
     Raises ValueError for an unknown kind.
     """
     n = levels + 1
     level = torch.arange(n)
-    earlier = (
-        level.unsqueeze(1) >= level
-    )  # (row, column): a step's positions come in order of level
+    # (row, column): a step's positions come in order of level
+    earlier = level.unsqueeze(1) >= level
     if kind == "causal":
         past = torch.ones(n, n, dtype=torch.bool)
     elif kind == "barrier":
@@ -43,16 +42,16 @@ def rule(kind: str, levels: int) -> Tensor:
 
 
 def attn_mask(
-    rules: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0
+    level_mask: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0
 ) -> Tensor:
     """(.., Q, K) bool: True where a row may see a column, under ``window`` steps (0: any) back.
 
-    ``rules`` is what ``rule`` returned; ``row`` are times (.., Q) and levels (Q,), ``column``
-    times and levels (K,).
+    level_mask: of ``make_level_mask``; row: times (.., Q) and levels (Q,); column: times and levels
+    (K,).
     """
     (row_time, row_level), (column_time, column_level) = row, column
     ago = row_time.unsqueeze(-1) - column_time  # (.., Q, K)
-    past, same = rules[:, row_level][:, :, column_level]  # (Q, K) each
+    past, same = level_mask[:, row_level][:, :, column_level]  # (Q, K) each
     seen = torch.where(ago == 0, same, past & (ago > 0))
     return seen & (ago < window) if window else seen
 
@@ -61,4 +60,4 @@ def visible(kind: str, steps: int, levels: int) -> Tensor:
     """(P, P) bool, P = steps * (levels + 1): True where the row may attend to the column."""
     time = torch.arange(steps).repeat_interleave(levels + 1)
     level = torch.arange(levels + 1).repeat(steps)
-    return attn_mask(rule(kind, levels), (time, level), (time, level))
+    return attn_mask(make_level_mask(kind, levels), (time, level), (time, level))

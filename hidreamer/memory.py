@@ -22,7 +22,7 @@ COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64",
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if COMMON else 0)
 
 
-class Room(NamedTuple):
+class Capacity(NamedTuple):
     """Bytes of memory or of a disk: all that can ever be had, and what is free now."""
 
     total: int
@@ -58,41 +58,34 @@ def gigabytes(size: float) -> str:
 # ---------------------------------------------------------------- what there is
 
 
-def available_memory(root: Path = Path("/")) -> Room | None:
+def available_memory(root: Path = Path("/")) -> Capacity | None:
     """Memory and swap for this process, as its control groups allow; None where the system does
     not say (not Linux).
 
     root: where ``proc`` and ``sys`` lie.
     """
-    info = read(root / "proc/meminfo")
+    info = read_or_empty(root / "proc/meminfo")
     known = {
         key: 1024 * int(value)
         for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", info, re.MULTILINE)
     }
     if not {"MemTotal", "MemAvailable"} <= known.keys():
         return None
-    rooms = [
-        Room(
-            known["MemTotal"] + known.get("SwapTotal", 0),
-            known["MemAvailable"] + known.get("SwapFree", 0),
-        )
-    ]
-    for line in read(root / "proc/self/cgroup").splitlines():
+    total = known["MemTotal"] + known.get("SwapTotal", 0)
+    limits = [Capacity(total, known["MemAvailable"] + known.get("SwapFree", 0))]
+    for line in read_or_empty(root / "proc/self/cgroup").splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds == "":
             names = ("memory.max", "memory.current", r"^inactive_file (\d+)$")
-            rooms += groups(root / "sys/fs/cgroup", path, names)
+            limits += groups(root / "sys/fs/cgroup", path, names)
         elif "memory" in kinds.split(","):
-            names = (
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                r"^total_inactive_file (\d+)$",
-            )
-            rooms += groups(root / "sys/fs/cgroup/memory", path, names)
-    return Room(min(room.total for room in rooms), min(room.free for room in rooms))
+            version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            names = (*version1, r"^total_inactive_file (\d+)$")
+            limits += groups(root / "sys/fs/cgroup/memory", path, names)
+    return Capacity(*map(min, zip(*limits, strict=True)))
 
 
-def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Room]:
+def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Capacity]:
     """The limited ones among a control group and those above it. Version 1 writes "no limit" as a
     huge number.
     """
@@ -102,18 +95,19 @@ def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Room]:
     if not here.is_dir():
         here = mount
     while True:
-        limit, usage = read(here / limit_name).strip(), read(here / usage_name).strip()
+        limit = read_or_empty(here / limit_name).strip()
+        usage = read_or_empty(here / usage_name).strip()
         if limit.isdigit() and usage.isdigit():
-            cache = re.search(cache_pattern, read(here / "memory.stat"), re.MULTILINE)
+            cache = re.search(cache_pattern, read_or_empty(here / "memory.stat"), re.MULTILINE)
             # the kernel drops that before it refuses memory
             spent = int(usage) - (int(cache[1]) if cache else 0)
-            found.append(Room(int(limit), max(0, int(limit) - spent)))
+            found.append(Capacity(int(limit), max(0, int(limit) - spent)))
         if here == mount:
             return found
         here = here.parent
 
 
-def read(path: Path) -> str:
+def read_or_empty(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:
@@ -135,17 +129,17 @@ def check(steps: int, size: int, folder: Path | None) -> str:
     need = steps * size
     text = f"replay: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
     if folder is None:
-        room, what = available_memory(), "memory"
+        capacity, what = available_memory(), "memory"
     else:
         free = shutil.disk_usage(folder).free
-        room, what = Room(free, free), "disk"
+        capacity, what = Capacity(free, free), "disk"
     text += "of memory" if folder is None else f"on the disk of {os.fspath(folder)}"
     remedy = "lower --replay.capacity, the size of images (--env.size) or --steps"
     remedy += ", or set --replay.store disk" if folder is None else ""
-    if room is not None and need > room.total:
+    if capacity is not None and need > capacity.total:
         raise MemoryError(
-            f"{text}, but there are only {gigabytes(room.total)} of {what} in all: {remedy}"
+            f"{text}, but there are only {gigabytes(capacity.total)} of {what} in all: {remedy}"
         )
-    if room is not None and need > TIGHT * room.free:
-        text += f", of which {gigabytes(room.free)} are free now: if it does not fit, {remedy}"
+    if capacity is not None and need > TIGHT * capacity.free:
+        text += f", of which {gigabytes(capacity.free)} are free now: if it does not fit, {remedy}"
     return text

@@ -17,13 +17,13 @@ class Means:
     def __init__(self, device: torch.device):
         self.sums, self.count = torch.zeros(0, device=device), 0
         # of the first vector that was not finite
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
 
     def add(self, metrics: Tensor) -> None:
         """metrics: (M,)."""
         self.sums = self.sums + metrics if self.count else metrics.clone()
         self.count += 1
-        self.broken = torch.where(self.broken.any(), self.broken, ~metrics.isfinite())
+        self.nonfinite = torch.where(self.nonfinite.any(), self.nonfinite, ~metrics.isfinite())
 
     def read(self, names: Sequence[str]) -> dict[str, float]:
         """{name: mean} of what was added; {} where that is nothing."""
@@ -31,7 +31,7 @@ class Means:
             dict(zip(names, (self.sums / self.count).tolist(), strict=True)) if self.count else {}
         )
 
-    def first_broken(self, means: Mapping[str, float]) -> str:
+    def first_nonfinite(self, means: Mapping[str, float]) -> str:
         """The metric that was the first to be not finite, "" if all of ``means`` are finite.
 
         One NaN makes all metrics NaN an update later, so that the means alone do not name it.
@@ -39,7 +39,7 @@ class Means:
         wrong = [name for name, value in means.items() if not np.isfinite(value)]
         if not wrong:
             return ""
-        flags = self.broken.expand(len(means)).tolist()
+        flags = self.nonfinite.expand(len(means)).tolist()
         return [*(name for name, bad in zip(means, flags, strict=True) if bad), *wrong][0]
 
     def reset(self) -> None:

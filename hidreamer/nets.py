@@ -111,7 +111,7 @@ class Block(nn.Module):
 class SplitBlock:
     """A block with several inputs, whose products with the weight are taken one by one.
 
-    In a recurrence only one input waits for the step before. ``partial`` multiplies the others for
+    In a recurrence only one input waits for the step before. ``project`` multiplies the others for
     all steps at once, before the loop; a call adds the last one. Make one for each loop: it splits
     the weight once, so that the weight's gradient is put together once.
     """
@@ -121,7 +121,7 @@ class SplitBlock:
         self.block = block
         self.weights = block.linear.weight.split(list(sizes), 1)  # (out, size) each
 
-    def partial(self, i: int, x: Tensor) -> Tensor:
+    def project(self, i: int, x: Tensor) -> Tensor:
         """What input ``i`` (..., size_i) adds to the linear layer's output, (..., out)."""
         return x @ self.weights[i].t()
 
@@ -129,7 +129,7 @@ class SplitBlock:
         """The block's output (B, out).
 
         ``x`` (B, size_i) is input ``i``; ``others`` (B, out) is the sum of all other inputs'
-        ``partial``.
+        ``project``.
         """
         return self.block.norm_act(torch.addmm(others, x, self.weights[i].t()))
 
@@ -181,9 +181,8 @@ class GRUCell(nn.Module):
         return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
 
 
-CELLS = {
-    "gru": GRUCell
-}  # each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter)
+# Each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter).
+CELLS = {"gru": GRUCell}
 
 
 def make_cell(name: str, inp: int, deter: int, *, norm: str = "layer") -> nn.Module:

@@ -37,11 +37,12 @@ class Optimizer:
         capturable: bool = False,
         algorithm: Callable[..., torch.optim.Optimizer] = adam,
     ):
+        self.params: dict[str, nn.Parameter] = {}  # of all groups
         self.groups: dict[str, dict[str, nn.Parameter]] = {}
         for name, module in modules.items():
             named = module.named_parameters()
             self.groups[name] = {f"{name}.{key}": p for key, p in named if p.requires_grad}
-        self.params = {key: p for group in self.groups.values() for key, p in group.items()}
+            self.params |= self.groups[name]
         self.clip = clip
         self.optim = algorithm(self.params.values(), lr=lr, eps=eps, capturable=capturable)
 
@@ -52,7 +53,9 @@ class Optimizer:
 
     def gather(self, loss: Tensor, modules: Iterable[str] | None = None) -> None:
         """Add the gradient of ``loss`` (), for these modules (None: all), to the next step's."""
-        params = [p for name in modules or self.groups for p in self.groups[name].values()]
+        params = []
+        for name in modules or self.groups:
+            params += self.groups[name].values()
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         for param, grad in zip(params, grads, strict=True):
             grad = grad if param.grad is None else param.grad + grad

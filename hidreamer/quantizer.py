@@ -28,7 +28,7 @@ from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
 SCALES = (1.0, 0.7, 0.5)  # deviation of the first codes by level; the last also for all finer ones
-HARD = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
+HARD_LOGIT = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
 
 
 class Codes(NamedTuple):
@@ -69,7 +69,8 @@ def split_codes(codes: int) -> list[int]:
         if found:
             return found
     raise ValueError(
-        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, 256 is 8 x 8 x 4"
+        f"fsq cannot make {codes} codes out of numbers with 3 to 8 steps; 32 is 8 x 4, "
+        "256 is 8 x 8 x 4"
     )
 
 
@@ -125,15 +126,18 @@ class Quantizer(nn.Module):
             self.register_buffer("count", torch.ones(levels, books, codes))
             self.register_buffer("total", book.clone())
 
-    def encode(self, z: Tensor, sample: bool = True) -> Codes:
+    def encode(
+        self, z: Tensor, sample: bool = True, generator: torch.Generator | None = None
+    ) -> Codes:
         """z (..., G, d) -> Codes.
 
-        ``sample`` concerns ``sampled`` only; without it the likeliest code is taken.
+        ``sample`` and ``generator`` concern ``sampled`` only; without ``sample`` the likeliest
+        code is taken.
         """
         residual = z
         codes, indices, logits, residuals = [], [], [], []
         for level in range(self.levels):
-            code, index, logit = self._encode_level(level, residual, sample)
+            code, index, logit = self._encode_level(level, residual, sample, generator)
             codes.append(code)
             indices.append(index)
             logits.append(logit)
@@ -147,7 +151,7 @@ class Quantizer(nn.Module):
         )
 
     def _encode_level(
-        self, level: int, residual: Tensor, sample: bool
+        self, level: int, residual: Tensor, sample: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(..., G, d) -> code (..., G, d), straight-through, index (..., G), logits (..., G, K)."""
         if self.kind == "fsq":
@@ -155,17 +159,18 @@ class Quantizer(nn.Module):
         distance = self.distance(level, residual)
         if self.kind == "sampled":
             logit = -distance / self.log_tau[level].exp()
-            onehot = dists.draw(dists.mix(logit, self.unimix), sample)
+            noise = dists.uniform((*logit.shape[:-1], 1), logit, generator) if sample else None
+            onehot = dists.sample_onehot(dists.unimix_probs(logit, self.unimix), noise)
             return self.decode(level, onehot.to(residual.dtype)), onehot.argmax(-1), logit
         index = distance.argmin(-1)
         onehot = onehots(index, self.codes, residual.dtype)
         code = dists.straight_through(self.decode(level, onehot), residual)
-        return code, index, HARD * onehot
+        return code, index, HARD_LOGIT * onehot
 
     def distance(self, level: int, residual: Tensor) -> Tensor:
         """Squared distances (..., G, K) of (..., G, d) to a level's codes, in float32 at least."""
-        book = dists.wide(self.book[level])  # (G or 1, K, d)
-        x = dists.wide(residual)
+        book = dists.at_least_float32(self.book[level])  # (G or 1, K, d)
+        x = dists.at_least_float32(residual)
         with torch.autocast(
             x.device.type, enabled=False
         ):  # it would round by more than codes differ
@@ -192,15 +197,21 @@ class Quantizer(nn.Module):
 
     def _encode_fsq(self, level: int, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``_encode_level``."""
-        bound = dists.wide(torch.tanh(self.down[level](residual)))  # (..., G, numbers)
+        bound = dists.at_least_float32(torch.tanh(self.down[level](residual)))  # (..., G, numbers)
         digits = ((bound + 1.0) / 2.0 * (self.sides - 1.0)).round()
         index = (digits.long() * self._radix()).sum(-1)
         onehot = onehots(index, self.codes, residual.dtype)
         rounded = dists.straight_through(2.0 * digits / (self.sides - 1.0) - 1.0, bound)
-        return self.up[level](rounded.to(residual.dtype)), index, HARD * onehot
+        return self.up[level](rounded.to(residual.dtype)), index, HARD_LOGIT * onehot
 
     @torch.no_grad()
-    def update_codebook(self, codes: Codes, rate: float = 0.02, floor: float = 0.2) -> None:
+    def update_codebook(
+        self,
+        codes: Codes,
+        rate: float = 0.02,
+        floor: float = 0.2,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Move ``nearest`` codebooks towards their codes' residuals (van den Oord et al. 2017).
 
         Once per training update, after backward; ``codes`` (..., L, G, .) are what ``encode``
@@ -218,7 +229,8 @@ class Quantizer(nn.Module):
         self.count.lerp_(onehot.sum(0), rate)  # (L, G, K)
         self.total.lerp_(torch.einsum("nlgk,nlgd->lgkd", onehot, residual), rate)
         book = self.total / self.count.clamp(min=1e-5).unsqueeze(-1)
-        pick = torch.randint(len(residual), self.count.shape, device=residual.device)  # (L, G, K)
+        where = {"device": residual.device, "generator": generator}
+        pick = torch.randint(len(residual), self.count.shape, **where)  # (L, G, K)
         level, group = (torch.arange(n, device=residual.device) for n in self.count.shape[:2])
         random_residual = residual[pick, level[:, None, None], group[None, :, None]]  # (L, G, K, d)
         dead = self.count < floor

@@ -1,4 +1,4 @@
-"""Replay: one ring of steps per environment, from which any run of consecutive steps can be drawn.
+"""Replay: one ring of steps per environment, any run of consecutive steps of which can be sampled.
 
 Row t of a stream holds an observation, the reward for arriving there, its flags, and
 ``prev_action``, the action that led to it: nothing ever shifts a sequence. Episodes lie behind each
@@ -18,7 +18,7 @@ import numpy as np
 from hidreamer import memory
 
 Rows = dict[str, np.ndarray]
-PIECE = 2**18  # bytes that are put together at a time for a file: what stays in a core's cache
+BLOCK_BYTES = 2**18  # written to a file at a time: what stays in a core's cache
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # {key: (shape, dtype)} of one row
 
 
@@ -127,13 +127,13 @@ class Stream:
         while done < count:
             start = (row + done) % self.capacity
             size = min(count - done, self.capacity - start)
-            part = {key: x[done : done + size] for key, x in values.items()}
+            chunk = {key: x[done : done + size] for key, x in values.items()}
             if self.file is None:
-                self._set(start, size, part)
+                self._set(start, size, chunk)
             else:
                 offset = start * self.record.itemsize
                 block = np.frombuffer(self.buffer, self.record, size, offset).copy()
-                for key, x in part.items():
+                for key, x in chunk.items():
                     block[key] = x
                 self.file.seek(offset)
                 self._write_block(block)
@@ -147,13 +147,13 @@ class Stream:
                 self.rows[key][start : start + size] = 0
             return
         self.file.seek(start * self.record.itemsize)
-        step = max(1, PIECE // self.record.itemsize)
+        step = max(1, BLOCK_BYTES // self.record.itemsize)
         block = np.zeros(min(step, size), self.record)
         for done in range(0, size, step):
-            part = block[: size - done]
+            chunk = block[: size - done]
             for key, x in rows.items():
-                part[key] = x[done : done + step]
-            self._write_block(part)
+                chunk[key] = x[done : done + step]
+            self._write_block(chunk)
 
     def _set(self, start: int, size: int, rows: Rows) -> None:
         for key, x in rows.items():
@@ -161,24 +161,24 @@ class Stream:
 
     def _write_block(self, block: np.ndarray) -> None:
         left = memoryview(block).cast("B")
-        while left:  # a call may write a part
+        while left:  # a call may write less
             left = left[self.file.write(left) :]
 
     def read(self, start: int, out: Rows) -> None:
         """Copy rows start, start + 1, ..., counted from the oldest, into out {key: (N, ...)}."""
-        place = (self.added - len(self) + start) % self.capacity
+        index = (self.added - len(self) + start) % self.capacity
         for key, x in out.items():
-            ring, size = self.rows[key], self.capacity - place
-            x[:size] = ring[place : place + len(x)]
+            ring, size = self.rows[key], self.capacity - index
+            x[:size] = ring[index : index + len(x)]
             if len(x) > size:
                 x[size:] = ring[: len(x) - size]
 
     def prefetch(self, start: int, length: int) -> None:
-        """Say that these rows will be read, so that a disk can fetch many sequences at once."""
+        """Announce that these rows will be read: a disk can then fetch many sequences at once."""
         if self.file is not None and hasattr(mmap, "MADV_WILLNEED"):
-            place = (self.added - len(self) + start) % self.capacity
-            first = place * self.record.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-            size = min((place + length) * self.record.itemsize, len(self.buffer)) - first
+            index = (self.added - len(self) + start) % self.capacity
+            first = index * self.record.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            size = min((index + length) * self.record.itemsize, len(self.buffer)) - first
             self.buffer.madvise(mmap.MADV_WILLNEED, first, size)
 
     def slice(self, start: int, length: int) -> Rows:
@@ -231,14 +231,14 @@ class Replay:
             stream.extend({key: x[i : i + 1] for key, x in rows.items()})
 
     def ready(self) -> bool:
-        """Whether any stream is long enough to draw from."""
+        """Whether any stream is long enough to sample from."""
         return any(len(stream) >= self.length for stream in self.streams)
 
     def sample(self, rng: np.random.Generator | None = None) -> Rows:
         """{key: (B, T, ...)}; each sequence's first step is marked ``is_first``, as upstream's."""
-        return self.read(self.draw(rng))
+        return self.read(self.sample_addresses(rng))
 
-    def draw(self, rng: np.random.Generator | None = None) -> Addresses:
+    def sample_addresses(self, rng: np.random.Generator | None = None) -> Addresses:
         """Where B sequences lie, each run of T rows as likely as any other.
 
         Raises ValueError where there is none.
@@ -249,14 +249,14 @@ class Replay:
         if not ends[-1]:
             raise ValueError(f"replay holds no {self.length} consecutive steps yet")
         picks = rng.integers(0, ends[-1], self.batch)
-        owners = np.searchsorted(ends, picks, side="right")
+        stream = np.searchsorted(ends, picks, side="right")
         oldest = np.array([stream.added - len(stream) for stream in self.streams])
-        return Addresses(owners, picks - (ends - counts - oldest)[owners])
+        return Addresses(stream, picks - (ends - counts - oldest)[stream])
 
-    def read(self, where: Addresses) -> Rows:
+    def read(self, addresses: Addresses) -> Rows:
         """The sequences there, as ``sample`` has them. Raises ValueError where they have left."""
         starts = []
-        for i, row in zip(*where, strict=True):
+        for i, row in zip(*addresses, strict=True):
             stream = self.streams[i]
             start = int(row) - (stream.added - len(stream))
             if not 0 <= start <= len(stream) - self.length:
@@ -272,11 +272,11 @@ class Replay:
         batch["is_first"][:, 0] = True
         return batch
 
-    def write(self, where: Addresses, values: Mapping[str, np.ndarray]) -> None:
+    def write(self, addresses: Addresses, values: Mapping[str, np.ndarray]) -> None:
         """Put {key: (B, T, ...)} of ``extra`` columns beside the rows there, in this order.
 
         Rows that have left the replay since are passed over. Raises ValueError as ``Stream.write``
         does, OSError.
         """
-        for b, (i, row) in enumerate(zip(*where, strict=True)):
+        for b, (i, row) in enumerate(zip(*addresses, strict=True)):
             self.streams[i].write(int(row), {key: x[b] for key, x in values.items()})

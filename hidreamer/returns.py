@@ -10,8 +10,8 @@ def lambda_return(rew: Tensor, value: Tensor, disc: Tensor, lam: float) -> Tenso
     """Lambda-returns (Hafner et al. 2023, eq. 7), a backward recursion over H steps.
 
     rew, value, disc: (N, H+1); entry t belongs to state t: the reward for arriving there, its
-    value, and gamma times the probability that the episode goes on from there. -> (N, H), the
-    return of states 0..H-1.
+    value, and gamma times the probability that the episode continues from there. -> (N, H), the
+    returns of states 0..H-1.
 
         R_t = rew_{t+1} + disc_{t+1} ((1 - lam) value_{t+1} + lam R_{t+1}),    R_H = value_H
     """
@@ -41,9 +41,9 @@ class ReturnNorm(nn.Module):
         ordered = returns.detach().float().flatten().sort().values
         now = []
         for q in self.quantiles:
-            place = q * (len(ordered) - 1)
-            below = min(int(place), len(ordered) - 2)
-            now.append(torch.lerp(ordered[below], ordered[below + 1], place - below))
+            position = q * (len(ordered) - 1)
+            below = min(int(position), len(ordered) - 2)
+            now.append(torch.lerp(ordered[below], ordered[below + 1], position - below))
         self.range.lerp_(torch.stack(now), self.rate)
 
     def forward(self, returns: Tensor) -> Tensor:

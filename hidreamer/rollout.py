@@ -51,7 +51,7 @@ class Carry(NamedTuple):
     keys: Tensor  # (B, layers, h, P, d)
     values: Tensor  # the same
     segment: Tensor  # (B, S) the episode of a step: 0 is the last step's, others are negative
-    where: Tensor  # (N,) the branch's step, 0 .. S - 1
+    step: Tensor  # (N,) the branch's step, 0 .. S - 1
 
     def prefix(self) -> list[KV] | None:
         """Each layer's K/V, (B, h, P, d); None where no step is cached."""
@@ -83,7 +83,7 @@ class Carry(NamedTuple):
             keys=self.keys[..., first:, :],
             values=self.values[..., first:, :],
             segment=self.segment[:, steps - count :],
-            where=torch.full_like(self.where, count - 1),
+            step=torch.full_like(self.step, count - 1),
         )
 
     def unshared(self, count: int) -> Carry:
@@ -96,32 +96,23 @@ class Carry(NamedTuple):
         if not steps:
             return self
         count = min(count, steps)
-        index = self.where.unsqueeze(1) + torch.arange(
-            1 - count, 1, device=self.where.device
-        )  # (N, count)
+        back = torch.arange(1 - count, 1, device=self.step.device)
+        index = self.step.unsqueeze(1) + back  # (N, count)
         cached, index = index >= 0, index.clamp(min=0)
-        rows = (
-            torch.arange(batch, device=index.device)
-            .repeat_interleave(len(self.where) // batch)
-            .unsqueeze(1)
-        )
+        rows = torch.arange(batch, device=index.device)
+        rows = rows.repeat_interleave(len(self.step) // batch).unsqueeze(1)  # (N, 1)
 
         def copies(x: Tensor) -> Tensor:
             x = x.unflatten(-2, (steps, -1))[rows, :, :, index]  # (N, count, layers, h, L + 1, d)
             return x.movedim(1, 3).flatten(3, 4)  # (N, layers, h, count * (L + 1), d)
 
-        time = self.where - (steps - 1)  # (N,) of the branch's step
-        back = rotary(-time.view(-1, 1, 1), self.keys.shape[-1], self.keys.dtype)
-        own = self.segment[rows[:, 0], self.where].unsqueeze(1)  # (N, 1)
+        time = self.step - (steps - 1)  # (N,) of the branch's step
+        rope = rotary(-time.view(-1, 1, 1), self.keys.shape[-1], self.keys.dtype)
+        keys, values = rotate(copies(self.keys), rope), copies(self.values)
+        own = self.segment[rows[:, 0], self.step].unsqueeze(1)  # (N, 1)
         segment = torch.where(cached, self.segment[rows, index] - own, -1)
-        return Carry(
-            self.deter,
-            self.stoch,
-            rotate(copies(self.keys), back),
-            copies(self.values),
-            segment,
-            torch.full_like(self.where, count - 1),
-        )
+        step = torch.full_like(self.step, count - 1)
+        return Carry(self.deter, self.stoch, keys, values, segment, step)
 
 
 class Prefix(NamedTuple):
@@ -138,53 +129,44 @@ class Rollout:
     Rows of imagined positions are computed pass by pass, in the order of ``Layout``: A_0, then
     L0_1 .. A_1, and so on. The K/V of imagined positions are each branch's own.
 
-    rules: what ``mask.rule`` returned; slots: by level, how many slots of earlier steps a row of
-    that level sees.
+    level_mask: of ``mask.make_level_mask``; slots: by level, how many slots of earlier steps a row
+    of that level sees.
     """
 
     def __init__(
         self,
         transformer: Transformer,
-        rules: Tensor,
+        level_mask: Tensor,
         slots: list[int],
         window: int,
         carry: Carry,
         horizon: int,
     ):
-        self.transformer, self.rules, self.slots, self.window, self.origin = (
-            transformer,
-            rules,
-            slots,
-            window,
-            carry,
-        )
-        self.levels, self.horizon, self.graph = len(slots) - 1, horizon, torch.is_grad_enabled()
+        self.transformer, self.level_mask, self.slots = transformer, level_mask, slots
+        self.window, self.origin, self.horizon = window, carry, horizon
+        self.levels, self.graph = len(slots) - 1, torch.is_grad_enabled()
         batch, steps = carry.segment.shape
-        self.shape = batch, len(carry.where) // batch  # (B, n)
-        where = carry.where.view(self.shape)
-        self.start = where.unsqueeze(2) - (steps - 1)  # (B, n, 1) time of a branch's step 0
-        self.cached = Layout.of(steps, self.levels, 1 - steps, where.device)
-        self.own = Layout.of(horizon, self.levels, 1, where.device)
+        self.shape = batch, len(carry.step) // batch  # (B, n)
+        step = carry.step.view(self.shape)
+        self.start = step.unsqueeze(2) - (steps - 1)  # (B, n, 1) time of a branch's step 0
+        self.cached = Layout.of(steps, self.levels, 1 - steps, step.device)
+        self.own = Layout.of(horizon, self.levels, 1, step.device)
         rows = self.own.time, self.own.level
-        self.own_mask = attn_mask(rules, rows, rows, window)  # (O, O)
-        self.rope = rotary(
-            self.start + self.own.time, transformer.head_dim, carry.deter.dtype
-        )  # (B, n, O, 2, d / 2)
+        self.own_mask = attn_mask(level_mask, rows, rows, window)  # (O, O)
+        time = self.start + self.own.time  # (B, n, O)
+        self.rope = rotary(time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
         self.own_kv = transformer.branches(len(self.own.time))
-        self.time, self.level, self.length = (
-            0,
-            self.levels,
-            0,
-        )  # of the next row, which is A_0; rows computed so far
+        self.time, self.level = 0, self.levels  # of the next row, which is A_0
+        self.length = 0  # rows computed so far
         self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
         self.prefixes: dict[tuple[int, int], Prefix] = {}
-        self.pieces: dict[int, list[KV]] = {}
+        self.cached_kv: dict[int, list[KV]] = {}
         if steps:
             segment = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
-            same = segment.unsqueeze(1) == carry.segment.gather(1, where).unsqueeze(2)  # (B, n, P)
-            # What the sequence goes on to do after the branch's step is not seen, the step's own
-            # action included.
-            self.visible = same & (self.cached.step <= where.unsqueeze(2))
+            same = segment.unsqueeze(1) == carry.segment.gather(1, step).unsqueeze(2)  # (B, n, P)
+            # Not visible: what follows the branch's step in its sequence, beginning with the
+            # step's own action.
+            self.visible = same & (self.cached.step <= step.unsqueeze(2))
 
     def append(self, token: Tensor) -> None:
         """Queue a token (N, W) for the next pass."""
@@ -218,50 +200,43 @@ class Rollout:
         Only A_0 belongs to a cached step. It sees all of that; later rows only the slots that the
         mask gives them, and are multiplied with no others.
         """
-        count = rows.stop - rows.start
-        if (self.level, count) not in self.prefixes:
-            slots = (
-                max(self.slots[self.level : self.level + count]) if self.time else self.levels + 1
-            )
-            time, level, visible = (
-                first_slots(x, self.levels + 1, slots)
-                for x in (self.cached.time, self.cached.level, self.visible)
-            )
-            mask = attn_mask(
-                self.rules, (self.start + self.own.time[rows], self.own.level[rows]), (time, level)
-            )
-            self.prefixes[self.level, count] = Prefix(
-                self._piece(slots), mask & visible.unsqueeze(2), (self.start - time).unsqueeze(2)
-            )
-        return self.prefixes[self.level, count]
+        key = self.level, rows.stop - rows.start
+        if key in self.prefixes:
+            return self.prefixes[key]
+        all_slots = self.levels + 1
+        slots = max(self.slots[self.level :][: key[1]]) if self.time else all_slots
+        time = first_slots(self.cached.time, all_slots, slots)  # (P',)
+        level = first_slots(self.cached.level, all_slots, slots)
+        visible = first_slots(self.visible, all_slots, slots).unsqueeze(2)  # (B, n, 1, P')
+        row = self.start + self.own.time[rows], self.own.level[rows]
+        mask = attn_mask(self.level_mask, row, (time, level)) & visible  # (B, n, Q, P')
+        age = (self.start - time).unsqueeze(2)
+        self.prefixes[key] = Prefix(self._cached_kv(slots), mask, age)
+        return self.prefixes[key]
 
-    def _piece(self, slots: int) -> list[KV]:
+    def _cached_kv(self, slots: int) -> list[KV]:
         """The first slots of the cached K/V, contiguous: else every product would copy them."""
-        if slots not in self.pieces:
-            keys, values = (
-                first_slots(x, self.levels + 1, slots, -2).transpose(0, 1).contiguous().unbind()
-                for x in (self.origin.keys, self.origin.values)
-            )
-            self.pieces[slots] = [KV(*kv) for kv in zip(keys, values, strict=True)]
-        return self.pieces[slots]
+        if slots not in self.cached_kv:
+            layers = []
+            for x in (self.origin.keys, self.origin.values):
+                x = first_slots(x, self.levels + 1, slots, -2)  # (B, layers, h, P', d)
+                layers.append(x.transpose(0, 1).contiguous().unbind())
+            self.cached_kv[slots] = [KV(*kv) for kv in zip(*layers, strict=True)]
+        return self.cached_kv[slots]
 
     def carry(self, deter: Tensor, stoch: Tensor) -> Carry:
         """A sequence for each branch, at its last step, of state deter (N,D), stoch (N,Z)."""
         if self.queue:
             with torch.set_grad_enabled(self.graph):  # as for all rows before
                 self._run()
-        layers = zip(
-            *(own.kv for own in self.own_kv), strict=True
-        )  # all keys (B, h, n, O, d), all values
-        keys, values = (
-            torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers
-        )  # (N, layers, h, O, d)
+        layers = zip(*(own.kv for own in self.own_kv), strict=True)  # keys, values (B, h, n, O, d)
+        keys, values = (torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers)
         past = self.origin.unshared(max(self.window - self.horizon, 0))
-        back = rotary(-self.start.view(-1, 1, 1), keys.shape[-1], keys.dtype)
+        rope = rotary(-self.start.view(-1, 1, 1), keys.shape[-1], keys.dtype)
+        keys = rotate(keys, rope)  # (N, layers, h, O, d)
         segment = past.segment.new_zeros(len(keys), self.horizon)
-        return past.extend(rotate(keys, back), values, segment, deter, stoch).last_steps(
-            self.window
-        )
+        whole = past.extend(keys, values, segment, deter, stoch)
+        return whole.last_steps(self.window)
 
 
 class RolloutCarry(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hidreamer.distributions import wide
+from hidreamer.distributions import at_least_float32
 from hidreamer.nets import by_name, linear, make_activation, make_norm
 
 
@@ -27,27 +27,27 @@ class KV(NamedTuple):
 
 
 class Branch:
-    """The K/V that one layer's branches add of their own, (B,h,n,O,d): at most ``room`` positions.
+    """The K/V that one layer's branches add of their own, (B,h,n,O,d).
 
-    Where no gradient is recorded they are written in place; appending by ``cat`` would copy all of
-    them every time.
+    There are at most ``capacity`` positions. Where no gradient is recorded they are written in
+    place; appending by ``cat`` would copy all of them every time.
     """
 
-    def __init__(self, room: int):
-        self.room, self.length = room, 0
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
         self.kv: KV | None = None
 
     def add(self, keys: Tensor, values: Tensor) -> KV:
         """Add (B,h,n,Q,d). -> all so far."""
         start, self.length = self.length, self.length + keys.shape[-2]
-        if self.kv is None and (torch.is_grad_enabled() or self.length == self.room):
+        if self.kv is None and (torch.is_grad_enabled() or self.length == self.capacity):
             self.kv = KV(keys, values)
         elif torch.is_grad_enabled():
             both = zip(self.kv, (keys, values), strict=True)
             self.kv = KV(*(torch.cat(pair, -2) for pair in both))
         else:
             if self.kv is None:
-                shape = (*keys.shape[:-2], self.room, keys.shape[-1])
+                shape = (*keys.shape[:-2], self.capacity, keys.shape[-1])
                 self.kv = KV(keys.new_empty(shape), values.new_empty(shape))
             for kept, new in zip(self.kv, (keys, values), strict=True):
                 kept[..., start : self.length, :] = new
@@ -57,8 +57,8 @@ class Branch:
 def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Rotary positions (Su et al. 2021): cosines and sines (..., 2, dim / 2) of times (...), int.
 
-    Angles are computed in at least float32, whatever the network runs in: bfloat16 cannot tell
-    step 256 from 257.
+    Angles are computed in at least float32, whatever the network runs in: in bfloat16 steps 256 and
+    257 are the same.
     """
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rate = 10_000.0 ** (-torch.arange(dim // 2, device=times.device, dtype=dtype) / (dim // 2))
@@ -107,10 +107,10 @@ class Layer(nn.Module):
         norm: str = "layer",
         act: str = "silu",
         ffn: str = "dense",
-        dropout: float = 0.0,
     ):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = 0.0  # of what both parts add, while something learns; the agent has none
         self.norm1, self.norm2 = make_norm(norm, width), make_norm(norm, width)
         self.qkv = linear(width, 3 * width, bias=False)
         self.out = linear(width, width, bias=False)
@@ -159,15 +159,13 @@ def attend(
     scores = torch.where(own_mask, q @ own.keys.transpose(-1, -2), MASKED)  # (B, h, n, Q, O)
     shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)
     shared = torch.where(prefix_mask.unsqueeze(1), shared, MASKED)  # (B, h, n, Q, P)
-    weight = torch.softmax(wide(torch.cat([shared, scores], -1)), -1).to(q.dtype)
+    weight = torch.softmax(at_least_float32(torch.cat([shared, scores], -1)), -1).to(q.dtype)
     shared, rest = weight.split([prefix.keys.shape[-2], own.keys.shape[-2]], -1)
     return (shared.flatten(2, 3) @ prefix.values).unflatten(2, shape) + rest @ own.values
 
 
 class Transformer(nn.Module):
     """``layers`` blocks and a final norm; ``norm``, ``act`` and ``ffn`` are names, as of ``Layer``.
-
-    dropout: of what attention and feed-forward parts add, while training.
 
     Raises ValueError for widths that the heads do not divide evenly, and for unknown names.
     """
@@ -182,7 +180,6 @@ class Transformer(nn.Module):
         norm: str = "layer",
         act: str = "silu",
         ffn: str = "dense",
-        dropout: float = 0.0,
     ):
         super().__init__()
         if width % heads or (width // heads) % 2:
@@ -192,8 +189,7 @@ class Transformer(nn.Module):
         self.heads, self.head_dim = heads, width // heads
         self.layers = nn.ModuleList()
         for _ in range(layers):
-            names = {"norm": norm, "act": act, "ffn": ffn}
-            self.layers.append(Layer(width, heads, hidden, **names, dropout=dropout))
+            self.layers.append(Layer(width, heads, hidden, norm=norm, act=act, ffn=ffn))
         self.norm = make_norm(norm, width)
 
     def forward(
@@ -227,6 +223,6 @@ class Transformer(nn.Module):
                 losses[name] = losses[name] + loss if name in losses else loss
         return self.norm(x), losses
 
-    def branches(self, room: int) -> list[Branch]:
-        """Empty K/V of every layer, for at most ``room`` positions of a branch's own."""
-        return [Branch(room) for _ in self.layers]
+    def branches(self, capacity: int) -> list[Branch]:
+        """Empty K/V of every layer, for at most ``capacity`` positions of a branch's own."""
+        return [Branch(capacity) for _ in self.layers]

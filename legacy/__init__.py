@@ -54,10 +54,6 @@ OPTIMIZERS = {  # upstream's name: ours, the part of the model it trains there, 
 }
 
 
-def is_upstream(checkpoint: Mapping) -> bool:
-    return "agent_state_dict" in checkpoint
-
-
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Upstream's tensors by name -> ours. Duplicates, and what has no counterpart, are dropped."""
     out: dict[str, Tensor] = {}

@@ -59,7 +59,7 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
         for k, x in batch.items()
         if k not in ("action", "discount", "logprob")
     }
-    obs = networks.prepare(raw | {"prev_action": torch.from_numpy(batch["action"])})
+    obs = networks.preprocess(raw | {"prev_action": torch.from_numpy(batch["action"])})
     wm, behavior = agent.world_model, agent.behavior
     _, post, embed = wm.observe(obs, sample=False)
     x, (level,) = post.feat.cat(), post.levels
@@ -84,7 +84,7 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
         "kl_value": unclipped["dyn"],
         "kl_loss": losses["dyn"] + losses["rep"],
     }
-    if isinstance(policy, dists.OneHots):
+    if isinstance(policy, dists.OneHotCategorical):
         out["actor_probs"] = torch.cat(policy.probs, -1)
     else:
         out |= {"actor_mean": policy.loc, "actor_std": policy.std}

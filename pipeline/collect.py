@@ -211,7 +211,7 @@ class Policy:
                 )
         self.agent = models.make_agent(env, theirs, device)
         self.agent.make_optimizers()
-        state = checkpoint.load_checkpoint(logdir / "checkpoints" / "latest.pt", ("agent",))
+        state = checkpoint.load_checkpoint(logdir / "checkpoints" / "latest.pt", {"agent": dict})
         try:
             self.agent.load_state(state["agent"])
         except (ValueError, KeyError, RuntimeError) as error:

@@ -6,7 +6,6 @@ Shapes: B frames of all games, E embedding; stacks are (., C, H, W).
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,25 +17,15 @@ from torch import Tensor, nn
 
 from hidreamer import checkpoint
 from hidreamer.optim import make_optimizer
-from pipeline import data, nets, probing, training
+from pipeline import data, encoder_gate, nets, training
 from pipeline.data import Recording
-from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
+from pipeline.gate import Gate
 from pipeline.stage import Stage
 from tools import Config, ConfigError
 
 FAR = 10  # steps that the lineage's negative lies away at least
 LAST_LR = 1e-6
 CLIP = 1.0
-GEOMETRY_NOTE = (
-    "The lineage judged its encoder by these. Temporal ratio: mean distance of successive frames"
-    " over that of random pairs, held-out episodes, no pair across an end. Diversity: mean distance"
-    " of random pairs; 1.414 says that they are orthogonal, no more. Norm: 1 by construction."
-)
-PROBE_NOTE = (
-    "Held-out episodes. R²: a linear probe of all numbers, fitted on training episodes. Best r: the"
-    " lineage's state correlation, the best single number in sample, for the record: an untrained"
-    " network passes it as well."
-)
 
 
 def info_nce(anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:
@@ -122,7 +111,7 @@ def make(config: Config, device: torch.device) -> tuple[nn.Module, tuple[int, in
 
 
 class Objective(nn.Module):
-    """The encoder, the decoder where there is one, and the loss that ``encoder.objective`` names."""
+    """The encoder, the decoder where there is one, and the loss that the config names."""
 
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
@@ -212,24 +201,19 @@ class Encoder(Stage):
 
     def finish(self) -> tuple[Gate, list[Path]]:
         outputs = [training.save_params(self.folder / "objective.pt", self.objective)]
-        stack, tables, geometry = self.config.pipeline.stack, [], []
+        stack, found = self.config.pipeline.stack, []
         for recording in self.recordings:
-            rows = np.arange(len(recording))
-            args = (recording, rows, stack, self.device)
+            args = (recording, np.arange(len(recording)), stack, self.device)
             own = nets.embed(self.objective.encoder, *args)
             outputs.append(save_embeddings(self.folder, recording.game, own))
-            embeddings = {"here": own}
+            found.append({"here": own})
             if self.block.kind == "cnn":
-                embeddings["untrained"] = nets.embed(self.untrained, *args)
-            geometry += geometry_rows(embeddings, recording)
-            steps = self.config.pipeline.probe_steps
-            tables.append(probe_table(embeddings, recording, steps))
+                found[-1]["untrained"] = nets.embed(self.untrained, *args)
         count = sum(p.numel() for p in self.objective.encoder.parameters())
-        facts = {"parameters": count, "objective": self.block.objective}
-        if self.block.kind != "cnn":
-            facts["objective"] = "none: a frozen DINOv2"
-        tables.insert(0, Table("Geometry", geometry, GEOMETRY_NOTE))
-        return Gate(self.name, tables, facts), outputs
+        objective = self.block.objective if self.block.kind == "cnn" else "none: frozen DINOv2"
+        facts = {"parameters": count, "objective": objective}
+        steps = self.config.pipeline.probe_steps
+        return Gate(self.name, encoder_gate.tables(found, self.recordings, steps), facts), outputs
 
 
 def save_embeddings(folder: Path, game: str, embeddings: np.ndarray) -> Path:
@@ -259,51 +243,3 @@ def load_objective(root: Path, config: Config, device: torch.device) -> Objectiv
     objective = Objective(config, device)
     training.load_params(root / "encoder" / "objective.pt", objective)
     return objective
-
-
-def geometry_rows(embeddings: Mapping[str, np.ndarray], recording: Recording) -> list[Row]:
-    """The lineage's metrics on held-out episodes, of embeddings (N, E) by who made them."""
-    successors, rows = recording.pairs(1, held=True), recording.rows(held=True)
-    pairs = probing.random_pairs(rows, np.random.default_rng(0))
-    pixels = probing.pixels(recording)(np.arange(len(recording)))
-    everybody = dict(embeddings) | {"pixels": pixels}
-    ratio = {who: probing.temporal_ratio(x, successors, pairs) for who, x in everybody.items()}
-    spread = {who: float(probing.distances(x, pairs).mean()) for who, x in embeddings.items()}
-    norm = {who: float(np.linalg.norm(x[rows], axis=-1).mean()) for who, x in embeddings.items()}
-    game, out = recording.game, []
-    for name, by, better in (
-        ("temporal ratio", ratio, LOWER),
-        ("diversity", spread, ""),
-        ("norm", norm, ""),
-    ):
-        own = by.pop("here")
-        out.append(Row(f"{game}: {name}", own, by, better))
-    return out
-
-
-def probe_table(embeddings: Mapping[str, np.ndarray], recording: Recording, steps: int) -> Table:
-    """R2 of every variable of the memory, and below it the lineage's state correlation."""
-    features: dict[str, probing.Features] = {}
-    for who, x in embeddings.items():
-        features[who] = functools.partial(scaled_rows, x)
-    features["pixels"] = probing.pixels(recording)
-    found = probing.r2(features, recording, steps)
-    sample = np.random.default_rng(1).permutation(recording.rows(held=True))[:1000]
-    rows = []
-    for name, byte in probing.variables(recording).items():
-        by = {who: shares.get(name, float("nan")) for who, shares in found.items()}
-        own = by.pop("here")
-        rows.append(Row(f"{name}: R²", own, by, HIGHER if np.isfinite(own) else ""))
-        y = recording.ram[sample, byte].astype(float)
-        lineage = {
-            who: probing.state_correlation(encode(sample).astype(float), y)
-            for who, encode in features.items()
-        }
-        own = lineage.pop("here")
-        rows.append(Row(f"{name}: best r (lineage)", own, lineage))
-    return Table(f"{recording.game}: what a linear probe finds", rows, PROBE_NOTE)
-
-
-def scaled_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of unit vectors (N, E), with numbers of about 1."""
-    return x[rows] * np.float32(np.sqrt(x.shape[1]))

@@ -26,7 +26,10 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation
 
 
 def sides(size: int) -> list[int]:
-    """Of the maps between the convolutions, the input's first. Raises ValueError if none is left."""
+    """Of the maps between the convolutions, the input's first.
+
+    Raises ValueError where none is left.
+    """
     out = [size]
     for _, kernel, stride in CONVOLUTIONS:
         out.append((out[-1] - kernel) // stride + 1)

@@ -1,5 +1,5 @@
-"""The report's pictures: frames beside what their codes decode to, dreams, codes over time, and which
-games use which codes.
+"""The report's pictures: frames beside what their codes decode to, dreams, codes over time, and
+which games use which codes.
 
 Shapes: N frames, L levels, E numbers of an embedding, H x W pixels.
 """

@@ -166,7 +166,6 @@ def online_config(config: Config, game: str) -> Config:
         "dynamics.hrvq.posterior": "sampled",
         "dynamics.hrvq.commitment": [0.0],
         "dynamics.hrvq.level_weights": [1.0],
-        "dynamics.hrvq.dropout": 0.0,
     }
     return tools.load_config([], config.flat() | changes)
 
@@ -191,5 +190,7 @@ class RandomAgent:
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return rows
 
-    def act(self, state: Chosen, obs: Mapping[str, np.ndarray], mode: str) -> Chosen:
+    def act(
+        self, state: Chosen, obs: Mapping[str, np.ndarray], mode: str, generator: Any = None
+    ) -> Chosen:
         return self.initial(len(state.action))

@@ -1,4 +1,4 @@
-"""report.html of the whole pipeline: the chain, its gates, pictures, costs, and what the lineage claimed.
+"""report.html of the whole pipeline: the chain, its gates, pictures, costs, the lineage's claims.
 
 One file that opens offline, with the parts of a comparison's page.
 """
@@ -56,8 +56,8 @@ CLAIMS = (
         "0.267",
         "encoder",
         ("ball x: best r (lineage)", "ball x: R²", "player y: best r (lineage)", "player y: R²"),
-        "theirs is the best of 384 numbers in sample, on labels that were constant for both paddles;"
-        " R² on held-out episodes is the test",
+        "theirs is the best of 384 numbers in sample, on labels that were constant for both"
+        " paddles; R² on held-out episodes is the test",
     ),
     Claim(
         "codes in use",
@@ -115,8 +115,8 @@ CLAIMS = (
         "yes",
         "world_model",
         ("L0 nats", "L0 accuracy, changed"),
-        "with two layers or more every row sees everything through L0; beside it stand a barrier and"
-        " a causal mask",
+        "with two layers or more every row sees everything through L0; beside it stand a barrier"
+        " and a causal mask",
     ),
     Claim(
         "experts: speed, parameters, long-horizon accuracy",
@@ -188,7 +188,7 @@ def claims(gates: Gates) -> page.Section:
         "The lineage is ssrhaso/hidreamer. Baselines stand in brackets. Sizes and data are those of"
         " this run, not theirs."
     ]
-    return page.Section("Claimed and measured", text, tables=[page.Table(header, rows)])
+    return page.Section("Claimed and measured", text, tables=[page.Table(header, rows, prose=True)])
 
 
 def gate_section(name: str, found: Mapping[str, Any]) -> page.Section:

@@ -28,8 +28,17 @@ from pipeline.gate import Gate
 from pipeline.manifest import InputError
 from tools import Config
 
-FIELDS = ("stage", "step", "seconds", "log_size", "config", "inputs", "window", "torch_rng")
-FIELDS += ("body",)
+FIELDS = {  # of every checkpoint of a stage
+    "stage": str,
+    "step": int,
+    "seconds": float,
+    "log_size": int,
+    "config": dict,
+    "inputs": dict,
+    "window": list,
+    "torch_rng": Tensor,
+    "body": dict,
+}
 # Keys that decide what a stage makes, whichever it is.
 COMMON = ("seed", "pipeline.games", "pipeline.stack", "pipeline.held_out")
 
@@ -198,7 +207,7 @@ class Runner:
             return
         means = self.window.read(self.names)
         step = self.stage.step
-        if name := self.window.first_broken(means):
+        if name := self.window.first_nonfinite(means):
             raise StageError(
                 f"{name} became {means[name]} by step {step} of {self.stage.name}; the last good"
                 f" checkpoint is {self.folder / 'checkpoints' / 'latest.pt'}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import models
 import networks
-from hidreamer.behavior import Behavior, Dream
+from hidreamer.behavior import Behavior, Trajectory
 from hidreamer.dynamics.base import start_steps
 from hidreamer.losses import clipped_gain
 from hidreamer.returns import ReturnNorm
@@ -43,11 +43,13 @@ class PPO(Behavior):
         # every pass over a dream moves the running range: together as far as one of REINFORCE
         self.norm = ReturnNorm(self.norm.rate / config.pipeline.policy.epochs)
 
-    def dream(self, model: Any, start: Any, terminal: Tensor) -> Dream:
-        dream = super().dream(model, start, terminal)
+    def imagine(
+        self, model: Any, start: Any, terminal: Tensor, generator: torch.Generator | None = None
+    ) -> Trajectory:
+        traj = super().imagine(model, start, terminal, generator)
         with torch.no_grad():
-            self.before = self.actor(dream.x[:, :-1]).log_prob(dream.action[:, :-1])
-        return dream
+            self.before = self.actor(traj.x[:, :-1]).log_prob(traj.action[:, :-1])
+        return traj
 
     def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
         return clipped_gain(log_prob, self.before, adv, self.clip)
@@ -92,35 +94,41 @@ class TokenAgent(models.Agent):
             del modules["model"]["encoder"]  # what it makes of images is stored as tokens
         return modules
 
-    def update(self, batch: models.Batch) -> Tensor:
+    def update(self, batch: models.Batch, generator: torch.Generator | None = None) -> Tensor:
         """As of ``models.Agent``, on windows of tokens (B,T,.)."""
         if self.block.finetune:
             self.world_model.train()
-            found = super().update(batch)
+            found = super().update(batch, generator)
             self.world_model.eval()
             return found
         model = self.world_model
         with torch.no_grad(), self.autocast():
-            obs = networks.prepare(batch)
-            carry, post, _ = model.observe(obs)
+            obs = networks.preprocess(batch)
+            carry, post, _ = model.observe(obs, generator=generator)
             starts = self.config.imag.starts
             which = start_steps(obs["is_terminal"].shape[1], starts)
             start = model.dynamics.starts(carry, post, starts)
         terminal = obs["is_terminal"][:, which].flatten()
-        metrics = self._update_behavior("", start, terminal, lambda dream, rew: rew)
+        extrinsic = lambda traj, rew: rew
+        metrics = self._update_behavior("", start, terminal, extrinsic, generator)
         self.behavior.update_slow()
         self.metric_names = tuple(metrics)
         return torch.stack([metric.float() for metric in metrics.values()])
 
     def _update_behavior(
-        self, prefix: str, start: Any, terminal: Tensor, reward: Callable
+        self,
+        prefix: str,
+        start: Any,
+        terminal: Tensor,
+        reward: Callable,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         behavior = self.behavior
         with self.autocast(), torch.no_grad():
-            dream = behavior.dream(self.world_model, start, terminal)
-            rew = reward(dream, self.world_model.reward(dream.x).mode())
+            traj = behavior.imagine(self.world_model, start, terminal, generator)
+            rew = reward(traj, self.world_model.reward(traj.x).mode())
         for _ in range(self.passes):
             with self.autocast():
-                actor_loss, critic_loss, metrics = behavior.losses(dream, rew)
+                actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
             steps = self._step("actor", actor_loss) | self._step("critic", critic_loss)
         return metrics | steps

@@ -1,4 +1,4 @@
-"""The online agent's world model, on frozen tokens: hrvq's sequence model, reward and continue heads.
+"""The online agent's world model, on frozen tokens: hrvq's sequence model, reward, continue.
 
 Shapes: B sequences, T steps, L levels, E numbers of an embedding and of a code, A action.
 """
@@ -18,7 +18,7 @@ import networks
 from hidreamer.dynamics.base import KLConfig, Post
 from hidreamer.dynamics.hrvq import HRVQ
 from hidreamer.objectives import Continue, Reward
-from hidreamer.quantizer import HARD, Codes, Quantizer, onehots
+from hidreamer.quantizer import HARD_LOGIT, Codes, Quantizer, onehots
 from hidreamer.replay import Addresses, Replay, Rows
 from pipeline import tokenizer
 from pipeline.data import Recording
@@ -52,11 +52,13 @@ class TokenDynamics(HRVQ):
         )
         del self.in_proj  # embeddings are quantised as they are
         self.quantizer = quantizer.requires_grad_(False)
+        for layer in self.transformer.layers:
+            layer.dropout = config.pipeline.world_model.dropout
 
     def _project(self, embed: Tensor) -> Tensor:
         return (math.sqrt(embed.shape[-1]) * embed).unflatten(-1, self.code_shape)
 
-    def update_codebook(self, post: Post) -> None:
+    def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
         """Codebooks are as the tokenizer left them."""
 
     def lookup(self, index: Tensor) -> Codes:
@@ -66,7 +68,7 @@ class TokenDynamics(HRVQ):
         for level in range(self.levels):
             onehot = onehots(index[..., level, :], self.quantizer.codes, self.bos_token.dtype)
             codes.append(self.quantizer.decode(level, onehot).detach())  # (..., 1, E)
-            logits.append(HARD * onehot)
+            logits.append(HARD_LOGIT * onehot)
         code = torch.stack(codes, -3)
         return Codes(code, index, tuple(logits), code)
 
@@ -122,7 +124,11 @@ class TokenWorldModel(models.WorldModel):
         self.scales = {name: config.loss_scales[name] for name in self.objectives}
 
     def observe(
-        self, obs: Mapping[str, Tensor], carry: Any = None, sample: bool = True
+        self,
+        obs: Mapping[str, Tensor],
+        carry: Any = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, Post, Tensor]:
         """As of ``models.WorldModel``; what it returns as embed is the codes' sum (B,T,E)."""
         is_first = obs["is_first"].bool()
@@ -261,7 +267,7 @@ class Windows:
 def tensors(rows: Rows, device: torch.device) -> dict[str, Tensor]:
     """As the networks take them: floats, on the device."""
     moved = {key: torch.from_numpy(np.ascontiguousarray(x)).to(device) for key, x in rows.items()}
-    return networks.prepare(moved)
+    return networks.preprocess(moved)
 
 
 def load_tokens(root: Any, recordings: list[Recording]) -> list[np.ndarray]:

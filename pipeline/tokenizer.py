@@ -1,7 +1,7 @@
 """tokenizer: embeddings to L codes each, by the online agent's quantiser.
 
-Frozen: the encoder's embeddings stay as they are. Codebooks of ``nearest`` are moving averages then,
-and a commitment has nothing to act on; kinds that learn by gradient learn to reconstruct.
+Frozen: the encoder's embeddings stay as they are. Codebooks of ``nearest`` are moving averages
+then, and a commitment has nothing to act on; kinds that learn by gradient learn to reconstruct.
 ``joint``: the encoder goes on learning by its own objective, from what the codes say, and the
 commitment reaches it.
 

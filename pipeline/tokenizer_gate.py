@@ -24,17 +24,21 @@ ENERGY_NOTE = (
     "Held-out episodes. Cosine: between an embedding and the sum of its codes. The lineage reported"
     " their dot product under that name. Explained energy: 1 - squared error / squared length;"
     " explained variance: the same around the mean embedding, which alone would explain 0."
-    " Untrained: the same quantiser on an untrained encoder's embeddings. Flat, equal bits: one level"
-    " whose L groups have a codebook each."
+    " Untrained: the same quantiser on an untrained encoder's embeddings. Flat, equal bits: one"
+    " level whose L groups have a codebook each."
 )
-PROBE_NOTE = "R² of linear probes of the sum of codes, held-out episodes. Before quantising: of the embedding."
+PROBE_NOTE = (
+    "R² of linear probes of the sum of codes, held-out episodes. Before quantising: of the"
+    " embedding."
+)
 SHARED_NOTE = (
     f"Codes that every game uses. Null: game labels shuffled over frames ({PERMUTATIONS} times):"
-    " what is shared where codes say nothing of the game. Shared codes far below it belong to games."
+    " what is shared where codes say nothing of the game. Shared codes far below it belong to"
+    " games."
 )
 TRANSFER_NOTE = (
-    "Explained energy of a game's held-out episodes by codebooks that never saw it, beside codebooks"
-    " of its own and random ones. The encoder saw all games."
+    "Explained energy of a game's held-out episodes by codebooks that never saw it, beside"
+    " codebooks of its own and random ones. The encoder saw all games."
 )
 
 

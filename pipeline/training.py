@@ -60,7 +60,7 @@ def save_params(path: Path, module: nn.Module, **facts: Any) -> Path:
 
 def load_params(path: Path, module: nn.Module) -> Mapping[str, Any]:
     """Into ``module``. -> the file's facts. Raises CheckpointError, InputError."""
-    state = checkpoint.load_checkpoint(path, ("params",))
+    state = checkpoint.load_checkpoint(path, {"params": dict})
     try:
         module.load_state_dict(state["params"])
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""world_model: the hierarchical transformer over tokens and actions, with reward and continue heads.
+"""world_model: the hierarchical transformer over tokens and actions, with reward and continue.
 
 Besides the config's mask, others are trained in the same way for the gate (``compare``): same seed,
 same batches, as many updates. Shapes: B windows, T steps.
@@ -111,7 +111,7 @@ class WorldModel(Stage):
 def accumulate(
     model: TokenWorldModel, optimizer: Optimizer, batches: list[dict[str, Tensor]], config: Config
 ) -> dict[str, Tensor]:
-    """One update along the mean gradient of several batches: that of one large batch. -> metrics."""
+    """One update along the mean gradient of several batches, that of a large one. -> metrics."""
     device, found = batches[0]["reward"].device, []
     half = {"enabled": config.precision == "bfloat16", "cache_enabled": False}
     for batch in batches:

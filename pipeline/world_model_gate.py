@@ -1,4 +1,4 @@
-"""Teacher-forced predictions and free-running rollouts on held-out episodes: the world model's gate.
+"""The world model's gate: teacher-forced and free-running predictions of held-out episodes.
 
 Shapes: B windows, T steps, N rows, L levels, H steps of a rollout.
 """
@@ -26,14 +26,14 @@ TEACHER_NOTE = (
     "Held-out episodes, teacher-forced. Nats: of a step's code given the past and the coarser codes"
     " of its step, beside a mixture of copying the last code and the code's frequency, fitted on"
     " training episodes. Accuracy: beside copying the last code. Changed: steps where copying is"
-    " wrong. Reward: how well predicted rewards tell steps with a reward from others (area under the"
-    " curve; 0.5 is chance)."
+    " wrong. Reward: how well predicted rewards tell steps with a reward from others (area under"
+    " the curve; 0.5 is chance)."
 )
 ROLLOUT_NOTE = (
     "Held-out episodes: dreamt from a few observed steps with the actions that were taken, codes"
     " drawn, not the likeliest ones. Tokens: share that is right so many steps on, beside keeping"
-    " the last ones observed. R²: linear probes, fitted on the true codes of training episodes, read"
-    " the dreamt ones; true codes: what they find in the real ones."
+    " the last ones observed. R²: linear probes, fitted on the true codes of training episodes,"
+    " read the dreamt ones; true codes: what they find in the real ones."
 )
 
 

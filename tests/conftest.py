@@ -23,7 +23,9 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A finished run of 60 steps, with checkpoints at 45 and 60; ``tiny`` is a copy of it to change."""
+    """A finished run of 60 steps, with checkpoints at 45 and 60;
+    ``tiny`` is a copy of it to change.
+    """
     from small_runs import run
 
     folder = tmp_path_factory.mktemp("made") / "run"

@@ -1,4 +1,6 @@
-"""The one update: what it changes, what it costs, and upstream's known faults, each with a test that would catch it."""
+"""The one update: what it changes, what it costs, and upstream's known faults,
+each with a test that would catch it.
+"""
 
 import copy
 from pathlib import Path
@@ -80,7 +82,9 @@ def test_each_optimiser_changes_its_own_part():
 
 
 def test_adam_moves_the_weights_that_the_gradient_is_of():
-    """A convolution over channels-last memory has a channels-last gradient, which fused Adam would misread."""
+    """A convolution over channels-last memory has a channels-last gradient,
+    which fused Adam would misread.
+    """
     torch.manual_seed(1)
     ours, plain = (torch.nn.Conv2d(3, 8, 4, bias=False) for _ in range(2))
     plain.load_state_dict(ours.state_dict())
@@ -103,7 +107,9 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
 
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_the_model_learns_to_show_an_image(scrambled):
-    """A checkerboard is learned by heart; not by the broken twin, whose convolutions get gradients out of order."""
+    """A checkerboard is learned by heart; not by the broken twin,
+    whose convolutions get gradients out of order.
+    """
     agent, batch = make(
         {"image": EVERYTHING["image"]}, **{"model.lr": 3e-3, "encoder.depth": 8, "decoder.depth": 8}
     )
@@ -119,7 +125,7 @@ def test_the_model_learns_to_show_an_image(scrambled):
             p.register_hook(lambda g, order=order: g.flatten()[order].view_as(g))
     errors = []
     for _ in range(100):
-        losses = agent.world_model.loss(networks.prepare(batch))[0]
+        losses = agent.world_model.loss(networks.preprocess(batch))[0]
         errors.append(losses["image"].mean().item())
         agent.optimizers["model"].step(sum(losses.values()).mean())
     left = errors[-1] / errors[0]
@@ -167,15 +173,15 @@ def test_beside_times_a_dream_from_every_replayed_state(device, monkeypatch):
     assert x.shape[:2] == (2 * 8, one.horizon + 1) and x[:, 1:].std(0).mean() > 0.0
 
 
-def dream(agent, batch):
-    obs = networks.prepare(batch)
+def imagine(agent, batch):
+    obs = networks.preprocess(batch)
     _, carry, post, _, _ = agent.world_model.loss(obs)
     start = agent.world_model.dynamics.starts(carry, post, 0)
-    return agent.behavior.dream(agent.world_model, start, obs["is_terminal"].flatten())
+    return agent.behavior.imagine(agent.world_model, start, obs["is_terminal"].flatten())
 
 
-def actor_gradient(agent, dreamt, rew):
-    loss, _, _ = agent.behavior.losses(dreamt, rew)
+def actor_gradient(agent, traj, rew):
+    loss, _, _ = agent.behavior.losses(traj, rew)
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(loss, list(agent.behavior.actor.parameters()))]
     )
@@ -185,28 +191,28 @@ def actor_gradient(agent, dreamt, rew):
 def test_return_normalisation_is_used(act):
     """Upstream computes the normalised advantage and lets REINFORCE use the raw one."""
     agent, batch = make(act=act, **{"actor.entropy": 0, "actor.gradient": "reinforce"})
-    dreamt = dream(agent, batch)
+    traj = imagine(agent, batch)
     agent.behavior.norm.rate = 1.0
-    rew = 10 * torch.randn(dreamt.disc.shape)
-    one, hundred = actor_gradient(agent, dreamt, rew), actor_gradient(agent, dreamt, 100 * rew)
+    rew = 10 * torch.randn(traj.disc.shape)
+    one, hundred = actor_gradient(agent, traj, rew), actor_gradient(agent, traj, 100 * rew)
     assert one.norm() > 0
     assert torch.allclose(one, hundred, rtol=0.05, atol=0.05 * one.abs().max().item())
 
 
 def test_small_returns_are_not_magnified():
     agent, batch = make(**{"actor.entropy": 0})
-    dreamt = dream(agent, batch)
-    rew = torch.randn(dreamt.disc.shape)
-    small, smaller = (actor_gradient(agent, dreamt, scale * rew) for scale in (1e-3, 1e-4))
+    traj = imagine(agent, batch)
+    rew = torch.randn(traj.disc.shape)
+    small, smaller = (actor_gradient(agent, traj, scale * rew) for scale in (1e-3, 1e-4))
     assert torch.allclose(small, 10 * smaller, rtol=1e-3, atol=1e-8)
 
 
 def test_reinforce_records_no_graph_in_the_dream():
     agent, batch = make()
-    dreamt = dream(agent, batch)
-    assert not any(x.requires_grad for x in (*dreamt.feat, dreamt.action, dreamt.disc))
+    traj = imagine(agent, batch)
+    assert not any(x.requires_grad for x in (*traj.feat, traj.action, traj.disc))
     agent, batch = make(act="continuous", **{"actor.gradient": "dynamics"})
-    assert dream(agent, batch).feat.stoch.requires_grad
+    assert imagine(agent, batch).feat.stoch.requires_grad
 
 
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
@@ -214,10 +220,10 @@ def test_backpropagation_through_the_dynamics(act):
     """The policy finds the action that the model rewards; the model itself is not moved by it."""
     agent, batch = make(act=act, **{"actor.gradient": "dynamics"})
     before = copy.deepcopy(agent.state_dict())
-    obs = networks.prepare(batch)
+    obs = networks.preprocess(batch)
     _, carry, post, _, _ = agent.world_model.loss(obs)
     start = agent.world_model.dynamics.starts(carry, post, 0)
-    paid = lambda dreamt, rew: rew + dreamt.action.sum(-1)
+    paid = lambda traj, rew: rew + traj.action.sum(-1)
     agent._update_behavior("", start, obs["is_terminal"].flatten(), paid)
     moved = changed(before, agent.state_dict())
     assert any(key.startswith("behavior.actor") for key in moved)
@@ -225,10 +231,12 @@ def test_backpropagation_through_the_dynamics(act):
 
 
 def test_nothing_counts_after_a_terminal_start():
-    """Upstream weighs a terminal start like any other and learns from continuations that cannot happen."""
+    """Upstream weighs a terminal start like any other and learns
+    from continuations that cannot happen.
+    """
     agent, batch = make(**{"actor.entropy": 1.0})
-    dreamt = dream(agent, batch | {"is_terminal": torch.ones_like(batch["is_terminal"])})
-    actor_loss, critic_loss, _ = agent.behavior.losses(dreamt, torch.randn(dreamt.disc.shape))
+    traj = imagine(agent, batch | {"is_terminal": torch.ones_like(batch["is_terminal"])})
+    actor_loss, critic_loss, _ = agent.behavior.losses(traj, torch.randn(traj.disc.shape))
     assert actor_loss == 0.0 and critic_loss == 0.0
 
 
@@ -240,7 +248,7 @@ def test_truncation_is_not_termination():
         "Cont", (), {"log_prob": lambda self, y: targets.append(y) or y}
     )()
     batch["is_terminal"][0, 3] = True
-    agent.world_model.loss(networks.prepare(batch))
+    agent.world_model.loss(networks.preprocess(batch))
     assert torch.equal(targets[0], 1.0 - batch["is_terminal"].float())
     assert "is_last" not in batch
 
@@ -248,13 +256,13 @@ def test_truncation_is_not_termination():
 def test_slow_critic_regularises_with_a_gradient():
     """In the lineage this term had none: both sides were detached."""
     agent, batch = make()
-    dreamt = dream(agent, batch)
-    rew = torch.zeros(dreamt.disc.shape)
+    traj = imagine(agent, batch)
+    rew = torch.zeros(traj.disc.shape)
     grads = []
     for value in (0.0, 50.0):
         torch.nn.init.zeros_(agent.behavior.slow.out.weight)
         agent.behavior.slow.out.bias.data.zero_()[127 + int(value)] = 20.0
-        _, loss, _ = agent.behavior.losses(dreamt, rew)
+        _, loss, _ = agent.behavior.losses(traj, rew)
         grads.append(torch.autograd.grad(loss, agent.behavior.critic.out.bias)[0])
     assert (grads[0] - grads[1]).abs().max() > 1e-3
 
@@ -310,12 +318,12 @@ def test_plan2explore(target, action_cond):
 
 def test_disagreement_is_paid_where_the_ensemble_disagrees():
     agent, batch = make(**{"expl.behavior": "plan2explore", "expl.log": "false"})
-    dreamt = dream(agent, batch)
-    spread = agent.explorer.reward(dreamt, torch.zeros(dreamt.disc.shape))
+    traj = imagine(agent, batch)
+    spread = agent.explorer.reward(traj, torch.zeros(traj.disc.shape))
     assert (spread > 0).all()
     for net in agent.explorer.ensemble[1:]:
         net.load_state_dict(agent.explorer.ensemble[0].state_dict())
-    agreed = agent.explorer.reward(dreamt, torch.full(dreamt.disc.shape, 3.0))
+    agreed = agent.explorer.reward(traj, torch.full(traj.disc.shape, 3.0))
     assert agreed.abs().max() < 1e-6  # extr_scale is 0
 
 
@@ -348,8 +356,8 @@ def test_acting_under_bfloat16_and_update_stay_finite():
 def test_fewer_starts_dream_less():
     agent, batch = make(**{"imag.starts": 2})
     sizes = []
-    original = agent.behavior.dream
-    agent.behavior.dream = lambda *args: sizes.append(original(*args)) or sizes[-1]
+    original = agent.behavior.imagine
+    agent.behavior.imagine = lambda *args: sizes.append(original(*args)) or sizes[-1]
     agent.update(batch)
     assert sizes[0].disc.shape == (4, 4)
 
@@ -361,7 +369,7 @@ def test_open_loop_shows_truth_then_dreams():
     assert torch.allclose(truth["image"], batch["image"] / 255.0, atol=1e-6)
     assert all(truth[key].shape == model[key].shape for key in truth)
     assert model["image"].min() >= 0.0 and model["image"].max() <= 1.0
-    # The dream does not look at what it is compared with.
+    # The imagined steps do not look at what it is compared with.
     torch.manual_seed(3)
     _, a = agent.world_model.open_loop(batch, context=5)
     later = {key: x.clone() for key, x in batch.items()}

@@ -1,4 +1,6 @@
-"""The same matrix through every backend: processes, a Ray cluster of this machine, submitit's local executor."""
+"""The same matrix through every backend: processes, a Ray cluster of this machine,
+submitit's local executor.
+"""
 
 import io
 import json
@@ -63,7 +65,9 @@ def wait_for(path):
 
 @pytest.mark.parametrize("name", ["local", *CLUSTERS])
 def test_ends_and_signals_are_passed_on(name, make, tmp_path):
-    """One job works, one fails twice, one is at work when a signal comes and may tidy up; the last never starts."""
+    """One job works, one fails twice, one is at work when a signal comes and may tidy up;
+    the last never starts.
+    """
     backend, console = make(name), Console(file=io.StringIO())
     works = job(tmp_path / "works", "touch done")
     fails = job(tmp_path / "fails", "echo what went wrong; exit 3")
@@ -71,7 +75,8 @@ def test_ends_and_signals_are_passed_on(name, make, tmp_path):
     assert (works.state, works.attempts, fails.state, fails.attempts) == ("done", 1, "failed", 2)
     assert fails.reason == "exit status 3" and "what went wrong" in fails.last_lines()
 
-    # Not SIGINT: a shell cannot trap it where it was ignored from the start, as below a background job.
+    # Not SIGINT: a shell cannot trap it where it was ignored from the start, as below a background
+    # job.
     tidy = 'trap "touch tidied; exit 143" TERM; touch started; while :; do sleep 0.1; done'
     first, second = (job(tmp_path / str(i), tidy) for i in range(2))
     backend.slots = 1
@@ -93,7 +98,9 @@ def test_ends_and_signals_are_passed_on(name, make, tmp_path):
 
 
 def test_a_signal_that_comes_while_a_command_starts_is_not_lost(tmp_path, monkeypatch):
-    """On a cluster another thread passes it on; a busy machine may leave it between the two lines of a start."""
+    """On a cluster another thread passes it on;
+    a busy machine may leave it between the two lines of a start.
+    """
     process = backends.Process(["sleep", "20"], tmp_path, tmp_path / "log", {}, {})
 
     class Started(subprocess.Popen):

@@ -1,4 +1,6 @@
-"""dreamer.py as people call it: every kind of task, every wrong argument, what ends up in the folder."""
+"""dreamer.py as people call it: every kind of task, every wrong argument,
+what ends up in the folder.
+"""
 
 import json
 import subprocess
@@ -232,6 +234,9 @@ WRONG = {
     ),
     "bad policy": (["--env.invalid", "skip"], "stop, truncate"),
     "no device": (["--device", "cuda"], "CUDA"),
+    "no preset": (["--configs", "--steps", "9"], "--configs needs the name of a preset"),
+    "capacity of what": (["--capacity", "--steps", "9"], "--capacity needs the name of a preset"),
+    "capacity of a run": (["--capacity", "debug", "--resume", "x"], "takes no --resume"),
     "no checkpoint": (["--resume", "/nowhere/latest.pt"], "/nowhere/latest.pt"),
 }
 
@@ -286,6 +291,21 @@ def test_a_reader_that_leaves_is_no_error(script):
         assert process.stderr.read() == "" and process.wait() == 1
 
 
+@pytest.mark.parametrize("script", ["dreamer.py", "run_comparison.py"])
+def test_closed_output_is_no_error(script):
+    """As with a service manager that gives none."""
+    command = f"exec {sys.executable} {ROOT / script} --help >&-"
+    ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_last_line_continues_a_run_that_went_beyond_its_steps(tmp_path, capsys):
+    assert run(tmp_path / "run", "--task", "dummy_vector", "--steps", 90) == 0
+    assert run(tmp_path / "run", "--task", "dummy_vector", "--steps", 60) == 0
+    again = capsys.readouterr().out.splitlines()[-1]
+    assert again.startswith("continue:") and int(again.split()[-1]) > 90
+
+
 def test_no_arguments_show_the_help_and_fail(capsys):
     assert dreamer.main([]) == 2
     assert "Presets" in capsys.readouterr().out
@@ -323,7 +343,8 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
     for i, args in enumerate(runs):
         assert run(tmp_path / str(i), *args, *QUICK) == 0
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
-    # The suites take their own blocks; each of these is an argument of the suite's class, which Python checks.
+    # The suites take their own blocks; each of these is an argument of the suite's class, which
+    # Python checks.
     suites = {
         key
         for key in keys

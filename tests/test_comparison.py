@@ -1,4 +1,6 @@
-"""run_comparison.py: a matrix of real runs ends complete whatever befalls them, and bad input is one line."""
+"""run_comparison.py: a matrix of real runs ends complete whatever befalls them,
+and bad input is one line.
+"""
 
 import json
 import signal
@@ -29,11 +31,13 @@ QUICK = [
 ]
 QUICK += ["--checkpoint_every", "40", "--jobs", "2"]
 
-# Python reads this file when it starts: it makes a run die as the plan says, once it has a checkpoint.
+# Python reads this file when it starts: it makes a run die as the plan says, once it has a
+# checkpoint.
 FAULTS = """
 import json, os, pathlib, signal, sys, threading, time
 
-logdir = pathlib.Path(sys.orig_argv[sys.orig_argv.index("--logdir") + 1] if "--logdir" in sys.orig_argv else "")
+words = sys.orig_argv
+logdir = pathlib.Path(words[words.index("--logdir") + 1] if "--logdir" in words else "")
 fault = json.loads(os.environ["FAULTS"]).get("/".join(logdir.parts[-2:]))
 marker = logdir.with_suffix(".fault")
 if fault and "dreamer.py" in str(sys.orig_argv) and not (fault["once"] and marker.exists()):
@@ -66,7 +70,9 @@ def steps_logged(run):
 
 
 def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
-    """One run is finished already, one gets killed, one crashes until its fault is mended: no other notices."""
+    """One run is finished already, one gets killed,
+    one crashes until its fault is mended: no other notices.
+    """
     folder = tmp_path / "matrix"
     assert compare("--models", MODELS[0], "--seeds", 1, "--logdir", folder) == 0
     assert starts(folder) == {"tiny_dreamerv3/0": 1}
@@ -152,7 +158,9 @@ def test_ctrl_c_leaves_everything_resumable(tmp_path, capsys):
 
 
 def test_memory_is_the_runs_own():
-    """Linux's getrusage reports at least what the parent held: a heavy runner would make all its runs look heavy."""
+    """Linux's getrusage reports at least what the parent held:
+    a heavy runner would make all its runs look heavy.
+    """
     ballast = np.ones(2**27)  # 1 GiB
     code = "import torch; from hidreamer.cost import peak_mb; print(peak_mb(torch.device('cpu')))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -21,7 +21,9 @@ def updates(agent, batch, update, count=6):
 
 
 def break_actor(agent):
-    """Compile as usual, as far as anyone can see; the actor fails when the world model has had its step already."""
+    """Compile as usual, as far as anyone can see;
+    the actor fails when the world model has had its step already.
+    """
 
     def broken(*args):
         torch.rand(5)
@@ -56,7 +58,7 @@ def test_after_a_failed_compilation_all_is_as_without(kind):
 class FailingCapture:
     """Like ``Captured`` on a CPU, whose recording breaks off after the update ran."""
 
-    def __init__(self, fn):
+    def __init__(self, fn, generator):
         self.fn, self.calls = fn, 0
 
     def __call__(self, batch):

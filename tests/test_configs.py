@@ -116,7 +116,9 @@ LATENT = [name for name in PRESETS if "dreamer" in name]  # the presets of a lat
 @pytest.mark.parametrize("preset", LATENT)
 @pytest.mark.parametrize("suite", ["atari100k", "minatar", "gym", "crafter"])
 def test_a_latent_state_has_the_sizes_of_its_preset_on_every_suite(suite, preset):
-    """Presets of suites with a small state of their own must not shrink what a preset of a state says it is."""
+    """Presets of suites with a small state of their own must not shrink what a preset
+    of a state says it is.
+    """
     latent = lambda *presets: tools.load_config(list(presets), {}).dynamics.tree()
     ours, alone = latent(suite, preset), latent(preset)
     kind = alone["type"]
@@ -164,7 +166,10 @@ def networks():
     ("suite", "names"), [(suite, names) for (_, suite), names in networks().items()], ids=str
 )
 def test_every_preset_trains_with_every_latent_state(suite, names):
-    """Built, and updated once, at its own widths. Tensors are fake (shapes without numbers): no memory, little time."""
+    """Built, and updated once, at its own widths.
+
+    Tensors are fake (shapes without numbers): no memory, little time.
+    """
     preset, kind = names[0]
     small = {
         "dynamics.type": kind,

@@ -25,7 +25,9 @@ SIZES["hrvq"] = {
 
 
 def build(kind, dtype=torch.float64, **overrides):
-    """A small dynamics whose zero-initialised layers are random, so that every output depends on every input."""
+    """A small dynamics whose zero-initialised layers are random,
+    so that every output depends on every input.
+    """
     config = tools.load_config([], {"dynamics.type": kind}).dynamics.tree() | SMALL
     config[kind] = config[kind] | SIZES[kind] | overrides
     dynamics = make_dynamics(config, E, A)
@@ -248,7 +250,9 @@ def dream(dynamics, carry, actor, lengths, sample):
 
 @torch.no_grad()
 def test_law_a_carry_is_a_carry(variant):
-    """H1 steps and then H2 are H1 + H2 steps: from every carry, drawn or not, with given actions or a policy."""
+    """H1 steps and then H2 are H1 + H2 steps: from every carry, drawn or not,
+    with given actions or a policy.
+    """
     weight = torch.randn(variant.feat_dim, A).double()
     policy = lambda feat: torch.tanh(feat.cat() @ weight)
     for name, carry in carries(variant).items():
@@ -263,7 +267,9 @@ def test_law_a_carry_is_a_carry(variant):
 
 
 def test_law_memory_imagined_and_observed_is_one(variant):
-    """An action leads from any carry to the same memory, whether what follows is imagined or observed."""
+    """An action leads from any carry to the same memory,
+    whether what follows is imagined or observed.
+    """
     for name, carry in carries(variant).items():
         count = len(variant.feat(carry).deter)
         action, embed = torch.randn(count, 1, A).double(), torch.randn(count, 1, E).double()
@@ -309,7 +315,9 @@ def test_law_purity_of_an_imagined_carry(variant):
 
 
 def test_the_gradient_goes_through_an_imagined_carry(variant):
-    """What ``actor.gradient: dynamics`` follows through one dream it follows through two of half the length."""
+    """What ``actor.gradient: dynamics`` follows through one dream it follows through two of half
+    the length.
+    """
     for name in ("observe", "starts"):
         found = []
         carry = carries(variant)[name]
@@ -370,7 +378,9 @@ def test_starts_are_detached(dynamics):
 
 
 def test_law_teacher_forcing(dynamics):
-    """One imagined step with the real action carries the memory that training has at the next step."""
+    """One imagined step with the real action carries the memory that training
+    has at the next step.
+    """
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
     carry, post = observe(dynamics, embed, action, is_first)
     following = torch.cat([action[:, 1:], action[:, :1]], 1).reshape(
@@ -394,7 +404,9 @@ def test_law_finite_under_bfloat16(dynamics):
 
 
 def test_free_bits_are_shared(dynamics):
-    """A posterior equal to its prior costs exactly free x (dyn + rep), whatever the number of levels."""
+    """A posterior equal to its prior costs exactly free x (dyn + rep),
+    whatever the number of levels.
+    """
     dynamics.kl_config = dynamics.kl_config._replace(rep=0.1, free_nats=1.0)
     _, post = dynamics.observe(dynamics.initial(B), *inputs())
     same = post._replace(levels=tuple(level._replace(post=level.prior) for level in post.levels))

@@ -1,4 +1,6 @@
-"""Environments that hang, interrupt, fail again and again, or outlive us: none stops a run without a line."""
+"""Environments that hang, interrupt, fail again and again, or outlive us:
+none stops a run without a line.
+"""
 
 import contextlib
 import ctypes
@@ -24,7 +26,9 @@ NEVER = 1000  # seconds: far more than any test waits
 
 
 def faulty(method, fault, restarts=1, after=0, index=0):
-    """`make` of dummies of which number `index` breaks: its `method` calls `fault` first, from the call `after` on."""
+    """`make` of dummies of which number `index` breaks: its `method` calls `fault` first,
+    from the call `after` on.
+    """
 
     class Faulty:
         def __init__(self, number, restart):
@@ -72,7 +76,7 @@ def signals_as_before():
     assert abs(signal.getitimer(signal.ITIMER_REAL)[0] - expected) < 0.1
 
 
-# ------------------------------------------------------------------------------------------------------- hanging
+# ------------------------------------------------------------------------------------------ hanging
 
 
 @pytest.mark.parametrize(("parallel", "fault"), [(False, sleep), (True, sleep), (True, stuck)])
@@ -175,7 +179,7 @@ def test_somebody_elses_alarm_rings_after_the_call(signals_as_before):
             signal.setitimer(signal.ITIMER_REAL, timer[0] - (time.monotonic() - began))
 
 
-# ----------------------------------------------------------------------------- what no Exception is, and is ours
+# ---------------------------------------------------------------- what no Exception is, and is ours
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
@@ -230,7 +234,7 @@ def test_the_users_interrupt_is_the_users(signals_as_before):
         assert vector.restarts == 0
 
 
-# ------------------------------------------------------------------------------------------------ again and again
+# ---------------------------------------------------------------------------------- again and again
 
 
 @BOTH
@@ -248,7 +252,8 @@ def test_the_same_error_right_after_a_restart_is_not_tried_again(parallel, tmp_p
             pytest.warns(RuntimeWarning) as warned,
             pytest.raises(
                 EnvError,
-                match=r"^environment 0 fails in the same way as before its restart: OSError: out of luck [\d.e-]+ "
+                match=r"^environment 0 fails in the same way as before its restart: OSError: "
+                r"out of luck [\d.e-]+ "
                 rf"\(test_env_faults.py:\d+\); traceback: {log}$",
             ),
         ):
@@ -274,14 +279,82 @@ def test_the_same_error_right_after_a_restart_is_not_tried_again(parallel, tmp_p
 
 
 @BOTH
-def test_an_error_with_good_steps_in_between_is_another(parallel):
-    def fault(*_):
-        raise OSError("now and then")
+def test_an_error_at_another_step_of_its_episode_is_another(parallel):
+    class Sometimes:
+        def __init__(self, number, restart):
+            self.env, self.left = maker("dummy_vector")(number, restart), 2 + restart
 
-    vector = Envs(faulty("step", fault, restarts=3, after=2), 1, parallel)
-    with pytest.warns(RuntimeWarning, match="now and then"):
+        def step(self, action):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("now and then")
+            return self.env.step(action)
+
+        def __getattr__(self, name):
+            return getattr(self.env, name)
+
+    vector = Envs(Sometimes, 1, parallel)
+    with (
+        pytest.warns(RuntimeWarning, match="now and then"),
+        pytest.raises(EnvError, match="environment 0 crashed 5 times without a whole episode"),
+    ):
         play(vector, 40)
-    assert vector.restarts == 3
+    assert vector.restarts == 4
+
+
+@BOTH
+def test_an_error_in_every_episode_ends_the_run(parallel):
+    """Good steps before it prove nothing: with a replacement each time it would go on for ever."""
+
+    def fault(*_):
+        raise OSError("at the same step of all of them")
+
+    vector = Envs(faulty("step", fault, restarts=99, after=3), 1, parallel)
+    with (
+        pytest.warns(RuntimeWarning, match="at the same step"),
+        pytest.raises(EnvError, match="fails in the same way as before its restart"),
+    ):
+        play(vector, 40)
+    assert vector.restarts == 1
+
+
+@pytest.mark.parametrize("longest", [10**6, 30])
+def test_whole_episodes_or_many_steps_of_one_prove_that_it_works(longest, monkeypatch):
+    monkeypatch.setattr("envs.vector.GOOD_STEPS", longest)
+    ends = 10 if longest == 10**6 else 10**6
+
+    class Tired:
+        """Breaks in its 35th step; its episodes have 10 steps, or no end."""
+
+        def __init__(self, number, restart):
+            self.env, self.steps = maker("dummy_vector")(number, restart), 0
+
+        def step(self, action):
+            self.steps += 1
+            if self.steps == 35:
+                raise OSError("tired")
+            last = self.steps % ends == 0
+            return self.env.step(action) | {"is_last": last, "is_terminal": last}
+
+        def __getattr__(self, name):
+            return getattr(self.env, name)
+
+    vector = Envs(Tired, 1, False)
+    with pytest.warns(RuntimeWarning, match="tired"):
+        play(vector, 400)
+    assert vector.restarts > 8
+
+
+def test_warnings_of_a_process_are_one_line(capfd):
+    def warn(number, restart):
+        import warnings
+
+        warnings.warn("mind the gap", UserWarning, stacklevel=1)
+        return maker("dummy_vector")(number, restart)
+
+    with contextlib.closing(Envs(warn, 1, True)) as vector:
+        vector.step(None)
+    assert capfd.readouterr().err == "warning: mind the gap\n"
 
 
 def test_answers_that_cannot_travel_are_crashes():
@@ -302,7 +375,7 @@ def test_answers_that_cannot_travel_are_crashes():
         vector.close()
 
 
-# --------------------------------------------------------------------------------------------- outliving the parent
+# ----------------------------------------------------------------------------- outliving the parent
 
 HUNG = """
     import sys
@@ -338,7 +411,7 @@ def test_a_hung_process_ends_with_its_parent(fault):
     assert gone(workers)
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 MODULE = """
     import os, time
@@ -450,7 +523,26 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
     assert "Traceback" not in run.communicate()[1]
 
 
-# ----------------------------------------------------------------------------------------------------------- Doom
+@pytest.mark.parametrize("parallel", ["false", "true"])
+def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path, parallel):
+    """Not until env.timeout: who asks a job to end kills it soon after."""
+    run = command(tmp_path, "step hang", "--env.timeout", "300", "--env.parallel", parallel)
+    while "hangs" not in (line := run.stdout.readline()):
+        assert line, "it ended"
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 40
+    assert "SIGTERM: ending after the running step; Ctrl-C ends at once\n" in out
+    assert error.startswith(
+        "warning: environment 0 crashed and is replaced: no answer within 10 s of the signal"
+    )
+    assert error.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
+
+
+# --------------------------------------------------------------------------------------------- Doom
 
 
 def games(ancestor):
@@ -480,7 +572,10 @@ def shared(found):
 @pytest.mark.parametrize("parallel", ["false", "true"])
 def test_a_killed_run_leaves_no_game_and_no_shared_memory_behind(parallel, tmp_path):
     pytest.importorskip("vizdoom")
-    words = "--configs vizdoom debug --env.count 2 --steps 100000 --eval_every 100 --eval_episodes 200 --video false"
+    words = (
+        "--configs vizdoom debug --env.count 2 --steps 100000 --eval_every 100 --eval_episodes 200 "
+        "--video false"
+    )
     run = subprocess.Popen(
         [
             sys.executable,
@@ -535,7 +630,10 @@ def test_shared_memory_of_killed_starts_goes_with_the_next_one():
         return path
 
     old, used, young = leave("old", 3600), leave("used", 3600), leave("young", 0)
-    code = f"import mmap; f = open({str(used)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print('mapped', flush=True)"
+    code = (
+        f"import mmap; f = open({str(used)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); "
+        "print('mapped', flush=True)"
+    )
     code += "; input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,4 +1,6 @@
-"""The contract of `envs`, the same for all suites; test_envs_games and test_envs_others have what differs."""
+"""The contract of `envs`, the same for all suites;
+test_envs_games and test_envs_others have what differs.
+"""
 
 import itertools
 import re
@@ -197,7 +199,8 @@ def test_action_repeat_sums_rewards(task, steps):
 
 
 EXACT = [
-    *((f"atari_{game}", {"sticky": sticky, "noops": noops, "lives": lives}) for game, sticky, noops, lives in (
+    *((f"atari_{game}", {"sticky": sticky, "noops": noops, "lives": lives})
+      for game, sticky, noops, lives in (
         ("pong", 0.0, 0, "unused"), ("pong", 0.25, 30, "unused"), ("boxing", 0.9, 0, "unused"),
         ("breakout", 0.0, 30, "discount"), ("breakout", 0.25, 30, "reset"),
     )),
@@ -335,7 +338,8 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_suites_are_imported_only_when_asked_for_and_in_silence():
     code = (
         "import sys; from envs import make_env; "
-        "assert not {'ale_py', 'minatar', 'crafter', 'vizdoom', 'dm_control', 'torch'} & set(sys.modules); "
+        "assert not {'ale_py', 'minatar', 'crafter', 'vizdoom', 'dm_control', "
+        "'torch'} & set(sys.modules); "
         "make_env('atari_pong', {'size': [64, 64], 'action_repeat': 4, 'time_limit': 0}, 0).reset()"
     )
     root = Path(__file__).parent.parent

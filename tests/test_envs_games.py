@@ -10,7 +10,7 @@ import tools
 from envs import EnvError, make_env
 from training import Run
 
-# ------------------------------------------------------------------------------------------------------------ Atari
+# -------------------------------------------------------------------------------------------- Atari
 
 
 def atari(name, repeat=4, size=(64, 64), time_limit=0, seed=0, **options):
@@ -189,7 +189,7 @@ def test_atari_ram_tells_the_score():
     assert sum(output["reward"] for output in outputs) == int(ram[14]) - int(ram[13]) < 0
 
 
-# ---------------------------------------------------------------------------------------------------------- MinAtar
+# ------------------------------------------------------------------------------------------ MinAtar
 
 
 def test_minatar_actions_ends_and_picture():
@@ -220,11 +220,12 @@ def test_minatar_sticky_actions_stick():
     assert kept(0.0) == 0 and 30 < kept(0.1) < 150
 
 
-# ---------------------------------------------------------------------------------------------------------- ViZDoom
+# ------------------------------------------------------------------------------------------ ViZDoom
 
 BUTTONS = {
     "basic": "MOVE_LEFT MOVE_RIGHT ATTACK",
-    "deadly_corridor": "MOVE_LEFT MOVE_RIGHT ATTACK MOVE_FORWARD MOVE_BACKWARD TURN_LEFT TURN_RIGHT",
+    "deadly_corridor": "MOVE_LEFT MOVE_RIGHT ATTACK MOVE_FORWARD MOVE_BACKWARD TURN_LEFT "
+    "TURN_RIGHT",
     "defend_the_center": "TURN_LEFT TURN_RIGHT ATTACK",
     "health_gathering": "TURN_LEFT TURN_RIGHT MOVE_FORWARD",
 }

@@ -1,4 +1,6 @@
-"""DMC, Crafter, Gymnasium and the dummies: their observations, ends and faults that we must not inherit."""
+"""DMC, Crafter, Gymnasium and the dummies: their observations,
+ends and faults that we must not inherit.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,7 @@ from envs.vector import Envs
 
 ROOT = Path(__file__).parent.parent
 
-# ------------------------------------------------------------------------------------------------------ DMC, Crafter
+# ------------------------------------------------------------------------------------- DMC, Crafter
 
 
 def test_dmc_observations_scaling_and_ends():
@@ -53,7 +55,8 @@ def test_dmc_without_opengl_does_physics_and_says_what_pictures_need():
     code = (
         "from envs import make_env, EnvError\n"
         "def cup(image): return make_env('dmc_cup_catch', "
-        "{'size': [64, 64], 'action_repeat': 1, 'time_limit': 0, 'dmc': {'image': image, 'proprio': True}}, 0)\n"
+        "{'size': [64, 64], 'action_repeat': 1, 'time_limit': 0, 'dmc': {'image': image, "
+        "'proprio': True}}, 0)\n"
         "env = cup(False); env.reset(); print(env.step([0, 0])['position'].shape)\n"
         "for draw in (env.render, lambda: cup(True)):\n"
         "    try: draw()\n"
@@ -121,7 +124,9 @@ def test_crafter_counts_achievements_and_tells_death_from_time():
 
 
 def test_crafter_is_fixed_by_its_seed_and_not_moved_by_drawing():
-    """Crafter's own sets would order creatures by address, and its night draws noise from the game's generator."""
+    """Crafter's own sets would order creatures by address,
+    and its night draws noise from the game's generator.
+    """
     quiet, drawn = build("crafter_reward", seed=3), build("crafter_reward", seed=3)
     rng, last, ballast = np.random.default_rng(0), {"is_last": True}, []
     for _ in range(350):
@@ -137,7 +142,7 @@ def test_crafter_is_fixed_by_its_seed_and_not_moved_by_drawing():
         last = ours
 
 
-# --------------------------------------------------------------------------------------------------- Gymnasium, dummy
+# --------------------------------------------------------------------------------- Gymnasium, dummy
 
 
 class Odd(gymnasium.Env):
@@ -172,9 +177,13 @@ def test_gym_reads_every_kind_of_leaf():
         output = play(env, 2)[0]
         shapes = {key: (space.dtype.name, space.shape) for key, space in env.obs_space.items()}
         assert shapes == {
-            "picture": ("uint8", (16, 8, 1)), "colour": ("uint8", (16, 8, 3)), "planes": ("bool", (5, 6, 2)),
-            "matrix": ("float32", (6,)), "choice": ("float32", (4,)), "flags": ("float32", (3,)),
-        }  # fmt: skip
+            "picture": ("uint8", (16, 8, 1)),
+            "colour": ("uint8", (16, 8, 3)),
+            "planes": ("bool", (5, 6, 2)),
+            "matrix": ("float32", (6,)),
+            "choice": ("float32", (4,)),
+            "flags": ("float32", (3,)),
+        }
         assert output["choice"].tolist() == [0, 0, 1, 0] and output["flags"].tolist() == [1, 0, 1]
         env.reset()
         output = env.step(one_hot(env, 1))

@@ -1,4 +1,6 @@
-"""Episodes on disk: what was saved comes back exactly, what is wrong is told, and nothing is deleted that is needed."""
+"""Episodes on disk: what was saved comes back exactly, what is wrong is told,
+and nothing is deleted that is needed.
+"""
 
 import shutil
 
@@ -161,7 +163,9 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_file_is_told_and_no_row_of_it_is_added(kind, tmp_path):
-    """When it is imported and when a run finds it in place of its own; what comes after it is not affected."""
+    """When it is imported and when a run finds it in place of its own;
+    what comes after it is not affected.
+    """
     rows, says = WRONG[kind]
     replay, episodes = make(streams=1), Episodes(tmp_path, 1)
     fill(replay, 21, episodes=episodes)
@@ -312,10 +316,11 @@ def test_runs_that_began_before_files_had_their_name_go_on(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_kill_loses_what_a_checkpoint_needs(seed, tmp_path):
-    """Episodes that left the ring are deleted; killed at a random moment, either checkpoint restores exactly.
+    """Episodes that left the ring are deleted; killed at a random moment,
+    either checkpoint restores exactly.
 
-    A checkpoint is here what ``save`` writes: the state and the unfinished rows, the former one kept. The kill comes
-    between any two file operations, deletions among them.
+    A checkpoint is here what ``save`` writes: the state and the unfinished rows, the former one
+    kept. The kill comes between any two file operations, deletions among them.
     """
     rng = np.random.default_rng(seed)
 

@@ -1,4 +1,6 @@
-"""Evaluations: whose episodes count, where they end, what is filmed, and that nothing else is touched."""
+"""Evaluations: whose episodes count, where they end, what is filmed,
+and that nothing else is touched.
+"""
 
 import json
 import signal
@@ -24,7 +26,9 @@ QUICK = ["--configs", "debug", "--task", "dummy_vector", "--eval_every", "40", "
 
 
 class StubEnvs:
-    """Episodes of given lengths, reward 1 a step, 2 frames an action; a picture shows how many steps were taken."""
+    """Episodes of given lengths, reward 1 a step, 2 frames an action;
+    a picture shows how many steps were taken.
+    """
 
     obs_space, log_keys, repeat = {"vector": None}, ("log_hits",), 2
 
@@ -36,6 +40,7 @@ class StubEnvs:
             render_fails_at,
         )
         self.at, self.calls, self.drawn = None, 0, []
+        self.crashed = np.zeros(self.count, bool)
 
     def step(self, action):
         self.calls += 1
@@ -65,7 +70,7 @@ class StubAgent:
     def tensors(self, rows):
         return rows
 
-    def act(self, state, obs, mode):
+    def act(self, state, obs, mode, generator):
         return SimpleNamespace(action=torch.zeros(len(obs["vector"]), 1))
 
 
@@ -104,6 +109,28 @@ def test_an_environment_that_cannot_be_drawn_is_evaluated_all_the_same():
     assert (
         str(played.problem) == "no display" and len(envs.drawn) == 3
     )  # it is not tried at every step
+
+
+def test_an_episode_that_a_crash_ended_is_played_again():
+    class Crashing(StubEnvs):
+        """Environment 0 crashes in its third step, and is another one then."""
+
+        def step(self, action):
+            obs = super().step(action)
+            self.crashed[0] = self.calls == 4
+            if self.crashed[0]:
+                self.at[0] = self.lengths[0]
+                obs["is_last"][0], obs["is_terminal"][0], obs["reward"][0] = True, False, 0.0
+            return obs
+
+        def render(self, index):
+            assert not self.crashed[index]
+            return super().render(index)
+
+    played = play(Crashing(20, 20), 4, video=True)
+    assert [episode["length"] for episode in played.episodes] == [20] * 4
+    assert [frame[0, 0, 0] for frame in played.videos["agent"]] == list(range(21))
+    assert played.problem is None
 
 
 def test_a_signal_is_seen_before_the_next_step():

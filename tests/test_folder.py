@@ -1,4 +1,6 @@
-"""The folder of a run: one process in it, nothing overwritten, and whatever is no checkpoint is one line."""
+"""The folder of a run: one process in it, nothing overwritten,
+and whatever is no checkpoint is one line.
+"""
 
 import os
 import shlex
@@ -196,6 +198,10 @@ FOREIGN = {
     "without its rows": half_copied,
     "a field less": edited(agent=None),
     "no rows named": edited(running_file=None),
+    "a part of another type": edited(config=3),
+    "a log's size that is none": edited(log_size="9"),
+    "a version that is none": edited(format="x"),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 
@@ -219,7 +225,7 @@ def test_what_is_no_checkpoint_is_one_line_of_ours(kind, tiny, capsys):
     err = one_line(capsys, "latest.pt", "previous.pt", "move")
     assert not any(word in err for word in ("PyTorch", "Weights only", "zip file", "weights_only"))
     assert sorted((tiny / "train_eps").iterdir()) == episodes
-    if kind in ("without its rows", "no rows named"):
+    if kind in ("without its rows", "no rows named") or "a part" in kind or "a log's" in kind:
         return  # weights can be had from these
     assert (
         dreamer.main(["--resume", str(folder / "latest.pt"), "--logdir", str(tiny / "new"), *TINY])
@@ -238,13 +244,19 @@ def test_a_checkpoint_of_a_newer_version_says_so(tiny, capsys):
 def test_a_checkpoint_whose_parts_are_of_other_kinds_is_one_line(tiny, capsys):
     path = tiny / "checkpoints" / "latest.pt"
     whole = path.read_bytes()
+    state = checkpoint.load_checkpoint(path)
+    counters, obs, act = state["counters"], state["obs"], state["act"]
     for wrong in (
-        {"counters": [1]},
-        {"score": 3},
+        {"counters": {}},
+        {"counters": counters | {"step": float("nan")}},
+        {"counters": counters | {"updates": -5}},
+        {"counters": counters | {"agent_steps": "many"}},
+        {"log_size": -5},
         {"agent": {"params": 3}},
-        {"sums": "x"},
+        {"counters": counters | {"summed": 3}, "metric_names": ["one"]},
         {"act": [1]},
-        {"obs": 2},
+        {"act": [*act[:-1], torch.zeros(3, 3)]},
+        {"obs": obs | {"vector": torch.zeros(7, 9)}},
     ):
         edited(**wrong)(path)
         assert run(tiny, "--steps", 80, "--checkpoint_every", 45) == 2

@@ -1,6 +1,8 @@
-"""The actor-critic and the world model's loss against slow loops in float64, written from the paper's equations.
+"""The actor-critic and the world model's loss against slow loops in float64,
+written from the paper's equations.
 
-All heads get random weights: at their initial zeros most errors of alignment and sign are invisible.
+All heads get random weights: at their initial zeros most errors of alignment and sign are
+invisible.
 """
 
 import copy
@@ -28,7 +30,10 @@ LOW, HIGH = -3.0, 7.0  # percentiles before the update
 
 
 def build(act="discrete", kind="rssm", **overrides):
-    """-> agent in float64 with random weights everywhere, prepared observations (B,T,.) with some terminal steps."""
+    """-> agent in float64 with random weights everywhere, preprocessed observations (B,T,.).
+
+    Some of the steps are terminal.
+    """
     agent, rows = make(VECTOR, act, length=6, **{"dynamics.type": kind, **SETTINGS, **overrides})
     for name, p in agent.named_parameters():
         if ".norm" not in name and "quantizer" not in name:
@@ -39,7 +44,7 @@ def build(act="discrete", kind="rssm", **overrides):
     rows["is_terminal"][0, 2] = rows["is_terminal"][1, 5] = True
     rows["is_first"][1, 3] = True
     rows["reward"] = 3 * torch.randn_like(rows["reward"])
-    return agent, {key: x.double() for key, x in networks.prepare(rows).items()}
+    return agent, {key: x.double() for key, x in networks.preprocess(rows).items()}
 
 
 def trainable(agent, obs):
@@ -105,7 +110,8 @@ def policy_terms(act, out, action):
 def slow_losses(behavior, act, x, action, rew, cont, through):
     """Actor and critic loss by a double loop. x (N,H+1,F), action (N,H+1,A), rew and cont (N,H+1).
 
-    ``through``: the gradient runs through the dream; else x, rew and cont are constants (REINFORCE).
+    ``through``: the gradient runs through the trajectory; else x, rew and cont are constants
+    (REINFORCE).
     """
     count, horizon = x.shape[0], x.shape[1] - 1
     value = decode(logits(behavior.critic, x))
@@ -142,13 +148,13 @@ def slow_losses(behavior, act, x, action, rew, cont, through):
     return actor / (count * horizon), critic / (count * horizon), returns[:, :horizon], scale
 
 
-def dreamt(agent, obs, seed=3):
-    """-> start, terminal (N,), Dream."""
+def imagined(agent, obs, seed=3):
+    """-> start, terminal (N,), Trajectory."""
     _, carry, post, _, _ = agent.world_model.loss(obs)
     start = agent.world_model.dynamics.starts(carry, post, 0)
     terminal = obs["is_terminal"].flatten()
     torch.manual_seed(seed)
-    return start, terminal, agent.behavior.dream(agent.world_model, start, terminal)
+    return start, terminal, agent.behavior.imagine(agent.world_model, start, terminal)
 
 
 def gradients(loss, module):
@@ -163,47 +169,49 @@ def same(xs, ys, atol=1e-6):
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
-def test_the_dream(act, kind):
-    """What is dreamt: where it starts, who acts, where that leads, and how likely it is to go on."""
+def test_the_trajectory(act, kind):
+    """What is imagined: where it starts, who acts, where that leads,
+    and how likely it is to continue.
+    """
     agent, obs = build(act, kind)
-    start, terminal, dream = dreamt(agent, obs)
+    start, terminal, traj = imagined(agent, obs)
     assert terminal.sum() == 2
     here = agent.world_model.dynamics.feat(start)
-    assert all(torch.equal(x, y[:, 0]) for x, y in zip(here, dream.feat, strict=True))
-    assert torch.equal(dream.x, torch.cat([dream.feat.stoch, dream.feat.deter], -1))
-    cont = torch.sigmoid(logits(agent.world_model.cont, dream.x).squeeze(-1))
+    assert all(torch.equal(x, y[:, 0]) for x, y in zip(here, traj.feat, strict=True))
+    assert torch.equal(traj.x, torch.cat([traj.feat.stoch, traj.feat.deter], -1))
+    cont = torch.sigmoid(logits(agent.world_model.cont, traj.x).squeeze(-1))
     for n in range(len(terminal)):
-        assert dream.disc[n, 0].item() == pytest.approx(GAMMA * (1 - terminal[n].item()))
+        assert traj.disc[n, 0].item() == pytest.approx(GAMMA * (1 - terminal[n].item()))
         for t in range(1, 5):
-            assert dream.disc[n, t].item() == pytest.approx(GAMMA * cont[n, t].item(), rel=1e-9)
+            assert traj.disc[n, t].item() == pytest.approx(GAMMA * cont[n, t].item(), rel=1e-9)
     # The memory after one step is that of the start and the action that was taken there.
-    *_, feat, _ = agent.world_model.dynamics.imagine(start, dream.action[:, :1], 1, sample=False)
-    assert torch.allclose(feat.deter[:, 1], dream.feat.deter[:, 1], rtol=0, atol=1e-10)
+    *_, feat, _ = agent.world_model.dynamics.imagine(start, traj.action[:, :1], 1, sample=False)
+    assert torch.allclose(feat.deter[:, 1], traj.feat.deter[:, 1], rtol=0, atol=1e-10)
 
 
-def test_dreamt_actions_are_the_policys_in_their_own_state():
+def test_imagined_actions_are_the_policys_in_their_own_state():
     agent, obs = build(**{"actor.net.unimix": 0})
     agent.behavior.actor.out.weight.data.mul_(1e4)  # saturated: a draw is the mode
-    _, _, dream = dreamt(agent, obs)
+    _, _, traj = imagined(agent, obs)
     assert torch.equal(
-        dream.action, F.one_hot(logits(agent.behavior.actor, dream.x).argmax(-1), 3).double()
+        traj.action, F.one_hot(logits(agent.behavior.actor, traj.x).argmax(-1), 3).double()
     )
-    assert 0 < dream.action[..., 0].mean() < 1
+    assert 0 < traj.action[..., 0].mean() < 1
 
 
 @pytest.mark.parametrize("act", ["discrete", "multi", "continuous"])
 def test_reinforce(act):
     agent, obs = build(act, **{"actor.gradient": "reinforce"})
     behavior = agent.behavior
-    _, terminal, dream = dreamt(agent, obs)
-    rew = 2 * torch.randn(dream.disc.shape, dtype=torch.float64)
-    cont = torch.sigmoid(logits(agent.world_model.cont, dream.x).squeeze(-1)).detach()
+    _, terminal, traj = imagined(agent, obs)
+    rew = 2 * torch.randn(traj.disc.shape, dtype=torch.float64)
+    cont = torch.sigmoid(logits(agent.world_model.cont, traj.x).squeeze(-1)).detach()
     cont[:, 0] = 1 - terminal
     actor, critic, returns, scale = slow_losses(
-        behavior, act, dream.x, dream.action, rew, cont, through=False
+        behavior, act, traj.x, traj.action, rew, cont, through=False
     )
-    assert scale > 1.5 and (dream.action.abs().max() == 1 or act != "continuous")
-    got_actor, got_critic, metrics = behavior.losses(dream, rew)
+    assert scale > 1.5 and (traj.action.abs().max() == 1 or act != "continuous")
+    got_actor, got_critic, metrics = behavior.losses(traj, rew)
     assert got_actor.item() == pytest.approx(actor.item(), abs=1e-6)
     assert got_critic.item() == pytest.approx(critic.item(), abs=1e-6)
     assert metrics["return_scale"].item() == pytest.approx(scale, rel=1e-6)
@@ -221,10 +229,12 @@ def test_reinforce(act):
 
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 def test_backpropagation_through_the_dynamics(act):
-    """The dream is repeated one step at a time with the same draws; its gradients must agree, too."""
+    """The trajectory is repeated one step at a time with the same draws;
+    its gradients must agree, too.
+    """
     agent, obs = build(act, **{"actor.gradient": "dynamics"})
     behavior, model = agent.behavior, agent.world_model
-    start, terminal, dream = dreamt(agent, obs)
+    start, terminal, traj = imagined(agent, obs)
     torch.manual_seed(3)
     feats, actions, carry = [model.dynamics.feat(start)], [], start
     for _ in range(4):
@@ -234,13 +244,13 @@ def test_backpropagation_through_the_dynamics(act):
         feats.append(model.dynamics.feat(carry))
     actions.append(behavior.actor(feats[-1].cat().detach()).sample())
     x, action = torch.stack([feat.cat() for feat in feats], 1), torch.stack(actions, 1)
-    assert torch.allclose(x, dream.x) and torch.equal(action, dream.action)
+    assert torch.allclose(x, traj.x) and torch.equal(action, traj.action)
     cont = torch.sigmoid(logits(model.cont, x).squeeze(-1))
     cont = torch.cat([1 - terminal.unsqueeze(1), cont[:, 1:]], 1)
     actor, critic, _, _ = slow_losses(
         behavior, act, x, action, decode(logits(model.reward, x)), cont, through=True
     )
-    got_actor, got_critic, _ = behavior.losses(dream, model.reward(dream.x).mode())
+    got_actor, got_critic, _ = behavior.losses(traj, model.reward(traj.x).mode())
     assert got_actor.item() == pytest.approx(actor.item(), abs=1e-6)
     assert got_critic.item() == pytest.approx(critic.item(), abs=1e-6)
     same(gradients(got_actor, behavior.actor), gradients(actor, behavior.actor))
@@ -257,29 +267,31 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     )
     found = {}
     behavior, step = agent.behavior, agent.world_model.loss
-    dream, losses = behavior.dream, behavior.losses
-    monkeypatch.setattr(agent.world_model, "loss", lambda obs: found.setdefault("loss", step(obs)))
+    imagine, losses = behavior.imagine, behavior.losses
+    monkeypatch.setattr(
+        agent.world_model, "loss", lambda obs, _: found.setdefault("loss", step(obs))
+    )
     monkeypatch.setattr(
         behavior,
-        "dream",
-        lambda *args: found.update(args=args) or found.setdefault("dream", dream(*args)),
+        "imagine",
+        lambda *args: found.update(args=args) or found.setdefault("traj", imagine(*args)),
     )
     monkeypatch.setattr(
         behavior,
         "losses",
-        lambda dream, rew: found.update(used=dream, rew=rew) or losses(dream, rew),
+        lambda traj, rew: found.update(used=traj, rew=rew) or losses(traj, rew),
     )
     assert not torch.equal(batch["is_first"], batch["is_terminal"])
     agent.update(batch)
     steps = [0, 1, 2, 3, 4, 5] if starts == 0 else [2, 5]
-    _, start, terminal = found["args"]
+    _, start, terminal, _ = found["args"]
     assert terminal.tolist() == batch["is_terminal"][:, steps].float().flatten().tolist()
     assert 0 < terminal.sum() < len(terminal)
     post = found["loss"][2]
     assert torch.equal(start.deter, post.feat.deter[:, steps].flatten(0, 1))
-    assert found["used"] is found["dream"]
+    assert found["used"] is found["traj"]
     assert torch.allclose(
-        found["rew"], decode(logits(agent.world_model.reward, found["dream"].x)), atol=1e-4
+        found["rew"], decode(logits(agent.world_model.reward, found["traj"].x)), atol=1e-4
     )
 
 
@@ -295,15 +307,15 @@ def test_rewards_have_a_gradient_only_through_the_dynamics(gradient, explorer, m
     behavior = agent.explorer.behavior if explorer else agent.behavior
     losses, found = behavior.losses, []
 
-    def look(dream, rew):
-        through = rew.requires_grad and dream.x.requires_grad
+    def look(traj, rew):
+        through = rew.requires_grad and traj.x.requires_grad
         grads = (
-            torch.autograd.grad(rew.sum(), [dream.x], allow_unused=True, retain_graph=True)
+            torch.autograd.grad(rew.sum(), [traj.x], allow_unused=True, retain_graph=True)
             if through
             else [None]
         )
         found.append(grads[0] is not None and bool(grads[0].any()))
-        return losses(dream, rew)
+        return losses(traj, rew)
 
     monkeypatch.setattr(behavior, "losses", look)
     agent.update(batch)
@@ -332,7 +344,9 @@ def slow_kl(p, q):
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_the_world_models_losses(kind):
-    """Each loss of a step, worked out from the features and logits: KL with unimix and free nats, and the heads'."""
+    """Each loss of a step, worked out from the features and logits:
+    KL with unimix and free nats, and the heads'.
+    """
     unimix, total = (
         0.3,
         {"rssm": 1.95, "hrssm": 1.3, "hrvq": 1.0}[kind],
@@ -340,7 +354,7 @@ def test_the_world_models_losses(kind):
     agent, obs = build(kind=kind, **{"dynamics.unimix": unimix, "dynamics.free": total})
     model, seen = agent.world_model, []
     decoded = model.dynamics.decoder_features
-    model.dynamics.decoder_features = lambda post: seen.append(decoded(post)) or seen[-1]
+    model.dynamics.decoder_features = lambda post, _: seen.append(decoded(post)) or seen[-1]
     if kind == "hrvq":
         model.dynamics.level_weights = [0.5, 0.25]
     losses, _, post, _, metrics = model.loss(obs)
@@ -391,7 +405,7 @@ def test_the_update_sums_the_losses_and_averages_over_steps():
     agent, obs = build()
     agent, batch = trainable(agent, obs)
     torch.manual_seed(5)
-    losses = agent.world_model.loss(networks.prepare(batch))[0]
+    losses = agent.world_model.loss(networks.preprocess(batch))[0]
     torch.manual_seed(5)
     values = agent.update(batch).tolist()
     metrics = dict(zip(agent.metric_names, values, strict=True))

@@ -1,4 +1,6 @@
-"""Two levels: the bottom depends on the top, dreams of both agree, and a flat state can be split over them."""
+"""Two levels: the bottom depends on the top, dreams of both agree,
+and a flat state can be split over them.
+"""
 
 import copy
 
@@ -58,10 +60,10 @@ def test_bottom_depends_on_top_and_never_the_reverse():
     assert jacobian.abs().amax((0, 1)).min() > 0
     # Through a whole step: moving the layers of the bottom moves the bottom's logits alone.
     deter, v = torch.randn(1, 16), torch.randn(1, 16)
-    _, (top_logit, bottom_logit) = dynamics.post_step(deter, v, sample=False)
+    _, (top_logit, bottom_logit) = dynamics.post_step(deter, v, (None, None))
     for layer in (dynamics.prior_bottom, dynamics.delta):
         torch.nn.init.normal_(layer.weight)
-    _, (top_after, bottom_after) = dynamics.post_step(deter, v, sample=False)
+    _, (top_after, bottom_after) = dynamics.post_step(deter, v, (None, None))
     assert torch.equal(top_logit, top_after) and not torch.allclose(bottom_logit, bottom_after)
 
 
@@ -107,7 +109,9 @@ class AskedAboutItself(hrssm.HRSSM):
 
 
 def coherence(kind, steps=600, classes=8):
-    """Train on unpredictable classes coded in both levels. -> how often the levels of a dream agree on the class."""
+    """Train on unpredictable classes coded in both levels.
+    -> how often the levels of a dream agree on the class.
+    """
     torch.manual_seed(1)
     dynamics = build(
         kind, NO_FREE._replace(free_nats=0.2), stoch=(2, 2), classes=(8, 8), embed=classes, act=1
@@ -160,7 +164,7 @@ SPLIT = {"dynamics.type": "hrssm", "dynamics.hrssm.stoch": [2, 3], "dynamics.hrs
 def outputs(agent, batch):
     """Features, reward, value and policy on a batch, with the mode instead of samples."""
     with torch.no_grad():
-        obs = models.networks.prepare(batch)
+        obs = models.networks.preprocess(batch)
         _, post, _ = agent.world_model.observe(obs, sample=False)
         x = post.feat.cat()
         return (
@@ -235,7 +239,7 @@ def test_two_levels_do_not_become_one():
 
 def test_partial_decodes_keep_the_top_and_resample_the_bottom_prior():
     agent, batch = make(EVERYTHING, **SPLIT)
-    _, post, _ = agent.world_model.observe(models.networks.prepare(batch))
+    _, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
     (name, feat), *others = agent.world_model.dynamics.coarse_features(post.feat).items()
     assert name == "top" and not others
     assert torch.equal(feat.deter, post.feat.deter) and torch.equal(

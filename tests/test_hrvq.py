@@ -1,4 +1,6 @@
-"""Tokens and transformer: one computation for training, acting and dreaming, and losses that reach what they should."""
+"""Tokens and transformer: one computation for training, acting and dreaming,
+and losses that reach what they should.
+"""
 
 import pytest
 import torch
@@ -76,7 +78,9 @@ def test_cached_stepping_equals_the_parallel_pass(variant):
 
 
 def test_the_window_ends_where_it_should():
-    """What lies further back than layers x (window - 1) steps cannot be felt; what lies one window back can."""
+    """What lies further back than layers x (window - 1) steps cannot be felt;
+    what lies one window back can.
+    """
     dynamics = build(window=3)
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0)))
     _, before = dynamics.observe(dynamics.initial(3), embed, action, is_first, sample=False)
@@ -87,7 +91,9 @@ def test_the_window_ends_where_it_should():
 
 
 def codes_of(dynamics, stoch):
-    """States (B, T, Z) as the codes that ``encode`` would have found; their posterior is of no use."""
+    """States (B, T, Z) as the codes that ``encode`` would have found;
+    their posterior is of no use.
+    """
     groups, dim = dynamics.code_shape
     code = stoch.unflatten(-1, (dynamics.levels, groups, dim)) * dim**0.5
     index = torch.zeros(code.shape[:-1], dtype=torch.long)
@@ -98,7 +104,10 @@ def codes_of(dynamics, stoch):
 @pytest.mark.parametrize("graph", [False, True], ids=["in place", "with a graph"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, graph):
-    """Dream from every step at once; then encode each start's past and its dream as one sequence. Float32, 1e-5."""
+    """Imagine from every step at once; then encode each start's past and its dream as one sequence.
+
+    Float32, 1e-5.
+    """
     dynamics = build(torch.float32, **variant)
     embed, action, is_first = inputs(dtype=torch.float32)
     length, horizon = embed.shape[1], 8
@@ -134,7 +143,8 @@ def test_observing_is_encoding_and_following():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_training_on_a_dream_finds_what_was_dreamt(variant):
-    """Follow the codes of a dream: the same features, every part of them, and each code is what the prior says there.
+    """Follow the codes of a dream: the same features, every part of them,
+    and each code is what the prior says there.
 
     The lineage's imagination fed a wrong third of its features for its whole life.
     """
@@ -161,7 +171,9 @@ def test_training_on_a_dream_finds_what_was_dreamt(variant):
     ("temperature", "unimix", "share"), [(1.0, 0.0, 0.8), (2.0, 0.0, 0.5), (1.0, 0.5, 0.5)]
 )
 def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
-    """A prior of 0.8 and four times 0.05; cooled and mixed, how often its likeliest code is drawn can be told."""
+    """A prior of 0.8 and four times 0.05; cooled and mixed,
+    how often its likeliest code is drawn can be told.
+    """
     dynamics = build(levels=1, groups=1, temperature=[temperature])
     dynamics.kl_config = dynamics.kl_config._replace(unimix=unimix)
     torch.nn.init.zeros_(dynamics.prior[0].weight)
@@ -174,7 +186,9 @@ def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
 
 
 def memory_jacobian(dynamics, embed, action, is_first):
-    """How each memory (T, D) moves with each code (T, D, 1, T, L, G, d) and with each action (T, D, 1, T, A)."""
+    """How each memory (T, D) moves with each code (T, D, 1, T, L, G, d)
+    and with each action (T, D, 1, T, A).
+    """
     found = dynamics.encode(embed)
 
     def memory(code, action):
@@ -186,7 +200,9 @@ def memory_jacobian(dynamics, embed, action, is_first):
 
 
 def test_nothing_crosses_a_reset():
-    """Exactly zero, by the Jacobian: steps before is_first, and the action into it, move nothing after it."""
+    """Exactly zero, by the Jacobian: steps before is_first, and the action into it,
+    move nothing after it.
+    """
     codes, actions = memory_jacobian(
         build(posterior="nearest"), *inputs(batch=1, length=8, firsts=((0, 0), (0, 5)))
     )  # (T, D, 1, T, .)
@@ -198,7 +214,9 @@ def test_nothing_crosses_a_reset():
 
 @pytest.mark.parametrize("mask", ["barrier", "hierarchical"])
 def test_what_reaches_the_memory_at_depth_three(mask):
-    """Behind the barrier no finer code, ever; with the hierarchical mask those of the same episode do."""
+    """Behind the barrier no finer code, ever;
+    with the hierarchical mask those of the same episode do.
+    """
     dynamics = build(mask=mask, layers=3, posterior="nearest")
     codes, _ = memory_jacobian(dynamics, *inputs(batch=1, length=6, firsts=((0, 0),)))
     fine, coarse = (
@@ -210,13 +228,15 @@ def test_what_reaches_the_memory_at_depth_three(mask):
 
 @pytest.mark.parametrize("posterior", ["sampled", "nearest", "fsq"])
 def test_the_image_loss_reaches_the_encoder(posterior):
-    """In the nearest relative the decoder read raw codebook rows: the image loss gave the encoder exactly nothing."""
+    """In the nearest relative the decoder read raw codebook rows:
+    the image loss gave the encoder exactly nothing.
+    """
     agent, batch = make(
         EVERYTHING, **{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": posterior}
     )
     for name in ("image", "reward", "cont"):
         torch.nn.init.normal_(agent.world_model.reward.out.weight)
-        losses, *_ = agent.world_model.loss(models.networks.prepare(batch))
+        losses, *_ = agent.world_model.loss(models.networks.preprocess(batch))
         grads = torch.autograd.grad(
             losses[name].sum(), list(agent.world_model.encoder.parameters())
         )
@@ -225,7 +245,9 @@ def test_the_image_loss_reaches_the_encoder(posterior):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_later_steps_teach_codes_through_the_memory_alone(variant):
-    """What a later memory holds shapes the code it was read from; how well a code is predicted does not."""
+    """What a later memory holds shapes the code it was read from;
+    how well a code is predicted does not.
+    """
     dynamics = build(**variant)
     embed, action, is_first = inputs(firsts=((0, 0), (1, 0), (2, 0), (1, 4)))
     embed.requires_grad_()
@@ -254,7 +276,9 @@ def test_coarse_dreams_ignore_fine_levels_behind_the_barrier():
 
 
 def test_temperature_cools_what_is_drawn():
-    """Each level has its own: two dreams of a step differ in the fine codes alone, unless these are cool as well."""
+    """Each level has its own: two dreams of a step differ in the fine codes alone,
+    unless these are cool as well.
+    """
     differ = []
     for fine in (1.0, 0.01):
         torch.manual_seed(3)
@@ -333,7 +357,9 @@ def test_bad_combinations_are_one_line(sizes, hint):
 
 @pytest.mark.parametrize("posterior", KINDS)
 def test_a_dream_can_be_differentiated_by_its_actions(posterior):
-    """What ``actor.gradient: dynamics`` needs: an action moves the memory, and the codes of its own step."""
+    """What ``actor.gradient: dynamics`` needs: an action moves the memory,
+    and the codes of its own step.
+    """
     dynamics = build(codes=12, posterior=posterior)
     carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
     given = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
@@ -379,7 +405,9 @@ def test_memory_of_imagination_does_not_grow_with_starts_times_context():
 
 
 def test_every_shape_that_layers_meet_is_compiled(monkeypatch):
-    """Training, dreaming, acting in one environment and in three: after eight shapes of a piece torch gives up."""
+    """Training, dreaming, acting in one environment and in three:
+    after eight shapes of a piece torch gives up.
+    """
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda piece: real(piece, backend="eager"))
     monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)

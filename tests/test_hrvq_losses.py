@@ -1,4 +1,6 @@
-"""What tokens are trained by and what is told of them: losses, codebooks, metrics, what heads and decoder read."""
+"""What tokens are trained by and what is told of them: losses, codebooks, metrics,
+what heads and decoder read.
+"""
 
 import copy
 
@@ -92,7 +94,9 @@ def test_metrics_name_every_level():
 
 
 def test_accuracy_is_beside_copy_and_on_changes_only():
-    """By hand: a prior that always repeats the last token is right exactly where nothing changed."""
+    """By hand: a prior that always repeats the last token is right exactly
+    where nothing changed.
+    """
     dynamics = build(levels=1, groups=1)
     index = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 0]]).reshape(1, 8, 1, 1)
     prior = torch.zeros(1, 8, 1, 5)
@@ -156,7 +160,9 @@ def test_matched_capacity_and_size():
 
 @pytest.mark.parametrize("variant", [{}, *POSTERIORS], ids=str)
 def test_the_prior_alone_follows(variant):
-    """Drawn to its prior, a posterior that sees its frame alone would become vague; and no nats are free."""
+    """Drawn to its prior, a posterior that sees its frame alone would become vague;
+    and no nats are free.
+    """
     dynamics = build(**variant)
     _, post = dynamics.observe(dynamics.initial(3), *inputs())
     losses, metrics = dynamics.loss(post)

@@ -1,4 +1,6 @@
-"""A NaN or an infinity never gets past `Env`: it stops the run, or its episode is closed as truncated."""
+"""A NaN or an infinity never gets past `Env`: it stops the run,
+or its episode is closed as truncated.
+"""
 
 import contextlib
 import sys
@@ -20,7 +22,9 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Faulty(Suite):
-    """Counts; what `faulty[(step of the episode, key)]` holds replaces the value, `reset` being step 0."""
+    """Counts; what `faulty[(step of the episode, key)]` holds replaces the value,
+    `reset` being step 0.
+    """
 
     log_keys = ("log_things",)
     observation_space = Dict(
@@ -219,7 +223,8 @@ MODULE = """
 
         def step(self, action):
             self.t, self.age = self.t + 1, self.age + 1
-            return np.zeros(3, np.float32), float("nan") if self.age == 50 else 1.0, False, self.t == 20, {}
+            reward = float("nan") if self.age == 50 else 1.0
+            return np.zeros(3, np.float32), reward, False, self.t == 20, {}
 
     gym.register("Fails-v0", Fails)
 """
@@ -249,7 +254,9 @@ QUICK = [
 
 
 def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, capsys):
-    """As reported: one NaN reward ended a run hundreds of steps later, and every continuation of it."""
+    """As reported: one NaN reward ended a run hundreds of steps later,
+    and every continuation of it.
+    """
     run = ["--configs", "gym", "debug", "--task", fails, *QUICK, "--logdir", str(tmp_path / "run")]
     assert dreamer.main(run) == 1
     error = capsys.readouterr().err

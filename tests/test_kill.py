@@ -1,4 +1,6 @@
-"""A few kills by default; ``benchmarks/kills.py`` does 200 of them and its results are in results/kills.json."""
+"""A few kills by default; ``benchmarks/kills.py`` does 200 of them and its results are
+in results/kills.json.
+"""
 
 import json
 import subprocess

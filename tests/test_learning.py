@@ -1,4 +1,6 @@
-"""Does it learn? A toy task in half a minute each; whole runs of a quarter of an hour and more: pytest -m slow.
+"""Does it learn?
+
+A toy task in half a minute each; whole runs of a quarter of an hour and more: pytest -m slow.
 
 Last results of those: results/learning/.
 """
@@ -14,8 +16,9 @@ from conftest import ROOT
 from hidreamer.dynamics import TYPES
 from hidreamer.replay import Replay
 
-# Tiny networks at thirty times the usual learning rate. Two bits are to be known of each observation, so three nats are
-# free; dreams are short, because each action is answered at the next step.
+# Tiny networks at thirty times the usual learning rate. Two bits are to be known of each
+# observation, so three nats are free; dreams are short, because each action is answered at the next
+# step.
 TOY = [
     "--configs",
     "gym",
@@ -92,7 +95,9 @@ TOY += ["--dynamics.hrssm.classes", "8", "8", "--dynamics.hrvq.codes", "8"]
 
 
 def play_toy(kind, folder):
-    """-> mean return of the episodes played at random, and of ten greedy ones at the end; the best is 20."""
+    """-> mean return of the episodes played at random,
+    and of ten greedy ones at the end; the best is 20.
+    """
     assert dreamer.main([*TOY, "--dynamics.type", kind, "--logdir", str(folder)]) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     early = [
@@ -114,7 +119,9 @@ def test_a_toy_task_is_learned(kind, tmp_path):
 @pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeypatch):
-    """The same run, but for the order in which a batch's rewards come: two of four cues may be answered by luck."""
+    """The same run, but for the order in which a batch's rewards come:
+    two of four cues may be answered by luck.
+    """
     sample, shuffled = Replay.sample, []
 
     def shuffle(replay, *args):
@@ -129,7 +136,9 @@ def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeyp
 
 
 def status(*words):
-    """Exit status of benchmarks/learning.py: 0 if every bar is met, or, for a broken twin, missed."""
+    """Exit status of benchmarks/learning.py: 0 if every bar is met, or,
+    for a broken twin, missed.
+    """
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "learning.py"), *words]
     ).returncode

@@ -51,7 +51,9 @@ def test_agrees_with_upstream(folder, capsys):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_loss_that_is_checked_is_the_dynamics_own(reverse, monkeypatch, capsys):
-    """The KL is what training minimises, not another computation of it: a fault there is noticed here."""
+    """The KL is what training minimises, not another computation of it:
+    a fault there is noticed here.
+    """
     real = dists.kl
     if reverse:
         monkeypatch.setattr(dists, "kl", lambda post, prior: real(prior, post))

@@ -1,4 +1,6 @@
-"""What a run writes: standard JSON, TensorBoard, W&B, videos, lines; and that only the first of them may end it."""
+"""What a run writes: standard JSON, TensorBoard, W&B, videos, lines;
+and that only the first of them may end it.
+"""
 
 import importlib.machinery
 import json
@@ -63,7 +65,10 @@ def test_what_is_no_number_becomes_null(tmp_path):
 def test_readers_skip_null_and_the_nan_of_older_logs(tmp_path):
     config = load_config(["debug"], {"task": "dummy_vector", "steps": "30", "log_every": "10"})
     (tmp_path / "config.yaml").write_text(json.dumps(config.tree()))
-    log = '{"step": 10, "x": 1.0, "y": null, "train_return": 5.0}\n{"step": 20, "x": null, "train_return": null}\n'
+    log = (
+        '{"step": 10, "x": 1.0, "y": null, "train_return": 5.0}\n'
+        '{"step": 20, "x": null, "train_return": null}\n'
+    )
     (tmp_path / "metrics.jsonl").write_text(
         log + '{"step": 30, "x": NaN, "perf/frames_per_s": null}\n'
     )
@@ -106,7 +111,9 @@ def test_continuing_hides_only_what_is_logged_again(tmp_path):
 
 
 def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, capfd):
-    elsewhere = lambda path, *args: open("/dev/full" if "tfevents" in str(path) else path, *args)  # noqa: SIM115
+    def elsewhere(path, *args):
+        return open("/dev/full" if "tfevents" in str(path) else path, *args)
+
     monkeypatch.setattr(logger, "open", elsewhere, raising=False)
     log = Logger(tmp_path, 0, 0)
     with pytest.warns(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_agent import EVERYTHING, changed, dream, make
+from test_agent import EVERYTHING, changed, imagine, make
 
 import networks
 from hidreamer.dynamics import TYPES
@@ -29,7 +29,9 @@ class Fixed:
 
 @pytest.mark.parametrize("reinforce", [True, False])
 def test_imagination_losses_need_no_networks(reinforce):
-    """By hand: one dream of two steps, of which the second is reached with probability one half."""
+    """By hand: one trajectory of two steps,
+    of which the second is reached with probability one half.
+    """
     rew, value = (
         torch.tensor([[9.0, 1.0, 2.0]]),
         torch.tensor([[3.0, 4.0, 5.0]], requires_grad=True),
@@ -68,7 +70,7 @@ def test_weights_scale_the_models_losses(name):
     found = []
     for each in (agent, other):
         torch.manual_seed(1)
-        found.append(each.world_model.loss(networks.prepare(batch))[0])
+        found.append(each.world_model.loss(networks.preprocess(batch))[0])
     keys = {"decoder": EVERYTHING.keys(), "reward": {"reward"}, "cont": {"cont"}}[name]
     assert all(x.abs().max() > 0 for x in found[0].values())
     for key, loss in found[0].items():
@@ -77,8 +79,8 @@ def test_weights_scale_the_models_losses(name):
 
 def test_weights_scale_the_behaviors_losses():
     agent, batch = make(**{"actor.entropy": 0.1})
-    dreamt = dream(agent, batch)
-    rew = torch.randn(dreamt.disc.shape)
+    traj = imagine(agent, batch)
+    rew = torch.randn(traj.disc.shape)
     before = agent.behavior.norm.range.clone()
     found = []
     for actor, critic in ((1.0, 1.0), (3.0, 5.0)):
@@ -87,7 +89,7 @@ def test_weights_scale_the_behaviors_losses():
             **{"actor.entropy": 0.1, "loss_scales.actor": actor, "loss_scales.critic": critic}
         )
         other.load_state(agent.save_state())
-        found.append(other.behavior.losses(dreamt, rew)[:2])
+        found.append(other.behavior.losses(traj, rew)[:2])
     (actor, critic), (scaled_actor, scaled_critic) = found
     assert actor != 0 and critic != 0
     assert torch.allclose(scaled_actor, 3.0 * actor) and torch.allclose(scaled_critic, 5.0 * critic)
@@ -161,11 +163,11 @@ def test_gathered_losses_are_one_step_along_their_sum():
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_joint_step_moves_everything_along_its_own_loss(kind, act):
-    """With enough room to clip nothing, Adam's first averages are those of the optimisers one by
-    one.
+    """With enough room to clip nothing, Adam's first averages are those
+    of the optimisers one by one.
     """
     free = {"model.clip": 0, "actor.clip": 0, "critic.clip": 0, "actor.entropy": 0.1}
-    free |= {"model.lr": 0, "dynamics.type": kind}  # the model that is dreamt with is the same
+    free |= {"model.lr": 0, "dynamics.type": kind}  # the model that is traj with is the same
     one, batch = make(EVERYTHING, act, **free)
     joint, _ = make(EVERYTHING, act, optim="joint", **free)
     assert joint.optimizers.keys() == {"joint"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hidreamer.mask import KINDS, attn_mask, rule, visible
+from hidreamer.mask import KINDS, attn_mask, make_level_mask, visible
 from hidreamer.transformer import Transformer, rotary
 
 LEVELS, STEPS = 3, 3
@@ -53,28 +53,32 @@ def test_causal_reflexive_and_of_the_right_shape(kind, levels):
     ("kind", "expected"), [("hierarchical", False), ("barrier", True), ("causal", True)]
 )
 def test_transitivity(kind, expected):
-    """A mask holds at any depth only if seeing someone who sees x never shows more than the mask allows."""
+    """A mask holds at any depth only if seeing someone who sees x never shows more
+    than the mask allows.
+    """
     seen = visible(kind, 5, LEVELS).float()
     assert bool(((seen @ seen > 0) == (seen > 0)).all()) == expected
 
 
 def test_window():
-    rules, time, level = (
-        rule("causal", 1),
+    level_mask, time, level = (
+        make_level_mask("causal", 1),
         torch.arange(6).repeat_interleave(2),
         torch.arange(2).repeat(6),
     )
-    seen = attn_mask(rules, (time, level), (time, level), window=2)
+    seen = attn_mask(level_mask, (time, level), (time, level), window=2)
     assert seen[10].nonzero().flatten().tolist() == [8, 9, 10]  # L0 of step 5 sees steps 4 and 5
 
 
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="hierarchical, barrier, causal"):
-        rule("hierarchic", 3)
+        make_level_mask("hierarchic", 3)
 
 
 def influence(kind, depth, steps=4):
-    """(P, P) how much each position's input moves each position's output, from the Jacobian of a random transformer."""
+    """(P, P) how much each position's input moves each position's output,
+    from the Jacobian of a random transformer.
+    """
     torch.manual_seed(0)
     net = Transformer(16, depth, 2, 16).double()
     seen = visible(kind, steps, LEVELS)
@@ -87,7 +91,9 @@ def influence(kind, depth, steps=4):
 
 
 def test_barrier_is_one_at_depth_three():
-    """From finer to coarser levels exactly nothing, at every step; with the hierarchical mask there is a leak."""
+    """From finer to coarser levels exactly nothing, at every step;
+    with the hierarchical mask there is a leak.
+    """
     rank = torch.tensor([0, 1, 2, 0]).repeat(4)
     upward = rank.unsqueeze(1) < rank  # rows of coarse levels, columns of finer ones
     assert influence("barrier", 3)[upward].max() == 0.0

@@ -1,4 +1,6 @@
-"""The list of mutants cannot rot, and each of them is noticed: pytest -m slow tests/test_mutants.py."""
+"""The list of mutants cannot rot, and each of them is noticed:
+pytest -m slow tests/test_mutants.py.
+"""
 
 import ast
 import json
@@ -21,7 +23,9 @@ def mutants(monkeypatch):
 
 
 def test_every_mutant_fits_the_code(mutants):
-    """What it replaces occurs exactly once and outside of comments, and what comes of it is Python."""
+    """What it replaces occurs exactly once and outside of comments,
+    and what comes of it is Python.
+    """
     found = mutants.load(mutants.LIST)
     assert len(found) >= LEAST and len({mutant.name for mutant in found}) == len(found)
     for mutant in found:

@@ -1,4 +1,6 @@
-"""Golden numbers: each expected value is worked out by hand or by a slow, obvious computation beside it."""
+"""Golden numbers: each expected value is worked out by hand or by a slow,
+obvious computation beside it.
+"""
 
 import math
 
@@ -70,16 +72,17 @@ class TestTwoHot:
 class TestCategorical:
     def test_kl_with_unimix_by_hand(self):
         # Two classes, 1% uniform: softmax (.8, .2) becomes (.797, .203), (.5, .5) stays.
-        post = dists.mix(torch.tensor([[math.log(4.0), 0.0]], dtype=torch.float64), 0.01)
-        prior = dists.mix(torch.zeros(1, 2, dtype=torch.float64), 0.01)
+        post = dists.unimix_probs(torch.tensor([[math.log(4.0), 0.0]], dtype=torch.float64), 0.01)
+        prior = dists.unimix_probs(torch.zeros(1, 2, dtype=torch.float64), 0.01)
         expected = 0.797 * math.log(0.797 / 0.5) + 0.203 * math.log(0.203 / 0.5)
         assert dists.kl(post, prior).item() == pytest.approx(expected, abs=1e-6)
 
     def test_saturated_logits_stay_finite(self):
-        # Without unimix in the KL this pair costs about 2,000 nats; with it, log(1 / (0.01 / 32)) at the most.
+        # Without unimix in the KL this pair costs about 2,000 nats; with it, log(1 / (0.01 / 32))
+        # at the most.
         logit = torch.zeros(2, 1, 32)
         logit[0, 0, 3], logit[1, 0, 5] = 1e3, 2e3
-        post, prior = dists.mix(logit, 0.01)
+        post, prior = dists.unimix_probs(logit, 0.01)
         bound = -math.log(0.01 / 32)
         assert 0.9 * bound < dists.kl(post, prior).item() < bound
 
@@ -88,16 +91,18 @@ class TestCategorical:
 
     def test_draws_follow_the_probabilities(self):
         probs = torch.tensor([0.5, 0.3, 0.2]).expand(20_000, 3)
-        assert torch.allclose(dists.draw(probs).mean(0), probs[0], atol=0.02)
-        assert torch.equal(dists.draw(probs, sample=False)[0], torch.tensor([1.0, 0.0, 0.0]))
+        assert torch.allclose(
+            dists.sample_onehot(probs, torch.rand(len(probs), 1)).mean(0), probs[0], atol=0.02
+        )
+        assert torch.equal(dists.sample_onehot(probs, None)[0], torch.tensor([1.0, 0.0, 0.0]))
 
     def test_draw_is_straight_through(self):
         probs = torch.tensor([0.2, 0.8], requires_grad=True)
-        (dists.draw(probs) * torch.tensor([3.0, 5.0])).sum().backward()
+        (dists.sample_onehot(probs, torch.rand(1)) * torch.tensor([3.0, 5.0])).sum().backward()
         assert probs.grad.tolist() == [3.0, 5.0]
 
     def test_multidiscrete_log_prob_and_entropy(self):
-        dist = dists.OneHots(torch.zeros(1, 5), (2, 3), 0.01)
+        dist = dists.OneHotCategorical(torch.zeros(1, 5), (2, 3), 0.01)
         x = dist.sample()
         assert x[:, :2].sum() == 1 and x[:, 2:].sum() == 1
         assert dist.log_prob(x).item() == pytest.approx(-math.log(2) - math.log(3))
@@ -117,7 +122,8 @@ class TestClippedNormal:
         assert (mass + tails).item() == pytest.approx(1.0, abs=1e-3)
 
     def test_score_has_mean_zero(self):
-        # E[d log p / d mean] = 0 is what makes REINFORCE unbiased; the unclipped density fails it for clipped draws.
+        # E[d log p / d mean] = 0 is what makes REINFORCE unbiased; the unclipped density fails it
+        # for clipped draws.
         mean = torch.full((1, 1), 1.2, requires_grad=True)
         dist = dists.ClippedNormal(mean.expand(200_000, 1), torch.full((200_000, 1), 2.0), 0.1, 1.0)
         x = dist.sample().detach()
@@ -141,7 +147,7 @@ def test_bernoulli_and_mse():
     assert (
         dists.MSE(torch.tensor([[1.0, 2.0]]), 1).log_prob(torch.tensor([[0.0, 4.0]])).item() == -5.0
     )
-    squashed = dists.MSE(torch.tensor([[1.0]]), 1, squash=True)
+    squashed = dists.MSE(torch.tensor([[1.0]]), 1, in_symlog=True)
     assert squashed.log_prob(torch.tensor([[0.0]])).item() == -1.0
     assert squashed.mode().item() == pytest.approx(math.e - 1)
 
@@ -204,7 +210,8 @@ class TestOptimizer:
         metrics = opt.step(a(torch.tensor([3.0, 0.0])).sum() + b(torch.tensor([0.0, 4.0])).sum())
         got = [metrics[k].item() for k in ("grad_norm", "grad_norm_a", "grad_norm_b", "clipped")]
         assert got == pytest.approx([5.0, 3.0, 4.0, 1.0])
-        # Adam's first step has length lr whatever the gradient's; its moments hold the clipped gradient.
+        # Adam's first step has length lr whatever the gradient's; its moments hold the clipped
+        # gradient.
         assert torch.allclose(a.weight, before - torch.tensor([[0.1, 0.0]]), atol=1e-6)
         assert torch.allclose(
             opt.state_dict()["a.weight"]["exp_avg"], 0.1 * torch.tensor([[0.6, 0.0]])
@@ -274,7 +281,9 @@ class TestInitialWeights:
         assert not outer.bias.any()
 
     def test_which_layer_begins_how(self):
-        """Of every matrix of an agent: zero, uniform with variance 1 / mean fan, or truncated normal with the same."""
+        """Of every matrix of an agent: zero, uniform with variance 1 / mean fan,
+        or truncated normal with the same.
+        """
         obs = {
             "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
             "vector": spaces.Box(-np.inf, np.inf, (40,)),
@@ -403,7 +412,8 @@ class TestCodebookAverages:
             quantizer.update_codebook(quantizer.encode(z))
             far = quantizer.book[0, 0, 1, 0].item()
             assert far == pytest.approx(100.0 if step < steps else 0.25, rel=1e-3)
-        # The finer level's unused code comes back on its own level's residual, which is about 0 by now.
+        # The finer level's unused code comes back on its own level's residual, which is about 0 by
+        # now.
         assert quantizer.book[1, 0, 1, 0].item() == pytest.approx(
             0.25 - quantizer.book[0, 0, 0, 0].item(), abs=0.05
         )
@@ -416,7 +426,9 @@ def layer_norm(x, layer):
 
 
 def test_transformer_by_hand():
-    """Two layers, row by row: norms, queries, keys and values of each head, rotation, softmax, both residuals."""
+    """Two layers, row by row: norms, queries, keys and values of each head, rotation,
+    softmax, both residuals.
+    """
     width, heads, steps = 8, 2, 5
     net = Transformer(width, layers=2, heads=heads, hidden=12).double()
     for p in net.parameters():

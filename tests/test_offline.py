@@ -1,4 +1,6 @@
-"""``--paired-offline``: world models on the same recorded episodes, and what is measured on held-out ones."""
+"""``--paired-offline``: world models on the same recorded episodes,
+and what is measured on held-out ones.
+"""
 
 import json
 import math
@@ -76,7 +78,9 @@ def certain(rows):
 
 
 def test_errors_by_hand():
-    """One pixel of 2 x 2 moves at step 3: 0.5 everywhere errs by 0.25, repeating the first step errs there."""
+    """One pixel of 2 x 2 moves at step 3: 0.5 everywhere errs by 0.25,
+    repeating the first step errs there.
+    """
     truth = torch.zeros(1, 8, 2, 2, 1)
     truth[:, 3:, 0, 0] = 1.0
     batch = {"reward": torch.zeros(1, 8), "is_terminal": torch.zeros(1, 8, dtype=torch.bool)}
@@ -117,7 +121,9 @@ def test_the_baseline_knows_frequencies():
 
 
 def test_pairing_shows_what_luck_hides():
-    """A twentieth less error, under noise that both models share: 3 seeds and 40 episodes show it, means do not."""
+    """A twentieth less error, under noise that both models share:
+    3 seeds and 40 episodes show it, means do not.
+    """
     rng = np.random.default_rng(0)
     shared = rng.lognormal(size=(3, 40))
     columns = {"a": shared, "b": 0.95 * shared + 0.02 * rng.normal(size=(3, 40))}
@@ -180,7 +186,9 @@ def test_an_interrupted_job_goes_on_exactly(recorded, tmp_path):
 
 
 def test_learning_beats_the_sceptic(recorded, tmp_path):
-    """The bar stays where it is for nobody: its place is a fair coin, so only having seen it helps."""
+    """The bar stays where it is for nobody: its place is a fair coin,
+    so only having seen it helps.
+    """
     made = trainer(recorded, tmp_path, **{"model.lr": 3e-3, "replay.batch": 8, "decoder.units": 64})
     before = made.judge()
     made.train(150)
@@ -281,7 +289,9 @@ def test_held_out_episodes_are_of_all_ages():
 
 
 def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
-    """Codes stand at the positions of the map; where they cannot, as many groups of the whole image do."""
+    """Codes stand at the positions of the map; where they cannot,
+    as many groups of the whole image do.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
 

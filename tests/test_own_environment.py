@@ -1,4 +1,6 @@
-"""Environments of users: the page in docs runs as it stands, and the usual mistakes get one line."""
+"""Environments of users: the page in docs runs as it stands,
+and the usual mistakes get one line.
+"""
 
 import itertools
 import os
@@ -25,7 +27,9 @@ NAMES = itertools.count()
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """-> a function from source to the name of a module that holds it; ids registered by it are forgotten."""
+    """-> a function from source to the name of a module that holds it;
+    ids registered by it are forgotten.
+    """
     before = dict(gymnasium.registry)
     folder = tmp_path / "modules"
     folder.mkdir()
@@ -121,18 +125,48 @@ def own(more, limit=9):
 
 
 MISTAKES = {  # name -> body of the class, a part of the line
-    "reset of the old API": ("def reset(self, *, seed=None, options=None): return np.zeros(2)", "reset must return ("),
-    "reset that returns a pair": ("def reset(self, *, seed=None, options=None): return 0.0, 0.0", "not 2 values"),
-    "reset without seed": ("def reset(self): return np.zeros(2), {}", "reset must have the arguments"),
-    "reset without options": ("def reset(self, seed=None): return np.zeros(2), {}", "reset must have the arguments"),
-    "step of the old API": ("def step(self, action): return np.zeros(2), 1.0, False, {}", "step must return ("),
+    "reset of the old API": (
+        "def reset(self, *, seed=None, options=None): return np.zeros(2)",
+        "reset must return (",
+    ),
+    "reset that returns a pair": (
+        "def reset(self, *, seed=None, options=None): return 0.0, 0.0",
+        "not 2 values",
+    ),
+    "reset without seed": (
+        "def reset(self): return np.zeros(2), {}",
+        "reset must have the arguments",
+    ),
+    "reset without options": (
+        "def reset(self, seed=None): return np.zeros(2), {}",
+        "reset must have the arguments",
+    ),
+    "step of the old API": (
+        "def step(self, action): return np.zeros(2), 1.0, False, {}",
+        "step must return (",
+    ),
     "step that returns nothing": ("def step(self, action): pass", "step must return"),
-    "reward of two": ("def step(self, a): return np.zeros(2), np.ones(2), False, False, {}", "reward must be one"),
-    "reward of None": ("def step(self, a): return np.zeros(2), None, False, False, {}", "reward must be one number"),
-    "terminated by object": ("def step(self, a): return np.zeros(2), 1, [], False, {}", "terminated must be one"),
-    "truncated by text": ("def step(self, a): return np.zeros(2), 1, False, 'no', {}", "truncated must be one number"),
-    "observation of another shape": ("def step(self, a): return np.zeros(3), 1, False, False, {}", "has shape (3,)"),
-}  # fmt: skip
+    "reward of two": (
+        "def step(self, a): return np.zeros(2), np.ones(2), False, False, {}",
+        "reward must be one",
+    ),
+    "reward of None": (
+        "def step(self, a): return np.zeros(2), None, False, False, {}",
+        "reward must be one number",
+    ),
+    "terminated by object": (
+        "def step(self, a): return np.zeros(2), 1, [], False, {}",
+        "terminated must be one",
+    ),
+    "truncated by text": (
+        "def step(self, a): return np.zeros(2), 1, False, 'no', {}",
+        "truncated must be one number",
+    ),
+    "observation of another shape": (
+        "def step(self, a): return np.zeros(3), 1, False, False, {}",
+        "has shape (3,)",
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -187,18 +221,50 @@ def test_other_exceptions_are_left_to_the_restarts(module):
 SOURCES = {  # name -> source, options, a part of the line
     "not registered": (HEAD, {}, "unknown Gymnasium id 'Own-v0'"),
     "another version": (own("pass").replace("Own-v0", "Own-v1"), {}, "Please use `Own-v1`"),
-    "needs a package": ("import no_such_package", {}, "needs the package 'no_such_package': install it"),
+    "needs a package": (
+        "import no_such_package",
+        {},
+        "needs the package 'no_such_package': install it",
+    ),
     "does not compile": ("def f(:", {}, "cannot be imported: SyntaxError"),
     "fails when imported": ("1 / 0", {}, "cannot be imported: ZeroDivisionError"),
-    "no argument": (own("def __init__(self, size=3): pass"), {"kwargs": "{sise: 5}"}, "argument 'sise'"),
-    "missing argument": (own("def __init__(self, size): pass"), {}, "missing 1 required positional argument: 'size'"),
-    "no YAML": (own("pass"), {"kwargs": "{size: 5"}, "env.gym.kwargs is '{size: 5', which is no YAML"),
-    "no mapping": (own("pass"), {"kwargs": "[5]"}, "env.gym.kwargs is '[5]'; it must be names and values"),
+    "no argument": (
+        own("def __init__(self, size=3): pass"),
+        {"kwargs": "{sise: 5}"},
+        "argument 'sise'",
+    ),
+    "missing argument": (
+        own("def __init__(self, size): pass"),
+        {},
+        "missing 1 required positional argument: 'size'",
+    ),
+    "no YAML": (
+        own("pass"),
+        {"kwargs": "{size: 5"},
+        "env.gym.kwargs is '{size: 5', which is no YAML",
+    ),
+    "no mapping": (
+        own("pass"),
+        {"kwargs": "[5]"},
+        "env.gym.kwargs is '[5]'; it must be names and values",
+    ),
     "no names": (own("pass"), {"kwargs": "{5: 6}"}, "it must be names and values"),
-    "no space": (own("observation_space = None"), {}, "must be a space of gymnasium.spaces, not None"),
-    "no action space": (own("action_space = 2"), {}, "action_space must be a space of gymnasium.spaces, not 2"),
-    "no Env": ("import gymnasium as gym\ngym.register('Own-v0', lambda **k: 5)", {}, "must inherit from"),
-}  # fmt: skip
+    "no space": (
+        own("observation_space = None"),
+        {},
+        "must be a space of gymnasium.spaces, not None",
+    ),
+    "no action space": (
+        own("action_space = 2"),
+        {},
+        "action_space must be a space of gymnasium.spaces, not 2",
+    ),
+    "no Env": (
+        "import gymnasium as gym\ngym.register('Own-v0', lambda **k: 5)",
+        {},
+        "must inherit from",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -258,7 +324,7 @@ def test_kwargs_reach_the_constructor(module):
     assert [output["is_last"] for output in play(limited, 5)] == [False, False, False, True, False]
 
 
-# ---------------------------------------------------------------------------------------------------------- rendering
+# ---------------------------------------------------------------------------------------- rendering
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
 FRAMES = {  # name -> what render returns, the picture

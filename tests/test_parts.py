@@ -1,4 +1,6 @@
-"""Parts by name (norm, activation, cell, head, feed-forward part), and the shapes that every verb insists on."""
+"""Parts by name (norm, activation, cell, head, feed-forward part),
+and the shapes that every verb insists on.
+"""
 
 from typing import ClassVar
 
@@ -117,7 +119,7 @@ def test_a_split_block_is_the_block():
     expected = torch.autograd.grad(whole.square().sum(), [*parts, *block.parameters()])
     for last in range(3):
         split = block.split([2, 3, 4])
-        others = sum(split.partial(i, parts[i]) for i in range(3) if i != last)
+        others = sum(split.project(i, parts[i]) for i in range(3) if i != last)
         out = split(last, parts[last], others)
         assert torch.allclose(out, whole)
         found = torch.autograd.grad(out.square().sum(), [*parts, *block.parameters()])
@@ -148,7 +150,9 @@ def routed(monkeypatch):
 
 
 def test_feed_forward_parts_know_the_levels(routed):
-    """In training and in imagination: A is level 3; the last layer has the rows alone whose outputs are needed."""
+    """In training and in imagination: A is level 3;
+    the last layer has the rows alone whose outputs are needed.
+    """
     carry, post = routed.observe(routed.initial(B), *inputs())
     step = [3, 0, 1, 2]
     levels = [level.tolist() for _, level in Routed.seen]

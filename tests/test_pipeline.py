@@ -124,7 +124,7 @@ def test_frames_actions_and_memory_belong_together(collected):
 
 
 def test_dreamer_reads_what_collect_wrote(collected, tmp_path):
-    """The episodes are those of a run: another command trains on them, frames and actions as one."""
+    """The episodes are those of a run: another command trains on them."""
     from analysis import offline
 
     files = offline.find([str(collected / "collect" / game) for game in ("pong",)] * 3)

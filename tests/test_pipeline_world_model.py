@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def config(**overrides):
-    return tools.load_config(["pipeline_debug"], {"dynamics.hrvq.dropout": 0.0, **overrides})
+    return tools.load_config(["pipeline_debug"], {"pipeline.world_model.dropout": 0.0, **overrides})
 
 
 def make_model(settings=None, act_dim=3, seed=0, dim=8):
@@ -224,7 +224,7 @@ def test_the_learning_rate_by_hand():
 
 
 def test_dropout_is_of_learning_alone():
-    model = make_model(config(**{"dynamics.hrvq.dropout": 0.5}))
+    model = make_model(config(**{"pipeline.world_model.dropout": 0.5}))
     batch = batch_of(model)
     twice = lambda: [model.observe(batch)[1].feat.deter for _ in range(2)]
     assert not torch.equal(*twice())

@@ -1,4 +1,6 @@
-"""RAM probes: the console's memory of recorded episodes, and what regressions find of it in features."""
+"""RAM probes: the console's memory of recorded episodes,
+and what regressions find of it in features.
+"""
 
 import numpy as np
 import pytest
@@ -58,7 +60,9 @@ def test_another_picture_is_not_taken_for_this_one(recorded, tmp_path):
 
 
 def test_probes_find_what_is_there_and_nothing_else():
-    """Features that hold a byte explain it; noise explains nothing; a ball counts only while it is in play."""
+    """Features that hold a byte explain it; noise explains nothing;
+    a ball counts only while it is in play.
+    """
     rng = np.random.default_rng(0)
     ram = rng.integers(1, 200, (6, 4, 25, 128)).astype(np.uint8)
     ram[:, :, ::2, 99] = 0
@@ -83,7 +87,9 @@ def test_probes_find_what_is_there_and_nothing_else():
 
 
 def test_a_code_that_never_changed_in_training_says_nothing():
-    """Its noise of rounding, scaled to deviations of one, would make R2 of -1e11 where it does change."""
+    """Its noise of rounding, scaled to deviations of one,
+    would make R2 of -1e11 where it does change.
+    """
     rng = np.random.default_rng(0)
     ram = rng.integers(1, 200, (6, 4, 25, 128)).astype(np.uint8)
     chunks = [{"ram": x, "code": 0.5 if i < 4 else -0.5} for i, x in enumerate(ram)]

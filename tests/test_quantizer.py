@@ -67,7 +67,9 @@ def test_every_levels_code_has_a_gradient_at_the_input(kind):
 
 
 def test_every_levels_commitment_reaches_the_input():
-    """In the lineage, levels behind the first had a gradient of exactly 0: their residuals were taken attached."""
+    """In the lineage, levels behind the first had a gradient of exactly 0:
+    their residuals were taken attached.
+    """
     quantizer, z = make("nearest"), data()
     codes = quantizer.encode(z)
     for level in range(LEVELS):
@@ -103,7 +105,8 @@ class TestNearest:
         assert quantizer.book.norm(dim=-1).max() < 10 * z.norm(dim=-1).max()
         usage = quantizer.usage(codes.index)
         assert all(usage[f"perplexity_{i}"] > 2 for i in range(LEVELS))
-        # Averages of their residuals: most of the variance is explained by the three levels together.
+        # Averages of their residuals: most of the variance is explained by the three levels
+        # together.
         assert (z - codes.code.sum(1)).square().mean() < 0.1 * z.square().mean()
 
     def test_unused_codes_do_not_move(self):
@@ -127,7 +130,9 @@ class TestNearest:
         )
 
     def test_collapse_is_reported_and_recovered_from(self):
-        """One code for everything is easy to predict, so accuracy alone would call it success; perplexity does not."""
+        """One code for everything is easy to predict,
+        so accuracy alone would call it success; perplexity does not.
+        """
         quantizer = make("nearest")
         quantizer.book[:, :, 1:] = (
             1e3 + torch.arange(CODES - 1)[:, None]
@@ -178,7 +183,9 @@ def test_shared_codebooks_are_one_per_level():
 
 
 def test_use_of_a_shared_codebook_is_that_of_all_groups():
-    """By hand: each group has one code, another one each; a shared codebook has two in use, one's own has one."""
+    """By hand: each group has one code, another one each;
+    a shared codebook has two in use, one's own has one.
+    """
     index = torch.tensor([0, 3]).expand(10, LEVELS, GROUPS)
     for shared, (perplexity, dead) in {False: (1.0, CODES - 1), True: (2.0, CODES - 2)}.items():
         use = make("sampled", shared=shared).usage(index)
@@ -189,7 +196,9 @@ def test_use_of_a_shared_codebook_is_that_of_all_groups():
 
 @pytest.mark.parametrize("kind", ["sampled", "nearest", "frozen"])
 def test_autocast_does_not_move_what_is_chosen(kind):
-    """In bfloat16 the distances of one residual to two codes can differ by less than they are rounded by."""
+    """In bfloat16 the distances of one residual to two codes can differ by less
+    than they are rounded by.
+    """
     quantizer, z = make(kind), 3.0 * data(500)
     with torch.no_grad():
         index = quantizer.encode(z, sample=False).index

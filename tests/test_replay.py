@@ -1,4 +1,6 @@
-"""Rows stay together, in order, aligned with the actions that led to them, in memory and on a disk."""
+"""Rows stay together, in order, aligned with the actions that led to them,
+in memory and on a disk.
+"""
 
 import errno
 import os
@@ -18,7 +20,9 @@ SPEC = row_spec({"time": Box(-np.inf, np.inf, (1,))}, 1)
 
 
 def row(t, streams=2, last=False, first=False):
-    """A counting environment: the observation is the time, the action that led to it is minus the time."""
+    """A counting environment: the observation is the time,
+    the action that led to it is minus the time.
+    """
     full = lambda x, dtype=np.float32: (
         np.full((streams, 1), x, dtype) + 1000 * np.arange(streams, dtype=dtype)[:, None]
     )
@@ -94,8 +98,10 @@ def block(start, stop):
     "sizes", [[3, 4, 5], [6, 6, 1, 7], [10, 10], [25], [3, 25, 1], [9, 3, 10, 3]]
 )
 def test_blocks_are_rows(sizes, store, tmp_path, monkeypatch):
-    """Also those that reach over the ring's end or are longer than the ring, and files written in several pieces."""
-    monkeypatch.setattr("hidreamer.replay.PIECE", 2 * record(SPEC).itemsize)
+    """Also those that reach over the ring's end or are longer than the ring,
+    and files written in several pieces.
+    """
+    monkeypatch.setattr("hidreamer.replay.BLOCK_BYTES", 2 * record(SPEC).itemsize)
     one, many = (Stream(10, SPEC, tmp_path if store == "disk" else None) for _ in range(2))
     start = 0
     for size in sizes:
@@ -110,7 +116,9 @@ def test_blocks_are_rows(sizes, store, tmp_path, monkeypatch):
 
 
 def test_the_store_does_not_matter(tmp_path):
-    """The same samples, bit for bit; the file goes with the replay, and nothing of it is left in the folder."""
+    """The same samples, bit for bit; the file goes with the replay,
+    and nothing of it is left in the folder.
+    """
     one, other = make(), make(folder=tmp_path)
     for steps in (30, 43):
         fill(one, steps), fill(other, steps)
@@ -121,7 +129,9 @@ def test_the_store_does_not_matter(tmp_path):
 
 
 def test_a_full_disk_raises(tmp_path):
-    """A file that can hold 64 KB answers as a full disk does: with an error, where a mapping would kill the process."""
+    """A file that can hold 64 KB answers as a full disk does: with an error,
+    where a mapping would kill the process.
+    """
     code = """
 import errno, resource, sys
 from pathlib import Path
@@ -207,10 +217,13 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_data():
-    """20,000 Atari rows in a ring for a million: the peak is within 3% of the data, so nothing is held twice."""
+    """20,000 Atari rows in a ring for a million: the peak is within 3% of the data,
+    so nothing is held twice.
+    """
     peak = peak_of("""
 spec = row_spec({"image": Box(0, 255, (64, 64, 3), np.uint8)}, 18)
-stream, rows = Stream(1_000_000, spec), {key: np.ones((1, *shape), dtype) for key, (shape, dtype) in spec.items()}
+stream = Stream(1_000_000, spec)
+rows = {key: np.ones((1, *shape), dtype) for key, (shape, dtype) in spec.items()}
 for _ in range(20_000):
     stream.extend(rows)
 """)
@@ -282,7 +295,7 @@ def test_available_memory_is_what_the_group_allows(kind, tmp_path):
 
 
 def test_memory_is_told_before_it_is_spent(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(16 * GB, 8 * GB))
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.Capacity(16 * GB, 8 * GB))
     assert memory.check(1000, 12_000, None) == "replay: up to 1,000 steps of 12 kB, 12 MB of memory"
     told = memory.check(600_000, 12_000, None)  # 7.2 of 8 GB
     assert re.search(
@@ -323,13 +336,14 @@ def test_what_is_written_beside_rows_is_sampled_with_them(store, tmp_path):
     """Across the ring's end, and gone with the rows that it stood beside."""
     replay = with_columns(tmp_path if store == "disk" else None)
     plain = make(capacity=20, length=4, batch=6)
-    written = {}  # what the latest write put beside a row, by its time (which also tells the stream)
+    # what the latest write put beside a row, by its time (which also tells the stream)
+    written = {}
     for t in range(60):
         for each in (replay, plain):
             each.add(row(t, first=t % 7 == 0))
         if t < 5:
             continue
-        where = replay.draw()
+        where = replay.sample_addresses()
         batch, expected = replay.read(where), plain.sample()
         assert all(
             (batch[key] == x).all() for key, x in expected.items()
@@ -377,7 +391,7 @@ def test_rows_that_left_are_not_written_over(store, tmp_path):
 def test_only_declared_columns_are_written():
     replay = with_columns(None)
     fill(replay, 8)
-    where, right = replay.draw(), np.zeros((6, 4, 3), np.float32)
+    where, right = replay.sample_addresses(), np.zeros((6, 4, 3), np.float32)
     for values in (
         {"reward": right[..., 0]},
         {"latent": right[..., :2]},

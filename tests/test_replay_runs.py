@@ -1,4 +1,6 @@
-"""Runs whose replay lies on a disk, loses its files, does not fit, or deletes what it no longer needs."""
+"""Runs whose replay lies on a disk, loses its files, does not fit,
+or deletes what it no longer needs.
+"""
 
 import shutil
 import signal
@@ -58,7 +60,9 @@ def finished(whole, tmp_path):
 
 @pytest.mark.parametrize("store", ["disk", "memory"])
 def test_store_and_kept_files_may_change_and_change_nothing(store, whole, tmp_path):
-    """Killed twice; before and after the rows lie elsewhere, and files that have left the replay are deleted."""
+    """Killed twice; before and after the rows lie elsewhere,
+    and files that have left the replay are deleted.
+    """
     expected, folder, killed = records(whole), tmp_path / "run", 0
     assert any("model_loss" in record for record in expected[: len(expected) // 3])
     for part in (0.4, 0.7):
@@ -95,10 +99,10 @@ def test_store_and_kept_files_may_change_and_change_nothing(store, whole, tmp_pa
 
 
 def test_what_does_not_fit_is_one_line_before_anything_is_spent(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(3_900, 3_000))
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.Capacity(3_900, 3_000))
     assert run(tmp_path / "run") == 2
     one_line(capsys, "replay.capacity", "replay.store disk")
-    monkeypatch.setattr(memory, "available_memory", lambda: memory.Room(100_000, 2_900))
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.Capacity(100_000, 2_900))
     assert run(tmp_path / "run", steps=60) == 0
     captured = capsys.readouterr()
     (line,) = [line for line in captured.out.splitlines() if line.startswith("replay:")]

@@ -1,4 +1,6 @@
-"""The numbers of a report, by hand and against rliable and scipy; what it claims; the page in a real browser."""
+"""The numbers of a report, by hand and against rliable and scipy; what it claims;
+the page in a real browser.
+"""
 
 import html.parser
 import itertools
@@ -25,7 +27,9 @@ BROWSER = next(
 
 
 def write_run(folder, returns, model, seed, task="dummy_vector", steps=1000, **overrides):
-    """A run folder as dreamer.py leaves it (without checkpoints), its episodes ending at even intervals."""
+    """A run folder as dreamer.py leaves it (without checkpoints),
+    its episodes ending at even intervals.
+    """
     values = {
         "task": task,
         "seed": seed,
@@ -168,7 +172,9 @@ def takes_off(rng, n):
 )
 @pytest.mark.parametrize("seeds", [4, 6])
 def test_without_an_effect_none_is_claimed(kind, seeds, monkeypatch):
-    """At most one in twenty comparisons of three equal models claims anything; with an effect nearly all do."""
+    """At most one in twenty comparisons of three equal models claims anything;
+    with an effect nearly all do.
+    """
     monkeypatch.setattr(stats, "SHUFFLES", 1000)
     rng, trials = np.random.default_rng(seeds), 1000
     claims = lambda x, y: stats.compare(x, y, 2).claimed
@@ -212,7 +218,9 @@ def returns(rng, top):
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    """Five seeds on two tasks: tiny_hidreamer is better by half, tiny_hdreamer is not; one of its runs fell short."""
+    """Five seeds on two tasks: tiny_hidreamer is better by half, tiny_hdreamer is not;
+    one of its runs fell short.
+    """
     folder, rng = tmp_path_factory.mktemp("known"), np.random.default_rng(0)
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(stats, "REPS", 200)  # rliable's bootstrap is slow
@@ -267,7 +275,9 @@ def test_the_summary_has_every_run(known):
 
 
 def test_three_seeds_of_one_task_claim_nothing(tmp_path, monkeypatch):
-    """Even far apart: complete separation of 3 and 3 happens by chance in one of ten comparisons."""
+    """Even far apart: complete separation of 3 and 3 happens by chance in one
+    of ten comparisons.
+    """
     monkeypatch.setattr(stats, "REPS", 200)
     for model, seed in itertools.product(MODELS[:2], range(3)):
         top = 10.0 if model == MODELS[0] else 100.0
@@ -364,14 +374,19 @@ def test_the_page_needs_nothing_else(known):
 
 
 # Opens the report in a frame as wide as a phone, and writes down how it came out.
-FRAME = """<body style="margin:0"><iframe id=f style="border:0;width:{width}px;height:6000px" srcdoc="{page}"></iframe>
+FRAME = """<body style="margin:0"><iframe id=f style="border:0;width:{width}px;height:6000px"
+  srcdoc="{page}"></iframe>
 <script>f.onload = () => {{ const d = f.contentDocument; document.title = JSON.stringify({{
   width: d.documentElement.scrollWidth, sections: d.querySelectorAll("section").length,
-  flat: [...d.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height < 40).length }}) }}</script>"""
+  flat: [...d.querySelectorAll("svg")].filter(
+    s => s.getBoundingClientRect().height < 40).length }}) }}</script>"""
 
 
 def browse(path, folder, *args):
-    fixed = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
+    fixed = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--hide-scrollbars"
+    )
     command = [
         BROWSER,
         *fixed.split(),
@@ -385,7 +400,9 @@ def browse(path, folder, *args):
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_browser(known, width, tmp_path):
-    """Nothing sticks out sideways, every figure has a height, and the screenshot shows colours of all models."""
+    """Nothing sticks out sideways, every figure has a height,
+    and the screenshot shows colours of all models.
+    """
     frame = tmp_path / "frame.html"
     frame.write_text(
         FRAME.format(width=width, page=html.escape((known[0] / "report.html").read_text()))

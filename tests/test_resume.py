@@ -255,7 +255,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(finished, name):
 
 @pytest.mark.parametrize("looked_at_once", [True, False])
 def test_a_nan_names_itself(finished, looked_at_once, monkeypatch, capsys):
-    """Also where nobody looks until the NaN has spread from the reward head to every other metric."""
+    """Also where nobody looks until the NaN has spread from the reward head
+    to every other metric.
+    """
     path = finished / "checkpoints" / "latest.pt"
     state = torch.load(path, weights_only=True)
     state["agent"]["params"]["world_model.reward.out.bias"][0] = float("nan")

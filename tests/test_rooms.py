@@ -1,4 +1,6 @@
-"""Arrows point downwards only: a file imports from lower floors, or acyclically from its own room."""
+"""Arrows point downwards only: a file imports from lower floors,
+or acyclically from its own room.
+"""
 
 import ast
 from pathlib import Path
@@ -41,7 +43,8 @@ FLOORS = {
 }
 ALONE = ("hidreamer", "envs")  # import nothing else of this project
 ON_DEMAND = ("legacy",)  # loaded only when asked for
-# May import by a name that is not written out: the command its scripts, gym_MODULE:ID the module of a user.
+# May import by a name that is not written out: the command its scripts, gym_MODULE:ID the module of
+# a user.
 DOORS = ("hidreamer.__main__", "envs.gym")
 BY_NAME = ("import_module", "__import__", "run_module", "run_path")
 OUTSIDE = ("tests", "results", "runs", "build")  # folders without code of the project's rooms

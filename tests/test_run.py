@@ -79,7 +79,9 @@ def test_a_run_shorter_than_its_periods_logs_its_metrics(tmp_path):
 
 
 def test_longer_periods_take_effect_when_a_run_is_continued(tmp_path):
-    """Every kept the number of its old periods, so that nothing was due until as many of the new had passed."""
+    """Every kept the number of its old periods,
+    so that nothing was due until as many of the new had passed.
+    """
     periods = lambda *values: [word for pair in zip(PERIODS, values, strict=True) for word in pair]
     assert run(tmp_path, "--steps", 100, "--replay.ratio", 16, *periods(2, 10, 2)) == 0
     assert run(tmp_path, "--steps", 400, "--replay.ratio", 16, *periods(10, 100, 20)) == 0
@@ -127,7 +129,9 @@ def test_a_finished_run_is_evaluated_anew_when_that_is_asked_for(tiny, capsys):
 
 
 def test_a_checkpoint_comes_before_the_evaluation(tmp_path, monkeypatch):
-    """An evaluation that kills the run costs nothing but itself, and is done again with the same numbers."""
+    """An evaluation that kills the run costs nothing but itself,
+    and is done again with the same numbers.
+    """
     args = ["--steps", 100, "--eval_every", 50, "--checkpoint_every", 50]
     assert run(tmp_path / "whole", *args) == 0
     original = training.Run.evaluate
@@ -143,7 +147,9 @@ def test_a_checkpoint_comes_before_the_evaluation(tmp_path, monkeypatch):
 
 
 def test_a_run_killed_before_its_first_step_begins_as_it_would_have(tmp_path, monkeypatch):
-    """Its environments were made with the seeds of a first start, and nothing of their state was saved."""
+    """Its environments were made with the seeds of a first start,
+    and nothing of their state was saved.
+    """
     args = ["--task", "gym_CartPole-v1", "--steps", 60]
     assert run(tmp_path / "whole", *args) == 0
     monkeypatch.setattr(training.Run, "advance", lambda self: 1 / 0)
@@ -350,7 +356,7 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
 
 def test_exploring_ends_at_expl_until(tmp_path, monkeypatch):
     modes, act = [], models.Agent.act
-    spy = lambda self, state, obs, mode="train": modes.append(mode) or act(self, state, obs, mode)
+    spy = lambda self, *args: modes.append(args[2]) or act(self, *args)
     monkeypatch.setattr(models.Agent, "act", spy)
     settings = [
         "--steps",
@@ -379,9 +385,9 @@ def test_every_evaluation_has_seeds_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_env", spy)
     drawn, play = [], evaluation.play
 
-    def first_draw(*args, **kwargs):
-        drawn.append(torch.get_rng_state().numpy().tobytes())
-        return play(*args, **kwargs)
+    def first_draw(*args, generator, **kwargs):
+        drawn.append(generator.get_state().numpy().tobytes())
+        return play(*args, generator=generator, **kwargs)
 
     monkeypatch.setattr(evaluation, "play", first_draw)
     assert run(tmp_path / "run", "--steps", 120, "--eval_every", 40) == 0

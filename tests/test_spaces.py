@@ -171,26 +171,62 @@ def test_a_large_array_that_is_no_picture_is_read_with_a_warning(shows):
 
 
 WRONG = {  # name -> space, value, a part of the line
-    "floats under uint8": (Box(0, 255, (9, 9, 3), np.uint8), np.full((9, 9, 3), 0.7), "is float64, its space says"),
-    "bools under uint8": (Box(0, 255, (9, 9, 3), np.uint8), np.ones((9, 9, 3), bool), "is bool, its space says uint8"),
-    "large ints": (Box(0, 255, (9, 9, 3), np.uint8), np.full((9, 9, 3), 256), "values in [256, 256]"),
-    "uint8 under [0, 1]": (Box(0, 1, (9, 9, 3), FLOAT), np.full((9, 9, 3), 9, np.uint8), "[9, 9], its space says"),
-    "too bright": (Box(0, 1, (9, 9, 3), FLOAT), np.full((9, 9, 3), 1.1), "values in [1.1, 1.1], its space says [0, 1]"),
+    "floats under uint8": (
+        Box(0, 255, (9, 9, 3), np.uint8),
+        np.full((9, 9, 3), 0.7),
+        "is float64, its space says",
+    ),
+    "bools under uint8": (
+        Box(0, 255, (9, 9, 3), np.uint8),
+        np.ones((9, 9, 3), bool),
+        "is bool, its space says uint8",
+    ),
+    "large ints": (
+        Box(0, 255, (9, 9, 3), np.uint8),
+        np.full((9, 9, 3), 256),
+        "values in [256, 256]",
+    ),
+    "uint8 under [0, 1]": (
+        Box(0, 1, (9, 9, 3), FLOAT),
+        np.full((9, 9, 3), 9, np.uint8),
+        "[9, 9], its space says",
+    ),
+    "too bright": (
+        Box(0, 1, (9, 9, 3), FLOAT),
+        np.full((9, 9, 3), 1.1),
+        "values in [1.1, 1.1], its space says [0, 1]",
+    ),
     "negative": (Box(0, 255, (9, 9, 3), FLOAT), np.full((9, 9, 3), -2.0), "values in [-2.0, -2.0]"),
-    "stretched": (Box(0, 255, (9, 9, 3), np.uint8), np.zeros((9, 8, 3), np.uint8), "shape (9, 8, 3), its space says"),
-    "other rank": (Box(0, 255, (9, 9), np.uint8), np.zeros((9, 9, 1), np.uint8), "has shape (9, 9, 1)"),
+    "stretched": (
+        Box(0, 255, (9, 9, 3), np.uint8),
+        np.zeros((9, 8, 3), np.uint8),
+        "shape (9, 8, 3), its space says",
+    ),
+    "other rank": (
+        Box(0, 255, (9, 9), np.uint8),
+        np.zeros((9, 9, 1), np.uint8),
+        "has shape (9, 9, 1)",
+    ),
     "vector's shape": (Box(-1, 1, (3,)), np.zeros(4), "has shape (4,), its space says (3,)"),
     "ragged": (Box(-1, 1, (2, 2)), [[1, 2], [3]], "its space says Box"),
     "None": (Box(-1, 1, (2,)), None, "is None, its space says"),
     "text": (Box(-1, 1, (2,)), ["a", "b"], "its space says"),
-    "uint8 under bool": (Box(0, 1, (4, 4, 2), np.bool_), np.ones((4, 4, 2), np.uint8), "uint8, its space says bool"),
+    "uint8 under bool": (
+        Box(0, 1, (4, 4, 2), np.bool_),
+        np.ones((4, 4, 2), np.uint8),
+        "uint8, its space says bool",
+    ),
     "choice too large": (Discrete(3), 3, "is 3, its space says Discrete(3)"),
     "choice below start": (Discrete(3, start=1), 0, "is 0, its space says"),
     "choice of a float": (Discrete(3), 1.0, "is 1.0, its space says"),
     "bits of two": (MultiBinary(2), [2, 0], "its space says MultiBinary(2)"),
-    "no dict": (Dict(a=Box(-1, 1, (2,))), np.zeros(2), "must be a dict as its space is, not a ndarray"),
+    "no dict": (
+        Dict(a=Box(-1, 1, (2,))),
+        np.zeros(2),
+        "must be a dict as its space is, not a ndarray",
+    ),
     "key missing": (Dict(a=Box(-1, 1, (2,)), b=Discrete(2)), {"a": np.zeros(2)}, "lacks 'b'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -287,7 +323,9 @@ def test_reserved_names_are_refused(key, shows):
 
 
 def test_what_episodes_and_updates_hold_is_reserved(tmp_path):
-    """The list is right: whatever the loop adds to the observations of a row, of a file or of the losses is in it."""
+    """The list is right: whatever the loop adds to the observations of a row,
+    of a file or of the losses is in it.
+    """
     import models
     import tools
     from hidreamer.episodes import save_episode

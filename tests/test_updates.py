@@ -1,4 +1,6 @@
-"""How often the agent is updated, and who chooses the actions until then: counted in whole runs of the loop."""
+"""How often the agent is updated, and who chooses the actions until then:
+counted in whole runs of the loop.
+"""
 
 import itertools
 
@@ -15,7 +17,9 @@ ROWS = 21  # of an episode of the dummy tasks: the first observation and 20 step
 
 
 def run(folder, monkeypatch, prepare=lambda agent: None, **overrides):
-    """A whole run on dummy_vector whose updates cost and change nothing. -> its last checkpoint's counters."""
+    """A whole run on dummy_vector whose updates cost and change nothing.
+    -> its last checkpoint's counters.
+    """
 
     def make_update(agent, compiled):
         prepare(agent)
@@ -58,7 +62,9 @@ def episodes(folder):
     ],
 )
 def test_updates_are_counted_exactly(ratio, count, repeat, pretrain, tmp_path, monkeypatch):
-    """Replayed steps per agent step, not per frame; none before the replay is filled, none for a reset."""
+    """Replayed steps per agent step, not per frame;
+    none before the replay is filled, none for a reset.
+    """
     steps, prefill, batch = 300 * repeat, 50, 16  # batch: 2 sequences of 8 steps
     due, rows, taken, started = 0.0, 0, 0, False
     for t in itertools.count():
@@ -105,7 +111,9 @@ def test_prefill_is_random_and_then_the_policy_acts(tmp_path, monkeypatch):
 
 
 class Scripted(Suite):
-    """Ends by itself after 4 agent steps; gives the number of the step as reward, and shows the action it got."""
+    """Ends by itself after 4 agent steps; gives the number of the step as reward,
+    and shows the action it got.
+    """
 
     observation_space = Dict({"vector": Box(-np.inf, np.inf, (2,), np.float32)})
     action_space = Box(np.array([0, -4], np.float32), np.array([2, 4], np.float32))
@@ -129,7 +137,8 @@ class Scripted(Suite):
     ("limit", "length", "terminal"), [(0, 4, True), (9, 3, False), (6, 2, True), (3, 1, False)]
 )
 def test_ends_and_time_limits(limit, length, terminal):
-    """The limit counts frames, three a step, and cuts at the first step that reaches it; only real ends are terminal.
+    """The limit counts frames, three a step, and cuts at the first step that reaches it;
+    only real ends are terminal.
 
     At step 2 the suite itself says that no value follows though the episode goes on (a lost life).
     """

@@ -227,7 +227,8 @@ def test_construction_errors_are_env_errors_of_one_line(parallel):
         Envs(maker("atari_pongg"), 2, parallel)
     with pytest.raises(
         EnvError,
-        match=r"^environment 0 cannot be built: ZeroDivisionError: division by zero \(test_vector.py:\d+\)$",
+        match=r"^environment 0 cannot be built: ZeroDivisionError: "
+        r"division by zero \(test_vector.py:\d+\)$",
     ):
         Envs(lambda index, restart: 1 / 0, 2, parallel)
     with pytest.raises(ValueError, match="count"):
@@ -303,7 +304,8 @@ SCRIPT = """
     from envs import make_env
     from envs.vector import Envs
     config = {"size": [64, 64], "action_repeat": 1, "time_limit": 0}
-    envs = Envs(lambda index, restart: make_env("dummy_vector", config, index), 2, True)  # no main guard is needed
+    # no main guard is needed
+    envs = Envs(lambda index, restart: make_env("dummy_vector", config, index), 2, True)
     envs.step(None)
     print(*(worker._process.pid for worker in envs._workers), flush=True)
     assert "torch" not in sys.modules

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_agent import ACTIONS, VECTOR, dream, make
+from test_agent import ACTIONS, VECTOR, imagine, make
 
 import networks
 import tools
@@ -22,13 +22,17 @@ TOLERANCE = 4 * math.sqrt(0.25 / DRAWS)  # four standard deviations
 
 
 def saturate(layer, size, choice=0):
-    """Let a linear layer say ``choice`` for each of its variables of ``size`` classes, whatever its input."""
+    """Let a linear layer say ``choice`` for each of its variables of ``size`` classes, whatever its
+    input.
+    """
     layer.weight.data.zero_()
     layer.bias.data.zero_().unflatten(-1, (-1, size))[:, choice] = 80.0
 
 
 def saturated(kind):
-    """-> dynamics whose every level has 4 classes and says class 0 with certainty, but for unimix."""
+    """-> dynamics whose every level has 4 classes and says class 0 with certainty, but for
+    unimix.
+    """
     config = tools.load_config(["debug"], {"dynamics.type": kind, "dynamics.unimix": MIXED})
     dynamics = make_dynamics(config.dynamics, 5, 3)
     if kind == "hrvq":
@@ -45,7 +49,9 @@ def saturated(kind):
 
 
 def others(dynamics, stoch, likeliest=None):
-    """Of features (N, Z): by level, the share of variables that are not the likeliest class (N, L, S), or class 0."""
+    """Of features (N, Z): by level, the share of variables that are not the likeliest class (N, L,
+    S), or class 0.
+    """
     if "quantizer" in dict(dynamics.named_children()):
         size = dynamics.quantizer.book.shape[-1]
         codes = stoch.unflatten(-1, (dynamics.levels, -1, size)) * size**0.5  # (N, L, G, d)
@@ -60,7 +66,9 @@ def others(dynamics, stoch, likeliest=None):
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_saturated_states_are_still_drawn_with_unimix(kind):
-    """2,000 draws of each level: of posteriors, of dreamt states, of a coarse level's resampled rest."""
+    """2,000 draws of each level: of posteriors, of imagined states,
+    of a coarse level's resampled rest.
+    """
     dynamics = saturated(kind)
     count = DRAWS // dynamics.shapes[0][0]
     embed, first = torch.randn(count, 1, 5), torch.ones(count, 1, dtype=torch.bool)
@@ -160,7 +168,9 @@ def test_the_open_loop_follows_each_action_at_its_own_step(kind):
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_the_explorers_loss_and_bonus(conditioned):
-    """Against a loop: the ensemble predicts step t + 1 from state t and the action between; its spread is the bonus."""
+    """Against a loop: the ensemble predicts step t + 1 from state t and the action between;
+    its spread is the bonus.
+    """
     scales = {
         "expl.intr_scale": 2.0,
         "expl.extr_scale": 0.5,
@@ -172,7 +182,7 @@ def test_the_explorers_loss_and_bonus(conditioned):
         **scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()}
     )
     explorer = agent.explorer
-    obs = networks.prepare(batch)
+    obs = networks.preprocess(batch)
     with torch.no_grad():
         _, carry, post, embed, _ = agent.world_model.loss(obs)
         join = lambda x, action: torch.cat([x, action]) if conditioned else x
@@ -184,7 +194,7 @@ def test_the_explorers_loss_and_bonus(conditioned):
                     loss += 0.5 * error.square().sum().item() / (2 * 7 * 3)
         assert explorer.loss(post, embed, action).item() == pytest.approx(loss, rel=1e-5)
         start = agent.world_model.dynamics.starts(carry, post, 0)
-        found = agent.behavior.dream(agent.world_model, start, obs["is_terminal"].flatten())
+        found = agent.behavior.imagine(agent.world_model, start, obs["is_terminal"].flatten())
         extrinsic = torch.randn(found.disc.shape)
         paid = explorer.reward(found, extrinsic)
         for n in range(16):
@@ -274,7 +284,7 @@ def test_codebooks_learn_once_and_after_the_step():
 @pytest.mark.parametrize("act", ["discrete", "multi"])
 def test_actions_in_dreams_are_one_hot(act):
     agent, batch = make(act=act)
-    action = dream(agent, batch).action
+    action = imagine(agent, batch).action
     sizes = [ACTIONS[act].n] if act == "discrete" else ACTIONS[act].nvec.tolist()
     for part in action.split(sizes, -1):
         assert torch.equal(part, F.one_hot(part.argmax(-1), part.shape[-1]).float())
@@ -287,7 +297,7 @@ def test_vectors_enter_through_symlog():
         lambda module, inputs: seen.append(inputs[0])
     )
     agent.world_model.encoder(
-        networks.prepare(batch | {"vector": torch.full((2, 8, 5), math.e - 1)})
+        networks.preprocess(batch | {"vector": torch.full((2, 8, 5), math.e - 1)})
     )
     assert torch.allclose(seen[0], torch.ones(2, 8, 5))
 
@@ -315,7 +325,7 @@ def test_the_explorers_log_goes_far_down():
     agent, batch = make(**{"expl.behavior": "plan2explore", "expl.models": 2, "expl.log": "true"})
     first, second = agent.explorer.ensemble
     second.load_state_dict(first.state_dict())
-    found = dream(agent, batch)
+    found = imagine(agent, batch)
     paid = agent.explorer.reward(found, torch.zeros_like(found.disc))
     assert torch.allclose(paid, torch.full_like(paid, math.log(1e-8)))
 
@@ -327,7 +337,9 @@ def test_the_slow_critic_begins_as_the_critic():
 
 
 def test_what_hrvq_quantises_is_normalised():
-    """Codes begin with a deviation of about 1, so numbers of another scale would all get one code."""
+    """Codes begin with a deviation of about 1,
+    so numbers of another scale would all get one code.
+    """
     agent, _ = make(**{"dynamics.type": "hrvq"})
     dynamics = agent.world_model.dynamics
     z = dynamics._project(50.0 + 30.0 * torch.randn(6, agent.world_model.encoder.dim)).flatten(1)

@@ -51,9 +51,7 @@ class KLConfig(NamedTuple):
 
     dyn: float  # weight of KL(sg(post) || prior), which trains the prior
     rep: float  # weight of KL(post || sg(prior)), which trains the posterior and the encoder
-    free_nats: (
-        float  # below which neither has a gradient, for the whole state: L levels get 1/L each
-    )
+    free_nats: float  # of the whole state: below a level's 1/L of them neither has a gradient
     unimix: float  # share of the uniform distribution in every categorical
 
 
@@ -74,9 +72,23 @@ def start_steps(length: int, n: int) -> slice:
     return slice(first, length, stride)
 
 
-def stack_feats(feats: list[Feat]) -> Feat:
-    """Features (N, .) of successive steps -> (N, steps, .)."""
-    return Feat(*(torch.stack(x, 1) for x in zip(*feats, strict=True)))
+def unroll(
+    step: Callable[[Feat, Tensor], Feat], feat: Feat, actor: Policy | Tensor, horizon: int
+) -> tuple[Feat, Feat, Tensor]:
+    """H steps of imagination from ``feat`` (N,.): the loop of ``Dynamics.imagine``.
+
+    step: (state, the action (N,A) taken in it) -> the next state. -> the last state (N,.), all
+    states (N,H+1,.), actions (N,H+1,A).
+    """
+    given = isinstance(actor, Tensor)
+    feats, actions = [feat], []
+    for t in range(horizon):
+        actions.append(actor[:, t] if given else actor(feats[-1]))
+        feats.append(step(feats[-1], actions[-1]))
+    actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
+    deter, stoch = zip(*feats, strict=True)
+    whole = Feat(torch.stack(deter, 1), torch.stack(stoch, 1))
+    return feats[-1], whole, torch.stack(actions, 1)
 
 
 def kl_losses(
@@ -92,7 +104,7 @@ def kl_losses(
         losses["rep"] = 0.0
     free = config.free_nats / len(levels)
     for i, level in enumerate(levels):
-        post, prior = (dists.mix(logit, config.unimix) for logit in level)  # (B, T, S, K)
+        post, prior = (dists.unimix_probs(logit, config.unimix) for logit in level)  # (B, T, S, K)
         dyn = dists.kl(post.detach(), prior)  # (B, T)
         dyn_scale = config.dyn * (weights[i] if weights else 1.0)
         losses["dyn"] = losses["dyn"] + dyn_scale * dyn.clamp(min=free)
@@ -109,7 +121,8 @@ class Dynamics(nn.Module):
     """A latent state and how it moves.
 
     Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
-    the mode wherever a sample would be drawn.
+    the mode instead of every sample. ``generator`` is where random numbers come from, None being
+    torch's default one.
     """
 
     deter_dim: int
@@ -118,9 +131,7 @@ class Dynamics(nn.Module):
     act_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
     former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
-    map_positions: int = (
-        0  # that the encoder's map of images must have; 0 where that does not matter
-    )
+    map_positions: int = 0  # that the encoder's map of images must have; 0: any
 
     @property
     def bits(self) -> float:
@@ -143,6 +154,7 @@ class Dynamics(nn.Module):
         prev_action: Tensor,
         is_first: Tensor,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, Post]:
         """Follow real observations.
 
@@ -168,16 +180,18 @@ class Dynamics(nn.Module):
         """The state that a carry is at, (B,.)."""
         return Feat(carry.deter, carry.stoch)
 
-    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+    def coarse_features(
+        self, feat: Feat, generator: torch.Generator | None = None
+    ) -> dict[str, Feat]:
         """Of features (..., .), coarsest first: {name: the same with the finer levels replaced}."""
         return {}
 
-    def decoder_features(self, post: Post) -> Feat:
+    def decoder_features(self, post: Post, generator: torch.Generator | None = None) -> Feat:
         """The features (B,T,.) that the decoder is trained on."""
         return post.feat
 
-    def update_codebook(self, post: Post) -> None:
-        """Learn what is not learned by gradient.
+    def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
+        """Update what is not trained by gradient.
 
         Called once per training update, after the optimiser's step.
         """
@@ -195,7 +209,12 @@ class Dynamics(nn.Module):
         raise NotImplementedError
 
     def imagine(
-        self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
+        self,
+        carry: Any,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, Feat, Tensor]:
         """Continue any carry for H >= 1 steps in imagination.
 

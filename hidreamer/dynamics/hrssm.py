@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from hidreamer import distributions as dists
 from hidreamer.dynamics.base import Feat, KLConfig
-from hidreamer.dynamics.recurrent import Recurrent
+from hidreamer.dynamics.recurrent import Noise, Recurrent
 from hidreamer.nets import linear
 
 
@@ -57,23 +58,23 @@ class HRSSM(Recurrent):
         """(..., hidden), z_top (..., S0 * K0) -> logits (..., S1, K1)."""
         return self.prior_bottom(torch.cat([u, top], -1)).unflatten(-1, self.shapes[1])
 
-    def prior_step(self, deter: Tensor, sample: bool) -> Tensor:
+    def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         u = self.img_out(deter)
-        top = self.sample_stoch(self._top_prior(u), sample)
-        bottom = self.sample_stoch(self._bottom_prior(u, top), sample)
+        top = self.sample_stoch(self._top_prior(u), noise[0])
+        bottom = self.sample_stoch(self._bottom_prior(u, top), noise[1])
         return torch.cat([top, bottom], -1)
 
     def post_step(
-        self, deter: Tensor, v: Tensor, sample: bool
+        self, deter: Tensor, v: Tensor, noise: Noise
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         logit_top = self.post_top(v).unflatten(-1, self.shapes[0])  # (B, S0, K0)
-        top = self.sample_stoch(logit_top, sample)
+        top = self.sample_stoch(logit_top, noise[0])
         with torch.no_grad():
             u = self.img_out(deter)
             base = self._bottom_prior(u, top)
         delta = self.delta(torch.cat([u, v, top], -1)).unflatten(-1, self.shapes[1])
         logit_bottom = base + delta  # (B, S1, K1)
-        bottom = self.sample_stoch(logit_bottom, sample)
+        bottom = self.sample_stoch(logit_bottom, noise[1])
         return torch.cat([top, bottom], -1), (logit_top, logit_bottom)
 
     def _top_of(self, stoch: Tensor) -> Tensor:
@@ -81,16 +82,20 @@ class HRSSM(Recurrent):
         return stoch[..., : math.prod(self.shapes[0])]
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
-        # The bottom's prior is given the posterior's top. Given a sample of the prior's own, which
-        # says nothing of the observation, it would learn to ignore the top, and the levels of
-        # imagined states would not fit together.
+        # The bottom's prior is conditioned on the posterior's top. Conditioned on a sample of the
+        # prior's own, which is independent of the observation, it would learn to ignore the top,
+        # and the levels of imagined states would not fit together.
         u, top = self.img_out(deter), self._top_of(stoch).detach()
         return self._top_prior(u), self._bottom_prior(u, top)
 
-    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+    def coarse_features(
+        self, feat: Feat, generator: torch.Generator | None = None
+    ) -> dict[str, Feat]:
         """The bottom level sampled again from its prior given the top."""
         u, top = self.img_out(feat.deter), self._top_of(feat.stoch)
-        bottom = self.sample_stoch(self._bottom_prior(u, top), True)
+        logit = self._bottom_prior(u, top)  # (..., S1, K1)
+        noise = dists.uniform((*logit.shape[:-1], 1), logit, generator)
+        bottom = self.sample_stoch(logit, noise)
         return {"top": feat._replace(stoch=torch.cat([top, bottom], -1))}
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

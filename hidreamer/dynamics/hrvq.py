@@ -32,10 +32,10 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
-from hidreamer.mask import attn_mask, rule
+from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
@@ -98,7 +98,6 @@ class HRVQ(Dynamics):
         temperature: list[float],
         level_dropout: float,
         spatial: bool,
-        dropout: float = 0.0,
         **names: str,
     ):
         super().__init__()
@@ -106,9 +105,9 @@ class HRVQ(Dynamics):
             raise ValueError(
                 f"dynamics.deter {deter} must be dynamics.hrvq.heads ({heads}) times an even number"
             )
-        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to
-        # be near to it, all it can do is become vague. So nothing draws it there, and no nats are
-        # free: the prior is always trained.
+        # A posterior that sees its frame alone cannot follow its prior, as that of rssm does: to be
+        # near to it, all it can do is become vague. So it is not regularised towards the prior
+        # (rep 0), and there are no free nats: the prior is always trained.
         self.kl_config = kl_config._replace(rep=0.0, free_nats=0.0)
         self.levels, self.window, self.chain = levels, window, chain
         self.level_dropout = level_dropout
@@ -125,11 +124,11 @@ class HRVQ(Dynamics):
             raise ValueError(
                 f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions"
             )
-        self.register_buffer("rules", rule(mask, levels), persistent=False)
+        self.register_buffer("level_mask", make_level_mask(mask, levels), persistent=False)
         # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
         # ..).
         with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
-            past = rule(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
+            past = make_level_mask(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
         self.code_shape = groups, code_dim
         self.map_positions = groups if spatial else 0
@@ -144,7 +143,7 @@ class HRVQ(Dynamics):
         self.token.append(linear(act_dim, deter))
         self.level_emb = nn.Parameter(0.02 * torch.randn(levels + 1, deter))
         self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
-        self.transformer = Transformer(deter, layers, heads, hidden, dropout=dropout, **names)
+        self.transformer = Transformer(deter, layers, heads, hidden, **names)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
         self.former_names = FORMER_NAMES | former_ffn_names(layers)
 
@@ -175,14 +174,14 @@ class HRVQ(Dynamics):
         """Any carry as one with a sequence for each branch."""
         if isinstance(carry, RolloutCarry):
             return carry.sequences()
-        return carry if len(carry.where) == len(carry.segment) else carry.unshared(self.window)
+        return carry if len(carry.step) == len(carry.segment) else carry.unshared(self.window)
 
     def _attention(self, carry: Carry, segment: Tensor) -> Attention:
         """Of T steps after the carry's, of the episodes segment (B, T), 0 being its last step's."""
         new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
         rows = new.time, new.level
         episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
-        mask = attn_mask(self.rules, rows, rows, self.window)  # (Q, Q)
+        mask = attn_mask(self.level_mask, rows, rows, self.window)  # (Q, Q)
         mask = (mask & (episode.unsqueeze(2) == episode.unsqueeze(1))).unsqueeze(1)
         rope = rotary(new.time, self.transformer.head_dim, carry.deter.dtype)
         steps = carry.segment.shape[1]
@@ -190,7 +189,7 @@ class HRVQ(Dynamics):
             return Attention(rope, new.level, mask, None, None)
         old = Layout.of(steps, self.levels, 1 - steps, segment.device)
         past = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
-        prefix_mask = attn_mask(self.rules, rows, (old.time, old.level), self.window)  # (Q, P)
+        prefix_mask = attn_mask(self.level_mask, rows, (old.time, old.level), self.window)  # (Q, P)
         prefix_mask = (prefix_mask & (episode.unsqueeze(2) == past.unsqueeze(1))).unsqueeze(1)
         return Attention(rope, new.level, mask, carry.prefix(), prefix_mask)
 
@@ -227,13 +226,17 @@ class HRVQ(Dynamics):
         prev_action: Tensor,
         is_first: Tensor,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
-        return self.follow(carry, self.encode(embed, sample), prev_action, is_first)
+        codes = self.encode(embed, sample, generator)
+        return self.follow(carry, codes, prev_action, is_first)
 
-    def encode(self, embed: Tensor, sample: bool = True) -> Codes:
+    def encode(
+        self, embed: Tensor, sample: bool = True, generator: torch.Generator | None = None
+    ) -> Codes:
         """The posterior (..., E) -> codes (..., L, G, .): of each observation alone."""
         assert embed.shape[-1] == self.embed_dim, (embed.shape, self.embed_dim)
-        return self.quantizer.encode(self._project(embed), sample)
+        return self.quantizer.encode(self._project(embed), sample, generator)
 
     def follow(
         self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor
@@ -310,8 +313,8 @@ class HRVQ(Dynamics):
             metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
         return metrics
 
-    def update_codebook(self, post: Post) -> None:
-        self.quantizer.update_codebook(post.aux.codes)
+    def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
+        self.quantizer.update_codebook(post.aux.codes, generator=generator)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)
@@ -321,32 +324,40 @@ class HRVQ(Dynamics):
         steps = torch.arange(length, device=cache.segment.device)[chosen] + cached
         deter, stoch = (x[:, chosen].flatten(0, 1).detach() for x in post.feat)  # (B * n, .)
         where = steps.repeat(len(cache.segment))
-        return cache._replace(deter=deter, stoch=stoch, where=where)
+        return cache._replace(deter=deter, stoch=stoch, step=where)
 
     def imagine(
-        self, carry: Any, actor: Policy | Tensor, horizon: int, sample: bool = True
+        self,
+        carry: Any,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[RolloutCarry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
-        rollout = Rollout(self.transformer, self.rules, self.slots, self.window, carry, horizon)
-        feats, actions = [self.feat(carry)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            feats.append(self._imagine_step(rollout, action, sample))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        feat = stack_feats(feats)  # (N, H+1, .)
-        return RolloutCarry(*feats[-1], rollout), feat, torch.stack(actions, 1)
+        rollout = Rollout(
+            self.transformer, self.level_mask, self.slots, self.window, carry, horizon
+        )
+        step = lambda _, action: self._imagine_step(rollout, action, sample, generator)
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return RolloutCarry(*last, rollout), feat, action
 
-    def _imagine_step(self, rollout: Rollout, action: Tensor, sample: bool) -> Feat:
+    def _imagine_step(
+        self,
+        rollout: Rollout,
+        action: Tensor,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> Feat:
         """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
         codes = []
         for level in range(self.levels):
             logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
-            probs = dists.mix(logit, self.kl_config.unimix)
-            onehot = dists.draw(probs, sample).to(out.dtype)
+            probs = dists.unimix_probs(logit, self.kl_config.unimix)
+            noise = dists.uniform((*probs.shape[:-1], 1), probs, generator) if sample else None
+            onehot = dists.sample_onehot(probs, noise).to(out.dtype)
             codes.append(self.quantizer.decode(level, onehot).flatten(1))  # (N, G * d)
             token = self._token(level, codes[-1])
             if self.chain and level < self.levels - 1:
@@ -355,7 +366,9 @@ class HRVQ(Dynamics):
                 rollout.append(token)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
 
-    def coarse_features(self, feat: Feat) -> dict[str, Feat]:
+    def coarse_features(
+        self, feat: Feat, generator: torch.Generator | None = None
+    ) -> dict[str, Feat]:
         """L0 alone, L0+L1, and so on, finer codes being zero; all levels would be ``feat``."""
         size = self.stoch_dim // self.levels
         level = torch.arange(self.stoch_dim, device=feat.stoch.device)
@@ -366,14 +379,15 @@ class HRVQ(Dynamics):
             name += f"+L{i + 1}"
         return out
 
-    def decoder_features(self, post: Post) -> Feat:
+    def decoder_features(self, post: Post, generator: torch.Generator | None = None) -> Feat:
         """Features (B,T,.), at random steps without fine levels: coarse ones can be decoded."""
         if not self.level_dropout or self.levels == 1:
             return post.feat
         stoch = post.feat.stoch.unflatten(-1, (self.levels, -1))  # (B, T, L, G * d)
         steps, device = stoch.shape[:2], stoch.device
-        dropped = torch.rand(steps, device=device) < self.level_dropout
-        kept = torch.randint(1, self.levels, steps, device=device)
+        where = {"device": device, "generator": generator}
+        dropped = torch.rand(steps, **where) < self.level_dropout
+        kept = torch.randint(1, self.levels, steps, **where)
         kept = kept.where(dropped, self.levels)  # (B, T) levels
         level = torch.arange(self.levels, device=device)
         keep = (level < kept.unsqueeze(-1)).unsqueeze(-1)  # (B, T, L, 1)

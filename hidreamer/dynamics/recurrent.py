@@ -22,10 +22,12 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
-    stack_feats,
     start_steps,
+    unroll,
 )
 from hidreamer.nets import Block, SplitBlock, make_cell
+
+Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
 
 class Carry(NamedTuple):
@@ -38,8 +40,8 @@ class Carry(NamedTuple):
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
-    They add how a state is drawn: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm``
+    and ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -66,12 +68,12 @@ class Recurrent(Dynamics):
         self.obs_out = Block(deter + embed_dim, hidden, norm=norm, act=act)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-    def prior_step(self, deter: Tensor, sample: bool) -> Tensor:
+    def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         """Memory (N,D) -> an imagined stoch (N,Z)."""
         raise NotImplementedError
 
     def post_step(
-        self, deter: Tensor, v: Tensor, sample: bool
+        self, deter: Tensor, v: Tensor, noise: Noise
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Memory (B,D), hidden of memory and embedding (B,hidden).
 
@@ -83,15 +85,33 @@ class Recurrent(Dynamics):
         """(B,T,D), (B,T,Z) -> prior logits per level (B,T,S,K) given the posterior's coarser."""
         raise NotImplementedError
 
-    def sample_stoch(self, logit: Tensor, sample: bool) -> Tensor:
-        """One level's logits (...,S,K) -> one-hots (...,S*K), sampled, or the mode."""
-        return dists.draw(dists.mix(logit, self.kl_config.unimix), sample).flatten(-2)
+    def noise(
+        self, steps: int, like: Tensor, sample: bool, generator: torch.Generator | None
+    ) -> list[Noise]:
+        """What each of so many steps of ``len(like)`` states needs to be sampled.
+
+        All of it at once: per step, it would be a call to the generator for each level.
+        """
+        if not sample:
+            return [(None,) * len(self.shapes)] * steps
+        sizes = [len(like) * variables for variables, _ in self.shapes]
+        parts = dists.uniform((steps, sum(sizes)), like, generator).split(sizes, 1)
+        levels = []
+        for part, (variables, _) in zip(parts, self.shapes, strict=True):
+            levels.append(part.view(steps, len(like), variables, 1).unbind(0))  # (N, S, 1) each
+        return list(zip(*levels, strict=True))
+
+    def sample_stoch(self, logit: Tensor, noise: Tensor | None) -> Tensor:
+        """One level's logits (...,S,K), noise (...,S,1) -> one-hots (...,S*K), or the mode."""
+        probs = dists.unimix_probs(logit, self.kl_config.unimix)
+        return dists.sample_onehot(probs, noise).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
         # The memory is learned; the state is the prior's mode there, a constant, so that no loss
         # of the posterior reaches the prior through it.
         deter = torch.tanh(self.initial_deter).unsqueeze(0)  # (1, D)
-        stoch = self.prior_step(deter, sample=False).detach()  # (1, Z)
+        mode = self.noise(1, deter, False, None)[0]
+        stoch = self.prior_step(deter, mode).detach()  # (1, Z)
         return Carry(deter.expand(batch, -1), stoch.expand(batch, -1))
 
     def observe(
@@ -101,6 +121,7 @@ class Recurrent(Dynamics):
         prev_action: Tensor,
         is_first: Tensor,
         sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
         self.check_steps(carry, prev_action, is_first)
         assert embed.shape == (*is_first.shape, self.embed_dim), embed.shape
@@ -111,13 +132,14 @@ class Recurrent(Dynamics):
         keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # (B, T, 1)
         first = self.initial(len(embed))
         deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
-        action = img_in.partial(1, prev_action * keep)  # (B, T, hidden)
-        embed = obs_out.partial(1, embed)  # (B, T, hidden)
+        action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
+        embed = obs_out.project(1, embed)  # (B, T, hidden)
         inputs = [x.unbind(1) for x in (keep, deter0, stoch0, action, embed)]
         deters, stochs, logits = [], [], []
         deter, stoch = carry
-        for step in zip(*inputs, strict=True):
-            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, sample)
+        noise = self.noise(is_first.shape[1], deter, sample, generator)
+        for *step, drawn in zip(*inputs, noise, strict=True):
+            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, drawn)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
@@ -137,9 +159,9 @@ class Recurrent(Dynamics):
         embed: Tensor,
         img_in: SplitBlock,
         obs_out: SplitBlock,
-        sample: bool,
+        noise: Noise,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """One step of the scan: (B,.) each, action and embed as ``partial`` products (B,hidden).
+        """One step of the scan: (B,.) each, action and embed as ``project`` products (B,hidden).
 
         The rows of a starting episode have keep 0 and carry deter0, stoch0 instead, which are 0 in
         the other rows.
@@ -150,14 +172,14 @@ class Recurrent(Dynamics):
         stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
         deter = self.cell(img_in(0, stoch, action), deter)
         v = obs_out(0, deter, embed)  # (B, hidden)
-        return deter, *self.post_step(deter, v, sample)
+        return deter, *self.post_step(deter, v, noise)
 
     def imagine_step(
-        self, deter: Tensor, stoch: Tensor, action: Tensor, sample: bool
+        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
         deter = self.cell(self.img_in(torch.cat([stoch, action], -1)), deter)
-        return deter, self.prior_step(deter, sample)
+        return deter, self.prior_step(deter, noise)
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
@@ -173,16 +195,18 @@ class Recurrent(Dynamics):
         return Carry(*(x[:, where].flatten(0, 1).detach() for x in post.feat))  # (B * n, .)
 
     def imagine(
-        self, carry: Carry, actor: Policy | Tensor, horizon: int, sample: bool = True
+        self,
+        carry: Carry,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[Carry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
-        given = isinstance(actor, Tensor)
-        deter, stoch = carry
-        feats, actions = [Feat(deter, stoch)], []
-        for t in range(horizon):
-            action = actor[:, t] if given else actor(feats[-1])  # (N, A)
-            deter, stoch = self.imagine_step(deter, stoch, action, sample)
-            feats.append(Feat(deter, stoch))
-            actions.append(action)
-        actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-        return Carry(deter, stoch), stack_feats(feats), torch.stack(actions, 1)
+
+        def step(state: Feat, action: Tensor) -> Feat:
+            noise = self.noise(1, state.deter, sample, generator)[0]
+            return Feat(*self.imagine_step(*state, action, noise))
+
+        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        return Carry(*last), feat, action

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hidreamer.dynamics.base import KLConfig
-from hidreamer.dynamics.recurrent import Recurrent
+from hidreamer.dynamics.recurrent import Noise, Recurrent
 from hidreamer.nets import linear
 
 
@@ -33,13 +33,13 @@ class RSSM(Recurrent):
         self.prior_out = linear(hidden, size, scale=1.0)
         self.post_out = linear(hidden, size, scale=1.0)
 
-    def prior_step(self, deter: Tensor, sample: bool) -> Tensor:
+    def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         logit = self.prior_out(self.img_out(deter)).unflatten(-1, self.shapes[0])  # (N, S, K)
-        return self.sample_stoch(logit, sample)
+        return self.sample_stoch(logit, noise[0])
 
-    def post_step(self, deter: Tensor, v: Tensor, sample: bool) -> tuple[Tensor, tuple[Tensor]]:
+    def post_step(self, deter: Tensor, v: Tensor, noise: Noise) -> tuple[Tensor, tuple[Tensor]]:
         logit = self.post_out(v).unflatten(-1, self.shapes[0])  # (B, S, K)
-        return self.sample_stoch(logit, sample), (logit,)
+        return self.sample_stoch(logit, noise[0]), (logit,)
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor]:
         return (self.prior_out(self.img_out(deter)).unflatten(-1, self.shapes[0]),)  # (B, T, S, K)
