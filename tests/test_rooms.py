@@ -35,6 +35,7 @@ FLOORS = {
     "hidreamer.dynamics.hrvq": 3,
     "hidreamer.dynamics.recurrent": 2,
     "hidreamer.rollout": 2,
+    "hidreamer.experts": 2,
     "hidreamer.dynamics.base": 1,
     "hidreamer.quantizer": 1,
     "hidreamer.transformer": 1,
