@@ -108,7 +108,7 @@ class Collect(Stage):
     def _chooser(self, env: Env, rng: np.random.Generator, game: int, seed: int) -> Callable:
         """A function from an output of ``env`` to the next action (A,)."""
         if self.policy is None:
-            return lambda obs: random_action(env.act_space, 1, rng)[0]
+            return random_player(env, rng)
         share = self.config.pipeline.collect.random
         act = self.policy.episode(seed)
 
@@ -149,9 +149,10 @@ class Collect(Stage):
         if not block.agent and not block.from_minari:
             ours, bare = speeds(self.config, self.games[0])
             note = (
-                f"Steps of random play a second in {self.games[0]}, the better of {SPEED_ROUNDS}"
-                f" rounds of {SPEED_STEPS}, beside a bare loop over ale-py's act, its screen and"
-                f" OpenCV's resize: at least {SPEED:.0%} of that is asked for."
+                f"Steps of random play in {self.games[0]} a second of the playing thread's"
+                f" processor time, the best of {SPEED_ROUNDS} rounds of {SPEED_STEPS},"
+                " beside a bare loop over ale-py's act, its screen and OpenCV's resize: at least"
+                f" {SPEED:.0%} of that is asked for."
             )
             asked = {f"{SPEED:.0%} of ale-py": SPEED * bare}
             speed = [Row("steps/s", ours, asked, HIGHER), Row("share of ale-py's own", ours / bare)]
@@ -167,6 +168,12 @@ class Collect(Stage):
 
     def close(self) -> None:
         self.writer.shutdown()
+
+
+def random_player(env: Env, rng: np.random.Generator) -> Callable[[Any], np.ndarray]:
+    """``spaces.random_action`` of one environment, without making its one-hots anew each step."""
+    onehots = np.eye(env.act_dim, dtype=np.float32)
+    return lambda obs: onehots[rng.integers(len(onehots))]
 
 
 def play(env: Env, choose: Callable[[Mapping[str, Any]], np.ndarray], budget: int) -> Played:
@@ -244,15 +251,18 @@ def described(env: Env) -> str:
 
 
 def speeds(config: Config, game: str) -> tuple[float, float]:
-    """Steps a second of random play: recorded as the stage does, and a bare loop over ale-py."""
+    """Steps of random play a second of a thread's processor time, which other processes do not
+    disturb: recorded as the stage does (compressing has a thread of its own), and by a bare loop
+    over ale-py.
+    """
     block = config.env.tree() | {"time_limit": 0}  # resets are not stepping
     env = make_env(f"atari_{game}", block, 0)
     rng, best = np.random.default_rng(0), [0.0, 0.0]
-    choose = lambda obs: random_action(env.act_space, 1, rng)[0]
+    choose = random_player(env, rng)
     play(env, choose, 1)
     with ThreadPoolExecutor(1) as writer:
         for _ in range(SPEED_ROUNDS):  # by turns, so that other load hits both
-            start = time.perf_counter()
+            start = time.thread_time()
             steps, pending = 0, []
             while steps < SPEED_STEPS:
                 rows = play(env, choose, SPEED_STEPS - steps).rows
@@ -260,7 +270,7 @@ def speeds(config: Config, game: str) -> tuple[float, float]:
                 pending.append(writer.submit(compress, rows))
             for future in pending:
                 future.result()
-            best[0] = max(best[0], steps / (time.perf_counter() - start))
+            best[0] = max(best[0], steps / (time.thread_time() - start))
             best[1] = max(best[1], bare_speed(config, game))
     env.close()
     return best[0], best[1]
@@ -273,11 +283,12 @@ def compress(rows: Mapping[str, np.ndarray]) -> None:
 def bare_speed(config: Config, game: str) -> float:
     """Steps a second of ale-py alone, with as many frames, screens and pixels a step."""
     ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", config.env.atari.sticky)
     ale.loadROM(ale_py.roms.get_rom_path(game))
     screen = ale.getScreenGrayscale if config.env.atari.grayscale else ale.getScreenRGB
     actions, rng = ale.getMinimalActionSet(), np.random.default_rng(0)
     size, repeat = tuple(config.env["size"])[::-1], config.env.action_repeat
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(SPEED_STEPS):
         action, screens = actions[rng.integers(len(actions))], []
         for frame in range(repeat):
@@ -287,4 +298,4 @@ def bare_speed(config: Config, game: str) -> float:
         cv2.resize(np.maximum.reduce(screens), size, interpolation=cv2.INTER_AREA)
         if ale.game_over():
             ale.reset_game()
-    return SPEED_STEPS / (time.perf_counter() - start)
+    return SPEED_STEPS / (time.thread_time() - start)

@@ -94,7 +94,7 @@ class StageScreen(Screen):
     """A live bar with the stage's name, its last metrics and the time left."""
 
     def __init__(self, stage: str, total: int):
-        super().__init__(total, "{task.fields[losses]} left")
+        super().__init__(total, "{task.description} {task.fields[losses]} left")
         self.stage = stage
         self.bar.update(self.task, description=stage)
 
