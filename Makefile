@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint gpu-check setup clean
 
 setup: $(VENV)/ready-all
 
@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/ready-all: $(VENV)/ready
-	$(PIP) -e ".[dmc,crafter,vizdoom,compare,ray,slurm,dev]"
+	$(PIP) -e ".[dmc,crafter,vizdoom,compare,hub,play,ray,slurm,dev]"
 	@touch $@
 
 demo: $(VENV)/ready
@@ -28,6 +28,10 @@ demo: $(VENV)/ready
 # Two processes, a file at a time in each.
 test: setup
 	$(RUN) -m pytest -q -n 2 --dist loadfile
+
+# On a machine with an NVIDIA card: is the update right there, and how fast. Prints a table to send.
+gpu-check: setup
+	$(RUN) benchmarks/gpu_check.py --out runs/gpu_check
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -21,14 +21,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+# Before torch is loaded: threads that wait for each other sleep. Spinning, they take the cores of
+# whatever else runs, and are twenty times as slow themselves.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 import models
 import tools
 from envs import EnvError, make_env, worker
-from hidreamer import app, checkpoint, cost
+from hidreamer import app, checkpoint, cost, process
 from hidreamer.checkpoint import FolderError
-from hidreamer.logger import Rates, Screen
+from hidreamer.logger import SERVICES, Rates, Screen
 from hidreamer.spaces import random_rows
 from tools import Config, ConfigError
 from training import Failure, Run
@@ -48,12 +52,13 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     home = (
         source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
     )
-    # it goes on as it was
+    # Resuming a run by its folder alone takes the config that it has saved.
     alone = home is not None and not args.presets and "logdir" not in args.overrides
     saved = read_config(home) if alone else {}
     config = tools.load_config(args.presets, saved | args.overrides)
-    if config.logger == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logger wandb needs its extra: pip install -e '.[wandb]'")
+    if config.logger in SERVICES and importlib.util.find_spec(config.logger) is None:
+        extra = config.logger
+        raise ConfigError(f"logger {extra} needs its extra: pip install -e '.[{extra}]'")
     logdir = Path(
         config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
     ).expanduser()
@@ -186,6 +191,7 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
 
 def start(argv: list[str], signals: Signals) -> int:
     """Train as the command line says. -> exit status. Raises what ``main`` turns into a line."""
+    process.keep_freed_memory()
     args = tools.parse(argv)
     if args.capacity:
         print(capacity(args))

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 import networks
 from hidreamer.behavior import Behavior
-from hidreamer.capture import FastUpdate
+from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
+from hidreamer.metrics import prefixed
 from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
-from hidreamer.optim import make_optimizer
-from hidreamer.weights import match, module_name, renamed
+from hidreamer.optim import joint_name, make_optimizers
+from hidreamer.precision import set_precision
+from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
 # Observations (B,T,...), prev_action (B,T,A); reward, is_first, is_terminal (B,T).
@@ -86,6 +88,7 @@ class WorldModel(nn.Module):
         losses, metrics = self.dynamics.loss(post)
         for name, objective in self.objectives.items():
             found = objective.loss(post, embed, obs, generator)
+            assert not found.keys() & losses.keys(), (name, found.keys())
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
@@ -137,15 +140,6 @@ class WorldModel(nn.Module):
         return [self.postprocess(obs), *self.decode(feat, levels, generator)]
 
 
-def prefixed(prefix: str, metrics: Metrics) -> Metrics:
-    return {prefix + name: value for name, value in metrics.items()}
-
-
-def joint_name(loss: str, module: str) -> str:
-    """The module's name in a joint optimiser: the explorer has an actor and a critic as well."""
-    return f"expl_{module}" if loss.startswith("expl_") else module
-
-
 class ActState(NamedTuple):
     """What acting carries from step to step."""
 
@@ -167,6 +161,7 @@ class Agent(nn.Module):
         explores = config.expl.behavior == "plan2explore"
         self.explorer = self._make_explorer(act_space) if explores else None
         self.metric_names: tuple[str, ...] = ()
+        self.captured_act: CapturedAct | None = None  # on CUDA, where it trains
 
     def _make_behavior(self, act_space: spaces.Space) -> Behavior:
         config, feat_dim = self.config, self.world_model.feat_dim
@@ -205,33 +200,26 @@ class Agent(nn.Module):
 
     def make_optimizers(self) -> None:
         """After the agent was moved to its device. One for each loss, or one for all."""
-        config, modules = self.config, self.trained()
-        blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
-        if config.optim == "joint":
-            joint: dict[str, nn.Module] = {}
-            for loss, group in modules.items():
-                joint |= {joint_name(loss, name): module for name, module in group.items()}
-            modules, blocks = {"joint": joint}, {"joint": config.model}
         capturable = next(self.parameters()).is_cuda
-        self.optimizers = {}
-        for name, group in modules.items():
-            block = blocks[name.removeprefix("expl_")]
-            settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
-            optimizer = make_optimizer("adam", group, **settings, capturable=capturable)
-            self.optimizers[name] = optimizer
+        self.optimizers = make_optimizers(self.trained(), self.config, capturable)
 
     def make_update(
-        self, compiled: str, generator: torch.Generator | None = None
+        self,
+        compiled: str,
+        generator: torch.Generator | None = None,
+        report: Callable[[str], None] = print,
     ) -> Callable[[Batch], Tensor]:
-        """``update`` with numbers of ``generator``; for CUDA, or ``compiled`` "on", with compiled
-        parts; for CUDA as one graph.
+        """``update``, drawing random numbers from ``generator``: on CUDA as one graph, and ``act``
+        as well; with ``compiled`` "on", or "auto" on CUDA, with compiled parts, which it reports.
 
         Where compiling or recording fails, it warns and continues without (see ``FastUpdate``).
         """
         cuda = next(self.parameters()).is_cuda
-        if compiled == "off" or (compiled == "auto" and not cuda):
+        compiling = compiled == "on" or (compiled == "auto" and cuda)
+        if not compiling and not cuda:
             return functools.partial(self.update, generator=generator)
-        return FastUpdate(self, self._compile, capture=cuda, generator=generator)
+        self.captured_act = CapturedAct(self, generator) if cuda else None
+        return FastUpdate(self, self._compile if compiling else None, cuda, generator, report)
 
     def _compile(self) -> None:
         wm, behavior = self.world_model, self.behavior
@@ -250,33 +238,17 @@ class Agent(nn.Module):
     def load_state(self, state: Mapping[str, Any]) -> dict[str, str]:
         """The inverse, also for a latent state that ``Dynamics.convert_state_dict`` translates.
 
-        -> {module: "mapped" | "split" | "fresh"}. Raises ValueError, naming the first tensor that
-        is missing or of another shape; only an explorer that is not there may start afresh.
+        -> {module: "mapped", "split" over levels, or "fresh" (left as initialised)}. Raises
+        ValueError, naming the first tensor that is missing or of another shape; only an explorer
+        that is not there may start afresh.
         """
-        prefix, dynamics = "world_model.dynamics.", self.world_model.dynamics
-        given = renamed(state["params"], prefix, dynamics.former_names)
-        params, theirs = {}, {}
-        for name, x in given.items():
-            if name.startswith(prefix):
-                theirs[name.removeprefix(prefix)] = x
-            else:
-                params[name] = x
-        params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
-        matched, report = match(self.state_dict(), params, given, may_be_fresh="explorer.")
-        self.load_state_dict(matched)
-        for name, opt in self.optimizers.items():
-            moments = renamed(state["optim"].get(name, {}), "dynamics.", dynamics.former_names)
-            opt.load_state_dict(moments)
-            fresh = (key for key in opt.params if key not in moments)
-            report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
-        return report
+        return load_state(self, state)
 
     def initial(self, n: int) -> ActState:
         action = torch.zeros(n, self.act_dim, device=next(self.parameters()).device)
         with torch.no_grad():
             return ActState(self.world_model.dynamics.initial(n), action)
 
-    @torch.no_grad()
     def act(
         self,
         state: ActState,
@@ -286,18 +258,43 @@ class Agent(nn.Module):
     ) -> ActState:
         """One step in N environments. -> new state, whose ``action`` (N,A) is the one to take.
 
-        obs: raw (N, ...), with is_first.
-        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
-        explorer's. The state is always sampled, as in training.
+        obs: raw (N, ...), with is_first. mode: see ``choose``. The state is always sampled, as in
+        training.
         """
+        return (self.captured_act or self.plain_act)(state, obs, mode, generator)
+
+    @torch.no_grad()
+    def plain_act(
+        self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
+    ) -> ActState:
+        """``act``, an operation at a time."""
+        carry, post = self.follow(state, obs, generator)
+        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode, generator))
+
+    @torch.no_grad()
+    def follow(
+        self, state: ActState, obs: Batch, generator: torch.Generator | None = None
+    ) -> tuple[Any, Post]:
+        """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
             obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
             obs["prev_action"] = state.action.unsqueeze(1)
             carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
+        return carry, post
+
+    @torch.no_grad()
+    def choose(
+        self, feat: Feat, mode: str = "train", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Actions (N,A) in states (N,.).
+
+        mode: "train" samples an action, "greedy" takes the likeliest, "explore" samples the
+        explorer's.
+        """
+        with self.autocast():
             behavior = self.explorer.behavior if mode == "explore" else self.behavior
-            policy = behavior.actor(post.feat.cat()[:, 0])
-            action = policy.mode() if mode == "greedy" else policy.sample(generator)
-            return ActState(carry, action.float())
+            policy = behavior.actor(feat.cat())
+            return (policy.mode() if mode == "greedy" else policy.sample(generator)).float()
 
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
@@ -324,7 +321,8 @@ class Agent(nn.Module):
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.config.precision != "bfloat16":
             return contextlib.nullcontext()
-        # The cache of cast weights would outlive the optimiser step that changes them.
+        # Without its cache of cast weights: what is cast in imagination, where no gradient is
+        # recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
         device = next(self.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
@@ -400,8 +398,15 @@ def pick_device(config: Config) -> torch.device:
 
 
 def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
-    """For the spaces of ``env``. Raises ConfigError for sizes that do not fit together."""
+    """For the spaces of ``env``, at the config's precision (``set_precision``).
+
+    Raises ConfigError for sizes that do not fit together.
+    """
+    set_precision(config, device)
     try:
-        return Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+        agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
+        # cuDNN's convolutions of channels-last images would reorder their weights at every use
+        cuda = device.type == "cuda"
+        return agent.to(memory_format=torch.channels_last) if cuda else agent
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 CONFIGS = Path(__file__).parent / "configs.yaml"
 # What a run may change when it is continued; everything else makes it another run.
-CHANGEABLE_KEYS = {"steps", "device", "compile", "logger", "logdir", "video", "decode_levels"}
+CHANGEABLE_KEYS = {"steps", "device", "compile", "precision", "logger", "logdir", "video"}
 CHANGEABLE_KEYS |= {
     "log_every",
     "eval_every",
@@ -27,7 +27,7 @@ CHANGEABLE_KEYS |= {
     "eval_greedy",
     "eval_time_limit",
 }
-CHANGEABLE_KEYS |= {"env.invalid"}
+CHANGEABLE_KEYS |= {"decode_levels", "env.invalid", "threads"}
 CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
 
 

@@ -19,8 +19,9 @@ import tools
 from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
-from hidreamer import checkpoint, cost, evaluation
+from hidreamer import checkpoint, cost, evaluation, process
 from hidreamer.episodes import Episodes, make_replay, recorded
+from hidreamer.feed import Feed
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
 from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import note_start, provenance
@@ -31,6 +32,32 @@ from tools import Config, ConfigError
 
 class Failure(Exception):
     """One line: the run cannot continue, and why."""
+
+
+def make_envs(
+    config: Config, count: int, role: int, generation: int, error_log: Path | None = None
+) -> Envs:
+    """A run's environments, seeded by all of these numbers.
+
+    role: 0 for training, 1 for an evaluation. generation: how often the run was continued, or the
+    step of the evaluation. Raises EnvError.
+    """
+    task, block, seed = config.task, config.env.tree(), config.seed
+    if role == 1:
+        block["time_limit"] = evaluation.time_limit(config)
+
+    def make(index: int, restart: int) -> Env:
+        entropy = [seed, role, generation, index, restart]
+        number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+        return make_env(task, block, number, index=index, evaluation=role == 1)
+
+    return Envs(make, count, config.env.parallel, config.env.timeout, error_log)
+
+
+def evaluation_generator(config: Config, step: int, device: torch.device) -> torch.Generator:
+    """The random numbers of a run's evaluation at ``step``."""
+    number = np.random.SeedSequence([config.seed, 1, step]).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(number))
 
 
 def make_generator(device: torch.device) -> torch.Generator:
@@ -81,11 +108,16 @@ class Run:
         rngs = tools.seed_all(config.seed)
         self.explore_rng = rngs["explore"]
         n = config.env.count
-        self.envs = self._make_envs(n, 0, self.generation)
+        errors = logdir / "env_errors.txt"
+        self.envs = make_envs(config, n, 0, self.generation, errors)
         self.agent = models.make_agent(self.envs, config, device)
+        torch.set_num_threads(process.pick_threads(self.agent, config.threads))
         self.agent.make_optimizers()
         self.generator = make_generator(device)
-        self.update = self.agent.make_update(config.compile, self.generator)
+        if config.compile == "on" and device.type == "cpu":
+            report("compile on: on a CPU that takes minutes and gains nothing that was measured")
+        self.update = self.agent.make_update(config.compile, self.generator, report)
+        self.feed = Feed(device)
         if source is not None and not state:
             run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
@@ -120,8 +152,10 @@ class Run:
             note_start(logdir, provenance())
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
-        wandb = config.tree() if config.logger == "wandb" else None
-        self.logger = Logger(logdir, self.step, log_size, wandb, (state or {}).get("wandb_id"))
+        wandb_id = (state or {}).get("wandb_id")
+        self.logger = Logger(
+            logdir, self.step, log_size, config.tree(), wandb_id, service=config.logger
+        )
         if not state:
             # From now on the folder is this run's, and it can be continued if killed at any moment.
             self.save()
@@ -129,19 +163,6 @@ class Run:
             self._copy_episodes(Path(self.copy_from))
             self.copy_from = ""
             self.save()
-
-    def _make_envs(self, count: int, role: int, generation: int) -> Envs:
-        task, block, seed = self.config.task, self.config.env.tree(), self.config.seed
-        if role == 1:
-            block["time_limit"] = evaluation.time_limit(self.config)
-
-        def make(index: int, restart: int) -> Env:
-            entropy = [seed, role, generation, index, restart]
-            number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-            return make_env(task, block, number, index=index, evaluation=role == 1)
-
-        env = self.config.env
-        return Envs(make, count, env.parallel, env.timeout, self.logdir / "env_errors.txt")
 
     def make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
         """An empty replay. episodes: a checkpoint's, which will be restored into it."""
@@ -259,9 +280,9 @@ class Run:
         return self.act.action.cpu().numpy()
 
     def _update(self) -> None:
-        batch = self.replay.sample()
+        batch = self.feed.send(self.replay.sample(out=self.feed.rows()))
         del batch["is_last"]
-        self.window.add(self.update(self.agent.tensors(batch)))
+        self.window.add(self.update(batch))
         self.updates += 1
         self.pending_updates -= 1.0
         self.unsaved = True
@@ -316,12 +337,12 @@ class Run:
         config = self.config
         if config.eval_episodes and self.started:
             entropy = np.random.SeedSequence([config.seed, 1, self.step])
-            generator = torch.Generator(self.device)
-            generator.manual_seed(int(entropy.generate_state(1)[0]))
+            generator = evaluation_generator(config, self.step, self.device)
             best_effort = self.logger.best_effort
             count = min(config.env.count, config.eval_episodes)
             drawable = RENDER not in best_effort.off
-            with contextlib.closing(self._make_envs(count, 1, self.step)) as envs:
+            errors = self.logdir / "env_errors.txt"
+            with contextlib.closing(make_envs(config, count, 1, self.step, errors)) as envs:
                 scores, played = evaluation.evaluate(
                     self.agent, envs, config, drawable, self.poll, generator
                 )

@@ -3,8 +3,21 @@
 An application: it may use ``comparison`` (runs, statistics, parts of pages), never the other way
 round.
 
-    offline.py     trains a world model on recorded episodes (``run_comparison.py
-                   --paired-offline``)
-    heldout.py     its predictions of other episodes, beside a baseline without a model
-    probes.py      what its features hold of an Atari console's memory
+    offline.py      trains a world model on recorded episodes (``run_comparison.py
+                    --paired-offline``)
+    heldout.py      its predictions of other episodes, beside a baseline without a model
+    probes.py       what its features hold of an Atari console's memory
+
+    __main__.py     looks inside trained agents (``python -m analysis LOGDIR``, docs/analysis.md):
+    loading.py      agents of runs, and new episodes that all are judged on
+    factors.py      numbers that are true of a moment, by name
+    latents.py      what a world model holds at each step: memory, levels, codes, predictions
+    readout.py      probes, split by episode
+    information.py  mutual information of codes and factors, and what chance gives
+    levels.py       which level holds which factors: contrast, MIG, DCI
+    study.py        all of these of one agent, as plain numbers
+    attention.py    where a transformer looks
+    pictures.py     strips of frames
+    summary.py      several runs together, and what they support, in sentences
+    drawings.py, report.py      the page
 """

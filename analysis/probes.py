@@ -19,6 +19,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from analysis.factors import BYTES
 from envs import make_env
 from envs.base import resize
 from hidreamer import checkpoint
@@ -26,23 +27,6 @@ from hidreamer.checkpoint import READ_ERRORS
 from hidreamer.replay import Rows
 from tools import Config
 
-# Bytes of the RAM (AtariARI, Anand et al. 2019). A ball's byte is 0 while it is not in play.
-BYTES = {
-    "atari_pong": {
-        "ball x": 49,
-        "ball y": 54,
-        "player y": 51,
-        "enemy y": 50,
-        "player score": 14,
-        "enemy score": 13,
-    },
-    "atari_breakout": {"ball x": 99, "ball y": 101, "player x": 72, "blocks hit": 77, "score": 84},
-    "atari_ms_pacman": (
-        {"player x": 10, "player y": 16, "dots": 119, "score": 120, "lives": 123}
-        | {f"ghost {i + 1} x": 6 + i for i in range(4)}
-        | {f"ghost {i + 1} y": 12 + i for i in range(4)}
-    ),
-}
 EPISODES = 20  # training episodes that regressions are fitted on
 STEPS = 2000  # steps of them
 ALPHAS = np.logspace(-1.0, 5.0, 13)

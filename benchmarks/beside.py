@@ -56,6 +56,7 @@ def counts(update: Callable[[], object]) -> dict[str, int]:
 
 
 def ours(config: tools.Config, device: torch.device) -> Measured:
+    models.set_precision(config, device)
     agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
     agent.make_optimizers()
     batch = agent.tensors(

@@ -5,75 +5,35 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from comparison import fairness, figures, stats, words
+from comparison import fairness, figures, parts, stats, words
+from comparison.parts import Section, Table
 from comparison.words import estimate, number
 from hidreamer import checkpoint
 
 Report = Mapping[str, Any]
 
 
-@dataclass
-class Table:
-    """Cells are text; the first column names the row. ``prose``: cells are sentences that wrap."""
-
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    prose: bool = False
-
-
-@dataclass
-class Section:
-    """Paragraphs, then warnings, lists, figures (inline SVG) and tables. ``folded``:
-    only its title shows at first.
-    """
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    lists: dict[str, list[str]] = field(default_factory=dict)
-    figures: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    pre: list[str] = field(default_factory=list)
-    folded: bool = False
-
-
 def write(report: Report, folder: Path) -> None:
     """summary.json, report.md, report.html and, of runs, curves.png; each replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"summary.json": json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)}
-    context = {
-        "title": ", ".join(report["models"]),
-        "sections": sections(report),
-        "headline": headline(report),
-        "colours": figures.colours(report["models"]),
+    base = report["models"][0]
+    legend = {
+        f"{model} (baseline)" if model == base else model: colour
+        for model, colour in figures.colours(report["models"]).items()
     }
+    found = headline(report), legend, sections(report)
     for kind in ("html", "md"):
-        pages[f"report.{kind}"] = render(kind, **context)
+        pages[f"report.{kind}"] = parts.render(kind, ", ".join(report["models"]), *found)
     for name, text in pages.items():
         checkpoint.replace_file(
             folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
         )
     if report["runs"]:
         figures.save_curves(report, folder / "curves.png")
-
-
-def render(
-    kind: str, *, title: str, headline: str, sections: list[Section], colours: Mapping[str, str]
-) -> str:
-    """A page as "html" or "md". colours: of what the figures show, by name, for the legend."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(
-        loader=loader, autoescape=lambda name: "html" in name, trim_blocks=True, lstrip_blocks=True
-    )
-    context = {"title": title, "headline": headline, "sections": sections, "colours": colours}
-    return templates.get_template(f"page.{kind}").render(context)
 
 
 def headline(report: Report) -> str:

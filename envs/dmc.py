@@ -83,6 +83,18 @@ class DMC(Suite):
         """uint8 (240, 320, 3)"""
         return self._draw(240, 320)
 
+    def variables(self) -> dict[str, float]:
+        """Positions and velocities of the joints by name: what MuJoCo continues from."""
+        physics, out = self._env.physics, {}
+        for key, what in (("qpos", "position"), ("qvel", "velocity")):
+            rows = getattr(physics.named.data, key)
+            for joint in physics.named.model.jnt_type.axes.row.names:
+                values = np.atleast_1d(rows[joint])
+                for i, x in enumerate(values):
+                    name = f"{joint} {what}" + (f" {i}" if len(values) > 1 else "")
+                    out[name] = float(x)
+        return out
+
     def close(self) -> None:
         self._env.close()
 

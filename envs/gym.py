@@ -108,6 +108,13 @@ class Gym(Suite):
     def close(self) -> None:
         self._env.close()
 
+    def variables(self) -> dict[str, float]:
+        """The state of classic control, {"0": ...} in its order; {} of all others."""
+        inner = self._env.unwrapped
+        if type(inner) not in STATES:
+            return {}
+        return {str(i): float(x) for i, x in enumerate(inner.state)}
+
     def get_state(self) -> dict[str, Any] | None:
         inner = self._env.unwrapped
         if type(inner) not in STATES:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import minatar
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 
 from envs.base import Suite, unknown
+from envs.imports import without
+from envs.palette import PALETTE
+
+with without("matplotlib", "seaborn"):  # for its own windows: a second and 120 MB a process
+    import minatar
 
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 # attributes of a game that are no part of its state
 CONSTANT = ("random", "channels", "action_map")
-PALETTE = np.array(  # one colour per plane; black where no plane is set
-    [
-        (0, 0, 0), (230, 230, 230), (240, 80, 60), (250, 170, 60), (70, 150, 230), (80, 200, 120),
-        (180, 110, 220), (250, 230, 90), (90, 220, 220), (240, 140, 190), (150, 110, 70),
-    ],
-    np.uint8,
-)  # fmt: skip
 PIXELS = 16  # of a rendered cell
 
 

@@ -21,6 +21,12 @@ by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set b
 COMMANDS = {
     "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
+    "evaluate": (
+        "analysis.evaluate",
+        "Play episodes with a trained agent, and write their returns.",
+    ),
+    "play": ("play", "Look inside a trained agent and play in its dream, on a local page."),
+    "analyse": ("analysis", "Look inside trained agents: what do their levels hold?"),
     "pipeline": ("pipeline", "Train in stages: frames, encoder, tokens, world model, policy."),
 }
 
@@ -55,13 +61,15 @@ def origin(name: str) -> str | None:
 
 
 def command(module: str) -> list[str]:
-    """The words that start a script of ROOT: "python dreamer.py" or, by the command, "hidreamer
-    train".
+    """The words that start a script or a package of ROOT: "python dreamer.py", "python -m
+    analysis" or, by the command, "hidreamer train".
     """
     for name, (known, _) in COMMANDS.items():
         if known == module and by_command:
             return ["hidreamer", name]
-    return ["python", f"{module}.py"]
+    if (ROOT / f"{module}.py").exists():
+        return ["python", f"{module}.py"]
+    return ["python", "-m", module]
 
 
 def python_path() -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hidreamer.distributions import TwoHot
 from hidreamer.dynamics.base import Feat
 from hidreamer.losses import imag_loss, reinforce_gain, scaled
+from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
 Metrics = dict[str, Tensor]  # each ()
@@ -48,9 +49,9 @@ class Behavior(nn.Module):
 
         REINFORCE needs no gradient through the trajectory, so none is recorded for it.
         """
-        with torch.set_grad_enabled(self.backprop):
+        grad, horizon = torch.set_grad_enabled(self.backprop), self.imag.horizon
+        with grad, cast_weights(model.dynamics, self.actor):
             policy = lambda feat: self.actor(feat.cat().detach()).sample(generator)
-            horizon = self.imag.horizon
             _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
             x = feat.cat()
             cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)

@@ -5,8 +5,10 @@ and on CUDA one recorded graph, launched as a whole.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,12 @@ from torch import Tensor, nn
 
 Update = Callable[[Mapping[str, Tensor]], Tensor]
 WARMUP = 3  # ordinary calls before a graph is recorded
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """For calls that precede a recording. One for all: each has its own workspace."""
+    return torch.cuda.Stream()
 
 
 class Captured:
@@ -43,13 +51,68 @@ class Captured:
             graph = torch.cuda.CUDAGraph()
             if self.generator is not None:  # every graph knows the default one
                 graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            # other threads of this process may do as they like, such as train another seed
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.out = self.fn(self.inputs)
             self.graph = graph
         for key, x in batch.items():
             self.inputs[key].copy_(x)
         self.graph.replay()
         return self.out
+
+
+class CapturedAct:
+    """``agent.act`` with a graph for every number of environments and mode.
+
+    Where recording fails, one RuntimeWarning names the cause, and acting continues without.
+
+    agent: with ``plain_act``, and ``world_model.dynamics.fixed_size``. generator: whose numbers
+    graphs draw; a call with another one is an ordinary one. record: makes what ``Captured`` makes.
+    """
+
+    def __init__(
+        self,
+        agent: Any,
+        generator: torch.Generator | None = None,
+        record: Callable[..., Callable] = Captured,
+    ):
+        self.agent, self.generator, self.record = agent, generator, record
+        self.graphs: dict[tuple, Callable] = {}
+        self.works = True
+
+    def __call__(
+        self, state: Any, obs: Mapping[str, Tensor], mode: str, generator: torch.Generator | None
+    ) -> Any:
+        if not self.works or generator is not self.generator:
+            return self.agent.plain_act(state, obs, mode, generator)
+        carry = self.agent.world_model.dynamics.fixed_size(state.carry)
+        state = state._replace(carry=carry)
+        inputs = dict(obs) | {f"state {i}": x for i, x in enumerate((*carry, state.action))}
+        # What is compiled since is compiled at its first call, not while a graph is recorded.
+        compiled = self.agent.world_model.encoder._compiled_call_impl is not None
+        key = (mode, compiled, *((name, x.shape) for name, x in inputs.items()))
+
+        def act(inputs: Mapping[str, Tensor]) -> Any:
+            given = [inputs[f"state {i}"] for i in range(len(carry) + 1)]
+            start = state._replace(carry=type(carry)(*given[:-1]), action=given[-1])
+            observed = {name: inputs[name] for name in obs}
+            return self.agent.plain_act(start, observed, mode, generator)
+
+        if key not in self.graphs:
+            self.graphs[key] = self.record(act, generator=generator)
+        before = RandomState(generator or default_generator(self.agent))
+        try:
+            new = self.graphs[key](inputs)
+        except Exception as error:  # drivers may raise anything
+            before.restore()
+            self.works = False
+            cause = str(error.__context__ or error).strip().splitlines() or [type(error).__name__]
+            message = f"cannot record acting, which continues without (slower): {cause[0]}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return self.agent.plain_act(state, obs, mode, generator)
+        # the next call writes over what this one returned
+        kept = type(new.carry)(*(x.clone() for x in new.carry))
+        return new._replace(carry=kept, action=new.action.clone())
 
 
 class FastUpdate:
@@ -62,18 +125,20 @@ class FastUpdate:
     that the call began with.
 
     agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
-    compile when they are called, by setting attributes of its modules. generator: that of all
-    random numbers, None being torch's default one.
+    compile when they are called, by setting attributes of its modules; None to record alone.
+    generator: that of all random numbers, None being torch's default one. report: takes a line for
+    people when compilation begins.
     """
 
     def __init__(
         self,
         agent: Any,
-        compile: Callable[[], None],
+        compile: Callable[[], None] | None,
         capture: bool,
         generator: torch.Generator | None = None,
+        report: Callable[[str], None] = print,
     ):
-        self.agent, self.compile, self.capture = agent, compile, capture
+        self.agent, self.compile, self.capture, self.report = agent, compile, capture, report
         self.generator = generator
         self.update: Update = functools.partial(agent.update, generator=generator)
         self.plain: dict[nn.Module, set[str]] = {}  # the attributes of uncompiled modules
@@ -91,9 +156,11 @@ class FastUpdate:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.trial_calls:
             return self.run(batch)
-        if not self.plain:
+        if self.compile is not None and not self.plain:
             # Not before: acting also calls these modules, and would fail in their stead.
             self.plain = {module: set(vars(module)) for module in self.agent.modules()}
+            prepare_compiler()
+            self.report(COMPILING)
             self.compile()
             self.compiled = True
         before = Snapshot(self.agent, self.generator or default_generator(self.agent))
@@ -122,23 +189,36 @@ class FastUpdate:
                     delattr(module, name)
         self._select_update()
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = (
-            f"cannot {what} the update, which continues without (slower; "
-            f"--compile off does not try): {cause}"
-        )
+        remedy = "; --compile off does not try" if what == "compile" else ""
+        message = f"cannot {what} the update, which continues without (slower{remedy}): {cause}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-class Snapshot:
-    """Weights and optimisers of an agent and a generator's state, copied to memory of the host."""
+COMPILING = "compiling the update: about a minute, once for these sizes on this machine"
+# What the compiler says of its own choices, which nobody here can change.
+NOISE = ("Online softmax is disabled on the fly", "TensorFloat32 tensor cores .* not enabled")
 
-    def __init__(self, agent: Any, generator: torch.Generator):
-        self.agent, self.generator = agent, generator
-        self.state = on_host(agent.save_state())
-        self.random = generator.clone_state()
+
+def prepare_compiler() -> None:
+    """Keep what is compiled where it outlives a restart of the machine, and hide NOISE."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hidreamer/inductor"
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        except OSError:
+            pass  # it stays torch's own, in the folder of temporary files
+    for start in NOISE:
+        warnings.filterwarnings("ignore", rf"\s*{start}")
+
+
+class RandomState:
+    """Of a generator, on the host."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator, self.random = generator, generator.clone_state()
 
     def restore(self) -> None:
-        self.agent.load_state(self.state)
         if self.generator.device.type == "cuda":
             # In place of the present state, which a recording that broke off leaves in the middle
             # of it.
@@ -153,6 +233,18 @@ def default_generator(module: nn.Module) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
+
+
+class Snapshot:
+    """Weights and optimisers of an agent and a generator's state, copied to memory of the host."""
+
+    def __init__(self, agent: Any, generator: torch.Generator):
+        self.agent, self.random = agent, RandomState(generator)
+        self.state = on_host(agent.save_state())
+
+    def restore(self) -> None:
+        self.agent.load_state(self.state)
+        self.random.restore()
 
 
 def on_host(value: Any) -> Any:

@@ -79,14 +79,21 @@ def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
     and ``multinomial`` as well.
     """
     with torch.no_grad():
-        if noise is not None:
-            below = probs.cumsum(-1) < noise
-            # Rounding may leave the sum of all below 1.
-            index = below.sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
-        else:
-            index = probs.argmax(-1, keepdim=True)
-        onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        onehot = invert_cdf(probs, noise)
     return straight_through(onehot, probs)
+
+
+def invert_cdf(probs: Tensor, noise: Tensor | None) -> Tensor:
+    """One-hots (..., K) where the cumulative ``probs`` reach noise (..., 1); None for the mode."""
+    if noise is None:
+        index = probs.argmax(-1, keepdim=True)
+    else:
+        below = probs[..., :-1].cumsum(-1)  # rounding may leave the sum of all below 1
+        if torch.compiler.is_compiling():  # becomes one kernel with what is before and after it
+            index = (below < noise).sum(-1, keepdim=True)
+        else:
+            index = torch.searchsorted(below, noise.expand(*below.shape[:-1], 1).contiguous())
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
 
 def kl(post: Tensor, prior: Tensor) -> Tensor:

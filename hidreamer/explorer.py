@@ -32,7 +32,7 @@ class Explorer(nn.Module):
     def _predict(self, x: Tensor, action: Tensor) -> Tensor:
         """Features (N,T,F) and the actions (N,T,A) taken in them -> predictions (M,N,T,size)."""
         x = torch.cat([x, action], -1) if self.config.action_cond else x
-        return torch.stack([net(x) for net in self.ensemble])
+        return batched(self.ensemble, x)
 
     def loss(self, post: Post, embed: Tensor, prev_action: Tensor) -> Tensor:
         """Squared error of the next step's target, ().
@@ -55,3 +55,26 @@ class Explorer(nn.Module):
         if self.config.action_cond:
             bonus = torch.cat([torch.zeros_like(bonus[:, :1]), bonus[:, :-1]], 1)
         return self.config.intr_scale * bonus + self.config.extr_scale * extrinsic
+
+
+def batched(nets: nn.ModuleList, x: Tensor) -> Tensor:
+    """M equal perceptrons of one x (.., F), as one product a layer -> (M, .., out)."""
+    shape, x = x.shape[:-1], x.flatten(0, -2)  # (R, F)
+    x = x.expand(len(nets), -1, -1)
+    for blocks in zip(*(net.blocks for net in nets), strict=True):
+        x = batched_linear([block.linear for block in blocks], x)  # (M, R, units)
+        size, eps = x.shape[-1:], blocks[0].norm.eps
+        weight, bias = (
+            torch.stack([getattr(block.norm, name) for block in blocks]).unsqueeze(1)
+            for name in ("weight", "bias")
+        )  # (M, 1, units)
+        x = blocks[0].act(torch.addcmul(bias, nn.functional.layer_norm(x, size, eps=eps), weight))
+    return batched_linear([net.out for net in nets], x).unflatten(1, shape)
+
+
+def batched_linear(layers: list[nn.Linear], x: Tensor) -> Tensor:
+    """x (M, R, in) -> (M, R, out), each with its own layer."""
+    weight = torch.stack([layer.weight for layer in layers]).transpose(1, 2)  # (M, in, out)
+    if layers[0].bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(torch.stack([layer.bias for layer in layers]).unsqueeze(1), x, weight)

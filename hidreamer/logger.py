@@ -20,12 +20,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # What a run can do without, and what a user may do where it fails.
 RENDER, VIDEO = "drawing the environment", "video"
-TENSORBOARD, WANDB = "TensorBoard", "Weights & Biases"
+TENSORBOARD, WANDB, TRACKIO = "TensorBoard", "Weights & Biases", "Trackio"
+SERVICES = {"wandb": WANDB, "trackio": TRACKIO}  # by the module, which is also the extra
 REMEDIES = {
     RENDER: "--video false does not try",
     VIDEO: "--video false does not try",
     TENSORBOARD: "metrics.jsonl has the same scalars",
     WANDB: "--logger tensorboard does without",
+    TRACKIO: "--logger tensorboard does without",
 }
 
 
@@ -56,17 +58,17 @@ class BestEffort:
 
 
 class Logger:
-    """Scalars go under the same names to metrics.jsonl, TensorBoard and, with ``wandb_config``,
-    Weights & Biases.
+    """Scalars go under the same names to metrics.jsonl, TensorBoard and, if asked for, a service:
+    Weights & Biases or Trackio.
 
     metrics.jsonl is standard JSON, one object a line: a value that is NaN or infinite is written
     as null. It is the record of a run, so that what goes wrong with it is raised (OSError). The
     others are copies, see ``BestEffort``.
 
     step, size: where the run continues, and how much of metrics.jsonl its checkpoint vouches for;
-    what came after that is cut off, and hidden in TensorBoard. wandb_config: the run's config.
-    wandb_id: of the W&B run to continue; a new one is made for None, and ``Logger.wandb_id`` is
-    what the next checkpoint should hold.
+    what came after that is cut off, and hidden in TensorBoard. config: the run's. service: a key
+    of SERVICES, or "". wandb_id: of the service's run to continue; a new one is made for None, and
+    ``Logger.wandb_id`` is what the next checkpoint should hold.
     """
 
     def __init__(
@@ -74,8 +76,9 @@ class Logger:
         logdir: Path,
         step: int,
         size: int,
-        wandb_config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         wandb_id: str | None = None,
+        service: str = "wandb",
     ):
         self.logdir = logdir
         path = logdir / "metrics.jsonl"
@@ -84,11 +87,12 @@ class Logger:
         self.file.seek(0, os.SEEK_END)
         self.best_effort = BestEffort()
         self.board: EventFile | None = None
-        self.wandb: Any = None
+        self.service, self.module = SERVICES.get(service, ""), service
+        self.run: Any = None  # of the service
         self.wandb_id = wandb_id
         self.best_effort(TENSORBOARD, self._open_board, step)
-        if wandb_config is not None:
-            self.best_effort(WANDB, self._open_wandb, wandb_config)
+        if config is not None and self.service:
+            self.best_effort(self.service, self._open_service, config)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers by name. Raises OSError where metrics.jsonl cannot be written."""
@@ -96,8 +100,8 @@ class Logger:
         self.file.write(json.dumps({"step": step} | record, allow_nan=False, default=float) + "\n")
         if self.board:
             self.best_effort(TENSORBOARD, self.board.scalars, step, values)
-        if self.wandb:
-            self.best_effort(WANDB, self._log_wandb, step, dict(values))
+        if self.run:
+            self.best_effort(self.service, self._log_service, step, dict(values))
 
     def video(self, step: int, name: str, frames: Iterable[np.ndarray], fps: int = 15) -> None:
         """Pictures as ``stack`` takes them -> LOGDIR/videos/STEP-NAME.mp4, and an animation in
@@ -123,29 +127,31 @@ class Logger:
         finally:
             if self.board:
                 self.best_effort(TENSORBOARD, self.board.close)
-            if self.wandb:
-                self.best_effort(WANDB, self.wandb.finish)
+            if self.run:
+                self.best_effort(self.service, self.run.finish)
 
     def _open_board(self, step: int) -> None:
         self.board = EventFile(self.logdir, step)
 
-    def _open_wandb(self, config: Mapping[str, Any]) -> None:
-        import wandb
-
+    def _open_service(self, config: Mapping[str, Any]) -> None:
+        module = service_module(self.module)
         self.wandb_id = self.wandb_id or uuid.uuid4().hex[:8]
         parts = (config["task"], config["dynamics"]["type"], config["seed"])
-        self.wandb = wandb.init(
-            project="hidreamer",
-            name="-".join(map(str, parts)),
-            id=self.wandb_id,
-            resume="allow",
-            mode=os.environ.get("WANDB_MODE", "offline"),
-            dir=str(self.logdir),
-            config=dict(config),
-        )
+        name = "-".join(map(str, parts))
+        settings: dict[str, Any] = {"project": "hidreamer", "resume": "allow"}
+        settings["config"] = dict(config)
+        if self.module == "wandb":
+            mode = os.environ.get("WANDB_MODE", "offline")
+            settings |= {"name": name, "id": self.wandb_id, "mode": mode, "dir": str(self.logdir)}
+        else:  # its runs are continued by name
+            settings |= {"name": f"{name}-{self.wandb_id}", "embed": False}
+            settings |= {"auto_log_gpu": False, "auto_log_cpu": False}
+        self.run = module.init(**settings)
 
-    def _log_wandb(self, step: int, values: dict[str, Any]) -> None:
-        self.wandb.log(values, step=step)
+    def _log_service(self, step: int, values: dict[str, Any]) -> None:
+        if self.module == "trackio":  # its SQLite holds no NaN
+            values = {name: x for name, x in values.items() if math.isfinite(x)}
+        self.run.log(values, step=step)
 
     def _video(self, step: int, name: str, frames: Iterable[np.ndarray], fps: int) -> None:
         movie = stack(frames)
@@ -169,13 +175,23 @@ class Logger:
             temporary.unlink(missing_ok=True)
         if self.board:
             self.best_effort(TENSORBOARD, self.board.video, step, name, movie[:300], fps)
-        if self.wandb:
-            self.best_effort(WANDB, self._wandb_video, step, name, path)
+        if self.run:
+            self.best_effort(self.service, self._service_video, step, name, path)
 
-    def _wandb_video(self, step: int, name: str, path: Path) -> None:
+    def _service_video(self, step: int, name: str, path: Path) -> None:
+        module = service_module(self.module)
+        self.run.log({name: module.Video(str(path))}, step=step)
+
+
+def service_module(name: str) -> Any:
+    """The module of a service, a key of SERVICES. Raises ImportError."""
+    if name == "wandb":
         import wandb
 
-        self._log_wandb(step, {name: wandb.Video(str(path))})
+        return wandb
+    import trackio
+
+    return trackio
 
 
 def stack(frames: Iterable[np.ndarray]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +95,15 @@ class Optimizer:
         self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
-                self.optim.state[p] = {
-                    name: x.detach().clone().to(p.device) for name, x in state[key].items()
-                }
+                self.optim.state[p] = {name: like(p, x) for name, x in state[key].items()}
+
+
+@torch.no_grad()
+def like(param: Tensor, x: Tensor) -> Tensor:
+    """A copy of state ``x`` of a parameter on its device, in its order in memory (``gather``)."""
+    if x.shape != param.shape:  # the count of steps
+        return x.detach().clone().to(param.device)
+    return torch.empty_like(param, dtype=x.dtype).copy_(x.detach())
 
 
 def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
@@ -109,3 +116,30 @@ def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: floa
             f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
         )
     return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)
+
+
+def make_optimizers(
+    modules: Mapping[str, Mapping[str, nn.Module]], config: Any, capturable: bool
+) -> dict[str, Optimizer]:
+    """For {loss: {name: module}}: one for each loss, or for ``optim: joint`` one, "joint", for all.
+
+    config: of all keys; the explorer's losses have the settings of the others. capturable: whether
+    steps can be recorded in a CUDA graph.
+    """
+    blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
+    if config.optim == "joint":
+        joint: dict[str, nn.Module] = {}
+        for loss, group in modules.items():
+            joint |= {joint_name(loss, name): module for name, module in group.items()}
+        modules, blocks = {"joint": joint}, {"joint": config.model}
+    optimizers = {}
+    for name, group in modules.items():
+        block = blocks[name.removeprefix("expl_")]
+        settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
+        optimizers[name] = make_optimizer("adam", group, **settings, capturable=capturable)
+    return optimizers
+
+
+def joint_name(loss_name: str, module: str) -> str:
+    """The module's name in a joint optimiser: the explorer has an actor and a critic as well."""
+    return f"expl_{module}" if loss_name.startswith("expl_") else module

@@ -34,7 +34,7 @@ def script() -> list[str]:
     """The words that started this process; without its folder where that is ours."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py" and path.parent.parent == ROOT:
-        return ["python", "-m", path.parent.name]
+        return command(path.parent.name)
     return command(path.stem) if path.parent == ROOT else ["python", sys.argv[0]]
 
 

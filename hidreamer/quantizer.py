@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
+from hidreamer.metrics import weighted_mean
 from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
@@ -252,3 +253,21 @@ class Quantizer(nn.Module):
         dead = (frequency == 0).float().sum(-1).mean(-1)
         metrics = {f"perplexity_{i}": perplexity[i] for i in range(self.levels)}
         return metrics | {f"dead_{i}": dead[i] for i in range(self.levels)}
+
+
+@torch.no_grad()
+def code_accuracy(priors: list[Tensor], index: Tensor, is_first: Tensor) -> dict[str, Tensor]:
+    """How often the likeliest code is right, of all and of those that changed, and a copy is.
+
+    index: (B, T, L, G).
+    """
+    metrics, same_episode = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
+    same_episode = same_episode.expand(-1, -1, index.shape[-1]).float()
+    for i, prior in enumerate(priors):
+        now, before = index[:, 1:, i], index[:, :-1, i]  # (B, T-1, G)
+        right = prior[:, 1:].argmax(-1) == now
+        changed = same_episode * (now != before).float()
+        metrics[f"accuracy_{i}"] = weighted_mean(right, same_episode)
+        metrics[f"accuracy_copy_{i}"] = weighted_mean(now == before, same_episode)
+        metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
+    return metrics

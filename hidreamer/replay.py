@@ -234,9 +234,12 @@ class Replay:
         """Whether any stream is long enough to sample from."""
         return any(len(stream) >= self.length for stream in self.streams)
 
-    def sample(self, rng: np.random.Generator | None = None) -> Rows:
-        """{key: (B, T, ...)}; each sequence's first step is marked ``is_first``, as upstream's."""
-        return self.read(self.sample_addresses(rng))
+    def sample(self, rng: np.random.Generator | None = None, out: Rows | None = None) -> Rows:
+        """{key: (B, T, ...)}; each sequence's first step is marked ``is_first``, as upstream's.
+
+        out: what an earlier call returned, to be written over.
+        """
+        return self.read(self.sample_addresses(rng), out)
 
     def sample_addresses(self, rng: np.random.Generator | None = None) -> Addresses:
         """Where B sequences lie, each run of T rows as likely as any other.
@@ -253,7 +256,7 @@ class Replay:
         oldest = np.array([stream.added - len(stream) for stream in self.streams])
         return Addresses(stream, picks - (ends - counts - oldest)[stream])
 
-    def read(self, addresses: Addresses) -> Rows:
+    def read(self, addresses: Addresses, out: Rows | None = None) -> Rows:
         """The sequences there, as ``sample`` has them. Raises ValueError where they have left."""
         starts = []
         for i, row in zip(*addresses, strict=True):
@@ -266,7 +269,9 @@ class Replay:
             stream.prefetch(start, self.length)
             starts.append((stream, start))
         shape, spec = (len(starts), self.length), self.spec | self.streams[0].extra
-        batch = {key: np.empty((*shape, *rest), dtype) for key, (rest, dtype) in spec.items()}
+        batch = out
+        if batch is None:
+            batch = {key: np.empty((*shape, *rest), dtype) for key, (rest, dtype) in spec.items()}
         for b, (stream, start) in enumerate(starts):
             stream.read(start, {key: x[b] for key, x in batch.items()})
         batch["is_first"][:, 0] = True

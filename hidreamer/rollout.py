@@ -7,12 +7,15 @@ one pass, h heads of d numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hidreamer.mask import attn_mask
+from hidreamer.precision import autocast_dtype
 from hidreamer.transformer import KV, Transformer, rotary, rotate
 
 
@@ -86,6 +89,47 @@ class Carry(NamedTuple):
             step=torch.full_like(self.step, count - 1),
         )
 
+    def padded(self, count: int, slots: int) -> Carry:
+        """At least ``count`` steps of ``slots`` positions: those before the first are of another
+        episode, and so never seen.
+        """
+        missing = count - self.segment.shape[1]
+        if missing <= 0:
+            return self
+        before = (0, 0, missing * slots, 0)
+        return self._replace(
+            keys=F.pad(self.keys, before),
+            values=F.pad(self.values, before),
+            segment=F.pad(self.segment, (missing, 0), value=-1),
+            step=self.step + missing,
+        )
+
+    def select(self, index: Tensor, window: int) -> Carry:
+        """The branches ``index`` (M,), with a sequence of at most ``window`` steps each; several
+        of a single sequence go on sharing it.
+        """
+        batch = len(self.segment)
+        here = self._replace(
+            deter=self.deter[index], stoch=self.stoch[index], step=self.step[index]
+        )
+        if batch == 1 and len(index) > 1:
+            return here
+        rows = index // (len(self.step) // batch)  # (M,) whose sequence
+        here = here._replace(
+            keys=self.keys[rows], values=self.values[rows], segment=self.segment[rows]
+        )
+        return here.unshared(window)
+
+    @classmethod
+    def join(cls, carries: Sequence[Carry]) -> Carry:
+        """Of carries with a sequence for each branch, of at least one step, padded to the same
+        number of steps.
+        """
+        steps = max(carry.segment.shape[1] for carry in carries)
+        slots = carries[0].keys.shape[-2] // carries[0].segment.shape[1]
+        padded = [carry.padded(steps, slots) for carry in carries]
+        return cls(*(torch.cat(x) for x in zip(*padded, strict=True)))
+
     def unshared(self, count: int) -> Carry:
         """A sequence for each branch, (N, ..): copies of at most ``count`` steps up to its own.
 
@@ -154,11 +198,12 @@ class Rollout:
         rows = self.own.time, self.own.level
         self.own_mask = attn_mask(level_mask, rows, rows, window)  # (O, O)
         time = self.start + self.own.time  # (B, n, O)
-        self.rope = rotary(time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d / 2)
+        self.rope = rotary(time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d)
         self.own_kv = transformer.branches(len(self.own.time))
         self.time, self.level = 0, self.levels  # of the next row, which is A_0
         self.length = 0  # rows computed so far
         self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
+        self.logits: list[Tensor] = []  # of the last step's codes, by level (N, G, K)
         self.prefixes: dict[tuple[int, int], Prefix] = {}
         self.cached_kv: dict[int, list[KV]] = {}
         if steps:
@@ -215,12 +260,15 @@ class Rollout:
         return self.prefixes[key]
 
     def _cached_kv(self, slots: int) -> list[KV]:
-        """The first slots of the cached K/V, contiguous: else every product would copy them."""
+        """The first slots of the cached K/V, contiguous and in the products' precision: else every
+        product would copy them.
+        """
         if slots not in self.cached_kv:
-            layers = []
+            layers, dtype = [], autocast_dtype(self.origin.keys.device)
             for x in (self.origin.keys, self.origin.values):
                 x = first_slots(x, self.levels + 1, slots, -2)  # (B, layers, h, P', d)
-                layers.append(x.transpose(0, 1).contiguous().unbind())
+                x = x.transpose(0, 1).contiguous()
+                layers.append((x if dtype is None else x.to(dtype)).unbind())
             self.cached_kv[slots] = [KV(*kv) for kv in zip(*layers, strict=True)]
         return self.cached_kv[slots]
 
@@ -248,3 +296,6 @@ class RolloutCarry(NamedTuple):
 
     def sequences(self) -> Carry:
         return self.rollout.carry(self.deter, self.stoch)
+
+    def select(self, index: Tensor, window: int) -> Carry:
+        return self.sequences().select(index, window)

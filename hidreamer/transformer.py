@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import at_least_float32
 from hidreamer.nets import by_name, linear, make_activation, make_norm
+from hidreamer.precision import autocast_dtype, masked_attention
 
 
 class KV(NamedTuple):
@@ -55,22 +56,25 @@ class Branch:
 
 
 def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Rotary positions (Su et al. 2021): cosines and sines (..., 2, dim / 2) of times (...), int.
+    """Rotary positions (Su et al. 2021) of times (...), int: (..., 2, dim), what ``rotate`` takes.
 
+    These are each pair's cosine for both its numbers, and its sine, negative for the first.
     Angles are computed in at least float32, whatever the network runs in: in bfloat16 steps 256 and
     257 are the same.
     """
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rate = 10_000.0 ** (-torch.arange(dim // 2, device=times.device, dtype=dtype) / (dim // 2))
     angle = times.unsqueeze(-1).to(dtype) * rate  # (..., dim / 2)
-    return torch.stack([angle.cos(), angle.sin()], -2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], -2)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the halves of x (..., h, d) by the angles ``rope`` (..., 2, d / 2), in its dtype."""
-    cos, sin = rope.unsqueeze(-3).unbind(-2)  # (..., 1, d / 2) each
-    a, b = x.to(rope.dtype).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
+    """Turn the halves of x (..., h, d) by the angles ``rope`` (..., 2, d), in its dtype."""
+    cos, sin = rope.unsqueeze(-3).unbind(-2)  # (..., 1, d) each
+    wide = x.to(rope.dtype)
+    swapped = torch.cat(wide.chunk(2, -1)[::-1], -1)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
 
 
 FFNLosses = dict[str, Tensor]  # auxiliary losses of feed-forward parts, (B, n) each, as by sequence
@@ -124,8 +128,8 @@ class Layer(nn.Module):
         return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
 
     def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
-        """x (B,n,Q,W), what attention gave (B,h,n,Q,d), levels (Q,) -> (B,n,Q,W), losses."""
-        x = x + self._drop(self.out(attended.permute(0, 2, 3, 1, 4).flatten(-2)))
+        """x (B,n,Q,W), what attention gave (B,n,Q,W), levels (Q,) -> (B,n,Q,W), losses."""
+        x = x + self._drop(self.out(attended))
         added, losses = self.ffn(self.norm2(x), level)
         return x + self._drop(added), losses
 
@@ -152,7 +156,8 @@ def attend(
         if own_mask.ndim == 4:
             own_mask = own_mask.flatten(0, 1).unsqueeze(1)  # (B * n, 1, Q, O)
         each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
-        out = F.scaled_dot_product_attention(*each, own_mask)
+        with masked_attention(q.is_cuda):
+            out = F.scaled_dot_product_attention(*each, own_mask)
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)
     q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
     own_mask = own_mask.unsqueeze(1) if own_mask.ndim == 4 else own_mask
@@ -162,6 +167,36 @@ def attend(
     weight = torch.softmax(at_least_float32(torch.cat([shared, scores], -1)), -1).to(q.dtype)
     shared, rest = weight.split([prefix.keys.shape[-2], own.keys.shape[-2]], -1)
     return (shared.flatten(2, 3) @ prefix.values).unflatten(2, shape) + rest @ own.values
+
+
+def score_bias(own_mask: Tensor, prefix_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Masks as of ``attend`` -> what is added to the scores, (B,1,n,Q,P+O): 0 or MASKED."""
+    own_mask = own_mask.expand(*prefix_mask.shape[:3], -1)
+    seen = torch.cat([prefix_mask, own_mask], -1).unsqueeze(1)
+    return torch.where(seen, 0.0, MASKED).to(dtype)
+
+
+def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
+    """As ``attend``, where no gradient is recorded: products are added to the masks' scores.
+
+    bias: of ``score_bias``, (B,1,n,Q,P+O).
+    """
+    (batch, heads, count, rows, _), size = q.shape, prefix.keys.shape[-2]
+    dtype = autocast_dtype(q.device) or q.dtype
+    q, bias = q.contiguous().to(dtype), bias.to(dtype)
+    own, prefix = (KV(*(x.to(dtype) for x in kv)) for kv in (own, prefix))
+    scale = q.shape[-1] ** -0.5
+    by_sequence = lambda x: x.reshape(batch * heads, -1, x.shape[-1])
+    by_branch = lambda x: x.flatten(0, 2)
+    scores = bias.expand(-1, heads, -1, -1, -1).clone(memory_format=torch.contiguous_format)
+    flat = scores.view(batch * heads, count * rows, -1)
+    flat[..., :size].baddbmm_(by_sequence(q), by_sequence(prefix.keys).mT, alpha=scale)
+    by_branch(scores)[..., size:].baddbmm_(by_branch(q), by_branch(own.keys).mT, alpha=scale)
+    weight = torch.softmax(at_least_float32(scores), -1).to(q.dtype)  # (B, h, n, Q, P + O)
+    out = by_sequence(weight.flatten(2, 3))[..., :size] @ by_sequence(prefix.values)
+    out = out.view(-1, rows, out.shape[-1])  # (B * h * n, Q, d)
+    out.baddbmm_(by_branch(weight)[..., size:], by_branch(own.values))
+    return out.view(batch, heads, count, rows, -1)
 
 
 class Transformer(nn.Module):
@@ -205,19 +240,29 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, FFNLosses]:
         """x (B,n,Q,W) -> outputs (B,n,R,W) of the R positions ``out_index``, sum of layers' losses.
 
-        rope (..,Q,2,d/2) and level (Q,) are the new positions' rotations and levels. own_mask
+        rope (..,Q,2,d) and level (Q,) are the new positions' rotations and levels. own_mask
         (..,Q,O) is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about
         the prefix. ``own`` grows by all Q.
         """
         losses: FFNLosses = {}
+        in_place, bias = prefix is not None and not torch.is_grad_enabled(), None
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, rope)
+            if in_place and bias is None:
+                bias = score_bias(own_mask, prefix_mask, q.dtype)
             kv = own[i].add(k, v)
             if layer is self.layers[-1]:  # of the other positions only keys and values are needed
-                x, q, level = x[:, :, out_index], q[:, :, :, out_index], level[out_index]
+                # contiguous: what is compiled is compiled anew for every other order in memory
+                x, level = x[:, :, out_index].contiguous(), level[out_index].contiguous()
+                q = q[:, :, :, out_index]
                 own_mask = own_mask[..., out_index, :]
                 prefix_mask = prefix_mask[:, :, out_index] if prefix else None
-            attended = attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask)
+                bias = bias[:, :, :, out_index] if in_place else None
+            if in_place:
+                attended = attend_in_place(q, kv, prefix[i], bias)
+            else:
+                attended = attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask)
+            attended = attended.permute(0, 2, 3, 1, 4).flatten(-2)  # (B, n, Q, W)
             x, layer_losses = layer.add_residuals(x, attended, level)
             for name, loss in layer_losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss

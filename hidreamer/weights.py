@@ -43,3 +43,44 @@ def match(
         report[module_name(name)] = "mapped" if name in given else "split"
         matched[name] = theirs
     return matched, report
+
+
+def load_params(agent: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
+    """``load_state`` of parameters and buffers alone, for an agent that is not trained on."""
+    prefix, dynamics = "world_model.dynamics.", agent.world_model.dynamics
+    given = renamed(params, prefix, dynamics.former_names)
+    params, theirs = {}, {}
+    for name, x in given.items():
+        if name.startswith(prefix):
+            theirs[name.removeprefix(prefix)] = x
+        else:
+            params[name] = x
+    params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
+    matched, report = match(agent.state_dict(), params, given, may_be_fresh="explorer.")
+    agent.load_state_dict(matched)
+    return report
+
+
+def load_state(agent: Any, state: Mapping[str, Any]) -> dict[str, str]:
+    """What ``Agent.load_state`` does."""
+    report, names = load_params(agent, state["params"]), agent.world_model.dynamics.former_names
+    for name, opt in agent.optimizers.items():
+        moments = renamed(state["optim"].get(name, {}), "dynamics.", names)
+        opt.load_state_dict(moments)
+        fresh = (key for key in opt.params if key not in moments)
+        report |= {f"{name} optimiser, {module_name(key)}": "fresh" for key in fresh}
+    return report
+
+
+def former_hrvq_names(layers: int) -> dict[str, str]:
+    """{former: now} of ``hrvq``'s parameters."""
+    names = {
+        "begin": "bos_token",
+        "place": "level_emb",
+        "inp.weight": "in_proj.weight",
+        "inp.bias": "in_proj.bias",
+    }
+    for i in range(layers):
+        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
+            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
+    return names

@@ -1,6 +1,6 @@
 """report.html of the whole pipeline: the chain, its gates, pictures, costs, the lineage's claims.
 
-One file that opens offline, with the parts of a comparison's page.
+One file that opens offline, with the parts of a comparison's parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from comparison import page
+from comparison import parts
 from hidreamer import checkpoint
 from hidreamer.provenance import provenance
 from pipeline import data, gate, manifest, pictures, world_model
@@ -137,7 +137,7 @@ CLAIMS = (
 
 def measured(gates: Gates, claim: Claim) -> str:
     """The values of a claim's metrics, each with its baselines; a dash where there are none."""
-    parts = []
+    found = []
     for table in gates.get(claim.stage, {}).get("tables", []):
         game = table["title"].split(":")[0] + " " if ":" in table["title"] else ""
         for row in table["rows"]:
@@ -152,14 +152,14 @@ def measured(gates: Gates, claim: Claim) -> str:
                     ]
                     beside = f" ({', '.join(others)})" if others else ""
                     game = "" if table["title"].startswith("Masks") else game
-                    parts.append(f"{game}{row['metric']} {value}{beside}")
-    return "; ".join(parts) or "–"
+                    found.append(f"{game}{row['metric']} {value}{beside}")
+    return "; ".join(found) or "–"
 
 
 # ---------------------------------------------------------------- sections
 
 
-def chain(root: Path, gates: Gates, needs: Mapping[str, tuple[str, ...]]) -> page.Section:
+def chain(root: Path, gates: Gates, needs: Mapping[str, tuple[str, ...]]) -> parts.Section:
     rows = []
     for name, found in gates.items():
         body = manifest.read(root / name) or {}
@@ -178,26 +178,28 @@ def chain(root: Path, gates: Gates, needs: Mapping[str, tuple[str, ...]]) -> pag
     header = ["stage", "made from", "gate", "steps", "time", "parameters", "digest"]
     total = sum((manifest.read(root / name) or {})["seconds"] for name in gates)
     note = f"All stages: {total / 60:.1f} minutes, gates included."
-    return page.Section("The chain", tables=[page.Table(header, rows, note)])
+    return parts.Section("The chain", tables=[parts.Table(header, rows, note)])
 
 
-def claims(gates: Gates) -> page.Section:
+def claims(gates: Gates) -> parts.Section:
     header = ["", "claimed by the lineage", "measured here", "why they differ"]
     rows = [[claim.what, claim.claimed, measured(gates, claim), claim.why] for claim in CLAIMS]
     text = [
         "The lineage is ssrhaso/hidreamer. Baselines stand in brackets. Sizes and data are those of"
         " this run, not theirs."
     ]
-    return page.Section("Claimed and measured", text, tables=[page.Table(header, rows, prose=True)])
+    return parts.Section(
+        "Claimed and measured", text, tables=[parts.Table(header, rows, prose=True)]
+    )
 
 
-def gate_section(name: str, found: Mapping[str, Any]) -> page.Section:
+def gate_section(name: str, found: Mapping[str, Any]) -> parts.Section:
     tables = []
     for table in found["tables"]:
         header, rows = gate.cells(table)
-        tables.append(page.Table([table["title"], *header[1:]], rows, table["note"]))
+        tables.append(parts.Table([table["title"], *header[1:]], rows, table["note"]))
     facts = [f"{key}: {value}" for key, value in found["facts"].items()]
-    return page.Section(
+    return parts.Section(
         f"Gate: {name}",
         warnings=found["warnings"],
         lists={"Facts": facts},
@@ -208,7 +210,7 @@ def gate_section(name: str, found: Mapping[str, Any]) -> page.Section:
 
 def drawn(
     root: Path, config: Config, device: torch.device, poll: Callable[[], None]
-) -> list[page.Section]:
+) -> list[parts.Section]:
     """The sections with pictures."""
     recordings = data.load_all(root, config)
     tokens = load_tokens(root, recordings)
@@ -232,9 +234,9 @@ def drawn(
         f" ({config.pipeline.picture_updates} updates); neither agent nor world model has one."
     ]
     return [
-        page.Section("Frames and their codes", text, figures=shown),
-        page.Section("Dreams", figures=dreamt),
-        page.Section("Codes", figures=[*over, pictures.codes_by_game(recordings, tokens, count)]),
+        parts.Section("Frames and their codes", text, figures=shown),
+        parts.Section("Dreams", figures=dreamt),
+        parts.Section("Codes", figures=[*over, pictures.codes_by_game(recordings, tokens, count)]),
     ]
 
 
@@ -252,13 +254,13 @@ def write(
     sections = [chain(root, gates, needs), claims(gates), *drawn(root, config, device, poll)]
     sections += [gate_section(name, found) for name, found in gates.items()]
     text = [f"Commit {made['commit']}, {made['hardware']}, torch {made['torch']}."]
-    sections.append(page.Section("How this was made", text, pre=[made["command"]]))
+    sections.append(parts.Section("How this was made", text, pre=[made["command"]]))
     games, steps = config.pipeline.games, config.pipeline.collect.steps
     warned = sum(not found["passed"] for found in gates.values())
     headline = f"{', '.join(games)} · {steps:,} steps each · seed {config.seed} · "
     headline += f"{warned} of {len(gates)} gates with warnings" if warned else "all gates passed"
     title = "The staged pipeline: frames, tokens, world model, policy"
-    html = page.render("html", title=title, headline=headline, sections=sections, colours={})
+    html = parts.render("html", title, headline, {}, sections)
     write_text = functools.partial(Path.write_text, data=html, encoding="utf-8")
     checkpoint.replace_file(root / NAME, write_text)
     return root / NAME

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis import probes
-from hidreamer.dynamics.base import Level
+from hidreamer.quantizer import code_accuracy
 from hidreamer.replay import Addresses
 from pipeline import probing
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
@@ -96,8 +96,7 @@ def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int
     """Of one game, beside copying."""
     recording, tokens = stage.recordings[game], stage.tokens[game]
     logits, index, is_first, reward, real = predictions(model, windows, game, stage.device)
-    levels = tuple(Level(logit, logit) for logit in logits)
-    accuracy = model.dynamics._accuracy(levels, index.unsqueeze(-1), is_first)
+    accuracy = code_accuracy(logits, index.unsqueeze(-1), is_first)
     copy = CopyModel(tokens, recording.pairs(1, held=False), stage.quantizer.codes)
     inside = (~is_first[:, 1:]).cpu().numpy()
     rows = []

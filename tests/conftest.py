@@ -1,5 +1,6 @@
 """Tests run from anywhere, on one thread, and never touch the network."""
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -14,6 +15,19 @@ os.environ.setdefault(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Reports and offline comparisons: not on a machine without the extra "compare", such as one that is
+# there for its GPU.
+COMPARE = ("rliable", "pandas", "scipy", "matplotlib", "jinja2", "sklearn")
+ABSENT = [name for name in COMPARE if importlib.util.find_spec(name) is None]
+NEED_COMPARE = ("backends", "comparison", "offline", "probes", "report")
+collect_ignore = [f"test_{name}.py" for name in NEED_COMPARE] if ABSENT else []
+
+
+def pytest_report_header():
+    if ABSENT:
+        return f"not collected, for {', '.join(ABSENT)} is missing: {', '.join(collect_ignore)}"
+    return None
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +105,25 @@ def acting(modelled, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """``trained("hrvq", "image")``: the folder of a short run of dummy_image; each is made once."""
+    from small_runs import short
+
+    made = {}
+
+    def make(kind: str, task: str):
+        if (kind, task) not in made:
+            folder = tmp_path_factory.mktemp("trained") / f"{kind}_{task}"
+            assert short(folder, kind, task) == 0
+            made[kind, task] = folder
+        return made[kind, task]
+
+    return make
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

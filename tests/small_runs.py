@@ -23,6 +23,13 @@ def run(logdir, *args):
     return dreamer.main([*TINY, *map(str, args), "--logdir", str(logdir)])
 
 
+def short(logdir, kind, task):
+    """A finished run of 60 agent steps with the latent state ``kind``, on dummy_TASK."""
+    words = ["--configs", "debug", "--task", f"dummy_{task}", "--dynamics.type", kind]
+    words += ["--steps", "120", "--video", "false", "--eval_every", "1000", "--eval_episodes", "3"]
+    return dreamer.main([*words, "--logdir", str(logdir)])
+
+
 def records(logdir):
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [

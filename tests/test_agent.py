@@ -15,6 +15,7 @@ import networks
 import tools
 from hidreamer import cost
 from hidreamer.dynamics import TYPES
+from hidreamer.explorer import batched
 from hidreamer.optim import Optimizer
 from hidreamer.spaces import random_rows
 
@@ -105,6 +106,47 @@ def test_adam_moves_the_weights_that_the_gradient_is_of():
     assert torch.allclose(ours.weight, plain.weight, atol=1e-6)
 
 
+def test_optimiser_states_lie_as_their_weights_do():
+    """A CPU's checkpoint continues on CUDA, where weights lie channels-last."""
+    agent, batch = make({"image": EVERYTHING["image"]})
+    agent.update(batch)
+    state, found = copy.deepcopy(agent.save_state()), []
+    for order in (torch.contiguous_format, torch.channels_last):
+        other, _ = make({"image": EVERYTHING["image"]})
+        if order == torch.channels_last:
+            other = other.to(memory_format=order)
+            other.make_optimizers()
+        other.load_state(copy.deepcopy(state))
+        torch.manual_seed(1)
+        other.update(batch)
+        found.append(other.state_dict())
+        for name, opt in other.optimizers.items():
+            for key, p in opt.params.items():
+                moments = opt.optim.state[p]
+                assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == p.stride()
+                assert not torch.equal(moments["exp_avg"], state["optim"][name][key]["exp_avg"])
+    assert all(torch.allclose(x, found[1][key], atol=1e-6) for key, x in found[0].items())
+
+
+def test_networks_of_the_ensemble_are_computed_as_one():
+    agent, _ = make(**{"expl.behavior": "plan2explore", "expl.models": 4})
+    nets = agent.explorer.ensemble
+    for p in nets.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, found = torch.randn(3, 5, nets[0].blocks[0].linear.in_features, requires_grad=True), []
+    for out in (batched(nets, x), torch.stack([net(x) for net in nets])):
+        grads = torch.autograd.grad(out.square().sum(), [x, *nets.parameters()])
+        found.append((out, *grads))
+    assert found[0][0].shape[:3] == (4, 3, 5)
+    for one, each in zip(*found, strict=True):
+        assert torch.allclose(one, each, rtol=1e-4, atol=1e-5 * each.abs().max().item())
+    ten, _ = make(**{"expl.behavior": "plan2explore", "expl.models": 10})
+    few, many = (
+        cost.operators(lambda a=a: batched(a.explorer.ensemble, x.detach())) for a in (agent, ten)
+    )
+    assert few["kernels"] == many["kernels"] < 40
+
+
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_the_model_learns_to_show_an_image(scrambled):
     """A checkerboard is learned by heart; not by the broken twin,
@@ -132,14 +174,24 @@ def test_the_model_learns_to_show_an_image(scrambled):
     assert left > 0.3 if scrambled else left < 0.03
 
 
+KERNELS = {"rssm": 3700, "hrssm": 4950, "hrvq": 2650}  # of an update, nothing compiled
+THROUGH = {"rssm": 4600, "hrssm": 5900, "hrvq": 4550}  # with a gradient through imagination
+
+
 @pytest.mark.parametrize("act", ["discrete", "continuous"])
-def test_no_host_read_and_few_kernels(act):
-    """Upstream: 1,041 host reads and 13,981 kernels an update, whatever the widths."""
-    agent, batch = make({"image": EVERYTHING["image"]}, act, length=64, **{"imag.horizon": 15})
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_no_host_read_and_few_kernels(kind, act):
+    """Upstream: 1,041 host reads and 13,981 kernels an update, whatever the widths.
+
+    The bounds are what was counted, and a few more: nothing may creep back.
+    """
+    over = {"imag.horizon": 15, "dynamics.type": kind}
+    agent, batch = make({"image": EVERYTHING["image"]}, act, length=64, **over)
     agent.update(batch)
     counts = cost.operators(lambda: agent.update(batch))
     assert counts["host_reads"] == 0
-    assert 1000 < counts["kernels"] <= 8000
+    bound = KERNELS[kind] if act == "discrete" else THROUGH[kind]
+    assert 0.9 * bound < counts["kernels"] <= bound
     state, obs = agent.initial(1), {key: batch[key][:1, 0] for key in ("image", "is_first")}
     assert cost.operators(lambda: agent.act(state, obs))["host_reads"] == 0
 
@@ -396,28 +448,3 @@ def test_large_presets_act_and_learn_at_their_sizes(preset):
     assert agent.act(
         agent.initial(1), {key: batch[key][:, 0] for key in ("image", "is_first")}
     ).action.shape == (1, 6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["rssm", "hrvq"])
-def test_captured_update_equals_eager(kind, monkeypatch):
-    """With the same draws the recorded graph computes what the eager update computes."""
-    monkeypatch.setattr(
-        "torch._inductor.config.fallback_random", True
-    )  # compiled code would draw other numbers
-    few = {
-        "dynamics.type": kind,
-        "imag.horizon": 2,
-    }  # rounding may turn a draw: the more of them, the likelier
-    runs = []
-    for compiled in ("off", "on"):
-        torch.manual_seed(0)
-        agent, batch = make(EVERYTHING, **few)
-        agent = agent.cuda()
-        agent.make_optimizers()
-        step = agent.make_update(compiled)
-        batch = {key: x.cuda() for key, x in batch.items()}
-        runs.append(torch.stack([step(batch).clone() for _ in range(6)]))
-    assert runs[0].isfinite().all() and runs[1].isfinite().all()
-    assert torch.allclose(runs[0][0], runs[1][0], rtol=1e-2, atol=1e-3)
-    assert not torch.equal(runs[1][-1], runs[1][-2])  # replayed, not returned from memory

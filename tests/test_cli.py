@@ -265,10 +265,11 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     assert "pip install -e '.[crafter]'" in capsys.readouterr().err
 
 
-def test_missing_wandb_is_named(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
+def test_a_missing_service_is_named(service, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dreamer.importlib.util, "find_spec", lambda name: None)
-    assert run(tmp_path / "run", "--task", "dummy_vector", "--logger", "wandb") == 2
-    assert "pip install -e '.[wandb]'" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--task", "dummy_vector", "--logger", service) == 2
+    assert f"pip install -e '.[{service}]'" in capsys.readouterr().err
 
 
 def test_help_shows_every_key_with_its_sentence(capsys):

@@ -1,17 +1,20 @@
 """An update that cannot be compiled or recorded is done without, as if nothing had been tried."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from test_agent import EVERYTHING, make
 
+import models
 from conftest import ROOT
-from hidreamer import capture
+from hidreamer import capture, evaluation
 from hidreamer.dynamics import TYPES
 
 
@@ -79,7 +82,7 @@ def test_after_a_failed_recording_all_is_as_without(monkeypatch):
     agent.load_state_dict(eager.state_dict())
     fast = capture.FastUpdate(agent, lambda: None, capture=True)
     with pytest.warns(
-        RuntimeWarning, match=r"cannot record .*--compile off.*not permitted when stream"
+        RuntimeWarning, match=r"cannot record .*without \(slower\).*not permitted when stream"
     ) as seen:
         found = updates(agent, batch, fast)
     assert len(seen) == 1 and torch.equal(found, updates(eager, batch, eager.update))
@@ -94,6 +97,53 @@ def test_an_error_of_the_update_itself_is_not_hidden():
         fast(batch)
 
 
+class CountingCapture(FailingCapture):
+    """Like ``Captured`` on a CPU, where all is well."""
+
+    def __call__(self, batch):
+        self.calls += 1
+        return self.fn(batch)
+
+
+def test_without_compilation_the_update_is_still_recorded(monkeypatch):
+    monkeypatch.setattr(capture, "Captured", CountingCapture)
+    agent, batch = make()
+    monkeypatch.setattr(models.Agent, "_compile", None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    lines = []
+    fast = agent.make_update("off", report=lines.append)
+    monkeypatch.undo()
+    assert fast.capture and fast.compile is None and fast(batch).isfinite().all()
+    assert fast.run.calls == 1 and not lines
+    for compiled in ("off", "auto"):  # on a CPU
+        assert agent.make_update(compiled).func == agent.update
+
+
+def test_compilation_is_announced_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    agent, batch = make()
+    lines = []
+    fast = capture.FastUpdate(agent, lambda: None, capture=False, report=lines.append)
+    with warnings.catch_warnings(record=True) as seen:
+        fast(batch), fast(batch)
+        warnings.warn("\nOnline softmax is disabled on the fly since ...", stacklevel=1)
+        warnings.warn("TensorFloat32 tensor cores for x available but not enabled", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["something else"]
+    assert len(lines) == 1 and "minute" in lines[0]
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_dir() and folder.is_relative_to(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    capture.prepare_compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    capture.prepare_compiler()  # no such folder can be made
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_what_works_is_not_copied_again(monkeypatch):
     agent, batch = make()
     fast = capture.FastUpdate(agent, lambda: None, capture=False)
@@ -102,6 +152,48 @@ def test_what_works_is_not_copied_again(monkeypatch):
         fast(batch)
         monkeypatch.setattr(capture, "Snapshot", None)
         fast(batch)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_run_compiles_every_piece_it_needs_and_then_no_more(kind, precision, monkeypatch):
+    """In the order of a run, which acts first. Past its limit torch would give up a piece."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend=backend))
+    over = {"dynamics.type": kind, "precision": precision, "imag.horizon": 3}
+    agent, batch = make(EVERYTHING, batch=4, **over)
+    rows = {key: x.numpy() for key, x in batch.items()}
+
+    def act(count, mode):
+        state = agent.initial(count)
+        for t in range(6):
+            obs = {key: batch[key][:count, t] for key in (*EVERYTHING, "is_first")}
+            state = agent.act(state, obs, mode)
+        agent.decode_state(obs, state)
+
+    def run():
+        act(1, "train"), act(3, "train")
+        agent.update(batch), agent.update(batch)
+        act(3, "greedy")
+        evaluation.open_loop(agent, rows, levels=True)
+        act(1, "train"), agent.update(batch)
+
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+            agent._compile()
+            run()
+            compiled = len(graphs)
+            assert compiled > 15
+            run()
+            assert len(graphs) == compiled
+    finally:
+        torch._dynamo.reset()
 
 
 def test_without_a_compiler_a_run_is_one_line_and_the_same(tmp_path):

@@ -329,6 +329,70 @@ def test_the_gradient_goes_through_an_imagined_carry(variant):
         assert found[0][-1][:, -1].abs().max() > 1e-6 and close(*found)
 
 
+@torch.no_grad()
+def test_law_rows_of_a_carry_go_on_as_they_were(variant):
+    """Rows that are picked, reordered, repeated and joined dream on as where they stood."""
+    found = carries(variant)
+    del found["initial"]
+    given = {
+        name: torch.randn(len(variant.feat(c).deter), 3, A).double() for name, c in found.items()
+    }
+    whole = {}
+    for name, carry in found.items():
+        whole[name] = variant.imagine(carry, given[name], 3, sample=False)[1]
+    for name, carry in found.items():
+        index = torch.tensor([2, 0, 2])
+        for other, second in found.items():
+            joined = variant.join([variant.select(carry, index), second])
+            action = torch.cat([given[name][index], given[other]])
+            _, feat, _ = variant.imagine(joined, action, 3, sample=False)
+            expected = [
+                torch.cat([x[index], y]) for x, y in zip(whole[name], whole[other], strict=True)
+            ]
+            assert close(feat, expected), (name, other)
+
+
+def test_rows_of_a_single_sequence(variant):
+    """A long episode's start is picked without copying what all starts share."""
+    embed, action, is_first = (x[:1] for x in inputs(firsts=((0, 0), (0, 4))))
+    carry, post = variant.observe(variant.initial(1), embed, action, is_first)
+    starts, given = variant.starts(carry, post, 0), torch.randn(T, 3, A).double()
+    _, whole, _ = variant.imagine(starts, given, 3, sample=False)
+    index = torch.tensor([7, 5])
+    _, some, _ = variant.imagine(variant.select(starts, index), given[index], 3, sample=False)
+    assert close(some, [x[index] for x in whole])
+
+
+@torch.no_grad()
+def test_classes_and_prior_logits(variant):
+    """They name what stands in stoch, and what an imagined state was drawn from."""
+    carry, post = variant.observe(variant.initial(B), *inputs())
+    sizes, shapes = variant.level_dims, variant.shapes
+    assert sum(sizes) == variant.stoch_dim
+    parts = post.feat.stoch.split(sizes, -1)
+    for index, part, (variables, classes) in zip(variant.classes(post), parts, shapes, strict=True):
+        assert index.shape == (B, T, variables) and index.min() >= 0 and index.max() < classes
+        by_class = {}
+        for i in range(variables):
+            values = part.unflatten(-1, (variables, -1))[..., i, :].flatten(0, 1)
+            for c, value in zip(index[..., i].flatten().tolist(), values, strict=True):
+                assert torch.equal(by_class.setdefault((i, c), value), value)
+        assert len(by_class) > variables
+    dreamt, feat, _ = variant.imagine(carry, torch.randn(B, 2, A).double(), 2, sample=False)
+    logits = variant.prior_logits(dreamt)
+    assert [x.shape for x in logits] == [(B, *shape) for shape in shapes]
+    if not hasattr(variant, "quantizer"):
+        modes = torch.cat([F.one_hot(x.argmax(-1), x.shape[-1]).flatten(1) for x in logits], -1)
+        assert torch.equal(modes.double(), feat.stoch[:, -1])
+    else:
+        for i, (logit, part) in enumerate(
+            zip(logits, feat.stoch[:, -1].split(sizes, -1), strict=True)
+        ):
+            onehot = F.one_hot(logit.argmax(-1), logit.shape[-1]).double()
+            code = variant.quantizer.decode(i, onehot).flatten(1)
+            assert torch.allclose(variant._stoch(code), part)
+
+
 def gradient(loss, xs):
     grads = torch.autograd.grad(loss, xs, allow_unused=True, retain_graph=True)
     return [0.0 if g is None else g.abs().max().item() for g in grads]

@@ -1,14 +1,12 @@
 """Atari, MinAtar and ViZDoom: their actions, ends, pictures and private readings."""
 
-import types
-
 import numpy as np
 import pytest
 from test_envs import build, hold, one_hot, play, same, sample, until
 
 import tools
 from envs import EnvError, make_env
-from training import Run
+from training import make_envs
 
 # -------------------------------------------------------------------------------------------- Atari
 
@@ -138,7 +136,7 @@ def test_atari_state_between_two_lives():
     other.set_state(state)
 
 
-def test_atari_evaluation_plays_whole_games(tmp_path):
+def test_atari_evaluation_plays_whole_games():
     config = {
         "size": [64, 64],
         "action_repeat": 4,
@@ -149,9 +147,8 @@ def test_atari_evaluation_plays_whole_games(tmp_path):
     run = tools.load_config(
         ["debug"], {"task": "atari_breakout", "env.atari.lives": "reset", "env.action_repeat": "4"}
     )
-    home = types.SimpleNamespace(config=run, logdir=tmp_path)
     for role, ends in ((0, 5), (1, 1)):
-        envs = Run._make_envs(home, 1, role, 0)
+        envs = make_envs(run, 1, role, 0)
         episodes, over, output = 0, False, envs.step(None)
         for step in range(2000):
             output = envs.step(np.eye(4, dtype=np.float32)[[int(step % 20 == 0)]])

@@ -104,7 +104,7 @@ class AskedAboutItself(hrssm.HRSSM):
     def priors(self, deter, stoch):
         u = self.img_out(deter)
         return self._top_prior(u), self._bottom_prior(
-            u, self.sample_stoch(self._top_prior(u), True)
+            u, self.sample_stoch(self._top_prior(u), torch.rand(*u.shape[:-1], 2, 1))
         )
 
 

@@ -11,7 +11,7 @@ from test_hrvq import POSTERIORS, build, inputs
 
 import models
 import tools
-from hidreamer.dynamics import hrvq
+from hidreamer.quantizer import code_accuracy
 
 
 def test_each_levels_commitment_reaches_the_encoder():
@@ -33,9 +33,9 @@ def test_exactly_one_codebook_update_per_training_update(monkeypatch):
     quantizer, calls = agent.world_model.dynamics.quantizer, []
     update = quantizer.update_codebook
 
-    def counted(codes):
+    def counted(codes, generator):
         calls.append(quantizer.count.clone())
-        update(codes)
+        update(codes, generator=generator)
 
     monkeypatch.setattr(quantizer, "update_codebook", counted)
     state, obs = agent.initial(2), {key: batch[key][:, 0] for key in (*EVERYTHING, "is_first")}
@@ -97,14 +97,13 @@ def test_accuracy_is_beside_copy_and_on_changes_only():
     """By hand: a prior that always repeats the last token is right exactly
     where nothing changed.
     """
-    dynamics = build(levels=1, groups=1)
     index = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 0]]).reshape(1, 8, 1, 1)
     prior = torch.zeros(1, 8, 1, 5)
     prior[0, 1:].scatter_(-1, index[0, :-1], 9.0)
     is_first = torch.tensor(
         [[True] + [False] * 4 + [True] + [False] * 2]
     )  # step 5 repeats by chance
-    metrics = dynamics._accuracy((hrvq.Level(prior, prior),), index, is_first)
+    metrics = code_accuracy([prior], index, is_first)
     assert metrics["accuracy_0"].item() == pytest.approx(3 / 6)  # steps 1, 3, 6 of 1, 2, 3, 4, 6, 7
     assert metrics["accuracy_copy_0"].item() == pytest.approx(3 / 6)
     assert metrics["accuracy_changed_0"].item() == 0.0

@@ -80,10 +80,43 @@ def test_it_trains_and_reports_beside_modules_of_the_same_names(site, tmp_path):
     assert '"commit": "version ' in notes  # and not that of the repository around
     assert str(site) not in notes
 
+    look = [site / "bin" / "hidreamer", "analyse", run, "--pictures", "--episodes", 10]
+    done = start(site, work, *look, path=[theirs])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hidreamer analyse" in (run / "analysis" / "analysis.html").read_text()
+
     again = [sys.executable, "-m", "hidreamer", "train", "--resume", run, "--steps", 220]
     done = start(site, work, *again, path=[theirs])
     assert done.returncode == 0, done.stderr
     assert "at step 200" in done.stdout and "done: 220 steps" in done.stdout
+
+
+def test_the_library_and_the_page_in_an_empty_folder(site, trained, tmp_path):
+    """Beside modules of the same names in that folder, which come first there."""
+    for name in ("models.py", "tools.py", "library.py", "play.py"):
+        (tmp_path / name).write_text("raise RuntimeError('of another project')")
+    script = f"""
+import hidreamer
+assert "site" in hidreamer.__file__
+agent = hidreamer.load({str(trained("hrvq", "vector"))!r})
+print(agent.dream(agent.encode(agent.collect(seed=0)), horizon=3).reward.shape)
+hidreamer.export({str(trained("hrvq", "vector"))!r}, "out")
+import gymnasium
+env = gymnasium.make("hidreamer/Dream-v0", logdir="out", start="real")
+print(env.reset(seed=0)[0].shape)
+"""
+    done = start(site, tmp_path, sys.executable, "-c", script)
+    assert done.stdout.split() == ["torch.Size([1,", "4])", "(4,)"], done.stderr
+    command = [site / "bin" / "hidreamer"]
+    done = start(site, tmp_path, *command, "play", "out", "--record", "a.mp4", "--steps", 3)
+    assert done.returncode == 0 and (tmp_path / "a.mp4").exists(), done.stderr
+    done = start(site, tmp_path, *command, "evaluate", "out", "--out", "scores.json")
+    assert done.returncode == 0 and '"eval_return"' in (tmp_path / "scores.json").read_text()
+    done = start(site, tmp_path, *command, "evaluate", "nowhere")
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: there is no folder nowhere: name that of a run or of an export\n"
+    )
 
 
 def test_a_foreign_module_that_is_loaded_is_one_line(site, tmp_path):

@@ -2,8 +2,11 @@
 and that only the first of them may end it.
 """
 
+import contextlib
 import importlib.machinery
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 import types
@@ -214,6 +217,38 @@ def test_a_run_keeps_its_wandb_id_through_other_loggers(tmp_path, monkeypatch):
     for steps, kind in (("40", "wandb"), ("60", "tensorboard"), ("80", "wandb")):
         assert dreamer.main([*words, "--steps", steps, "--logger", kind]) == 0
     assert len(module.runs) == 2 and len({settings["id"] for settings in module.runs}) == 1
+
+
+def test_trackio_has_the_same_numbers(tmp_path):
+    """In a process of its own, as it has threads: what its files say of two halves of a run."""
+    pytest.importorskip("trackio")
+    script = f"""
+import sys
+import numpy as np
+from pathlib import Path
+from hidreamer.logger import Logger
+config = {CONFIG!r}
+first = Logger(Path("run"), 0, 0, config, service="trackio")
+first.scalars(1, {{"eval_return": 1.5, "kl_0": float("nan")}})
+size = first.flush()
+first.close()
+second = Logger(Path("run"), 1, size, config, first.wandb_id, service="trackio")
+second.scalars(2, {{"eval_return": 2.5}})
+second.video(2, "agent", [np.zeros((16, 16, 3), np.uint8)] * 3)
+second.close()
+"""
+    (tmp_path / "run").mkdir()
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "hidreamer.db")) as file:
+        rows = file.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert len({name for name, _, _ in rows}) == 1
+    assert rows[0][0].startswith("gym_CartPole-v1-hrvq-3-")
+    logged = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert logged[:2] == [(1, {"eval_return": 1.5}), (2, {"eval_return": 2.5})]
+    assert logged[2][1]["agent"]["_type"] == "trackio.video"
 
 
 @pytest.mark.parametrize("fails", ["init", "log"])

@@ -102,7 +102,7 @@ class Guess(torch.nn.Module):
         super().__init__()
         self.layer = torch.nn.Linear(inp, out)
 
-    def loss(self, post, embed, obs):
+    def loss(self, post, embed, obs, generator):
         return {"guess": (self.layer(post.feat.cat()) - embed.detach()).square().mean(-1)}
 
 

@@ -362,9 +362,9 @@ class TestRotary:
         )  # three pairs: rates 1, 10,000^(-1/3), 10,000^(-2/3)
         for row, time in zip(rope, (0, 1, -3), strict=True):
             for i, rate in enumerate((1.0, 0.0464158883, 0.00215443469)):
-                assert row[:, i].tolist() == pytest.approx(
-                    [math.cos(time * rate), math.sin(time * rate)]
-                )
+                cos, sin = math.cos(time * rate), math.sin(time * rate)
+                assert row[:, i].tolist() == pytest.approx([cos, -sin])
+                assert row[:, 3 + i].tolist() == pytest.approx([cos, sin])
 
     def test_products_depend_on_the_difference_of_times_alone(self):
         q, k = torch.randn(1, 8, dtype=torch.float64), torch.randn(1, 8, dtype=torch.float64)

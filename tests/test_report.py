@@ -352,7 +352,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.open += [] if tag in ("meta", "br", "path", "use", "rect", "image") else [tag]
+        self.open += [] if tag in ("meta", "br", "path", "use", "rect", "image", "img") else [tag]
         self.loads += [
             v
             for k, v in attrs

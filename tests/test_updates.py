@@ -21,7 +21,7 @@ def run(folder, monkeypatch, prepare=lambda agent: None, **overrides):
     -> its last checkpoint's counters.
     """
 
-    def make_update(agent, compiled):
+    def make_update(agent, compiled, generator, report):
         prepare(agent)
         agent.metric_names = ("nothing",)
         return lambda batch: torch.zeros(1)

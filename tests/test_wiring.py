@@ -133,7 +133,9 @@ MODES = ("train", "greedy", "explore")
 def test_acting_uses_the_last_action_and_the_carry():
     agent, batch = make()
     seen, observe = [], agent.world_model.observe
-    agent.world_model.observe = lambda obs, carry: seen.append((obs, carry)) or observe(obs, carry)
+    agent.world_model.observe = lambda obs, carry, generator: (
+        seen.append((obs, carry)) or observe(obs, carry)
+    )
     state = agent.initial(2)
     for t in range(3):
         now = agent.act(state, {key: batch[key][:, t] for key in ("vector", "is_first")})
@@ -273,7 +275,7 @@ def test_codebooks_learn_once_and_after_the_step():
     agent, batch = make(**{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
     calls, model = [], agent.optimizers["model"]
     learn, step = agent.world_model.dynamics.update_codebook, model.step
-    agent.world_model.dynamics.update_codebook = lambda post: (
+    agent.world_model.dynamics.update_codebook = lambda post, _: (
         calls.append("update_codebook") or learn(post)
     )
     model.step = lambda loss: calls.append("step") or step(loss)

@@ -1,13 +1,14 @@
 """The one interface of a latent state, and the KL losses.
 
 Shapes: B sequences, T steps, N = B * n imagined ones, H imagined steps, E embedding, A action,
-D deter, Z stoch, S variables of K classes in a level.
+D deter, Z stoch, S variables of K classes in a level. Feat (N,.) is one whose tensors are (N,D) and
+(N,Z).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Post(NamedTuple):
 
     feat: Feat  # (B, T, .)
     levels: tuple[Level, ...]  # coarse -> fine
-    aux: Any = None  # what only the dynamics' own ``loss`` and ``starts`` read
+    aux: Any = None  # what only the dynamics itself reads
 
 
 class KLConfig(NamedTuple):
@@ -51,7 +52,7 @@ class KLConfig(NamedTuple):
 
     dyn: float  # weight of KL(sg(post) || prior), which trains the prior
     rep: float  # weight of KL(post || sg(prior)), which trains the posterior and the encoder
-    free_nats: float  # of the whole state: below a level's 1/L of them neither has a gradient
+    free_nats: float  # of the whole state: each of L levels is clipped at 1/L of them from below
     unimix: float  # share of the uniform distribution in every categorical
 
 
@@ -120,8 +121,8 @@ def kl_losses(
 class Dynamics(nn.Module):
     """A latent state and how it moves.
 
-    Carries are NamedTuples of tensors, batch first, opaque, never mutated. ``sample=False`` takes
-    the mode instead of every sample. ``generator`` is where random numbers come from, None being
+    Carries are NamedTuples, opaque and never mutated. ``sample=False`` takes each distribution's
+    mode instead of sampling. ``generator`` is where random numbers come from, None being
     torch's default one.
     """
 
@@ -130,8 +131,9 @@ class Dynamics(nn.Module):
     embed_dim: int
     act_dim: int
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
+    level_dims: tuple[int, ...]  # numbers of each level in stoch, coarse -> fine; their sum is Z
     former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
-    map_positions: int = 0  # that the encoder's map of images must have; 0: any
+    map_positions: int = 0  # positions required of the encoder's feature map; 0: any
 
     @property
     def bits(self) -> float:
@@ -180,10 +182,35 @@ class Dynamics(nn.Module):
         """The state that a carry is at, (B,.)."""
         return Feat(carry.deter, carry.stoch)
 
+    def fixed_size(self, carry: Any) -> Any:
+        """The same carry of ``observe``, in a size that does not depend on the steps before."""
+        return carry
+
+    def select(self, carry: Any, index: Tensor) -> Any:
+        """The rows ``index`` (M,) int64 of any carry of N: a carry of M, in that order."""
+        return type(carry)(*(x[index] for x in carry))
+
+    def join(self, carries: Sequence[Any]) -> Any:
+        """Carries of N1, N2 .. rows as one of all these rows. ``initial`` is none of them: each has
+        observed or imagined a step.
+        """
+        return type(carries[0])(*(torch.cat(x) for x in zip(*carries, strict=True)))
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        """Which class of every variable was drawn, by level (B,T,S) int64."""
+        raise NotImplementedError
+
+    def prior_logits(self, carry: Any) -> tuple[Tensor, ...]:
+        """What the state of a carry of ``imagine`` was drawn from, by level (N,S,K)."""
+        raise NotImplementedError
+
     def coarse_features(
         self, feat: Feat, generator: torch.Generator | None = None
     ) -> dict[str, Feat]:
-        """Of features (..., .), coarsest first: {name: the same with the finer levels replaced}."""
+        """Of features (..., .), coarsest first: {name: the same without the finer levels}.
+
+        These are sampled again given the coarser ones, or zero.
+        """
         return {}
 
     def decoder_features(self, post: Post, generator: torch.Generator | None = None) -> Feat:
@@ -193,7 +220,7 @@ class Dynamics(nn.Module):
     def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
         """Update what is not trained by gradient.
 
-        Called once per training update, after the optimiser's step.
+        Called once per training update, when the gradients of the model's loss have been taken.
         """
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,14 +246,15 @@ class Dynamics(nn.Module):
         """Continue any carry for H >= 1 steps in imagination.
 
         carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2
-        from the carry that they led to equal H1 + H2 steps. actor: a policy, or actions (N,H,A).
+        from the carry that they led to equal H1 + H2 steps. actor: what samples actions (N,A) in
+        states (N,.), or the actions (N,H,A) themselves.
 
         -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions
         (N,H+1,A), the one taken *in* each state (of given actions the last one is zero).
         """
         raise NotImplementedError
 
-    # ------------------------------------------------------------ shapes, checked by every verb
+    # ------------------------------------------------------------ shapes, checked by its methods
 
     def check_steps(self, carry: Any, prev_action: Tensor, is_first: Tensor) -> None:
         """The arguments of ``observe`` and its like fit together: (B,T,A), (B,T) bool."""

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hidreamer import distributions as dists
 from hidreamer.dynamics.base import Feat, KLConfig
 from hidreamer.dynamics.recurrent import Noise, Recurrent
+from hidreamer.dynamics.scan import (
+    Tensors,
+    add_product,
+    norm,
+    product,
+    sample,
+    sample_grad,
+    weight_grad,
+)
 from hidreamer.nets import linear
 
 
@@ -97,6 +106,52 @@ class HRSSM(Recurrent):
         noise = dists.uniform((*logit.shape[:-1], 1), logit, generator)
         bottom = self.sample_stoch(logit, noise)
         return {"top": feat._replace(stoch=torch.cat([top, bottom], -1))}
+
+    # ------------------------------------------------------------ post_step, as a scan has it
+
+    def post_weights(self) -> Tensors:
+        """Of the top, of u, of the bottom's prior and delta as one product with (u, v, z_top)."""
+        top, delta, hidden = self.post_top, self.delta, self.img_out.linear.out_features
+        with torch.no_grad():
+            prior = self.prior_bottom.weight
+            of_v = torch.zeros_like(prior[:, :hidden])
+            base = torch.cat([prior[:, :hidden], of_v, prior[:, hidden:]], 1)
+            both = delta.weight + base, delta.bias + self.prior_bottom.bias
+        of_u = self.img_out.linear.weight.detach()
+        return top.weight, top.bias, delta.weight, delta.bias, *both, of_u
+
+    def post_forward(
+        self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        of_top, both, of_u = weights[:2], weights[4:6], weights[6]
+        noises, unimix = noise or (None, None), self.kl_config.unimix
+        top, *seen_top = sample(product(v, *of_top), self.shapes[0], unimix, noises[0])
+        u_norm = self.img_out.norm.weight, self.img_out.norm.bias
+        u = nn.functional.silu(norm(product(deter, of_u), *u_norm, self.eps)[-1])
+        given = torch.cat([u, v, top], -1)  # (B, 2 hidden + S0 * K0)
+        bottom, *seen_bottom = sample(product(given, *both), self.shapes[1], unimix, noises[1])
+        logits, softmaxes = zip(seen_top, seen_bottom, strict=True)
+        return torch.cat([top, bottom], -1), logits, (*softmaxes, given)
+
+    def post_backward(
+        self, weights: Tensors, saved: Tensors, stoch: Tensor, logits: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        of_top, of_delta, hidden = weights[0], weights[2], weights[0].shape[1]
+        unimix, size = self.kl_config.unimix, len(of_top)
+        top, bottom = stoch.split([size, stoch.shape[-1] - size], -1)
+        bottom = sample_grad(bottom, logits[1], saved[1], unimix)  # (B, S1 * K1)
+        # u and the bottom's prior have no gradient here
+        v, through = product(bottom, of_delta[:, hidden:].t()).split([hidden, size], -1)
+        top = sample_grad(top + through, logits[0], saved[0], unimix)  # (B, S0 * K0)
+        return add_product(v, top, of_top.t()), (top, bottom)
+
+    def post_weight_grads(
+        self, weights: Tensors, v: Tensor, saved: Tensors, grads: Tensors
+    ) -> tuple[Tensor | None, ...]:
+        top, bottom = grads
+        of_top = weight_grad(top, v, weights[0]), top.sum((0, 1))
+        of_delta = weight_grad(bottom, saved[2], weights[2]), bottom.sum((0, 1))
+        return *of_top, *of_delta, None, None, None
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Split the heads of a flat state over two levels: it computes the same until trained.

@@ -36,11 +36,13 @@ from hidreamer.dynamics.base import (
     unroll,
 )
 from hidreamer.experts import expert_use, make_transformer
+from hidreamer.losses import scaled
 from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
-from hidreamer.quantizer import Codes, Quantizer, per_level
+from hidreamer.quantizer import Codes, Quantizer, code_accuracy, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
 from hidreamer.transformer import KV, Branch, FFNLosses, rotary
+from hidreamer.weights import former_hrvq_names
 
 
 class Aux(NamedTuple):
@@ -48,31 +50,28 @@ class Aux(NamedTuple):
 
     codes: Codes
     is_first: Tensor  # (B, T)
-    cache: Carry  # all S + T steps, not only the window that the carry keeps
+    cache: Carry  # the steps cached before and all T new ones, not only the carry's window
     ffn_losses: FFNLosses  # (B, 1) each, of the pass that makes the priors
 
 
 class Attention(NamedTuple):
     """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
 
-    rope: Tensor  # (Q, 2, d / 2) their rotations
+    rope: Tensor  # (Q, 2, width of a head) their rotations
     level: Tensor  # (Q,) their levels, L for the action
     attn_mask: Tensor  # (B, 1, Q, Q) among themselves
     prefix: list[KV] | None  # of each layer, cached steps
     prefix_mask: Tensor | None  # (B, 1, Q, P)
 
 
-FORMER_NAMES = {
-    "begin": "bos_token",
-    "place": "level_emb",
-    "inp.weight": "in_proj.weight",
-    "inp.bias": "in_proj.bias",
-}
+COMPILED_KINDS = 16  # at most, of calls that a compiled piece meets
 
 
 class HRVQ(Dynamics):
     """``deter`` is the transformer's width, ``hidden`` that of its feed-forward layers.
 
+    codes: how many a codebook has, K. chain: predict each level given the coarser ones of its step;
+    otherwise all from the memory alone. temperature: by level, of samples in imagination only.
     options: those of ``experts.make_transformer``.
     """
 
@@ -116,7 +115,7 @@ class HRVQ(Dynamics):
         self.embed_dim, self.act_dim = embed_dim, act_dim
         self.shapes = ((groups, codes),) * levels
         if posterior != "nearest":
-            commitment = [0.0]  # the key means nothing there: it may have any number of values
+            commitment = [0.0]  # unused there, so its length is not checked
         weights = per_level(commitment, levels, "dynamics.hrvq.commitment")
         self.register_buffer("commitment", torch.tensor(weights), persistent=False)
         self.level_weights = per_level(level_weights, levels, "dynamics.hrvq.level_weights")
@@ -126,12 +125,13 @@ class HRVQ(Dynamics):
                 f"dynamics.hrvq.spatial: {embed_dim} embedding numbers are no {groups} positions"
             )
         self.register_buffer("level_mask", make_level_mask(mask, levels), persistent=False)
-        # By level of a row: of earlier steps it sees only their first so many positions (A, L0, L1
-        # ..).
+        # By level of the query: how many leading positions (A, L0, L1 ..) of an earlier step it may
+        # attend to.
         with torch.device("cpu"):  # numbers for the host, also where parameters are made elsewhere
             past = make_level_mask(mask, levels)[0].roll(1, 1)  # (L + 1, L + 1) row level, position
             self.slots = (past * torch.arange(1, levels + 2)).amax(1).tolist()
         self.code_shape = groups, code_dim
+        self.level_dims = (groups * code_dim,) * levels
         self.map_positions = groups if spatial else 0
         if spatial:
             self.in_proj = linear(embed_dim // groups, code_dim)
@@ -146,7 +146,7 @@ class HRVQ(Dynamics):
         self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
         self.transformer = make_transformer(deter, layers, heads, hidden, levels, **options)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
-        self.former_names = FORMER_NAMES | former_ffn_names(layers)
+        self.former_names = former_hrvq_names(layers)
 
     # ------------------------------------------------------------ pieces
 
@@ -164,7 +164,7 @@ class HRVQ(Dynamics):
         return self.token[level](x) + self.level_emb[level]
 
     def _stoch(self, codes: Tensor) -> Tensor:
-        """Codes (..., L * G * d) as heads read them: each about as long as a one-hot."""
+        """Codes (..., L * G * d) as heads read them: each scaled to about unit norm."""
         return codes * self.code_shape[1] ** -0.5
 
     def _logit(self, level: int, out: Tensor) -> Tensor:
@@ -172,13 +172,16 @@ class HRVQ(Dynamics):
         return self.prior[level](out).unflatten(-1, self.shapes[level])
 
     def _sequences(self, carry: Carry | RolloutCarry) -> Carry:
-        """Any carry as one with a sequence for each branch."""
+        """Any carry as one in which every branch has cached steps of its own."""
         if isinstance(carry, RolloutCarry):
             return carry.sequences()
         return carry if len(carry.step) == len(carry.segment) else carry.unshared(self.window)
 
     def _attention(self, carry: Carry, segment: Tensor) -> Attention:
-        """Of T steps after the carry's, of the episodes segment (B, T), 0 being its last step's."""
+        """Masks and rotary angles for T steps after the carry's.
+
+        segment (B, T): which episode each is of, 0 being that of the carry's last step.
+        """
         new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
         rows = new.time, new.level
         episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
@@ -255,10 +258,10 @@ class HRVQ(Dynamics):
         segment = is_first.long().cumsum(1)  # (B, T), the carry's last step being 0
         attention = self._attention(carry, segment)
         flat = codes.code.flatten(-2)  # (B, T, L, G * d)
-        # What later steps need of a code shapes it through the memory; that it be easy to predict
-        # must not (law 5). So the priors come from a pass of their own, with the same numbers,
-        # that gives the codes no gradient. Auxiliary losses are that pass's, too: they are counted
-        # once.
+        # Codes learn from what later steps need of them, through the memory, but the loss of the
+        # priors must not make them easier to predict. So where codes have a gradient (in training)
+        # the priors come from a second pass, with the same numbers, over detached codes. Auxiliary
+        # losses are taken from that pass alone, to be counted once.
         detached_pass = flat.requires_grad
         all_levels = self.chain and not detached_pass
         out, own, ffn_losses = self._run_transformer(action, flat, attention, all_levels)
@@ -296,27 +299,24 @@ class HRVQ(Dynamics):
             losses[name] = loss.expand(is_first.shape)
         metrics |= self.quantizer.usage(codes.index)
         metrics |= expert_use(self.transformer)
-        return losses, metrics | self._accuracy(post.levels, codes.index, is_first)
-
-    @torch.no_grad()
-    def _accuracy(self, levels: tuple[Level, ...], index: Tensor, is_first: Tensor) -> Metrics:
-        """How often the likeliest code is right, of all and of those that changed, and a copy is.
-
-        index: (B, T, L, G).
-        """
-        metrics, same_episode = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
-        same_episode = same_episode.expand(-1, -1, index.shape[-1]).float()
-        for i, level in enumerate(levels):
-            now, before = index[:, 1:, i], index[:, :-1, i]  # (B, T-1, G)
-            right = level.prior[:, 1:].argmax(-1) == now
-            changed = same_episode * (now != before).float()
-            metrics[f"accuracy_{i}"] = weighted_mean(right, same_episode)
-            metrics[f"accuracy_copy_{i}"] = weighted_mean(now == before, same_episode)
-            metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
-        return metrics
+        return losses, metrics | code_accuracy(
+            [level.prior for level in post.levels], codes.index, is_first
+        )
 
     def update_codebook(self, post: Post, generator: torch.Generator | None = None) -> None:
         self.quantizer.update_codebook(post.aux.codes, generator=generator)
+
+    def select(self, carry: Carry | RolloutCarry, index: Tensor) -> Carry:
+        return carry.select(index, self.window)
+
+    def join(self, carries: list[Carry | RolloutCarry]) -> Carry:
+        return Carry.join([self._sequences(carry) for carry in carries])
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        return post.aux.codes.index.unbind(2)
+
+    def prior_logits(self, carry: RolloutCarry) -> tuple[Tensor, ...]:
+        return tuple(carry.rollout.logits)
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)
@@ -354,9 +354,10 @@ class HRVQ(Dynamics):
     ) -> Feat:
         """Action (N, A) -> the next state (N, .), whose codes are sampled coarse to fine."""
         deter = out = rollout.advance(self._token(self.levels, action))  # (N, W)
-        codes = []
+        codes, rollout.logits = [], []
         for level in range(self.levels):
-            logit = self._logit(level, out) / self.temperature[level]  # (N, G, K)
+            logit = scaled(self._logit(level, out), 1.0 / self.temperature[level])  # (N, G, K)
+            rollout.logits.append(logit)
             probs = dists.unimix_probs(logit, self.kl_config.unimix)
             noise = dists.uniform((*probs.shape[:-1], 1), probs, generator) if sample else None
             onehot = dists.sample_onehot(probs, noise).to(out.dtype)
@@ -367,6 +368,9 @@ class HRVQ(Dynamics):
             else:  # predicts nothing before the next action, and is computed together with that
                 rollout.append(token)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
+
+    def fixed_size(self, carry: Carry) -> Carry:
+        return carry.padded(self.window, self.levels + 1)
 
     def coarse_features(
         self, feat: Feat, generator: torch.Generator | None = None
@@ -396,20 +400,10 @@ class HRVQ(Dynamics):
         return post.feat._replace(stoch=(stoch * keep).flatten(-2))
 
     def compile_steps(self) -> None:
+        # Acting, training, dreaming and open loops make nine kinds of calls, each compiled once.
+        # Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
         for layer in self.transformer.layers:
             layer.project = torch.compile(layer.project)
             layer.add_residuals = torch.compile(layer.add_residuals)
-
-
-def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
-    return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
-
-
-def former_ffn_names(layers: int) -> dict[str, str]:
-    """Names of feed-forward layers from before they were parts of their own, ``ffn``."""
-    names = {}
-    for i in range(layers):
-        for name in ("up.weight", "up.bias", "down.weight", "down.bias"):
-            names[f"transformer.layers.{i}.{name}"] = f"transformer.layers.{i}.ffn.{name}"
-    return names

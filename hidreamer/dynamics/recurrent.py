@@ -6,7 +6,7 @@ D deter, Z stoch, S variables of K classes in a level.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,15 @@ from hidreamer.dynamics.base import (
     start_steps,
     unroll,
 )
-from hidreamer.nets import Block, SplitBlock, make_cell
+from hidreamer.dynamics.scan import (
+    CellWeights,
+    StepInputs,
+    Tensors,
+    backward_step,
+    forward_step,
+    scan,
+)
+from hidreamer.nets import Block, GRUCell, SplitBlock, make_cell
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -40,8 +48,9 @@ class Carry(NamedTuple):
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
-    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``. ``cell``, ``norm``
-    and ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
+    scan, what ``scan.ScanDynamics`` asks for. ``cell``, ``norm`` and ``act`` are names of
+    ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -68,6 +77,10 @@ class Recurrent(Dynamics):
         self.obs_out = Block(deter + embed_dim, hidden, norm=norm, act=act)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
+        parts = (self.cell, self.img_in.norm, self.img_in.act)
+        known = tuple(map(type, parts)) == (GRUCell, nn.LayerNorm, nn.SiLU)
+        self.has_scan = known and hasattr(self, "post_forward")
+
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         """Memory (N,D) -> an imagined stoch (N,Z)."""
         raise NotImplementedError
@@ -88,18 +101,20 @@ class Recurrent(Dynamics):
     def noise(
         self, steps: int, like: Tensor, sample: bool, generator: torch.Generator | None
     ) -> list[Noise]:
-        """What each of so many steps of ``len(like)`` states needs to be sampled.
+        """What each of so many steps of ``len(like)`` states needs to be sampled."""
+        if not sample:
+            return [(None,) * len(self.shapes)] * steps
+        levels = (level.unbind(0) for level in self.noises(steps, like, generator))
+        return list(zip(*levels, strict=True))
+
+    def noises(self, steps: int, like: Tensor, generator: torch.Generator | None) -> Tensors:
+        """The same by level, (T,N,S,1).
 
         All of it at once: per step, it would be a call to the generator for each level.
         """
-        if not sample:
-            return [(None,) * len(self.shapes)] * steps
         sizes = [len(like) * variables for variables, _ in self.shapes]
         parts = dists.uniform((steps, sum(sizes)), like, generator).split(sizes, 1)
-        levels = []
-        for part, (variables, _) in zip(parts, self.shapes, strict=True):
-            levels.append(part.view(steps, len(like), variables, 1).unbind(0))  # (N, S, 1) each
-        return list(zip(*levels, strict=True))
+        return tuple(part.view(steps, len(like), -1, 1) for part in parts)
 
     def sample_stoch(self, logit: Tensor, noise: Tensor | None) -> Tensor:
         """One level's logits (...,S,K), noise (...,S,1) -> one-hots (...,S*K), or the mode."""
@@ -129,24 +144,66 @@ class Recurrent(Dynamics):
         # embeddings add to the two input layers, and where episodes start.
         img_in = self.img_in.split([self.stoch_dim, self.act_dim])
         obs_out = self.obs_out.split([self.deter_dim, self.embed_dim])
-        keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # (B, T, 1)
         first = self.initial(len(embed))
+        keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
         deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
         action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
         embed = obs_out.project(1, embed)  # (B, T, hidden)
-        inputs = [x.unbind(1) for x in (keep, deter0, stoch0, action, embed)]
+        inputs = keep, deter0, stoch0, action, embed
+        if self.has_scan:
+            noises = self.noises(is_first.shape[1], carry.deter, generator) if sample else ()
+            steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noises)
+            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry)
+            deter, stoch, logits = found  # (T, B, .)
+            last = Carry(deter[-1], stoch[-1])
+            feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
+            post = [logit.transpose(0, 1) for logit in logits]  # (B, T, S, K) each
+        else:
+            noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
+            last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
+        return last, Post(feat, tuple(map(Level, post, self.priors(*feat))))
+
+    def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
+        gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
+        offset[2 * self.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
+        norms = (part.norm for part in (self.img_in, self.cell, self.obs_out))
+        img, cell, obs = ((norm.weight, norm.bias) for norm in norms)
+        cell = cell[0], cell[1] - offset
+        return CellWeights(img_in.weights[0], *img, gru, *cell, obs_out.weights[0], *obs)
+
+    @property
+    def eps(self) -> float:
+        """Of the norms."""
+        return self.cell.norm.eps
+
+    def scan_forward(self, weights: Tensors, inputs: StepInputs, carry: Tensors) -> tuple:
+        return forward_step(self, weights, inputs, carry)
+
+    def scan_backward(self, weights: Tensors, saved: Tensors, *grads: Any) -> tuple:
+        return backward_step(self, weights, saved, *grads)
+
+    def _observe_steps(
+        self,
+        carry: Carry,
+        inputs: tuple[Tensor, ...],
+        img_in: SplitBlock,
+        obs_out: SplitBlock,
+        noises: list[Noise],
+    ) -> tuple[Carry, Feat, list[Tensor]]:
+        """For other cells, norms and activations than ``scan`` knows, or for a state without one.
+
+        inputs: keep, deter0, stoch0, action, embed, of T steps (B,T,.).
+        """
         deters, stochs, logits = [], [], []
         deter, stoch = carry
-        noise = self.noise(is_first.shape[1], deter, sample, generator)
-        for *step, drawn in zip(*inputs, noise, strict=True):
-            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, drawn)
+        for *step, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
+            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, noise)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
         feat = Feat(torch.stack(deters, 1), torch.stack(stochs, 1))  # (B, T, .)
         post = [torch.stack(level, 1) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
-        prior = self.priors(*feat)
-        return Carry(deter, stoch), Post(feat, tuple(map(Level, post, prior)))
+        return Carry(deter, stoch), feat, post
 
     def observe_step(
         self,
@@ -183,11 +240,24 @@ class Recurrent(Dynamics):
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
+        self.scan_forward = torch.compile(self.scan_forward)
+        self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
         self.check_levels(post)
         return kl_losses(post.levels, self.kl_config)
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        return tuple(variables * classes for variables, classes in self.shapes)
+
+    def classes(self, post: Post) -> tuple[Tensor, ...]:
+        levels = zip(post.feat.stoch.split(self.level_dims, -1), self.shapes, strict=True)
+        return tuple(onehot.unflatten(-1, shape).argmax(-1) for onehot, shape in levels)
+
+    def prior_logits(self, carry: Carry) -> tuple[Tensor, ...]:
+        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry)))
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)

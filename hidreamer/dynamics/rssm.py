@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hidreamer.dynamics.base import KLConfig
 from hidreamer.dynamics.recurrent import Noise, Recurrent
+from hidreamer.dynamics.scan import Tensors, product, sample, sample_grad, weight_grad
 from hidreamer.nets import linear
 
 
@@ -43,3 +44,26 @@ class RSSM(Recurrent):
 
     def priors(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor]:
         return (self.prior_out(self.img_out(deter)).unflatten(-1, self.shapes[0]),)  # (B, T, S, K)
+
+    # ------------------------------------------------------------ post_step, as a scan has it
+
+    def post_weights(self) -> Tensors:
+        return self.post_out.weight, self.post_out.bias
+
+    def post_forward(
+        self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        noise, unimix = noise[0] if noise else None, self.kl_config.unimix
+        stoch, logit, softmax = sample(product(v, *weights), self.shapes[0], unimix, noise)
+        return stoch, (logit,), (softmax,)
+
+    def post_backward(
+        self, weights: Tensors, saved: Tensors, stoch: Tensor, logits: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        logit = sample_grad(stoch, *logits, *saved, self.kl_config.unimix)  # (B, S * K)
+        return product(logit, weights[0].t()), (logit,)
+
+    def post_weight_grads(
+        self, weights: Tensors, v: Tensor, saved: Tensors, grads: Tensors
+    ) -> Tensors:
+        return weight_grad(grads[0], v, weights[0]), grads[0].sum((0, 1))

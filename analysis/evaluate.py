@@ -1,0 +1,104 @@
+"""Play episodes of the real task with a trained agent, and write down every return.
+
+    python -m analysis.evaluate LOGDIR [--episodes N] [--seed S] [--sampled] [--out scores.json]
+
+LOGDIR is all that ``hidreamer.load`` takes: a run, an export, or hf:ORG/NAME. Without options these
+are the episodes of the run's own last evaluation, with the same numbers: as many of them, with the
+run's seed, and with the likeliest actions if ``eval_greedy`` is true. --sampled samples actions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from envs import EnvError
+from hidreamer import app, evaluation
+from hidreamer.checkpoint import FolderError, replace_file
+from hidreamer.provenance import provenance
+from library.agent import LoadedAgent, load
+from tools import Config, ConfigError
+from training import evaluation_generator, make_envs
+
+
+def evaluate(
+    agent: LoadedAgent,
+    *,
+    episodes: int | None = None,
+    seed: int | None = None,
+    sampled: bool = False,
+) -> dict[str, Any]:
+    """-> "returns" and "lengths" (agent steps) of each episode, the means as ``eval_*``, and what
+    they are of. See the module for the arguments. Raises EnvError.
+    """
+    tree = agent.config.tree()
+    tree["seed"] = agent.config.seed if seed is None else seed
+    tree["eval_episodes"] = episodes or max(1, agent.config.eval_episodes)
+    tree["eval_greedy"] = agent.config.eval_greedy and not sampled
+    config, step = Config(tree | {"video": False}), agent.facts["step"]
+    count = min(config.env.count, config.eval_episodes)
+    generator = evaluation_generator(config, step, agent.device)
+    with contextlib.closing(make_envs(config, count, 1, step)) as envs:
+        scores, played = evaluation.evaluate(
+            agent.model, envs, config, False, lambda: None, generator
+        )
+    facts = {key: agent.facts[key] for key in ("task", "step", "commit")}
+    facts |= {"dynamics": config.dynamics.type, "trained_with_seed": agent.facts["seed"]}
+    facts |= {"seed": config.seed, "actions": "likeliest" if config.eval_greedy else "sampled"}
+    facts |= {"episodes": played.episodes, "returns": [x["return"] for x in played.episodes]}
+    facts["lengths"] = [int(x["length"]) for x in played.episodes]
+    return facts | scores | {"made_by": provenance()}
+
+
+def parser() -> argparse.ArgumentParser:
+    name = " ".join(app.command("analysis.evaluate"))
+    found = argparse.ArgumentParser(name, description=__doc__.splitlines()[0])
+    found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
+    found.add_argument("--episodes", type=at_least(1), help="how many [the run's eval_episodes]")
+    found.add_argument("--seed", type=at_least(0), help="of environments and chance [the run's]")
+    found.add_argument("--sampled", action="store_true", help="sample actions")
+    found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    found.add_argument("--out", type=Path, help="a JSON file for all numbers")
+    found.error = lambda message: (_ for _ in ()).throw(ConfigError(f"{message} (see --help)"))
+    return found
+
+
+def at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def main(argv: Sequence[str]) -> int:
+    """-> exit status: 0 done, 1 an environment failed or the disk did, 2 bad arguments."""
+    try:
+        args = parser().parse_args(argv)
+        agent = load(args.logdir, device=args.device)
+    except (ConfigError, FolderError, EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        found = evaluate(agent, episodes=args.episodes, seed=args.seed, sampled=args.sampled)
+        print(evaluation.line(found))
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(found, indent=1) + "\n"
+            replace_file(args.out, functools.partial(Path.write_text, data=text))
+            print(args.out)
+    except (EnvError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

@@ -1,0 +1,169 @@
+"""Trained agents out of run folders, and episodes that they all are judged on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import models
+import networks
+import tools
+from analysis import factors
+from comparison import runs
+from envs import make_env
+from hidreamer.checkpoint import load_checkpoint
+from hidreamer.replay import Rows
+from tools import Config, ConfigError
+
+# Settings of environments that change neither what is seen nor what may be done.
+HOUSEKEEPING = ("env.count", "env.parallel", "env.timeout", "env.invalid")
+SEED = 715_517  # of the episodes: no run's own
+
+
+@dataclass
+class Subject:
+    """A trained agent, and the same before training."""
+
+    run: runs.Run
+    config: Config
+    agent: models.Agent
+    untrained: models.WorldModel
+
+    @property
+    def name(self) -> str:
+        """model/seed, or the model alone where there is no other."""
+        return f"{self.run.model}/{self.run.seed}"
+
+
+@dataclass
+class Episode:
+    """An episode that nobody was trained on."""
+
+    rows: Rows  # (T, ...): observations, prev_action, reward, is_first, is_terminal
+    factors: dict[str, np.ndarray]  # (T,) each; {} where the task has none with a name
+    by: str  # the subject whose policy acted
+
+    def __len__(self) -> int:
+        return len(self.rows["reward"])
+
+
+def load(run: runs.Run) -> Subject:
+    """Raises ConfigError, CheckpointError, EnvError, one line each."""
+    saved = {key: x for key, x in run.config.items() if key != "logdir"}
+    where = f"{run.folder} cannot be analysed"
+    try:
+        config = tools.load_config([], saved)
+    except ConfigError as error:
+        raise ConfigError(f"{where}, it is a run of another version: {error}") from None
+    state = load_checkpoint(run.folder / "checkpoints" / "latest.pt", {"agent": dict})
+    env = make_env(config.task, config.env.tree(), 0)
+    try:
+        tools.seed_all(config.seed)  # the parameters that training began from
+        agent = models.make_agent(env, config, models.pick_device(config))
+    finally:
+        env.close()
+    untrained = copy.deepcopy(agent.world_model)
+    agent.make_optimizers()
+    try:
+        agent.load_state(state["agent"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}, its weights are of another version: {reason}") from None
+    return Subject(run, config, agent.eval(), untrained.eval())
+
+
+def load_all(found: Sequence[runs.Run]) -> list[Subject]:
+    """The subjects of runs of one task and one environment. Raises ConfigError otherwise."""
+    tasks = sorted({run.task for run in found})
+    if len(tasks) > 1:
+        raise ConfigError(f"these are runs of {', '.join(tasks)}: give those of one task")
+    env = lambda run: {
+        key: x
+        for key, x in run.config.items()
+        if key.startswith("env.") and key not in HOUSEKEEPING
+    }
+    for run in found[1:]:
+        differing = [key for key, x in env(run).items() if env(found[0]).get(key) != x]
+        if differing:
+            raise ConfigError(
+                f"{run.name} and {found[0].name} differ in {differing[0]}: give runs that see the"
+                " same observations"
+            )
+    return [load(run) for run in found]
+
+
+def has_factors(subject: Subject) -> bool:
+    """Whether its task has named factors."""
+    env = make_env(subject.config.task, subject.config.env.tree(), SEED)
+    try:
+        return factors.reader(env, subject.config.task) is not None
+    finally:
+        env.close()
+
+
+def observed(subject: Subject) -> list[str]:
+    """The observations that the encoder reads."""
+    encoder = subject.agent.world_model.encoder
+    return [key for shapes in encoder.kinds.values() for key in shapes]
+
+
+def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episode]:
+    """``count`` new episodes of at most ``longest`` steps, the subjects' policies taking turns.
+
+    All subjects are judged on all of them, so none is judged on its own policy's alone. Actions
+    are sampled. Raises EnvError.
+    """
+    first = subjects[0]
+    task, out = first.config.task, []
+    env = make_env(task, first.config.env.tree(), SEED)
+    try:
+        read = factors.reader(env, task)
+        device = next(subjects[0].agent.parameters()).device
+        random = torch.Generator(device).manual_seed(SEED)
+        for i in range(count):
+            subject = subjects[i % len(subjects)]
+            rows, values = play(subject.agent, env, read, longest, random)
+            out.append(Episode(stack(rows), stack(values), subject.name))
+    finally:
+        env.close()
+    return out
+
+
+def play(
+    agent: models.Agent,
+    env: Any,
+    read: factors.Reader | None,
+    longest: int,
+    random: torch.Generator,
+) -> tuple[list[dict], list[dict]]:
+    """One episode of the agent's sampled policy. -> its rows, the factors at each."""
+    state = agent.initial(1)
+    obs, action = env.reset(), np.zeros(env.act_dim, np.float32)
+    rows, values = [], []
+    while True:
+        seen = {key: obs[key] for key in (*env.obs_space, "reward", "is_first", "is_terminal")}
+        rows.append(seen | {"prev_action": action})
+        values.append(read(obs) if read else {})
+        if obs["is_last"] or len(rows) >= longest:
+            return rows, values
+        keys = (*env.obs_space, "is_first")
+        inputs = agent.tensors({key: np.asarray(obs[key])[None] for key in keys})
+        state = agent.act(state, inputs, generator=random)
+        action = state.action[0].cpu().numpy()
+        obs = env.step(action)
+
+
+def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """[{key: x}, ...] -> {key: (T, ...)}."""
+    return {key: np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
+
+
+def preprocessed(agent: models.Agent, rows: Rows) -> dict[str, Tensor]:
+    """An episode (T, ...) as a preprocessed batch (1, T, ...) on the agent's device."""
+    return networks.preprocess(agent.tensors({key: x[None] for key, x in rows.items()}))

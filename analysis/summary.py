@@ -1,0 +1,228 @@
+"""Several runs of each model in one set of numbers, and what they support, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from analysis import information
+from analysis.latents import HORIZONS
+
+Report = Mapping[str, Any]
+Cell = dict[str, float | None]  # value, low, high over seeds
+
+
+def over_seeds(values: Sequence[float | None]) -> Cell:
+    """Mean and its 95% t interval; None for the interval of a single seed."""
+    x = np.array([v for v in values if v is not None and math.isfinite(v)], float)
+    if not len(x):
+        return {"value": None, "low": None, "high": None}
+    mean = float(x.mean())
+    if len(x) < 2:
+        return {"value": mean, "low": None, "high": None}
+    half = float(scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def by_model(report: Report) -> dict[str, list[Mapping[str, Any]]]:
+    out: dict[str, list[Mapping[str, Any]]] = {}
+    for run in report["runs"].values():
+        out.setdefault(run["model"], []).append(run)
+    return out
+
+
+def probe_table(runs: Sequence[Mapping[str, Any]], kind: str, horizon: int) -> dict[str, Any]:
+    """{part: {factor: Cell}} of a model's runs; the untrained one's parts are "untrained PART"."""
+    out: dict[str, Any] = {}
+    for who, prefix in (("untrained", "untrained "), ("trained", "")):
+        for part, scores in runs[0]["probes"][who][str(horizon)].items():
+            cells = {}
+            for factor in scores[kind]:
+                seen = [run["probes"][who][str(horizon)][part][kind][factor] for run in runs]
+                cells[factor] = over_seeds(seen)
+            out[prefix + part] = cells
+    return out
+
+
+def mean_score(cells: Mapping[str, Any]) -> float | None:
+    """Over factors: R2, those below 0 counting as 0."""
+    values = [x["value"] if isinstance(x, Mapping) else x for x in cells.values()]
+    known = [max(x, 0.0) for x in values if x is not None]
+    return float(np.mean(known)) if known else None
+
+
+def means(runs: Sequence[Mapping[str, Any]], who: str, part: str, kind: str, horizon: int) -> Cell:
+    """Over factors, then over seeds."""
+    return over_seeds([mean_score(run["probes"][who][str(horizon)][part][kind]) for run in runs])
+
+
+def models(report: Report) -> dict[str, Any]:
+    """What the tables and curves show: {model: {"seeds", "probes", "open loop"}}."""
+    out = {}
+    for model, runs in by_model(report).items():
+        entry: dict[str, Any] = {"seeds": len(runs), "levels": runs[0]["levels"]}
+        if "probes" in runs[0]:
+            entry["probes"] = {kind: probe_table(runs, kind, 0) for kind in ("linear", "mlp")}
+            curve = [means(runs, "trained", "all", "linear", h) for h in HORIZONS]
+            entry["open loop"] = {key: [cell[key] for cell in curve] for key in curve[0]}
+            entry["means"] = {
+                kind: {
+                    part: means(runs, "trained", part, kind, 0)
+                    for part in runs[0]["probes"]["trained"]["0"]
+                }
+                for kind in ("linear", "mlp")
+            }
+            entry["untrained"] = {
+                kind: means(runs, "untrained", "all", kind, 0) for kind in ("linear", "mlp")
+            }
+        out[model] = entry
+    return out
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def score(x: float | None, sign: str = "") -> str:
+    """Two decimals, or a dash."""
+    return "–" if x is None or not math.isfinite(x) else f"{x:{sign}.2f}".replace("-", "−")
+
+
+def estimate(cell: Mapping[str, Any] | None) -> str:
+    """ "value [low, high]", the interval where there is one."""
+    if cell is None or cell["low"] is None:
+        return score(cell and cell["value"])
+    return f"{score(cell['value'])} [{score(cell['low'])}, {score(cell['high'])}]"
+
+
+def read_lines(report: Report) -> list[str]:
+    """What can be read, beside the raw observation and the untrained model."""
+    lines, base = [], report["baseline"]["0"]["linear"]
+    for model, entry in report["models"].items():
+        cells = entry["probes"]["linear"]
+        known = [f for f, x in cells["all"].items() if x["value"] is not None]
+        over = [f for f in known if cells["all"][f]["value"] > max(base[f] or 0.0, 0.0)]
+        better = [
+            f
+            for f in known
+            if cells["all"][f]["value"] > max(cells["untrained all"][f]["value"] or 0, 0)
+        ]
+        whole = mean_score(cells["all"])
+        lines.append(
+            f"{model}: a line reads {whole or 0:.0%} of the factors' variance from the whole state"
+            f" (raw observation {mean_score(base) or 0:.0%}, untrained model"
+            f" {mean_score(cells['untrained all']) or 0:.0%}): more than from the raw"
+            f" observation for {len(over)} of {len(known)} factors, more than from the untrained"
+            f" model for {len(better)}."
+        )
+    return lines
+
+
+def information_lines(report: Report) -> list[str]:
+    """Which levels tell something of which factor, run by run."""
+    lines = []
+    for name, run in report["runs"].items():
+        for level, cells in run["information"]["levels"].items():
+            shown = [f for f, cell in cells.items() if cell["p"] <= information.LEVEL]
+            if shown:
+                best = max(shown, key=lambda f: cells[f]["bits"] - cells[f]["chance"])
+                share = cells[best]["bits"] / max(run["information"]["entropy"][best], 1e-9)
+                which = "every factor" if len(shown) == len(cells) else listed(shown)
+                lines.append(
+                    f"{name}, {level}: information about {which} is shown; most about"
+                    f" {best}, {cells[best]['bits']:.2f} bits ({share:.0%} of its entropy;"
+                    f" {cells[best]['chance']:.2f} bits by chance)."
+                )
+            else:
+                lines.append(f"{name}, {level}: no information about any factor is shown.")
+    return lines
+
+
+def contrast_lines(report: Report) -> list[str]:
+    """Whether the levels tell ego from world, run by run."""
+    lines = []
+    for name, run in report["runs"].items():
+        found = run["contrast"]
+        if found is None:
+            lines.append(f"{name} has one level: there is nothing to contrast.")
+            continue
+        if found["value"] is None:
+            lines.append(
+                f"{name}: all factors of this task are of one kind, so ego and world cannot be told"
+                " apart here."
+            )
+            continue
+        top, bottom = found["top"], found["bottom"]
+        signed = lambda *x: ", ".join(score(each, "+") for each in x)
+        where = f"{signed(found['value'])} [{signed(found['low'], found['high'])}],"
+        where += f" shuffled controls [{signed(*found['control'])}]"
+        kinds = [cell["kind"] for cell in found["factors"].values()]
+        of = f"{kinds.count('ego')} ego, {kinds.count('world')} world factors"
+        first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
+        if found["divided"]:
+            says = (
+                f"supported, the levels divide the factors: {top} alone holds more of {first},"
+                f" {bottom} alone more of {second}"
+            )
+        elif found["supported"]:
+            says = (
+                f"supported, {top} is worth more for {first} than for {second}, compared with"
+                f" {bottom}; not supported, that the levels divide them, for it is not shown that"
+                " each holds more of one kind"
+            )
+        else:
+            says = (
+                f"not supported, that {top} and {bottom} differ in what they hold of ego and world"
+            )
+        lines.append(f"{name}: {says} (contrast {where}; {of}).{both(found)}")
+    return lines
+
+
+def both(found: Mapping[str, Any]) -> str:
+    """Says so where one level holds more of everything."""
+    gaps = [cell["difference"][0] for cell in found["factors"].values()]
+    gaps = [gap for gap in gaps if gap is not None]
+    ways = (("top", "bottom", min(gaps) > 0), ("bottom", "top", max(gaps) < 0))
+    for one, other, more in ways:
+        if more:
+            return f" {found[one]} alone holds more of every factor than {found[other]} alone."
+    return ""
+
+
+def limit_lines(report: Report) -> list[str]:
+    """What a reader should not conclude."""
+    single = [m for m, entry in report["models"].items() if entry["seeds"] < 2]
+    lines = []
+    if single:
+        lines.append(
+            f"One seed of {listed(single)}: what is shown is true of these trained networks, and no"
+            " interval says how another training would come out."
+        )
+    if "baseline" in report:
+        lines += [
+            (
+                "A probe shows that something can be read, not that the agent makes use of it; a"
+                " low score of a level may mean that the memory (deter) holds it instead."
+            ),
+            (
+                "A level's bits are those of its best single variable: a lower bound, and an easier"
+                " one to raise for levels with more variables."
+            ),
+        ]
+    for model, runs in by_model(report).items():
+        room = [x["variables"] for x in runs[0]["codes"].values()]
+        if len(set(room)) > 1:
+            lines.append(
+                f"The levels of {model} have {listed([str(n) for n in room])} variables: top minus"
+                " bottom compares what they hold, not how well they use their room."
+            )
+    return lines

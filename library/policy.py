@@ -1,0 +1,108 @@
+"""The agent's policy as a callable with a memory, for any Gymnasium loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box
+
+from envs.base import resize
+from hidreamer.dynamics.base import Post
+from models import ActState
+
+
+class Policy:
+    """``action = policy(obs)``: follows an episode and says what to do.
+
+        obs, info = env.reset()
+        policy.reset()
+        while True:
+            obs, reward, terminated, truncated, info = env.step(policy(obs))
+
+    agent: a ``LoadedAgent``. count: of environments stepped together, whose observations and
+    actions are then stacked (count, ...). greedy: the likeliest action instead of a sampled one.
+    state: of ``models.Agent``, with the last ``action`` (N,A). post: what the world model found
+    at the last observation, (N,1,...).
+    """
+
+    def __init__(self, agent: Any, count: int | None = None, greedy: bool = True):
+        self.agent, self.count, self.greedy = agent, count, greedy
+        self.post: Post | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """The next observation begins new episodes."""
+        rows = self.count or 1
+        self.state: ActState = self.agent.model.initial(rows)
+        self.first = np.ones(rows, bool)
+
+    def __call__(self, obs: Any, reset: Any = False) -> Any:
+        """An action of the environment's own ``action_space``; with ``count`` several, stacked (a
+        list of them where they are dicts or tuples).
+
+        obs: {key: array} of the agent's observations, or the array alone where there is one.
+        reset: whether it begins a new episode; with ``count`` (count,) flags, as a vector
+        environment's ``terminated | truncated`` of the step before.
+        """
+        self.see(obs, reset)
+        self.act()
+        actions = self.state.action.cpu().numpy()
+        actions = [self.agent.env_action(action) for action in actions]
+        if not self.count:
+            return actions[0]
+        return actions if isinstance(actions[0], dict | tuple) else np.stack(actions)
+
+    def see(self, obs: Any, reset: Any = False) -> None:
+        """Take in an observation (see ``__call__``), which the last action led to."""
+        first = np.broadcast_to(np.asarray(reset, bool), self.first.shape) | self.first
+        rows = {key: x if self.count else x[None] for key, x in self.read(obs).items()}
+        inputs = self.agent.model.tensors(rows | {"is_first": first})
+        carry, self.post = self.agent.model.follow(self.state, inputs)
+        self.state = self.state._replace(carry=carry)
+        self.first = np.zeros_like(first)
+
+    def act(self, action: np.ndarray | None = None) -> np.ndarray:
+        """Choose, or accept ``action`` as taken. -> the agent's vector, (A,) or (count,A)."""
+        if action is None:
+            feat = self.post.feat.map(lambda x: x[:, 0])
+            chosen = self.agent.model.choose(feat, "greedy" if self.greedy else "train")
+        else:
+            chosen = self.agent.action_vector(action).reshape(self.state.action.shape)
+        self.state = self.state._replace(action=chosen)
+        found = chosen.cpu().numpy()
+        return found if self.count else found[0]
+
+    def read(self, obs: Any) -> dict[str, np.ndarray]:
+        """The agent's observations, with or without ``count`` in front. Raises ValueError."""
+        spaces = self.agent.obs_space
+        if not isinstance(obs, Mapping):
+            if len(spaces) > 1:
+                names = ", ".join(spaces)
+                raise ValueError(f"an observation of this agent is a dict of {names}")
+            obs = {next(iter(spaces)): obs}
+        if missing := spaces.keys() - obs.keys():
+            raise ValueError(f"the observation has no {sorted(missing)[0]}")
+        lead = (self.count,) if self.count else ()
+        return {key: fit(key, space, obs[key], lead) for key, space in spaces.items()}
+
+
+def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
+    """``value`` as an array (*lead, ...) of ``space``: images are scaled, numbers of choices become
+    one-hots. Raises ValueError.
+    """
+    x, shape = np.asarray(value), (*lead, *space.shape)
+    if x.shape == shape:
+        return x.astype(space.dtype, copy=False)
+    if space.dtype == np.uint8 and x.dtype == np.uint8 and x.ndim - len(lead) in (2, 3):
+        pictures = x.reshape(-1, *x.shape[len(lead) :])
+        scaled = np.stack([resize(picture, space.shape[:2]) for picture in pictures])
+        if scaled[0].shape == space.shape:
+            return scaled.reshape(shape)
+    number = space.dtype == np.float32 and x.shape == lead and x.dtype.kind in "iu"
+    if number and x.min() >= 0 and x.max() < space.shape[0]:
+        return np.eye(space.shape[0], dtype=np.float32)[x]
+    if x.size == np.prod(shape) and x.dtype.kind in "biuf":
+        return x.reshape(shape).astype(space.dtype)
+    raise ValueError(f"observation {key!r} is {x.dtype} {x.shape}, not {space.dtype} {shape}")

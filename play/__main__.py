@@ -1,0 +1,108 @@
+"""Look inside a trained agent and play in its dream, on a page of this machine.
+
+    python -m play LOGDIR [--port 8765] [--seed S]
+    python -m play LOGDIR --record OUT.mp4 [--steps N] [--dream]
+
+LOGDIR is all that ``hidreamer.load`` takes: a run, an export, or hf:ORG/NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from envs import EnvError
+from hidreamer import app
+from hidreamer.checkpoint import FolderError
+from library.agent import load
+from play.movie import record
+from play.session import Session
+from tools import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError for wrong arguments."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parser() -> Parser:
+    found = Parser(" ".join(app.command("play")), description=__doc__.splitlines()[0])
+    found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
+    found.add_argument("--port", type=int, default=8765, help="of the page, on 127.0.0.1 [8765]")
+    found.add_argument("--seed", type=int, help="of the environment [the run's]")
+    found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    found.add_argument("--record", type=Path, metavar="OUT.mp4", help="write a video, no page")
+    found.add_argument("--steps", type=int, default=200, help="of the video [200]")
+    found.add_argument("--dream", action="store_true", help="begin in the dream")
+    return found
+
+
+def start(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.seed is not None and args.seed < 0:
+        raise ConfigError(f"--seed is {args.seed}; it must be at least 0")
+    if args.record:
+        return video(args)
+    try:
+        from play import server
+    except ImportError as error:
+        raise ConfigError(
+            f"the page needs its extra ({error.name}): pip install -e '.[play]'; --record OUT.mp4"
+            " does without"
+        ) from None
+    with server.bind(args.port) as listening:
+        session = make_session(args)
+        port = listening.getsockname()[1]
+        print(f"http://{server.HOST}:{port}  (Ctrl-C ends)", flush=True)
+        home = session.agent.folder / "videos"
+        videos = home if session.agent.recorded() else Path.cwd()
+        server.serve(session, listening, videos)
+    return 0
+
+
+def make_session(args: argparse.Namespace) -> Session:
+    session = Session(load(args.logdir, device=args.device), args.seed)
+    if args.dream:
+        session.switch()
+    return session
+
+
+def video(args: argparse.Namespace) -> int:
+    if args.record.suffix != ".mp4":
+        raise ConfigError(f"--record is {args.record}; its name must end in .mp4")
+    if args.steps < 1:
+        raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
+    with contextlib.closing(make_session(args)) as session:
+        record(session, args.record, args.steps)
+        print(f"{args.record}: {args.steps} steps, return {session.now.total:.2f}")
+        if session.message:
+            print(f"note: {session.message}", file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """-> exit status: 0 done, 1 a file cannot be written, 2 bad arguments, 128 + signal."""
+    try:
+        return start(argv)
+    except (ConfigError, FolderError, EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: a file cannot be written ({error})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    sys.exit(app.run(main))

@@ -1,0 +1,240 @@
+"""The page's server: one session, shown to every tab that is open, on this machine alone."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import FileResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from envs.base import one_line
+from play.movie import Movie, compose
+from play.session import Session, View
+from tools import ConfigError
+
+HOST = "127.0.0.1"
+NAMES = [HOST, "localhost"]  # what a browser on this machine may call it
+PAGE = Path(__file__).parent / "page.html"
+SPEEDS = (1, 60)  # steps per second
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+        " img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+    ),
+    "Cache-Control": "no-store",
+    "X-Frame-Options": "DENY",
+}
+
+
+def bind(port: int) -> socket.socket:
+    """Raises ConfigError where the port is in use, or not ours."""
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((HOST, port))
+        found.listen()
+    except (OSError, OverflowError) as error:
+        found.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"port {port} cannot be used ({reason}): choose another with --port"
+        ) from None
+    return found
+
+
+def png(picture: Any) -> str:
+    """A picture (H,W,3) as the address of an image."""
+    _, data = cv2.imencode(".png", picture[..., ::-1])
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+class Player:
+    """Steps a session at its speed while somebody looks, and does what the page asks for."""
+
+    def __init__(self, session: Session, videos: Path):
+        self.session, self.videos = session, videos
+        self.sockets: set[WebSocket] = set()
+        self.paused, self.speed = False, 15
+        self.movie: Movie | None = None
+        self.lock = asyncio.Lock()  # of the session: one thread at a time
+        self.wake = asyncio.Event()
+
+    async def run(self) -> None:
+        while True:
+            if not self.sockets or self.paused:
+                self.wake.clear()
+                await self.wake.wait()
+                continue
+            began = time.monotonic()
+            await self.do(self._advance)
+            await asyncio.sleep(max(0.0, 1.0 / self.speed - (time.monotonic() - began)))
+
+    def _advance(self) -> None:
+        if not self.paused:  # it may have been, while this waited for its turn
+            self.session.step()
+
+    async def do(self, act: Any, *args: Any) -> None:
+        """Change the session and show it."""
+        async with self.lock:
+            text = await asyncio.to_thread(self._change, act, *args)
+        await self.send(text)
+
+    def _change(self, act: Any, *args: Any) -> str:
+        act(*args)
+        view = self.session.view()
+        if self.movie:
+            try:
+                self.movie.add(compose(view, self.session.now.action, self.session.hand))
+            except Exception as error:  # whatever a codec raises
+                self.session.message = f"the recording failed: {one_line(error)}"
+                self.movie = None
+        return self.state(view)
+
+    def state(self, view: View) -> str:
+        """What the page shows, as JSON."""
+        session = self.session
+        pictures = []
+        for name, (title, picture) in view.pictures.items():
+            pictures.append({"id": name, "title": title, "src": png(picture)})
+        message, session.message = session.message, ""
+        found = {"type": "state", "pictures": pictures, "numbers": view.numbers}
+        found |= {"levels": [level._asdict() for level in view.levels], "message": message}
+        found |= {"dreaming": session.now.dreaming, "hand": session.hand, "paused": self.paused}
+        found |= {"speed": self.speed, "recording": self.movie is not None}
+        return json.dumps(found | {"action": session.now.action, "over": session.now.over})
+
+    async def send(self, text: str) -> None:
+        """To every tab; one that left is forgotten."""
+        for websocket in list(self.sockets):
+            try:
+                await websocket.send_text(text)
+            except (WebSocketDisconnect, RuntimeError):
+                self.sockets.discard(websocket)
+
+    # ------------------------------------------------------------ what the page asks for
+
+    async def serve(self, websocket: WebSocket) -> None:
+        """A tab, as long as it is open. Pages of other origins are refused."""
+        origin = urlsplit(websocket.headers.get("origin", ""))
+        if origin.scheme != "http" or origin.netloc != websocket.headers.get("host"):
+            await websocket.close(1008)
+            return
+        await websocket.accept()
+        await websocket.send_text(json.dumps({"type": "hello"} | self.hello()))
+        self.sockets.add(websocket)
+        self.wake.set()
+        try:
+            await self.do(lambda: None)
+            while True:
+                await self.answer(websocket, await websocket.receive_text())
+        except (WebSocketDisconnect, RuntimeError):
+            pass
+        finally:
+            self.sockets.discard(websocket)
+            if not self.sockets:
+                self.session.held = set()
+
+    def hello(self) -> dict[str, Any]:
+        agent = self.session.agent
+        facts = {"task": agent.facts["task"], "dynamics": agent.config.dynamics.type}
+        return facts | {"trained": agent.facts["step"], "keys": self.session.controls.legend()}
+
+    async def answer(self, websocket: WebSocket, text: str) -> None:
+        """{"do": NAME, "value": ...}; what is no such thing is ignored."""
+        try:
+            asked = json.loads(text)
+            name, value = asked["do"], asked.get("value")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return
+        session = self.session
+        moves = {"reset": session.reset, "dream": session.switch, "back": session.back}
+        if name == "keys" and isinstance(value, list):
+            session.held = {str(key) for key in value[:20]}
+        elif name in moves:
+            self.paused = self.paused or name == "back"
+            await self.do(moves[name])
+        elif name == "step":
+            self.paused = True
+            await self.do(session.step)
+        elif name == "hand":
+            await self.do(self._switch_hand)
+        elif name == "pause":
+            self.paused = not self.paused
+            self.wake.set()
+            await self.do(lambda: None)
+        elif name == "speed" and isinstance(value, int | float):
+            self.speed = min(max(round(value), SPEEDS[0]), SPEEDS[1])
+            await self.do(lambda: None)
+        elif name == "record":
+            await self.do(self._switch_recording)
+        elif name == "what if":
+            async with self.lock:
+                answer = await asyncio.to_thread(self._what_if)
+            await websocket.send_text(answer)
+
+    def _switch_hand(self) -> None:
+        self.session.hand = not self.session.hand
+
+    def _switch_recording(self) -> None:
+        try:
+            if self.movie:
+                self.movie.close()
+                self.session.message = f"recorded {self.movie.path}"
+                self.movie = None
+            else:
+                name = time.strftime("play-%Y%m%d-%H%M%S.mp4")
+                self.movie = Movie(self.videos / name, self.speed)
+        except OSError as error:
+            self.movie, self.session.message = None, f"the recording failed: {one_line(error)}"
+
+    def _what_if(self) -> str:
+        options = []
+        for option in self.session.what_if():
+            options.append(option | {"frames": [png(frame) for frame in option["frames"]]})
+        return json.dumps({"type": "what if", "options": options})
+
+    def close(self) -> None:
+        if self.movie:
+            self.movie.close()
+        self.session.close()
+
+
+def make_app(player: Player) -> Starlette:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(player.run())
+        yield
+        task.cancel()
+
+    page = lambda request: FileResponse(PAGE, headers=HEADERS)
+    routes = [Route("/", page), WebSocketRoute("/socket", player.serve)]
+    # a page elsewhere whose name is made to lead here has another host
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False)
+    return Starlette(routes=routes, middleware=[hosts], lifespan=lifespan)
+
+
+def serve(session: Session, listening: socket.socket, videos: Path) -> None:
+    """Until a signal ends it, which goes on as KeyboardInterrupt for Ctrl-C."""
+    player = Player(session, videos)
+    config = uvicorn.Config(
+        make_app(player), log_level="warning", ws_max_size=2**16, timeout_graceful_shutdown=1
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        player.close()

@@ -1,0 +1,96 @@
+"""python -m analysis.evaluate: the numbers of the run's own evaluation; one line for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from small_runs import one_line, records
+
+import dreamer
+import hidreamer
+from analysis import evaluate
+from conftest import ROOT
+
+
+def own(folder):
+    """The run's last evaluation."""
+    (*_, last) = [line for line in records(folder) if "eval_return" in line]
+    return {key: value for key, value in last.items() if key.startswith("eval_")}
+
+
+def scores(tmp_path, *words):
+    out = tmp_path / "deep" / "scores.json"
+    assert evaluate.main([*map(str, words), "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", [("rssm", "image"), ("hrvq", "vector"), ("rssm", "continuous")])
+def test_it_is_the_runs_own_evaluation(case, trained, tmp_path):
+    found = scores(tmp_path, trained(*case))
+    expected = own(trained(*case))
+    assert {key: found[key] for key in expected} == expected
+    assert found["eval_episodes"] == len(found["returns"]) == len(found["lengths"]) == 3
+    assert sum(found["returns"]) / 3 == pytest.approx(found["eval_return"])
+    assert (found["seed"], found["actions"], found["step"]) == (0, "likeliest", 120)
+
+
+def test_of_several_environments_and_sampled_actions(tmp_path):
+    """In the middle of training, continued, with another number of environments."""
+    run = ["--configs", "debug", "--task", "dummy_grid", "--logdir", str(tmp_path / "run")]
+    run += ["--env.count", "2", "--eval_greedy", "false", "--eval_episodes", "5", "--seed", "3"]
+    run += ["--video", "false", "--eval_every", "60"]
+    for steps in ("70", "130"):
+        assert dreamer.main([*run, "--steps", steps]) == 0
+    found, expected = scores(tmp_path, tmp_path / "run"), own(tmp_path / "run")
+    assert {key: found[key] for key in expected} == expected
+    assert (found["seed"], found["actions"]) == (3, "sampled")
+
+
+def test_other_episodes(trained, tmp_path):
+    folder = trained("hrvq", "vector")
+    first = scores(tmp_path, folder, "--episodes", 6, "--seed", 11)
+    again = scores(tmp_path, folder, "--episodes", 6, "--seed", 11)
+    assert first["returns"] == again["returns"] and len(first["returns"]) == 6
+    other = scores(tmp_path, folder, "--episodes", 6, "--seed", 12)
+    sampled = scores(tmp_path, folder, "--episodes", 6, "--seed", 11, "--sampled")
+    assert first["returns"] not in (other["returns"], sampled["returns"])
+    assert sampled["actions"] == "sampled"
+
+
+def test_an_export_scores_the_same(trained, tmp_path):
+    folder = trained("hrvq", "vector")
+    out = hidreamer.export(folder, tmp_path / "agent")
+    assert scores(tmp_path, out)["returns"] == scores(tmp_path, folder)["returns"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "logdir"),
+        (["nowhere"], "there is no folder nowhere"),
+        ([".", "--episodes", "0"], "0 is less than 1"),
+        ([".", "--episodes", "many"], "many"),
+        ([".", "--sead", "3"], "--sead"),
+        ([str(ROOT / "docs")], "holds no agent"),
+    ],
+)
+def test_bad_input_is_one_line(words, says, capsys):
+    assert evaluate.main(words) == 2
+    one_line(capsys, says)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(trained, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = [str(trained("rssm", "image")), "--out", str(tmp_path / "file" / "x.json")]
+    assert evaluate.main(words) == 1
+    one_line(capsys, "file")
+
+
+def test_the_commands(trained, tmp_path):
+    """As a module and as ``hidreamer evaluate``, from another folder."""
+    for words in (["analysis.evaluate"], ["hidreamer", "evaluate"]):
+        words = [sys.executable, "-m", *words, trained("rssm", "image"), "--episodes", "1"]
+        env = {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("eval return "), done.stderr

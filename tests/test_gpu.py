@@ -1,0 +1,228 @@
+"""What only a GPU can show; ``benchmarks/gpu_check.py`` runs this file, and measures."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import ROOT
+from hidreamer.dynamics import TYPES
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import equality
+import gpu_check
+
+CUDA = torch.device("cuda")
+POSTERIORS = [f"hrvq {name}" for name in ("sampled", "nearest", "frozen", "fsq")]
+STATES = ["rssm", "hrssm", *POSTERIORS]
+
+
+def settings(state):
+    kind, _, posterior = state.partition(" ")
+    more = {"dynamics.hrvq.posterior": posterior} if posterior else {}
+    return {"dynamics.type": kind} | more
+
+
+def test_every_state_is_here():
+    assert {settings(state)["dynamics.type"] for state in STATES} == set(TYPES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("explore", [False, True])
+@pytest.mark.parametrize("act", equality.ACTIONS)
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("state", STATES)
+def test_replays_equal_eager_updates(state, precision, act, explore):
+    """Calls 4 to 8 are replays of the graph: they compute what eager updates do."""
+    over = settings(state) | {"precision": precision, "act": act}
+    over |= {"expl.behavior": "plan2explore"} if explore else {}
+    found = equality.replay_equals_eager(CUDA, **over)
+    assert len(found["metrics"]) == equality.UPDATES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", STATES)
+def test_compiled_updates_equal_eager_ones(state):
+    equality.compiled_equals_eager(CUDA, **settings(state))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_resumed_run_draws_what_it_would_have_drawn(kind, device):
+    """On CUDA from the generator that graphs draw from, first in calls that precede a recording."""
+    equality.resume_equals_going_on(torch.device(device), **{"dynamics.type": kind})
+
+
+def test_another_state_of_the_generator_is_seen(monkeypatch):
+    made = equality.seeded
+
+    def other(agent):
+        generator = made(agent)
+        ignore = lambda state: None
+        return SimpleNamespace(get_state=generator.get_state, set_state=ignore, own=generator)
+
+    monkeypatch.setattr(equality, "seeded", other)
+    captured = equality.captured
+    monkeypatch.setattr(equality, "captured", lambda agent, seeded: captured(agent, seeded.own))
+    with pytest.raises(equality.Wrong):
+        equality.resume_equals_going_on(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", [equality.log_ndtr, equality.attention])
+def test_functions_that_only_cuda_has_so(check):
+    check(CUDA)
+
+
+# ---------------------------------------------------------------- on any machine
+
+
+class Recorded:
+    """Like ``Captured`` on a CPU: from the 4th call on it computes with inputs of its own."""
+
+    def __init__(self, agent, generator, fault=""):
+        self.agent, self.generator, self.fault, self.calls = agent, generator, fault, 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls <= 3:
+            return self.agent.update(batch, self.generator)
+        if self.calls == 4:
+            self.inputs = {key: x.clone() for key, x in batch.items()}
+        for key, x in batch.items():
+            if self.fault != "old inputs":
+                self.inputs[key].copy_(x)
+        if self.calls > 4 and self.fault == "nothing runs":
+            return self.out
+        if self.fault == "old weights":
+            kept = self.agent.save_state()
+            kept = {key: {name: x.clone() for name, x in kept[key].items()} for key in ["params"]}
+        self.out = self.agent.update(self.inputs, self.generator)
+        if self.fault == "old weights":
+            self.agent.load_state_dict(kept["params"])
+        if self.fault == "same draws":
+            self.generator.manual_seed(2)
+        return self.out
+
+
+@pytest.mark.parametrize("fault", ["", "old inputs", "nothing runs", "old weights", "same draws"])
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_the_comparison_sees_replays_that_are_wrong(kind, fault):
+    make = functools.partial(
+        equality.small_agent, torch.device("cpu"), **{"dynamics.type": kind, "model.lr": 1e-3}
+    )
+    found = equality.compare(make, functools.partial(Recorded, fault=fault))
+    assert max(found.metrics[:3]) == 0.0  # the calls before are ordinary ones
+    if fault:
+        with pytest.raises(equality.Wrong, match="metrics"):
+            found.check()
+    else:
+        assert max(found.metrics) == 0.0 == found.weights
+        assert len(found.check()["metrics"]) == equality.UPDATES
+
+
+def test_nothing_finite_is_not_equal():
+    with pytest.raises(equality.Wrong):
+        equality.Difference([0.0, float("nan")], 0.0, "model_loss").check()
+    with pytest.raises(equality.Wrong):
+        equality.Difference([0.0], float("nan"), "model_loss").check()
+
+
+# What the device machine lacks (`GPU_DAY.md`), and the extras that no GPU needs.
+ABSENT = (
+    "av",
+    "pygame",
+    "rliable",
+    "seaborn",
+    "pandas",
+    "scipy",
+    "matplotlib",
+    "jinja2",
+    "sklearn",
+)
+ABSENT += (
+    "ray",
+    "submitit",
+    "wandb",
+    "vector_quantize_pytorch",
+    "dm_control",
+    "crafter",
+    "vizdoom",
+)
+BLOCK = f"""
+import functools
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {ABSENT} else find(name, path, target)
+
+PathFinder.find_spec = functools.partial(find_spec)
+"""
+
+
+def without_extras(folder):
+    """The environment of a Python that finds none of ABSENT: it reads this file when it starts."""
+    (folder / "sitecustomize.py").write_text(BLOCK)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_every_item_runs_on_a_cpu_without_any_extra(tmp_path):
+    """Also the whole command and the collection of all tests for GPUs, as on the device machine."""
+    words = [sys.executable, "benchmarks/gpu_check.py", "--dry", "--out", str(tmp_path / "out")]
+    env = without_extras(tmp_path)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=550)
+    errors = tmp_path / "out" / "errors.txt"
+    assert done.returncode == 0, errors.read_text() if errors.exists() else done.stderr
+    lines = [json.loads(x) for x in (tmp_path / "out" / "lines.jsonl").read_text().splitlines()]
+    found = {line["item"]: line for line in lines}
+    assert len(lines) == len(found) > 25
+    table = done.stdout[done.stdout.rindex("\nmachine ") :]
+    assert all(name in table for name in found)
+    assert found["training"]["updates_per_s"] > 0
+    assert "tests collected" in found["pytest -m gpu"]["last"][0]
+    assert all("update_ms" in line for name, line in found.items() if name.startswith("captured"))
+
+
+def test_what_fails_is_told_and_the_next_item_begins(tmp_path, capsys, monkeypatch):
+    def broken(device):
+        raise RuntimeError("no kernel image")
+
+    def wrong(device):
+        return equality.checked({"value": 1.0}, 1e-3)
+
+    monkeypatch.setattr(gpu_check, "log_ndtr", broken)
+    monkeypatch.setattr(gpu_check, "attention", wrong)
+    words = ["--dry", "--out", str(tmp_path), "--only"]
+    compiler = torch.compile
+    try:
+        assert gpu_check.main([*words, "log_ndtr"]) == 1
+        assert "no kernel image" in (tmp_path / "errors.txt").read_text()
+        assert gpu_check.main([*words, "attention"]) == 1
+        assert gpu_check.main([*words, "copies"]) == 0
+    finally:
+        torch.compile = compiler
+    assert not (tmp_path / "errors.txt").exists()  # of the last call
+    out = capsys.readouterr().out
+    assert '"failed": "RuntimeError: no kernel image"' in out and '"wrong": ' in out
+
+
+def test_it_stops_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.provenance, "provenance", dict)
+    assert gpu_check.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert len(lines) > 25 and all(line["skipped"] == "time" for line in lines[1:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu_one_line_says_so(capsys):
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,319 @@
+"""hidreamer.load: what it reads, encodes, dreams and decodes; the policy in a Gymnasium loop."""
+
+import os
+import re
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import hidreamer
+import networks
+from conftest import ROOT
+from hidreamer.checkpoint import FolderError
+from hidreamer.episodes import load_episode
+from library import agent as agents
+
+# every latent state, kind of observation and kind of action
+CASES = [("rssm", "image"), ("hrssm", "grid"), ("hrvq", "vector"), ("hrvq", "multi")]
+CASES += [("rssm", "continuous")]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def agent(request, trained):
+    return hidreamer.load(trained(*request.param))
+
+
+@pytest.fixture
+def episode(agent):
+    return load_episode(agent.recorded()[1])
+
+
+def random_actions(agent, *shape):
+    space = agent.act_space
+    return torch.stack(
+        [agent.action_vector(space.sample()) for _ in range(int(np.prod(shape)))]
+    ).reshape(*shape, agent.act_dim)
+
+
+def close(a, b):
+    return all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def test_latents_have_the_documented_shapes(agent, episode):
+    latents, dynamics = agent.encode(episode), agent.dynamics
+    steps = len(episode["reward"])
+    assert len(latents.levels) == len(dynamics.shapes)
+    parts = zip(latents.levels, dynamics.shapes, dynamics.level_dims, strict=True)
+    for level, (variables, classes), numbers in parts:
+        assert level.index.shape == (steps, variables) and level.index.dtype == torch.int64
+        assert level.post.shape == level.prior.shape == (steps, variables, classes)
+        assert level.embed.shape == (steps, numbers)
+        assert torch.equal(level.index, level.post.argmax(-1))  # not drawn
+    assert latents.deter.shape == (steps, dynamics.deter_dim)
+    assert torch.equal(torch.cat([level.embed for level in latents.levels], -1), latents.stoch)
+    for numbers in (latents.reward, latents.cont, latents.value):
+        assert numbers.shape == (steps,) and numbers.isfinite().all()
+    assert latents.cont.min() >= 0.0 and latents.cont.max() <= 1.0
+
+
+def test_encoding_is_what_training_sees(agent, episode):
+    model = agent.world_model
+    rows = {key: episode[key][None] for key in (*agent.obs_space, "prev_action", "is_first")}
+    _, post, _ = model.observe(networks.preprocess(agent.model.tensors(rows)), sample=False)
+    latents = agent.encode(episode)
+    assert close([x[0] for x in post.feat], latents.feat)
+    assert torch.allclose(model.reward(post.feat.cat()).mode()[0], latents.reward, atol=1e-5)
+
+
+def test_a_long_episode_is_encoded_in_chunks(agent, episode, monkeypatch):
+    whole, actions = agent.encode(episode), random_actions(agent, 3)
+    dreams = {}
+    for start in (2, 11, -1):
+        dreams[start] = agent.dream(whole, actions, 3, start=start, sample=False)
+    monkeypatch.setattr(agents, "CHUNK", 7)
+    chunked = agent.encode(episode)
+    assert close(whole.feat, chunked.feat) and len(chunked.starts) == 3
+    for start, dream in dreams.items():
+        again = agent.dream(chunked, actions, 3, start=start, sample=False)
+        assert close(dream.feat, again.feat)
+    several = agent.dream(chunked, actions, 3, start=list(dreams), sample=False)
+    for row, dream in enumerate(dreams.values()):
+        assert close([x[0] for x in dream.feat], [x[row] for x in several.feat])
+
+
+def test_a_drawn_encoding_differs_from_the_likeliest(agent, episode):
+    drawn = agent.encode(episode, sample=True)
+    assert not torch.equal(drawn.stoch, agent.encode(episode).stoch)
+    torch.manual_seed(4)
+    first = agent.encode(episode, sample=True)
+    torch.manual_seed(4)
+    assert torch.equal(agent.encode(episode, sample=True).stoch, first.stoch)
+
+
+def test_episodes_come_as_files_and_as_rows(agent, episode):
+    path = agent.recorded()[1]
+    value = agent.encode(path).value
+    assert torch.equal(agent.encode(str(path)).value, value)
+    named = {key: x for key, x in episode.items() if key not in ("prev_action", "is_first")}
+    assert torch.equal(agent.encode(named | {"action": episode["prev_action"]}).value, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda rows: rows.pop("prev_action"), "no prev_action"),
+        (lambda rows: rows.pop("image"), "the episode has no image; this agent sees image"),
+        (lambda rows: rows.update(image=rows["image"][:, :8]), "image of the episode is"),
+        (lambda rows: rows.update(prev_action=rows["prev_action"][:, :2]), "prev_action of the"),
+        (lambda rows: rows.update({key: x[:0] for key, x in rows.items()}), "has no steps"),
+    ],
+)
+def test_a_wrong_episode_is_one_line(change, says, trained):
+    agent = hidreamer.load(trained("rssm", "image"))
+    rows = dict(load_episode(agent.recorded()[0]))
+    change(rows)
+    with pytest.raises(ValueError, match=says) as error:
+        agent.encode(rows)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_episode_is_one_line(tmp_path, trained):
+    agent = hidreamer.load(trained("rssm", "image"))
+    (tmp_path / "x.npz").write_bytes(b"no")
+    with pytest.raises(FolderError, match=r"x\.npz is no episode"):
+        agent.encode(tmp_path / "x.npz")
+
+
+# ---------------------------------------------------------------- dreaming and decoding
+
+
+def test_dreams_go_on_and_repeat(agent, episode):
+    latents = agent.encode(episode)
+    actions = random_actions(agent, 2, 6)
+    whole = agent.dream(latents, actions, 6, start=[3, 8], sample=False)
+    assert whole.action.shape == (2, 7, agent.act_dim)
+    assert torch.equal(whole.action[:, :6], actions) and not whole.action[:, 6].any()
+    assert close([x[:, 0] for x in whole.feat], [x[[3, 8]] for x in latents.feat])
+    for numbers in (whole.reward, whole.cont, whole.value):
+        assert numbers.shape == (2, 7) and numbers.isfinite().all()
+    half = agent.dream(latents, actions[:, :2], 2, start=[3, 8], sample=False)
+    rest = agent.dream(half, actions[:, 2:], 4, sample=False)
+    assert close([x[:, 2:] for x in whole.feat], rest.feat)
+    repeated = agent.dream(latents, actions[0], 6, start=3, count=4, sample=False)
+    assert close(repeated.feat, [x[:1].expand(4, -1, -1) for x in whole.feat])
+
+
+def test_a_dream_of_the_true_actions_starts_at_the_episode(agent, episode):
+    """Teacher: the memory after one imagined step is that of the next real one."""
+    latents = agent.encode(episode)
+    actions = torch.from_numpy(episode["prev_action"])
+    dream = agent.dream(latents, actions[6:7], 1, start=5)
+    assert torch.allclose(dream.feat.deter[0, 1], latents.deter[6], atol=1e-5)
+
+
+def test_actions_and_policies_of_a_dream(agent, episode):
+    latents = agent.encode(episode)
+    assert agent.dream(latents, None, 2).action.shape == (1, 3, agent.act_dim)
+    fixed = random_actions(agent, 1)[0]
+    dream = agent.dream(latents, lambda feat: fixed.expand(len(feat.deter), -1), 2, count=3)
+    assert torch.equal(dream.action, fixed.expand(3, 3, -1))
+    with pytest.raises(ValueError, match="actions are"):
+        agent.dream(latents, fixed.expand(3, -1), 2)
+    with pytest.raises(ValueError, match="horizon is 0"):
+        agent.dream(latents, None, 0)
+    with pytest.raises(IndexError, match=r"start is 99; the latents have steps 0 to"):
+        agent.dream(latents, None, 2, start=99)
+
+
+def test_numbers_of_choices_are_actions(trained):
+    agent = hidreamer.load(trained("hrvq", "vector"))
+    one_hot = torch.eye(4)
+    assert torch.equal(agent.action_vector([2, 0]), one_hot[[2, 0]])
+    assert torch.equal(agent.action_vector(3), one_hot[3])
+    assert torch.equal(agent.action_vector(one_hot[1]), one_hot[1])
+    several = hidreamer.load(trained("hrvq", "multi"))
+    assert several.action_vector([2, 3]).tolist() == [0, 0, 1, 0, 0, 0, 1]
+
+
+def test_decoding(agent, episode):
+    latents = agent.encode(episode)
+    decoded = agent.decode(latents, levels=True)
+    coarse = {"rssm": [], "hrssm": ["top"], "hrvq": ["L0"]}[agent.config.dynamics.type]
+    assert list(decoded) == [*coarse, "all"]
+    for obs in decoded.values():
+        assert obs.keys() == agent.obs_space.keys()
+        for key, x in obs.items():
+            assert x.shape == episode[key].shape
+            if agent.obs_space[key].dtype != np.float32:
+                assert x.min() >= 0.0 and x.max() <= 1.0
+    dream = agent.dream(latents, None, 2, count=3)
+    for key, x in agent.decode(dream)["all"].items():
+        assert x.shape == (3, 3, *agent.obs_space[key].shape)
+    if coarse:
+        pairs = zip(decoded[coarse[0]].values(), decoded["all"].values(), strict=True)
+        assert any(not torch.equal(x, y) for x, y in pairs)
+
+
+# ---------------------------------------------------------------- the policy
+
+
+def test_the_policy_acts_as_the_agent_does(agent):
+    """In a Gymnasium loop of the suite, as ``models.Agent.act`` in the loop of a run."""
+    real, env = agent.real_env(5), agent.make_env()
+    obs, state = real.reset(), agent.model.initial(1)
+    torch.manual_seed(1)
+    expected = []
+    for _ in range(25):
+        inputs = {key: np.asarray(obs[key])[None] for key in (*agent.obs_space, "is_first")}
+        state = agent.model.act(state, agent.model.tensors(inputs), "greedy")
+        expected.append(state.action[0].numpy())
+        obs = real.reset() if obs["is_last"] else real.step(expected[-1])
+    obs, _ = env.reset(seed=5)
+    agent.policy.reset()
+    torch.manual_seed(1)
+    over = False
+    for action in expected:
+        found = agent.policy(obs)
+        assert env.action_space.contains(found)
+        assert np.array_equal(agent.policy.state.action[0].numpy(), action)
+        if over:
+            (obs, _), over = env.reset(), False
+            agent.policy.reset()
+        else:
+            obs, _, terminated, truncated, _ = env.step(found)
+            over = terminated or truncated
+
+
+def test_reset_forgets(trained):
+    agent = hidreamer.load(trained("hrvq", "vector"))
+    rng, results = np.random.default_rng(0), []
+    first, later = rng.standard_normal((2, 4)).astype(np.float32)
+    for how in ("reset", "flag", "neither"):
+        policy = agent.make_policy()
+        torch.manual_seed(0)
+        policy(first)
+        torch.manual_seed(7)
+        if how == "reset":
+            policy.reset()
+        policy(later, reset=how == "flag")
+        results.append(policy.post.feat.deter)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_policies_side_by_side(trained):
+    """Each row is an episode of its own, reset by its own flag."""
+    agent = hidreamer.load(trained("rssm", "image"))
+    envs = gymnasium.vector.SyncVectorEnv([agent.make_env] * 3)
+    policy = agent.make_policy(3, greedy=False)
+    obs, _ = envs.reset(seed=0)
+    over = np.zeros(3, bool)
+    for _ in range(25):
+        actions = policy(obs, reset=over)
+        assert actions.shape == (3,)
+        obs, _, terminated, truncated, _ = envs.step(actions)
+        over = terminated | truncated
+    envs.close()
+
+
+def test_observations_of_other_environments(trained):
+    """A bare array, another size of picture, a number of a choice, float64."""
+    image = hidreamer.load(trained("rssm", "image")).policy
+    assert image.read(np.zeros((64, 64, 3), np.uint8))["image"].shape == (64, 64, 3)
+    picture = np.full((100, 80, 3), 7, np.uint8)
+    assert (image.read({"image": picture, "more": 1})["image"] == 7).all()
+    with pytest.raises(ValueError, match=r"observation 'image' is float64"):
+        image.read(np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="the observation has no image"):
+        image.read({"pixels": picture})
+    vector = hidreamer.load(trained("hrvq", "vector")).policy
+    assert vector.read(np.ones(4))["vector"].dtype == np.float32
+    assert vector.read(2)["vector"].tolist() == [0, 0, 1, 0]
+    several = hidreamer.load(trained("hrvq", "multi")).policy
+    with pytest.raises(ValueError, match="a dict of image, vector"):
+        several.read(np.ones(4))
+
+
+def test_collected_episodes_can_be_encoded(agent):
+    rows = agent.collect(seed=3)
+    assert len(rows["reward"]) == 21 and rows["is_last"].tolist() == [False] * 20 + [True]
+    assert len(agent.encode(rows).value) == 21
+    assert len(agent.collect(seed=3, steps=4)["reward"]) == 5
+    assert not rows["prev_action"][0].any() and rows["prev_action"][1:].any(-1).all()
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_example(case, trained, tmp_path):
+    """From another folder, as it is."""
+    words = [sys.executable, str(ROOT / "examples" / "look_inside.py"), str(trained(*case))]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "L0: (21, " in done.stdout and "return of chance in the dream" in done.stdout
+    assert (tmp_path / "levels.png").exists() == (case[1] in ("image", "grid", "multi"))
+
+
+def test_the_code_of_the_page_runs(trained, tmp_path, monkeypatch):
+    """Every block of docs/library.md, in order, of the agent that it names."""
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(trained("hrvq", "multi"))
+    text = (ROOT / "docs" / "library.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 4
+    monkeypatch.setattr("library.push", lambda folder, name: None)  # there is no network
+    names = {}
+    for block in blocks:
+        exec(block.replace('"hf:ORG/NAME"', '"pong-agent"').replace("1024", "3"), names)
+    assert names["pictures"]["L0"]["image"].shape == (1, 16, 64, 64, 3)
+    assert names["envs"].num_envs == 3 and (tmp_path / "pong-agent" / "README.md").exists()

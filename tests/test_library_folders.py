@@ -1,0 +1,105 @@
+"""hidreamer.load: the door from any folder, and folders that hold no agent."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from small_runs import latest
+
+import hidreamer
+from conftest import ROOT
+from envs import EnvError
+from hidreamer.checkpoint import FolderError, load_checkpoint, save_checkpoint
+from tools import ConfigError
+
+
+def test_the_door_works_from_anywhere(trained, tmp_path):
+    folder = trained("hrssm", "grid")
+    script = f"""
+import sys, hidreamer
+assert "models" not in sys.modules and "library" not in sys.modules  # until it is asked for
+assert "load" in dir(hidreamer)
+agent = hidreamer.load({str(folder)!r})
+print(type(agent).__name__, agent.facts["task"], agent.facts["step"])
+try:
+    hidreamer.lode
+except AttributeError as error:
+    print(error)
+"""
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "LoadedAgent dummy_grid 120",
+        "module 'hidreamer' has no attribute 'lode'",
+    ], done.stderr
+
+
+def test_facts(trained):
+    folder = trained("rssm", "image")
+    facts = hidreamer.load(folder).facts
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    returns = [line["eval_return"] for line in logged if "eval_return" in line]
+    assert (facts["task"], facts["seed"], facts["step"]) == ("dummy_image", 0, 120)
+    assert facts["scores"]["eval_return"] == returns[-1] and facts["commit"]
+
+
+def one_line(error, *says):
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in says), error
+
+
+def test_folders_without_an_agent_are_one_line(tmp_path):
+    for path, says in ((tmp_path, "holds no agent"), (tmp_path / "x", "there is no folder")):
+        with pytest.raises(FolderError) as error:
+            hidreamer.load(path)
+        one_line(error, says)
+
+
+def test_another_version_is_one_line(tiny):
+    config = tiny / "config.yaml"
+    text = config.read_text()
+    config.write_text(text + "\nfuture: 3\n")
+    with pytest.raises(ConfigError) as error:
+        hidreamer.load(tiny)
+    one_line(error, "config.yaml is of another version", "'future'")
+    config.write_text(text.replace("deter: 16", "deter: 18"))
+    with pytest.raises(ConfigError) as error:
+        hidreamer.load(tiny)
+    one_line(error, "the weights in", "of another config than", "is (", "here and (")
+    config.write_text(text.replace("task: dummy_vector", "task: dummy_vektor"))
+    with pytest.raises(EnvError) as error:
+        hidreamer.load(tiny)
+    one_line(error, "dummy_vektor".removeprefix("dummy_"), "nearest")
+    config.write_text("[1")
+    with pytest.raises(ConfigError) as error:
+        hidreamer.load(tiny)
+    one_line(error, "is no config of a run")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny):
+    latest_path = tiny / "checkpoints" / "latest.pt"
+    before = latest(tiny)["step"]
+    latest_path.write_bytes(latest_path.read_bytes()[:-300])
+    assert hidreamer.load(tiny).facts["step"] < before
+    (tiny / "checkpoints" / "previous.pt").unlink()
+    with pytest.raises(FolderError) as error:
+        hidreamer.load(tiny)
+    one_line(error, "latest.pt")
+
+
+def test_a_checkpoint_of_something_else_is_one_line(tiny):
+    path = tiny / "checkpoints" / "latest.pt"
+    state = load_checkpoint(path)
+    for agent, says in (({}, "no parameters"), ({"params": {"x": 3}}, "of another version")):
+        save_checkpoint(path, state | {"agent": agent})
+        (tiny / "checkpoints" / "previous.pt").unlink()
+        with pytest.raises((FolderError, ConfigError)) as error:
+            hidreamer.load(tiny)
+        one_line(error, says)
+
+
+def test_a_device_that_is_not_there(trained):
+    with pytest.raises(ConfigError, match="device is 'tpu'"):
+        hidreamer.load(trained("rssm", "image"), device="tpu")

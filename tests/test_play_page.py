@@ -1,0 +1,177 @@
+"""The page of ``python -m play``: who may come, what a tab can ask for, and in a browser."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import imageio.v3 as iio
+import pytest
+from browser import browser
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+import hidreamer
+from conftest import ROOT
+
+CASES = [("rssm", "image"), ("hrssm", "grid"), ("hrvq", "vector"), ("hrvq", "multi")]
+
+
+# ---------------------------------------------------------------- the server
+
+
+@contextlib.contextmanager
+def served(folder, *words, cwd=None):
+    """-> its address and process."""
+    command = [sys.executable, "-m", "play", str(folder), "--port", "0", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd
+    ) as process:
+        line = process.stdout.readline()
+        try:
+            assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+            yield line.split()[0], process
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def say(socket, what, value=None):
+    socket.send(json.dumps({"do": what, "value": value}))
+
+
+def until(socket, true, tries=400):
+    for _ in range(tries):
+        message = json.loads(socket.recv(timeout=30))
+        if true(message):
+            return message
+    raise AssertionError("it never came")
+
+
+def test_who_may_come(trained):
+    with served(trained("rssm", "image")) as (url, process):
+        port = int(url.rsplit(":", 1)[1])
+        open_ports = [f"127.0.0.1:{port}"]
+        with urllib.request.urlopen(url) as reply:
+            text = reply.read().decode()
+            assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
+        # nothing is loaded from elsewhere
+        assert "src=" not in text.replace("img-src", "") and "@import" not in text
+        assert "http://" not in text.replace("ws://", "") and "https://" not in text
+        for host, status in (("localhost", 200), ("evil.example", 400), (open_ports[0], 200)):
+            request = urllib.request.Request(url, headers={"Host": host})
+            try:
+                found = urllib.request.urlopen(request).status
+            except urllib.error.HTTPError as error:
+                found = error.code
+            assert found == status, host
+        address = url.replace("http", "ws") + "/socket"
+        for origin in (url, None, "http://evil.example", f"http://localhost:{port}", "null"):
+            if origin == url:
+                with connect(address, origin=origin, proxy=None) as tab:
+                    assert json.loads(tab.recv())["task"] == "dummy_image"
+                continue
+            with (
+                pytest.raises(InvalidStatus, match="403"),
+                connect(address, origin=origin, proxy=None),
+            ):
+                pass
+        with socket.socket() as outside:  # another address of this machine
+            outside.settimeout(2)
+            assert outside.connect_ex(("127.0.0.2", port)) != 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == ""
+
+
+def test_what_a_tab_can_ask_for(trained, tmp_path):
+    folder = hidreamer.export(trained("hrvq", "multi"), tmp_path / "agent")
+    with served(folder, cwd=tmp_path) as (url, process):
+        address = url.replace("http", "ws") + "/socket"
+        with connect(address, origin=url, proxy=None, max_size=None) as tab:
+            hello = until(tab, lambda m: m["type"] == "hello")
+            assert hello["dynamics"] == "hrvq" and len(hello["keys"]) == 5
+            for text in ("no json", "[]", "3", '{"do": 3}', '{"do": "keys", "value": 7}', "{}"):
+                tab.send(text)  # is ignored
+            say(tab, "speed", 1000)
+            until(tab, lambda m: m.get("speed") == 60)
+            say(tab, "dream")
+            until(tab, lambda m: m.get("dreaming"))
+            say(tab, "hand")
+            until(tab, lambda m: m.get("hand"))
+            say(tab, "keys", ["2", "w"])
+            until(tab, lambda m: "1: 2" in m.get("action", ""))
+            say(tab, "pause")
+            paused = until(tab, lambda m: m.get("paused"))
+            say(tab, "step")
+            numbers = paused["numbers"]
+            until(tab, lambda m: m["numbers"]["step"] != numbers["step"])
+            say(tab, "back")
+            until(tab, lambda m: m["numbers"]["step"] == numbers["step"])
+            time.sleep(0.3)  # paused, it stays there
+            say(tab, "speed", 7)
+            assert until(tab, lambda m: m.get("speed") == 7)["numbers"]["step"] == numbers["step"]
+            say(tab, "what if")
+            options = until(tab, lambda m: m["type"] == "what if")["options"]
+            assert len(options) == 6 and options[0]["frames"][0].startswith("data:image/png")
+            say(tab, "record")
+            until(tab, lambda m: m.get("recording"))
+            for _ in range(5):
+                say(tab, "step")
+            say(tab, "reset")
+            say(tab, "record")
+            done = until(tab, lambda m: m.get("message", "").startswith("recorded"))
+            movie = done["message"].removeprefix("recorded ")
+            assert len(iio.imread(movie)) >= 5 and str(tmp_path) in movie
+        process.terminate()
+        process.wait(30)
+        assert process.stderr.read() == ""
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_page_in_a_browser(case, trained, tmp_path):
+    """It loads, keys act, the picture changes, and nobody's console complains."""
+    with served(trained(*case)) as (url, _), browser() as tab:
+        tab.size(1240, 900)
+        tab.open(url)
+        tab.wait("window.stats && stats().frames > 3")
+        assert tab.eval("document.title").startswith(f"dummy_{case[1]}")
+        tab.key("p")
+        tab.wait("stats().state.paused")
+        src = "document.querySelector('#p-imagined img').src"
+        before, shot = tab.eval(src), tab.screenshot()
+        assert tab.eval("document.querySelector('#p-real img').naturalWidth") > 0
+        tab.key("3", up=False)  # a hand on the keys takes over
+        tab.wait("stats().state.hand")
+        tab.key(".")
+        tab.wait(f"{src} !== {json.dumps(before)}")
+        expected = "1: 2" if case[1] == "multi" else "action 2"
+        if case[1] != "multi":
+            assert tab.eval("stats().state.action") == expected
+        tab.key("3", down=False)
+        assert tab.screenshot() != shot
+        tab.key("d")
+        tab.wait("stats().state.dreaming && document.body.className === 'dreaming'")
+        tab.key("m")
+        tab.wait("!stats().state.hand")
+        tab.key("x")
+        tab.wait("document.querySelectorAll('#options figure').length > 3")
+        tab.eval("document.getElementById('close').click()")
+        tab.key("r")
+        tab.key(",")
+        tab.key("d")
+        tab.wait("!stats().state.dreaming")
+        tab.size(390, 844, dark=True)
+        picture = iio.imread(tab.screenshot())
+        assert picture.shape[:2] == (844, 390) and picture[-1, -1, :3].max() < 60  # dark
+        assert tab.eval("document.documentElement.scrollWidth") <= 390  # readable on a phone
+        assert tab.errors == []

@@ -1,0 +1,129 @@
+"""Precision of products: what it means on each device, and weights that are cast once."""
+
+import collections
+import warnings
+
+import pytest
+import torch
+from test_agent import EVERYTHING, make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import models
+import tools
+from hidreamer import precision
+from hidreamer.dynamics import TYPES
+
+
+@pytest.fixture
+def matmul():
+    """What the process has as precision is as before after a test."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize(("name", "tf32"), [("tf32", True), ("bfloat16", True), ("float32", False)])
+def test_what_a_precision_means_on_cuda(name, tf32, matmul):
+    config = tools.load_config(["debug"], {"precision": name})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.set_precision(config, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cuda.matmul.allow_tf32 is tf32
+        assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+def test_tf32_is_the_default_and_float32_on_a_cpu(matmul):
+    before = torch.get_float32_matmul_precision()
+    assert tools.load_config(["debug"], {}).precision == "tf32"
+    found = []
+    for name in ("tf32", "float32"):
+        torch.manual_seed(0)
+        agent, batch = make(precision=name)
+        models.set_precision(agent.config, torch.device("cpu"))
+        found.append(agent.update(batch))
+    assert torch.equal(*found) and torch.get_float32_matmul_precision() == before
+
+
+def test_a_run_of_before_continues_in_its_precision_or_another(tmp_path):
+    """Older runs have float32 in their config.yaml, which was the default."""
+    old = tools.load_config(["debug"], {"precision": "float32"}).tree()
+    tools.check_same_run(tmp_path, old, tools.load_config(["debug"], {}))
+
+
+class Casts(TorchDispatchMode):
+    """How often each weight is cast to another type."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in params}
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.names:
+            self.seen[self.names[args[0].data_ptr()]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def imagined(agent, batch):
+    with torch.no_grad(), agent.autocast():
+        carry, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
+        start = agent.world_model.dynamics.starts(carry, post, 0)
+        torch.manual_seed(1)
+        with Casts(agent.named_parameters()) as casts:
+            ends = torch.zeros(batch["reward"].numel())
+            return agent.behavior.imagine(agent.world_model, start, ends), casts.seen
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_imagination_casts_each_weight_once(kind, monkeypatch):
+    agent, batch = make(EVERYTHING, **{"dynamics.type": kind, "precision": "bfloat16"})
+    params = dict(agent.named_parameters())
+    torch.manual_seed(0)
+    found, casts = imagined(agent, batch)
+    # not the codebooks of hrvq, which are no layers
+    linear = [
+        name for name in casts if ("dynamics" in name or "actor" in name) and "book" not in name
+    ]
+    assert len(linear) > 4 and max(casts[name] for name in linear) == 1
+    assert all(p is params[name] for name, p in agent.named_parameters())
+    monkeypatch.setattr(precision, "autocast_dtype", lambda device: None)  # at every use
+    torch.manual_seed(0)
+    other, casts = imagined(agent, batch)
+    assert max(casts.values()) >= agent.config.imag.horizon
+    assert torch.equal(found.x, other.x) and torch.equal(found.action, other.action)
+
+
+@pytest.mark.parametrize("kind", ["rssm", "hrssm"])
+def test_the_scan_casts_each_weight_once(kind):
+    over = {"dynamics.type": kind, "precision": "bfloat16"}
+    agent, batch = make(EVERYTHING, length=16, **over)
+    with agent.autocast(), Casts(agent.world_model.dynamics.named_parameters()) as casts:
+        agent.world_model.loss(models.networks.preprocess(batch))
+    alone = [n for name, n in casts.seen.items() if name.startswith(("obs", "post", "delta"))]
+    assert len(alone) >= 3 and max(alone) == 1
+    assert max(casts.seen.values()) <= 4  # the priors and an episode's start share two layers
+
+
+def test_weights_return_where_imagination_fails():
+    agent, _ = make(precision="bfloat16")
+    params = dict(agent.named_parameters())
+    cast = precision.cast_weights(agent.behavior.actor)
+    with pytest.raises(ZeroDivisionError), agent.autocast(), torch.no_grad(), cast:
+        assert agent.behavior.actor.out.weight.dtype == torch.bfloat16
+        raise ZeroDivisionError
+    assert all(p is params[name] for name, p in agent.named_parameters())
+    with agent.autocast(), precision.cast_weights(agent.behavior.actor):  # gradients are recorded
+        assert agent.behavior.actor.out.weight.dtype == torch.float32
+
+
+def test_masked_attention_leaves_cudnn_and_flash_aside():
+    kernels = torch.backends.cuda
+    before = kernels.cudnn_sdp_enabled()
+    with precision.masked_attention(cuda=True):
+        assert kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()
+        assert not kernels.cudnn_sdp_enabled() and not kernels.flash_sdp_enabled()
+    with precision.masked_attention(cuda=False):
+        assert kernels.cudnn_sdp_enabled() == before
+    assert kernels.cudnn_sdp_enabled() == before

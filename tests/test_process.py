@@ -1,0 +1,87 @@
+"""What a run does to its process: memory, threads, imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_runs import run
+from test_agent import EVERYTHING, VECTOR, make
+
+from conftest import ROOT
+from hidreamer import process
+
+
+def python(code, **env):
+    """What a new process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        timeout=120,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout.strip()
+
+
+FAULTS = """
+import resource
+from hidreamer.process import keep_freed_memory
+keep_freed_memory()
+import torch
+torch.set_num_threads(1)
+for _ in range(15):
+    torch.ones(20_000_000)  # 80 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again():
+    assert int(python(FAULTS)) < 1000
+    assert int(python(FAULTS, HIDREAMER_MALLOC="system")) > 50_000  # 10 times 80 MB, paged in anew
+
+
+def test_games_load_no_plotting_libraries_and_others_still_can():
+    pytest.importorskip("matplotlib")
+    code = "import envs.minatar, sys; print('pandas' in sys.modules, 'matplotlib' in sys.modules)"
+    code += "; import matplotlib.pyplot, logging; print(logging.getLogger().handlers)"
+    assert python(code).splitlines() == ["False False", "[]"]
+    # Where it is loaded already, it stays what it is.
+    code = "import matplotlib as m, envs.minatar, sys; print(sys.modules['matplotlib'] is m)"
+    assert python(code) == "True"
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_small_networks_have_one_thread(threads, monkeypatch):
+    torch.set_num_threads(2)
+    images, small = make(EVERYTHING)[0], make(VECTOR)[0]
+    assert process.pick_threads(small, 0) == 1
+    assert process.pick_threads(images, 0) == 2
+    assert process.pick_threads(small, 3) == 3
+    monkeypatch.setattr(process, "SMALL", 10)
+    assert process.pick_threads(small, 0) == 2
+
+
+def test_a_run_uses_the_threads_asked_for(threads, tmp_path):
+    torch.set_num_threads(2)
+    assert run(tmp_path, "--steps", 30) == 0 and torch.get_num_threads() == 1
+    assert run(tmp_path, "--steps", 60, "--threads", 2) == 0 and torch.get_num_threads() == 2
+
+
+def test_threads_sleep_while_they_wait():
+    assert python("import dreamer, os; print(os.environ['OMP_WAIT_POLICY'])") == "PASSIVE"
+    code = "import os; os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'; import dreamer"
+    assert python(code + "; print(os.environ['OMP_WAIT_POLICY'])") == "ACTIVE"
