@@ -70,7 +70,7 @@ class TokenAgent(models.Agent):
             raise ConfigError(str(error)) from None
         self.act_dim, self.world_model = model.dynamics.act_dim, model
         self.behavior = self._make_behavior(act_space)
-        self.explorer, self.metric_names = None, ()
+        self.explorer, self.metric_names, self.captured_act = None, (), None
         if not self.block.finetune:
             model.requires_grad_(False)
         self.passes = self.block.epochs if self.block.algorithm == "ppo" else 1
