@@ -14,11 +14,12 @@ import numpy as np
 
 @dataclass
 class Table:
-    """Cells are text; the first column names the row."""
+    """Cells are text; the first column names the row. ``prose``: cells are sentences that wrap."""
 
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    prose: bool = False
 
 
 @dataclass

@@ -35,7 +35,7 @@ RESERVED = {  # names that no observation may have
     *("action", "discount", "logprob"),  # further entries of an episode's file
     *("file", "allow_pickle"),  # arguments of the function that writes it
     # losses, which observations stand among
-    *("cont", "dyn", "rep", "commit", "model", "actor", "critic"),
+    *("cont", "dyn", "rep", "commit", "balance", "model", "actor", "critic"),
 }
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     ),
     "play": ("play", "Look inside a trained agent and play in its dream, on a local page."),
     "analyse": ("analysis", "Look inside trained agents: what do their levels hold?"),
+    "pipeline": ("pipeline", "Train in stages: frames, encoder, tokens, world model, policy."),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import TwoHot
 from hidreamer.dynamics.base import Feat
-from hidreamer.losses import imag_loss, scaled
+from hidreamer.losses import imag_loss, reinforce_gain, scaled
 from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
@@ -57,6 +57,10 @@ class Behavior(nn.Module):
             cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
             return Trajectory(feat, x, action, self.imag.discount * cont)
 
+    def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
+        """What the actor maximises, of its actions' log-probabilities and advantages, (N, H)."""
+        return reinforce_gain(log_prob, adv)
+
     def losses(self, traj: Trajectory, rew: Tensor) -> tuple[Tensor, Tensor, Metrics]:
         """Weighted actor and critic loss, () each. rew: (N, H+1), for arriving in each state."""
         x = traj.x.detach()
@@ -77,6 +81,7 @@ class Behavior(nn.Module):
             lam=self.imag.lam,
             entropy=self.entropy,
             reinforce=not self.backprop,
+            surrogate=self.surrogate,
         )
         actor_loss = scaled(loss.actor.mean(), self.scales.actor)
         critic_loss = scaled(loss.critic.mean(), self.scales.critic)

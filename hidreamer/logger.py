@@ -282,14 +282,17 @@ class Rates:
 class Screen:
     """A live bar on a terminal; elsewhere a line a minute, and the last one when the ``with``
     block ends.
+
+    text: what stands behind the bar, before the time left, in rich's format.
     """
 
-    def __init__(self, total: int):
+    TEXT = "{task.fields[rates]} {task.fields[losses]} return {task.fields[score]} left"
+
+    def __init__(self, total: int, text: str = TEXT):
         self.console = Console(highlight=False, soft_wrap=True)
         self.total, self.shown, self.rates = total, time.monotonic(), Rates()
         # not shown yet
         self.latest: tuple[int, int, Mapping[str, float], float | None] | None = None
-        text = "{task.fields[rates]} {task.fields[losses]} return {task.fields[score]} left"
         columns = [
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(20),

@@ -38,6 +38,24 @@ class ImagLoss(NamedTuple):
     metrics: dict[str, Tensor]  # each (), without gradient
 
 
+Surrogate = Callable[[Tensor, Tensor], Tensor]
+
+
+def reinforce_gain(log_prob: Tensor, adv: Tensor) -> Tensor:
+    """What REINFORCE maximises, of actions' log-probabilities and advantages, (N, H) each."""
+    return log_prob * adv
+
+
+def clipped_gain(log_prob: Tensor, before: Tensor, adv: Tensor, clip: float) -> Tensor:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), (N, H).
+
+    before (N, H): the log-probabilities when the actions were drawn. clip: how far the ratio may
+    move an advantage's weight away from 1.
+    """
+    ratio = (log_prob - before).exp()
+    return torch.minimum(ratio * adv, ratio.clamp(1.0 - clip, 1.0 + clip) * adv)
+
+
 def imag_loss(
     action: Tensor,
     disc: Tensor,
@@ -52,6 +70,7 @@ def imag_loss(
     lam: float,
     entropy: float,
     reinforce: bool,
+    surrogate: Surrogate = reinforce_gain,
 ) -> ImagLoss:
     """Actor and critic loss of imagined trajectories (Hafner et al. 2023, eq. 7-12).
 
@@ -61,8 +80,8 @@ def imag_loss(
     gradient; slow_value (N,H) is the slow critic's, towards which the critic is regularised. scale:
     takes the returns (N,H) and gives what advantages are divided by, ().
 
-    reinforce: the actor's gradient is that of its actions' log-probabilities; otherwise it is that
-    of the returns, which must then depend on the actions.
+    reinforce: the actor's gradient is that of its actions' log-probabilities, by ``surrogate``;
+    otherwise it is that of the returns, which must then depend on the actions.
     """
     shapes = action.shape[:2], disc.shape, rew.shape, value.shape
     assert len(set(shapes)) == 1, shapes
@@ -75,7 +94,9 @@ def imag_loss(
     denominator = scale(returns)
     adv = (returns - value[:, :-1]) / denominator  # (N, H)
     policy_entropy = policy.entropy()  # (N, H)
-    gain = policy.log_prob(action[:, :-1].detach()) * adv.detach() if reinforce else adv  # (N, H)
+    gain = adv  # (N, H)
+    if reinforce:
+        gain = surrogate(policy.log_prob(action[:, :-1].detach()), adv.detach())
     actor = -(weight * (gain + entropy * policy_entropy))
     critic = -(weight * value_dist.log_prob(returns.detach(), slow_value))
     metrics = {

@@ -114,6 +114,7 @@ class Layer(nn.Module):
     ):
         super().__init__()
         self.heads = heads
+        self.dropout = 0.0  # of what both parts add, while something learns; the agent has none
         self.norm1, self.norm2 = make_norm(norm, width), make_norm(norm, width)
         self.qkv = linear(width, 3 * width, bias=False)
         self.out = linear(width, width, bias=False)
@@ -128,9 +129,15 @@ class Layer(nn.Module):
 
     def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
         """x (B,n,Q,W), what attention gave (B,n,Q,W), levels (Q,) -> (B,n,Q,W), losses."""
-        x = x + self.out(attended)
+        x = x + self._drop(self.out(attended))
         added, losses = self.ffn(self.norm2(x), level)
-        return x + added, losses
+        return x + self._drop(added), losses
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Dropout where something learns; acting and dreams without a gradient are whole."""
+        if not self.dropout:
+            return x
+        return F.dropout(x, self.dropout, self.training and torch.is_grad_enabled())
 
 
 MASKED = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN

@@ -54,6 +54,58 @@ def tiny(made, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def collected(tmp_path_factory):
+    """A LOGDIR of the pipeline with a finished ``collect``: a few hundred steps of two games."""
+    from small_pipeline import run
+
+    folder = tmp_path_factory.mktemp("collected")
+    assert run("collect", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoded(collected, tmp_path_factory):
+    """And with a finished ``encoder``."""
+    from small_pipeline import copied, run
+
+    folder = copied(collected, tmp_path_factory.mktemp("encoded"), "collect")
+    assert run("encoder", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenized(encoded, tmp_path_factory):
+    """And with a finished ``tokenizer``."""
+    from small_pipeline import copied, run
+
+    folder = copied(encoded, tmp_path_factory.mktemp("tokenized"), "collect", "encoder")
+    assert run("tokenizer", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def modelled(tokenized, tmp_path_factory):
+    """And with a finished ``world_model``."""
+    from small_pipeline import copied, run
+
+    stages = ("collect", "encoder", "tokenizer")
+    folder = copied(tokenized, tmp_path_factory.mktemp("modelled"), *stages)
+    assert run("world_model", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def acting(modelled, tmp_path_factory):
+    """And with a finished ``policy``: every stage."""
+    from small_pipeline import copied, run
+
+    stages = ("collect", "encoder", "tokenizer", "world_model")
+    folder = copied(modelled, tmp_path_factory.mktemp("acting"), *stages)
+    assert run("policy", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """``trained("hrvq", "image")``: the folder of a short run of dummy_image; each is made once."""
     from small_runs import short

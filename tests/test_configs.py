@@ -180,6 +180,8 @@ def test_every_preset_trains_with_every_latent_state(suite, names):
     }
     config = tools.load_config([preset] if preset in PRESETS else [], small)
     obs_space, act_space = SPACES[suite]
+    if "image" in obs_space:  # of the preset's size
+        obs_space = {"image": spaces.Box(0, 255, (*config.env["size"], 3), np.uint8)}
     rows = random_rows(obs_space, act_space, 2, 2)
     with torch.device("meta"):
         agent = models.Agent(obs_space, act_space, rows["prev_action"].shape[-1], config)

@@ -35,12 +35,13 @@ from hidreamer.dynamics.base import (
     start_steps,
     unroll,
 )
+from hidreamer.experts import expert_use, make_transformer
 from hidreamer.losses import scaled
 from hidreamer.mask import attn_mask, make_level_mask
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, code_accuracy, per_level
 from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
-from hidreamer.transformer import KV, Branch, FFNLosses, Transformer, rotary
+from hidreamer.transformer import KV, Branch, FFNLosses, rotary
 from hidreamer.weights import former_hrvq_names
 
 
@@ -71,7 +72,7 @@ class HRVQ(Dynamics):
 
     codes: how many a codebook has, K. chain: predict each level given the coarser ones of its step;
     otherwise all from the memory alone. temperature: by level, of samples in imagination only.
-    names: ``norm``, ``act`` and ``ffn`` of the transformer.
+    options: those of ``experts.make_transformer``.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class HRVQ(Dynamics):
         temperature: list[float],
         level_dropout: float,
         spatial: bool,
-        **names: str,
+        **options: Any,
     ):
         super().__init__()
         if deter % heads or (deter // heads) % 2:  # rotary positions turn pairs of numbers
@@ -143,7 +144,7 @@ class HRVQ(Dynamics):
         self.token.append(linear(act_dim, deter))
         self.level_emb = nn.Parameter(0.02 * torch.randn(levels + 1, deter))
         self.bos_token = nn.Parameter(0.02 * torch.randn(deter))  # for the action before an episode
-        self.transformer = Transformer(deter, layers, heads, hidden, **names)
+        self.transformer = make_transformer(deter, layers, heads, hidden, levels, **options)
         self.prior = nn.ModuleList(linear(deter, groups * codes, scale=1.0) for _ in range(levels))
         self.former_names = former_hrvq_names(layers)
 
@@ -297,6 +298,7 @@ class HRVQ(Dynamics):
         for name, loss in post.aux.ffn_losses.items():  # (B, 1) each
             losses[name] = loss.expand(is_first.shape)
         metrics |= self.quantizer.usage(codes.index)
+        metrics |= expert_use(self.transformer)
         return losses, metrics | code_accuracy(
             [level.prior for level in post.levels], codes.index, is_first
         )

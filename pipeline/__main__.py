@@ -1,0 +1,129 @@
+"""Train in stages, each usable alone.
+
+    python -m pipeline STAGE|all --configs PRESET --logdir FOLDER [--strict] [--key value ...]
+
+The same command again continues. Keys of the group ``pipeline`` may be written without it, those of
+the stage without its name: --agent is --pipeline.collect.agent for ``collect``. ``all`` runs every
+stage that is not finished, and writes FOLDER/report.html. --strict ends with 1 where a metric is no
+better than its baseline.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import models
+import tools
+from dreamer import Signals, Stop, resource
+from envs import EnvError
+from hidreamer import app
+from hidreamer.checkpoint import FolderError
+from tools import ConfigError
+from training import Failure
+
+try:
+    from pipeline import gate, report, stage
+    from pipeline.collect import Collect
+    from pipeline.encoder import Encoder
+    from pipeline.policy import Policy
+    from pipeline.stage import StageError
+    from pipeline.tokenizer import Tokenizer
+    from pipeline.world_model import WorldModel
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    message = f"error: the pipeline needs its extra: pip install -e '.[compare]' ({error})"
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, Policy)}
+
+
+def full_key(key: str, name: str, keys: Iterable[str]) -> str:
+    """The config key that ``key`` stands for on the command line of stage ``name``.
+
+    Raises ConfigError where it could be several stages' own.
+    """
+    keys = set(keys)
+    for candidate in (f"pipeline.{name}.{key}", f"pipeline.{key}"):
+        if candidate in keys:
+            return candidate
+    if name == "all":
+        found = [f"pipeline.{other}.{key}" for other in STAGES]
+        found = [candidate for candidate in found if candidate in keys]
+        if len(found) > 1:
+            raise ConfigError(f"--{key} could be {' or '.join('--' + x for x in found)}")
+        if found:
+            return found[0]
+    return key
+
+
+def configured(name: str, args: tools.Args) -> tuple[tools.Config, bool]:
+    """-> config, and whether gates are ``--strict``. Raises ConfigError."""
+    if args.resume or args.capacity:
+        raise ConfigError("--resume and --capacity are dreamer.py's: a stage continues by itself")
+    values: dict[str, Any] = dict(args.overrides)
+    strict = tools.coerce("strict", values.pop("strict", "false"), False, "")
+    known = tools.load_config([], {}).flat()
+    overrides = {full_key(key, name, known): value for key, value in values.items()}
+    config = tools.load_config(args.presets, overrides)
+    if not config.logdir:
+        raise ConfigError("--logdir is missing: the folder that all stages share")
+    return config, strict
+
+
+def start(argv: list[str], signals: Signals) -> int:
+    """-> exit status. Raises what ``main`` turns into a line."""
+    name, *rest = argv
+    if name not in (*STAGES, "all"):
+        raise ConfigError(f"there is no stage {name!r}; {tools.nearest(name, (*STAGES, 'all'))}")
+    config, strict = configured(name, tools.parse(rest))
+    root, device = Path(config.logdir).expanduser(), models.pick_device(config)
+    signals.defer()
+    for kind in STAGES.values() if name == "all" else [STAGES[name]]:
+        found = stage.run(kind, config, root, device, signals.check, (Stop,))
+        print(gate.markdown(found))
+        if strict and not found["passed"]:
+            return 1
+    if name == "all":
+        print(f"report: {report.write(root, config, STAGES, device, signals.check)}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """-> exit status: 0 done, 1 failure or, with --strict, a gate with warnings; 2 bad arguments,
+    folders or inputs; 128 + signal.
+    """
+    if not argv or "--help" in argv or "-h" in argv:
+        usage = f"{__doc__}\nStages: {', '.join(STAGES)}."
+        print(tools.help_text(usage))
+        return 0 if argv else 2
+    try:
+        with Signals() as signals:
+            return start(argv, signals)
+    except Stop as stop:
+        name = signal.Signals(stop.signum).name
+        print(f"stopped by {name}; the same command continues")
+        return 128 + stop.signum
+    except (ConfigError, FolderError, EnvError) as error:
+        status, message = 2, str(error)
+    except (StageError, Failure) as error:
+        status, message = 1, str(error)
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        status, message = 1, resource(error)
+        if not message:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    sys.exit(app.run(main))

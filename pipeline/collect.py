@@ -1,0 +1,301 @@
+"""collect: frames once, actions, rewards, ends and the console's memory, in the episodes' format.
+
+An episode depends on the config, the game and its own number alone, so that a stage that was killed
+plays the interrupted one again. ``LOGDIR/collect/GAME`` is like the folder of a run:
+``--paired-offline`` and the world models read its episodes.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ale_py
+import cv2
+import numpy as np
+import torch
+
+import models
+import tools
+from envs import make_env
+from envs.base import Env
+from hidreamer import checkpoint
+from hidreamer.checkpoint import CheckpointError
+from hidreamer.episodes import save_episode
+from hidreamer.spaces import random_action
+from pipeline import data
+from pipeline.gate import HIGHER, Gate, Row, Table
+from pipeline.stage import Stage
+from tools import Config, ConfigError
+
+SPEED_STEPS = 400  # that are timed for the gate
+SPEED_ROUNDS = 3
+SPEED = 0.8  # of ale-py's own, which is asked for
+
+
+class Played(NamedTuple):
+    """An episode's rows {key: (T, ...)} and its return."""
+
+    rows: dict[str, np.ndarray]
+    score: float
+
+
+class Collect(Stage):
+    name = "collect"
+    keys = ("pipeline.collect.steps", "pipeline.collect.agent", "pipeline.collect.random")
+    keys += ("pipeline.collect.from_minari", "env.size", "env.action_repeat", "env.time_limit")
+    keys += ("env.atari",)
+
+    def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
+        super().__init__(config, root, device, report)
+        self.games, block = config.pipeline.games, config.pipeline.collect
+        if len(set(self.games)) != len(self.games):
+            raise ConfigError(f"pipeline.games names a game twice: {' '.join(self.games)}")
+        spaces = [data.space(config, game) for game in self.games]
+        self.per_game, self.total = block.steps, block.steps * len(self.games)
+        self.names: list[list[str]] = [[] for _ in self.games]  # of the episodes' files
+        self.returns: list[list[float]] = [[] for _ in self.games]
+        self.rows = [0] * len(self.games)  # recorded steps of each
+        self.policy: Policy | None = None
+        if block.from_minari:
+            from pipeline import minari
+
+            self.imported = minari.read(block.from_minari, spaces, block.steps)
+        elif block.agent:
+            self.policy = Policy(Path(block.agent).expanduser(), config, self.games, device)
+        self.writer = ThreadPoolExecutor(1)  # compressing leaves the interpreter to the emulator
+        self.pending: list[Future] = []
+
+    # ------------------------------------------------------------ one episode
+
+    def advance(self) -> Mapping[str, float]:
+        """Record the next episode of the first game that lacks steps."""
+        game = next(i for i, rows in enumerate(self.rows) if rows < self.per_game)
+        if self.config.pipeline.collect.from_minari:
+            played = self.imported[game][len(self.names[game])]
+        else:
+            played = self._play(game, len(self.names[game]), self.per_game - self.rows[game])
+        steps = len(played.rows["reward"]) - 1
+        name = f"{len(self.names[game]):07d}-00-{steps + 1}.npz"
+        folder = data.folder(self.root, self.games[game])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pending.append(self.writer.submit(save_episode, folder / name, played.rows))
+        self.names[game].append(name)
+        self.returns[game].append(played.score)
+        self.rows[game] += steps
+        self.step = sum(self.rows)
+        metrics = {"train_return": played.score, "train_length": float(steps)}
+        return {f"{self.games[game]}/{key}": value for key, value in metrics.items()}
+
+    def _play(self, game: int, index: int, budget: int) -> Played:
+        """Episode ``index`` of a game, cut (a truncation) after ``budget`` steps."""
+        config, name = self.config, self.games[game]
+        entropy = [config.seed, zlib.crc32(name.encode()), index]
+        seeds = np.random.SeedSequence(entropy).generate_state(2)
+        env = make_env(f"atari_{name}", config.env.tree(), int(seeds[0] >> 1))
+        rng = np.random.default_rng(seeds)
+        choose = self._chooser(env, rng, game, int(seeds[1]))
+        try:
+            return play(env, choose, budget)
+        finally:
+            env.close()
+
+    def _chooser(self, env: Env, rng: np.random.Generator, game: int, seed: int) -> Callable:
+        """A function from an output of ``env`` to the next action (A,)."""
+        if self.policy is None:
+            return random_player(env, rng)
+        share = self.config.pipeline.collect.random
+        act = self.policy.episode(seed)
+
+        def choose(obs: Mapping[str, Any]) -> np.ndarray:
+            action = act(obs)  # also where it is not taken: the agent sees every step
+            return random_action(env.act_space, 1, rng)[0] if rng.random() < share else action
+
+        return choose
+
+    # ------------------------------------------------------------ state and end
+
+    def save_state(self) -> dict[str, Any]:
+        self._wait()
+        return {"names": self.names, "returns": self.returns, "rows": self.rows}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.names, self.returns, self.rows = state["names"], state["returns"], state["rows"]
+        for game, names in zip(self.games, self.names, strict=True):
+            for path in data.folder(self.root, game).glob("*.npz*"):
+                if path.name not in names:  # of after the checkpoint: it is played again
+                    path.unlink()
+
+    def _wait(self) -> None:
+        """Until all episodes are written. Raises OSError."""
+        for future in self.pending:
+            future.result()
+        self.pending.clear()
+
+    def finish(self) -> tuple[Gate, list[Path]]:
+        self._wait()
+        block = self.config.pipeline.collect
+        outputs, rows = [], []
+        for game, names, returns in zip(self.games, self.names, self.returns, strict=True):
+            outputs += [data.folder(self.root, game) / name for name in names]
+            rows.append(Row(f"{game}: mean return", float(np.mean(returns))))
+            rows.append(Row(f"{game}: episodes", len(names)))
+        tables = [Table("Recorded", rows)]
+        if not block.agent and not block.from_minari:
+            ours, bare = speeds(self.config, self.games[0])
+            note = (
+                f"Steps of random play in {self.games[0]} a second of the playing thread's"
+                f" processor time, the best of {SPEED_ROUNDS} rounds of {SPEED_STEPS},"
+                " beside a bare loop over ale-py's act, its screen and OpenCV's resize: at least"
+                f" {SPEED:.0%} of that is asked for."
+            )
+            asked = {f"{SPEED:.0%} of ale-py": SPEED * bare}
+            speed = [Row("steps/s", ours, asked, HIGHER), Row("share of ale-py's own", ours / bare)]
+            tables.append(Table("Speed", speed, note))
+        if block.to_minari:
+            from pipeline import minari
+
+            recordings = data.load_all(self.root, self.config)
+            for line in minari.write(Path(block.to_minari).expanduser(), recordings):
+                self.report(line)
+        policy = block.from_minari or block.agent or "random"
+        return Gate(self.name, tables, {"policy": policy, "steps of each game": self.rows}), outputs
+
+    def close(self) -> None:
+        self.writer.shutdown()
+
+
+def random_player(env: Env, rng: np.random.Generator) -> Callable[[Any], np.ndarray]:
+    """``spaces.random_action`` of one environment, without making its one-hots anew each step."""
+    onehots = np.eye(env.act_dim, dtype=np.float32)
+    return lambda obs: onehots[rng.integers(len(onehots))]
+
+
+def play(env: Env, choose: Callable[[Mapping[str, Any]], np.ndarray], budget: int) -> Played:
+    """One episode of ``env``, its console's memory beside every row; cut after ``budget`` steps."""
+    obs, action = env.reset(), np.zeros(env.act_dim, np.float32)
+    keys = (*env.obs_space, "reward", "is_first", "is_last", "is_terminal")
+    found: dict[str, list] = {key: [] for key in (*keys, "prev_action", "ram")}
+    while True:
+        if len(found["reward"]) == budget:
+            obs["is_last"] = True
+        for key in keys:
+            found[key].append(obs[key])
+        found["prev_action"].append(action)
+        found["ram"].append(env.suite.ram())
+        if obs["is_last"]:
+            break
+        action = choose(obs)
+        obs = env.step(action)
+    rows = {key: np.stack(values) for key, values in found.items()}
+    return Played(rows, float(rows["reward"].sum()))
+
+
+class Policy:
+    """A trained agent's policy. Raises ConfigError where it sees or does something else than is
+    recorded, CheckpointError.
+    """
+
+    def __init__(self, logdir: Path, config: Config, games: list[str], device: torch.device):
+        saved = tools.saved_config(logdir)
+        saved.pop("logdir", None)
+        known = tools.load_config([], {}).flat()
+        theirs = tools.load_config([], {key: x for key, x in saved.items() if key in known})
+        for game in games:
+            env = make_env(f"atari_{game}", config.env.tree(), 0)
+            other = make_env(theirs.task, theirs.env.tree(), 0)
+            same = env.obs_space == other.obs_space and env.act_dim == other.act_dim
+            if not same or theirs.env.action_repeat != config.env.action_repeat:
+                raise ConfigError(
+                    f"pipeline.collect.agent: {logdir} plays {theirs.task} from"
+                    f" {described(other)}, and {game} is recorded as {described(env)}: set"
+                    " pipeline.games, env.size, env.action_repeat and env.atari to the agent's"
+                )
+        self.agent = models.make_agent(env, theirs, device)
+        self.agent.make_optimizers()
+        state = checkpoint.load_checkpoint(logdir / "checkpoints" / "latest.pt", {"agent": dict})
+        try:
+            self.agent.load_state(state["agent"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{logdir} cannot be used: {error}") from None
+
+    def episode(self, seed: int) -> Callable[[Mapping[str, Any]], np.ndarray]:
+        """The policy of one episode, sampled as in training."""
+        torch.manual_seed(seed)
+        state = self.agent.initial(1)
+
+        def act(obs: Mapping[str, Any]) -> np.ndarray:
+            nonlocal state
+            keys = (*self.agent_keys(), "is_first")
+            inputs = {key: np.asarray(obs[key])[None] for key in keys}
+            state = self.agent.act(state, self.agent.tensors(inputs), "train")
+            return state.action[0].cpu().numpy()
+
+        return act
+
+    def agent_keys(self) -> list[str]:
+        return [key for kind in self.agent.world_model.encoder.kinds.values() for key in kind]
+
+
+def described(env: Env) -> str:
+    shapes = ", ".join(f"{key} {space.shape}" for key, space in env.obs_space.items())
+    return f"{shapes} with {env.act_dim} actions, {env.repeat} frames each"
+
+
+# ---------------------------------------------------------------- speed
+
+
+def speeds(config: Config, game: str) -> tuple[float, float]:
+    """Steps of random play a second of a thread's processor time, which other processes do not
+    disturb: recorded as the stage does (compressing has a thread of its own), and by a bare loop
+    over ale-py.
+    """
+    block = config.env.tree() | {"time_limit": 0}  # resets are not stepping
+    env = make_env(f"atari_{game}", block, 0)
+    rng, best = np.random.default_rng(0), [0.0, 0.0]
+    choose = random_player(env, rng)
+    play(env, choose, 1)
+    with ThreadPoolExecutor(1) as writer:
+        for _ in range(SPEED_ROUNDS):  # by turns, so that other load hits both
+            start = time.thread_time()
+            steps, pending = 0, []
+            while steps < SPEED_STEPS:
+                rows = play(env, choose, SPEED_STEPS - steps).rows
+                steps += len(rows["reward"]) - 1
+                pending.append(writer.submit(compress, rows))
+            for future in pending:
+                future.result()
+            best[0] = max(best[0], steps / (time.thread_time() - start))
+            best[1] = max(best[1], bare_speed(config, game))
+    env.close()
+    return best[0], best[1]
+
+
+def compress(rows: Mapping[str, np.ndarray]) -> None:
+    np.savez_compressed(io.BytesIO(), **rows)
+
+
+def bare_speed(config: Config, game: str) -> float:
+    """Steps a second of ale-py alone, with as many frames, screens and pixels a step."""
+    ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", config.env.atari.sticky)
+    ale.loadROM(ale_py.roms.get_rom_path(game))
+    screen = ale.getScreenGrayscale if config.env.atari.grayscale else ale.getScreenRGB
+    actions, rng = ale.getMinimalActionSet(), np.random.default_rng(0)
+    size, repeat = tuple(config.env["size"])[::-1], config.env.action_repeat
+    start = time.thread_time()
+    for _ in range(SPEED_STEPS):
+        action, screens = actions[rng.integers(len(actions))], []
+        for frame in range(repeat):
+            ale.act(action)
+            if frame >= repeat - 2:
+                screens.append(screen())
+        cv2.resize(np.maximum.reduce(screens), size, interpolation=cv2.INTER_AREA)
+        if ale.game_over():
+            ale.reset_game()
+    return SPEED_STEPS / (time.thread_time() - start)

@@ -1,0 +1,176 @@
+"""Episodes from and to Minari data sets (the extra ``minari``).
+
+A data set has the frames as observations, the game's own action ids, and the console's memory in
+the infos, under ``ram``. One that was made elsewhere has it too, or cannot be read: the probes of
+every later stage need it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from hidreamer.checkpoint import FolderError
+from pipeline.collect import Played
+from pipeline.data import Recording, Space
+from tools import ConfigError
+
+
+def package() -> Any:
+    """Raises ConfigError where the extra is not installed."""
+    try:
+        import minari
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"Minari data sets need the package {error.name!r}: pip install -e '.[minari]'"
+        ) from error
+    return minari
+
+
+def opened(name: str) -> Any:
+    """A data set by its folder, or by its id among those that Minari keeps. Raises ConfigError."""
+    minari, path = package(), Path(name).expanduser()
+    try:
+        if (path / "data").is_dir():
+            return minari.MinariDataset(path / "data")
+        return minari.load_dataset(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"pipeline.collect.from_minari: {name} is no Minari data set on this machine"
+            f" ({reason}); `minari download {name}` fetches a public one"
+        ) from None
+
+
+def read(name: str, wanted: list[Space], steps: int) -> list[list[Played]]:
+    """Episodes of at least ``steps`` steps for every space of ``wanted``, from NAME/GAME, or NAME
+    itself where there is one game. The last one is cut. Raises ConfigError.
+    """
+    found = []
+    for space in wanted:
+        game = space.task.removeprefix("atari_")
+        inside = Path(name).expanduser() / game
+        source = str(inside) if inside.is_dir() else name
+        if len(wanted) > 1 and source == name:
+            raise ConfigError(f"pipeline.collect.from_minari: {name} has no data set {game}")
+        episodes, total = [], 0
+        for episode in opened(source).iterate_episodes():
+            if total >= steps:
+                break
+            played = converted(episode, space, source)
+            if total + len(played.rows["reward"]) - 1 > steps:
+                played = cut(played, steps - total)
+            total += len(played.rows["reward"]) - 1
+            episodes.append(played)
+        if total < steps:
+            raise ConfigError(
+                f"{source} holds {total} steps, not {steps}: lower pipeline.collect.steps"
+            )
+        found.append(episodes)
+    return found
+
+
+def converted(episode: Any, space: Space, source: str) -> Played:
+    """Raises ConfigError where the episode does not fit the config."""
+    image, infos = np.asarray(episode.observations), episode.infos or {}
+    shape, actions = space.spec["image"][0], np.asarray(episode.actions)
+    if image.ndim == 3 and shape[-1] == 1:
+        image = image[..., None]  # (T, H, W, 1)
+    if image.dtype != np.uint8 or image.shape[1:] != shape:
+        raise ConfigError(
+            f"{source} shows {image.dtype} {image.shape[1:]}, not uint8 {shape}: set env.size and"
+            " env.atari.grayscale"
+        )
+    if actions.ndim != 1 or actions.min() < 0 or actions.max() >= space.actions:
+        raise ConfigError(
+            f"{source} has actions up to {actions.max()}, and {space.task} has {space.actions}:"
+            " set env.atari.actions"
+        )
+    if "ram" not in infos or np.shape(infos["ram"]) != (len(image), 128):
+        raise ConfigError(f"{source} has no 'ram' (T, 128) in its infos, which the probes need")
+    count = len(image)
+    first, last = np.arange(count) == 0, np.arange(count) == count - 1
+    rows = {  # in the order of ``play``: the file is then the same, to the last bit
+        "image": image,
+        "reward": np.concatenate([[0.0], episode.rewards]).astype(np.float32),
+        "is_first": first,
+        "is_last": last,
+        "is_terminal": last & bool(np.asarray(episode.terminations)[-1]),
+        "prev_action": np.zeros((count, space.actions), np.float32),
+        "ram": np.asarray(infos["ram"], np.uint8),
+    }
+    rows["prev_action"][np.arange(1, count), actions.astype(int)] = 1.0
+    return Played(rows, float(rows["reward"].sum()))
+
+
+def cut(played: Played, steps: int) -> Played:
+    """The first ``steps`` steps, as a truncated episode."""
+    rows = {key: x[: steps + 1].copy() for key, x in played.rows.items()}
+    rows["is_last"][-1] = True
+    return Played(rows, float(rows["reward"].sum()))
+
+
+def write(folder: Path, recordings: list[Recording]) -> list[str]:
+    """A data set FOLDER/GAME of every game. -> lines about them.
+
+    Raises ConfigError, FolderError where one is there already.
+    """
+    minari = package()
+    from minari.data_collector import EpisodeBuffer
+
+    lines = []
+    for recording in recordings:
+        target = folder / recording.game
+        if target.exists():
+            raise FolderError(
+                f"{target} is there already: choose another pipeline.collect.to_minari"
+            )
+        buffers = []
+        bounds = [*np.flatnonzero(recording.is_first), len(recording)]
+        for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+            buffers.append(
+                EpisodeBuffer(
+                    id=i,
+                    observations=recording.image[a:b],
+                    actions=recording.action[a + 1 : b].argmax(-1),
+                    rewards=recording.reward[a + 1 : b].astype(float),
+                    terminations=recording.is_terminal[a + 1 : b],
+                    truncations=(recording.is_last & ~recording.is_terminal)[a + 1 : b],
+                    infos={"ram": recording.ram[a:b]},
+                )
+            )
+        shape = recording.image.shape[1:]
+        minari_write(minari, target, buffers, shape, recording.action.shape[1])
+        lines.append(f"Minari data set {target}: {len(buffers)} episodes")
+    return lines
+
+
+def minari_write(
+    minari: Any, target: Path, buffers: list, shape: tuple[int, ...], actions: int
+) -> None:
+    """``create_dataset_from_buffers`` in ``target``: Minari asks for a place by a variable only."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(target.parent.resolve())
+    facts = {
+        "observation_space": spaces.Box(0, 255, shape, np.uint8),
+        "action_space": spaces.Discrete(actions),
+        "algorithm_name": "hidreamer pipeline collect",
+        "description": f"{target.name}: frames, actions, rewards; infos: the console's memory.",
+        "jpeg_encoding": False,  # the default loses pixels
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about environments that it could not make itself
+            minari.create_dataset_from_buffers(f"{target.name}-v0", buffers, **facts)
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+    (target.parent / f"{target.name}-v0").rename(target)

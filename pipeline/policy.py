@@ -1,0 +1,196 @@
+"""policy: actor and critic of one game, in dreams of the world model; judged in the real game.
+
+Beside it stand random play, and the same agent trained online with as many real steps and updates
+(``LOGDIR/policy/online``, a run of ``dreamer.py`` like any other).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tools
+from envs import make_env
+from envs.vector import Envs
+from hidreamer import checkpoint, evaluation
+from hidreamer.spaces import random_action
+from pipeline import data, tokenizer, training, world_model
+from pipeline.gate import HIGHER, Gate, Row, Table
+from pipeline.stage import Stage
+from pipeline.token_agent import TokenAgent
+from pipeline.token_model import Windows, tensors, token_rows
+from tools import Config, ConfigError
+from training import Run
+
+EVALUATION, RANDOM, TRAINED = 1, 2, 3  # seeds of environments
+NOTE = (
+    "Mean return of whole episodes in the real game, ± one standard error; actions are drawn, as in"
+    " training. Online: an agent of the same latent state and heads that learns everything at once,"
+    " from as many real steps and with as many updates, its codes from reconstruction and rewards."
+)
+
+
+class Policy(Stage):
+    name = "policy"
+    needs = ("collect", "encoder", "tokenizer", "world_model")
+    keys = ("pipeline.policy", "actor", "critic", "imag", "model", "loss_scales", "optim")
+    keys += ("encoder", "decoder", "dynamics", "reward", "cont", "precision")
+
+    def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
+        super().__init__(config, root, device, report)
+        block, games = config.pipeline.policy, config.pipeline.games
+        self.game = block.game or games[0]
+        if self.game not in games:
+            raise ConfigError(
+                f"pipeline.policy.game is {self.game!r}; it can be {', '.join(games)}"
+            )
+        self.block, self.total = block, block.updates
+        index = games.index(self.game)
+        model = world_model.load(root, config, device, index)
+        env = make_env(f"atari_{self.game}", config.env.tree(), 0)
+        env.close()
+        self.agent = TokenAgent(model, env.act_space, config).to(device)
+        self.agent.make_optimizers()
+        recording = data.load(root, config, self.game)
+        rows = token_rows(recording, tokenizer.load_tokens(root, recording), None)
+        self.windows = Windows([recording], [rows], block.batch, block.length, balance=True)
+
+    def advance(self) -> Mapping[str, Tensor]:
+        values = self.agent.update(tensors(self.windows.sample(), self.device))
+        self.step += 1
+        return dict(zip(self.agent.metric_names, values, strict=True))
+
+    def save_state(self) -> dict[str, Any]:
+        return self.agent.save_state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.agent.load_state(state)
+
+    def finish(self) -> tuple[Gate, list[Path]]:
+        outputs = [training.save_params(self.folder / "agent.pt", self.agent)]
+        scores = {"here": self._evaluate(self.agent, EVALUATION)}
+        scores["random play"] = self._evaluate(RandomAgent(self.config, self.game), RANDOM)
+        if self.block.online:
+            scores["online"] = self._online()
+        mean = {who: float(np.mean(x)) for who, x in scores.items()}
+        error = {who: standard_error(x) for who, x in scores.items()}
+        own = mean.pop("here")
+        rows = [Row(f"{self.game}: mean return", own, mean, HIGHER)]
+        rows.append(Row(f"{self.game}: standard error", error.pop("here"), error))
+        facts = {
+            "algorithm": self.block.algorithm,
+            "memory": self.block.memory,
+            "world model": "fine-tuned" if self.block.finetune else "frozen",
+            "real steps": self.config.pipeline.collect.steps,
+            "returns": scores,
+        }
+        return Gate(self.name, [Table("In the real game", rows, NOTE)], facts), outputs
+
+    # ------------------------------------------------------------ the real game
+
+    def _evaluate(self, agent: Any, role: int) -> list[float]:
+        """Returns of ``eval_episodes`` episodes, the same ones in every process."""
+        config = self.config
+        block = config.env.tree()
+        limit = block["time_limit"] = evaluation.time_limit(config)
+
+        def make(index: int, restart: int) -> Any:
+            entropy = [config.seed, role, index, restart]
+            seed = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+            return make_env(f"atari_{self.game}", block, seed, index=index, evaluation=True)
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(config.seed + role)
+            with contextlib.closing(Envs(make, 1, False)) as envs:
+                episodes = self.block.eval_episodes
+                played = evaluation.play(
+                    agent, envs, episodes, "train", limit=limit, check=self.poll
+                )
+        return [episode["return"] for episode in played.episodes]
+
+    def _online(self) -> list[float]:
+        """Train the same agent online, or continue that, and evaluate it."""
+        config = online_config(self.config, self.game)
+        folder = self.folder / "online"
+        with checkpoint.locked(folder):
+            run = Run(config, folder, None, self.device, self.report)
+            run.poll = self.poll
+            with contextlib.closing(run):
+                self._train_online(run)
+                return self._evaluate(run.agent, TRAINED)
+
+    def _train_online(self, run: Run) -> None:
+        try:
+            while run.step < run.config.steps:
+                run.advance()
+            run.finish()
+        except BaseException:
+            run.save()  # the same command goes on from here
+            raise
+
+
+def standard_error(x: list[float]) -> float:
+    """Of the mean; NaN of one value."""
+    return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+
+
+def online_config(config: Config, game: str) -> Config:
+    """Of a run of ``dreamer.py`` with the steps and updates of the staged agent.
+
+    The code bits are the same; codes are drawn and learned as the online agent's default has it.
+    """
+    block, steps = config.pipeline.policy, config.pipeline.collect.steps
+    prefill = max(min(steps // 10, config.replay.prefill), block.length + 1)
+    ratio = block.updates * block.batch * block.length / max(steps - prefill, 1)
+    changes = {
+        "task": f"atari_{game}",
+        "steps": steps * config.env.action_repeat,
+        "logdir": "",
+        "eval_episodes": 0,
+        "video": False,
+        "replay.batch": block.batch,
+        "replay.length": block.length,
+        "replay.prefill": prefill,
+        "replay.pretrain": 0,
+        "replay.ratio": max(round(ratio), 1),
+        "log_every": max(steps * config.env.action_repeat // 20, 1),
+        "checkpoint_every": max(steps * config.env.action_repeat // 5, 1),
+        "dynamics.hrvq.code_dim": 32,
+        "dynamics.hrvq.posterior": "sampled",
+        "dynamics.hrvq.commitment": [0.0],
+        "dynamics.hrvq.level_weights": [1.0],
+    }
+    return tools.load_config([], config.flat() | changes)
+
+
+class Chosen(NamedTuple):
+    """A state of ``RandomAgent``."""
+
+    action: Tensor  # (N, A)
+
+
+class RandomAgent:
+    """What ``evaluation.play`` asks of an agent, playing at random."""
+
+    def __init__(self, config: Config, game: str):
+        env = make_env(f"atari_{game}", config.env.tree(), 0)
+        env.close()
+        self.space, self.rng = env.act_space, np.random.default_rng(config.seed)
+
+    def initial(self, n: int) -> Chosen:
+        return Chosen(torch.from_numpy(random_action(self.space, n, self.rng)))
+
+    def tensors(self, rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return rows
+
+    def act(
+        self, state: Chosen, obs: Mapping[str, np.ndarray], mode: str, generator: Any = None
+    ) -> Chosen:
+        return self.initial(len(state.action))

@@ -1,0 +1,134 @@
+"""The online agent on a world model of tokens: actor and critic learn in its dreams.
+
+Shapes: B sequences, N dreams of H steps, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+import models
+import networks
+from hidreamer.behavior import Behavior, Trajectory
+from hidreamer.dynamics.base import start_steps
+from hidreamer.losses import clipped_gain
+from hidreamer.returns import ReturnNorm
+from pipeline.token_model import TokenWorldModel
+from tools import Config, ConfigError
+
+
+class First(nn.Module):
+    """A network of the first ``size`` features only: of the codes, without the memory."""
+
+    def __init__(self, net: nn.Module, size: int):
+        super().__init__()
+        self.net, self.size = net, size
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x[..., : self.size])
+
+
+class PPO(Behavior):
+    """``Behavior`` whose actor maximises PPO's clipped surrogate; everything else is shared."""
+
+    def __init__(self, actor: nn.Module, critic: nn.Module, config: Any):
+        super().__init__(actor, critic, config, backprop=False)
+        self.clip = config.pipeline.policy.clip
+        self.before: Tensor | None = None  # (N, H) log-probabilities of the dream's actions
+        # every pass over a dream moves the running range: together as far as one of REINFORCE
+        self.norm = ReturnNorm(self.norm.rate / config.pipeline.policy.epochs)
+
+    def imagine(
+        self, model: Any, start: Any, terminal: Tensor, generator: torch.Generator | None = None
+    ) -> Trajectory:
+        traj = super().imagine(model, start, terminal, generator)
+        with torch.no_grad():
+            self.before = self.actor(traj.x[:, :-1]).log_prob(traj.action[:, :-1])
+        return traj
+
+    def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
+        return clipped_gain(log_prob, self.before, adv, self.clip)
+
+
+class TokenAgent(models.Agent):
+    """``models.Agent`` on a ``TokenWorldModel``, which is frozen unless ``policy.finetune``.
+
+    Raises ConfigError where windows are too short for ``imag.starts``.
+    """
+
+    def __init__(self, model: TokenWorldModel, act_space: spaces.Space, config: Config):
+        nn.Module.__init__(self)
+        self.block, self.config = config.pipeline.policy, config
+        try:
+            start_steps(self.block.length, config.imag.starts)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.act_dim, self.world_model = model.dynamics.act_dim, model
+        self.behavior = self._make_behavior(act_space)
+        self.explorer, self.metric_names, self.captured_act = None, (), None
+        if not self.block.finetune:
+            model.requires_grad_(False)
+        self.passes = self.block.epochs if self.block.algorithm == "ppo" else 1
+
+    def _make_behavior(self, act_space: spaces.Space) -> Behavior:
+        config, dynamics = self.config, self.world_model.dynamics
+        size = dynamics.feat_dim if self.block.memory else dynamics.stoch_dim
+        actor = networks.Actor(size, act_space, **config.actor.net)
+        critic = networks.make_head("twohot", size, **config.critic.net)
+        if not self.block.memory:  # features are the codes, then the memory
+            actor, critic = First(actor, size), First(critic, size)
+        if self.block.algorithm == "ppo":
+            return PPO(actor, critic, config)
+        return Behavior(actor, critic, config, backprop=False)
+
+    def trained(self) -> dict[str, dict[str, nn.Module]]:
+        modules = super().trained()
+        if not self.block.finetune:
+            del modules["model"]
+        else:
+            del modules["model"]["encoder"]  # what it makes of images is stored as tokens
+        return modules
+
+    def update(self, batch: models.Batch, generator: torch.Generator | None = None) -> Tensor:
+        """As of ``models.Agent``, on windows of tokens (B,T,.)."""
+        if self.block.finetune:
+            self.world_model.train()
+            found = super().update(batch, generator)
+            self.world_model.eval()
+            return found
+        model = self.world_model
+        with torch.no_grad(), self.autocast():
+            obs = networks.preprocess(batch)
+            carry, post, _ = model.observe(obs, generator=generator)
+            starts = self.config.imag.starts
+            which = start_steps(obs["is_terminal"].shape[1], starts)
+            start = model.dynamics.starts(carry, post, starts)
+        terminal = obs["is_terminal"][:, which].flatten()
+        extrinsic = lambda traj, rew: rew
+        metrics = self._update_behavior("", start, terminal, extrinsic, generator)
+        self.behavior.update_slow()
+        self.metric_names = tuple(metrics)
+        return torch.stack([metric.float() for metric in metrics.values()])
+
+    def _update_behavior(
+        self,
+        prefix: str,
+        start: Any,
+        terminal: Tensor,
+        reward: Callable,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        behavior = self.behavior
+        with self.autocast(), torch.no_grad():
+            traj = behavior.imagine(self.world_model, start, terminal, generator)
+            rew = reward(traj, self.world_model.reward(traj.x).mode())
+        for _ in range(self.passes):
+            with self.autocast():
+                actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
+            steps = self._step("actor", actor_loss) | self._step("critic", critic_loss)
+        return metrics | steps

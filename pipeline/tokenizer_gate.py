@@ -1,0 +1,274 @@
+"""What tokens keep, how they move, and whether games share them: the tokenizer's gate.
+
+Shapes: N frames, L levels, E numbers of an embedding, K codes, games g.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import nets, probing, tokenizer
+from pipeline.data import Recording
+from pipeline.gate import HIGHER, Gate, Row, Table
+
+PERMUTATIONS = 20
+LEVEL_NOTE = (
+    "Held-out episodes of all games. Persistence: how often a code is that of the frame before,"
+    " beside the same frames in random order; it is also what a world model gets right by copying."
+    " Bits: the entropy of the codes in use. A flat VQ of as many codes is level 0 alone."
+)
+ENERGY_NOTE = (
+    "Held-out episodes. Cosine: between an embedding and the sum of its codes. The lineage reported"
+    " their dot product under that name. Explained energy: 1 - squared error / squared length;"
+    " explained variance: the same around the mean embedding, which alone would explain 0."
+    " Untrained: the same quantiser on an untrained encoder's embeddings. Flat, equal bits: one"
+    " level whose L groups have a codebook each."
+)
+PROBE_NOTE = (
+    "R² of linear probes of the sum of codes, held-out episodes. Before quantising: of the"
+    " embedding."
+)
+SHARED_NOTE = (
+    f"Codes that every game uses. Null: game labels shuffled over frames ({PERMUTATIONS} times):"
+    " what is shared where codes say nothing of the game. Shared codes far below it belong to"
+    " games."
+)
+TRANSFER_NOTE = (
+    "Explained energy of a game's held-out episodes by codebooks that never saw it, beside"
+    " codebooks of its own and random ones. The encoder saw all games."
+)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def persistence(code: np.ndarray, successors: np.ndarray) -> float:
+    """How often a code (N,) is that of the frame before; successors: rows that go on."""
+    return float((code[successors + 1] == code[successors]).mean())
+
+
+def shuffled_persistence(code: np.ndarray) -> float:
+    """That of the same codes (N,) in random order: the chance that two of them are equal."""
+    counts = np.unique(code, return_counts=True)[1]
+    total = len(code)
+    return float((counts * (counts - 1)).sum() / max(total * (total - 1), 1))
+
+
+def entropy_bits(code: np.ndarray) -> float:
+    """Of the codes (N,) in use."""
+    share = np.unique(code, return_counts=True)[1] / len(code)
+    return float(-(share * np.log2(share)).sum()) + 0.0  # never -0
+
+
+def cosine(z: np.ndarray, codes: np.ndarray) -> float:
+    """Mean cosine of (N, E) and (N, E)."""
+    norms = np.linalg.norm(z, axis=-1) * np.linalg.norm(codes, axis=-1)
+    return float(((z * codes).sum(-1) / np.maximum(norms, 1e-12)).mean())
+
+
+def dot(z: np.ndarray, codes: np.ndarray) -> float:
+    """What the lineage called a cosine."""
+    return float((z * codes).sum(-1).mean())
+
+
+def explained_energy(z: np.ndarray, codes: np.ndarray) -> float:
+    return float(1.0 - np.square(z - codes).sum() / np.square(z).sum())
+
+
+def explained_variance(z: np.ndarray, codes: np.ndarray) -> float:
+    """As the energy, of what differs between frames: coding nothing but their mean explains 0."""
+    return float(1.0 - np.square(z - codes).sum() / np.square(z - z.mean(0)).sum())
+
+
+def shared(code: np.ndarray, game: np.ndarray, count: int) -> tuple[int, float]:
+    """-> codes that all games use, and the mean over games of their frames' share in these.
+
+    code, game (N,); count: codes that there are.
+    """
+    games = np.unique(game)
+    used = np.stack([np.bincount(code[game == g], minlength=count) > 0 for g in games])
+    common = used.all(0)
+    return int(common.sum()), float(np.mean([common[code[game == g]].mean() for g in games]))
+
+
+def mutual_information(code: np.ndarray, game: np.ndarray) -> float:
+    """Bits that a code (N,) says about the game (N,), plug-in estimate."""
+    joint = game * (int(code.max()) + 1) + code
+    return entropy_bits(code) + entropy_bits(game) - entropy_bits(joint)
+
+
+def permuted(fn: Any, code: np.ndarray, game: np.ndarray) -> np.ndarray:
+    """Mean of ``fn(code, game)`` over shuffled games."""
+    rng = np.random.default_rng(0)
+    return np.mean([fn(code, rng.permutation(game)) for _ in range(PERMUTATIONS)], 0)
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def judge(stage: Any, embeddings: list[np.ndarray], tokens: list[np.ndarray]) -> Gate:
+    """Of a ``Tokenizer``, all games' embeddings (N, E) and tokens (N, L)."""
+    untrained = untrained_embeddings(stage)
+    tables = [level_table(stage, tokens), energy_table(stage, embeddings, untrained)]
+    if len(tokens) > 1:
+        tables += [shared_table(stage, tokens), transfer_table(stage, embeddings)]
+    control = fit_all(stage, untrained)
+    for recording, embed, other in zip(stage.recordings, embeddings, untrained, strict=True):
+        tables.append(probe_table(stage, recording, embed, other, control))
+    config, quantizer = stage.config, stage.quantizer
+    facts: dict[str, Any] = {
+        "posterior": quantizer.kind,
+        "code bits a frame": quantizer.levels * np.log2(quantizer.codes).item(),
+        "joint": config.pipeline.tokenizer.joint,
+    }
+    if quantizer.kind == "nearest" and not config.pipeline.tokenizer.joint:
+        facts["commitment"] = "without effect: the embeddings are frozen (--joint lets it act)"
+    return Gate(stage.name, tables, facts)
+
+
+def untrained_embeddings(stage: Any) -> list[np.ndarray]:
+    """Of all rows of every game, by the encoder before it was trained."""
+    from pipeline import encoder
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stage.config.seed)
+        net, _ = encoder.make(stage.config, stage.device)
+    stack, out = stage.config.pipeline.stack, []
+    for recording in stage.recordings:
+        rows = np.arange(len(recording))
+        out.append(nets.embed(net, recording, rows, stack, stage.device))
+    return out
+
+
+def training_rows(stage: Any, embeddings: list[np.ndarray], games: list[int]) -> torch.Tensor:
+    parts = []
+    for i in games:
+        parts.append(embeddings[i][stage.recordings[i].rows(held=False)])
+    return torch.from_numpy(np.concatenate(parts)).to(stage.device)
+
+
+def fit_all(
+    stage: Any, embeddings: list[np.ndarray], games: list[int] | None = None, **sizes: int
+) -> Any:
+    """A control: a quantiser of these embeddings, with as many updates as the stage's own."""
+    games = list(range(len(embeddings))) if games is None else games
+    train = training_rows(stage, embeddings, games)
+    return tokenizer.fit(stage.config, train, stage.total, **sizes)
+
+
+def held(stage: Any, parts: list[np.ndarray]) -> np.ndarray:
+    """The held-out rows of (N, ...) of every game, one after another."""
+    both = zip(stage.recordings, parts, strict=True)
+    return np.concatenate([x[recording.rows(held=True)] for recording, x in both])
+
+
+def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
+    codes, rows = held(stage, tokens), []  # (N, L)
+    total = stage.quantizer.codes
+    for level in range(codes.shape[1]):
+        code, name = codes[:, level], f"L{level}"
+        same = []
+        for recording, index in zip(stage.recordings, tokens, strict=True):
+            successors = recording.pairs(1, held=True)
+            same.append(index[successors + 1, level] == index[successors, level])
+        kept = float(np.concatenate(same).mean())
+        bits = entropy_bits(code)
+        rows.append(Row(f"{name}: codes in use", len(np.unique(code)), {"there are": total}))
+        rows.append(Row(f"{name}: perplexity", 2.0**bits, {"there are": total}))
+        rows.append(Row(f"{name}: persistence", kept, {"shuffled": shuffled_persistence(code)}))
+        rows.append(Row(f"{name}: bits", bits, {"there are": np.log2(total).item()}))
+    whole = [entropy_bits(codes[:, level]) for level in range(codes.shape[1])]
+    rows.append(Row("all levels: bits a frame", sum(whole)))
+    return Table("Levels", rows, LEVEL_NOTE)
+
+
+def energy_table(stage: Any, embeddings: list[np.ndarray], untrained: list[np.ndarray]) -> Table:
+    """Of L0, L0+L1 and so on."""
+    quantizer, levels = stage.quantizer, stage.quantizer.levels
+    z = held(stage, embeddings)
+    sums = tokenizer.encode(quantizer, z)[1].cumsum(1)  # (N, L, E)
+    other = held(stage, untrained)
+    control = tokenizer.encode(fit_all(stage, untrained), other)[1].cumsum(1)
+    flat: dict[str, np.ndarray] = {}
+    if z.shape[1] % levels == 0 and levels > 1:
+        product = fit_all(stage, embeddings, groups=levels, levels=1)
+        flat["flat, equal bits"] = tokenizer.encode(product, z)[1][:, 0]
+    rows, name = [], ""
+    for level in range(levels):
+        name += f"{'+' if level else ''}L{level}"
+        last = flat.items() if level == levels - 1 else ()
+        measures = {"cosine": cosine, "explained energy": explained_energy}
+        for what, fn in (measures | {"explained variance": explained_variance}).items():
+            by = {"untrained": fn(other, control[:, level])}
+            by |= {who: fn(z, codes) for who, codes in last}
+            rows.append(Row(f"{name}: {what}", fn(z, sums[:, level]), by))
+        rows.append(Row(f"{name}: dot product (lineage's cosine)", dot(z, sums[:, level])))
+    return Table("Reconstruction of the embedding", rows, ENERGY_NOTE)
+
+
+def shared_table(stage: Any, tokens: list[np.ndarray]) -> Table:
+    games = [np.full(len(index), i) for i, index in enumerate(tokens)]
+    codes, game, rows = np.concatenate(tokens), np.concatenate(games), []
+    count = stage.quantizer.codes
+    for level in range(codes.shape[1]):
+        code = codes[:, level]
+        measure = lambda code, game: (*shared(code, game, count), mutual_information(code, game))
+        null = permuted(measure, code, game)
+        most = entropy_bits(game)
+        names = ("shared codes", "frames in shared codes", "bits about the game")
+        for i, (name, value) in enumerate(zip(names, measure(code, game), strict=True)):
+            by = {"shuffled games": float(null[i])}
+            by |= {"the game's own": most} if i == 2 else {}
+            rows.append(Row(f"L{level}: {name}", value, by))
+    return Table("Across games", rows, SHARED_NOTE)
+
+
+def transfer_table(stage: Any, embeddings: list[np.ndarray]) -> Table:
+    """Of the last game."""
+    last, recording = len(embeddings) - 1, stage.recordings[-1]
+    z = embeddings[last][recording.rows(held=True)]
+    others = fit_all(stage, embeddings, list(range(last)))
+    own = fit_all(stage, embeddings, [last])
+    random = tokenizer.fit(stage.config, training_rows(stage, embeddings, [last]), 0)
+    energy = lambda quantizer: explained_energy(z, tokenizer.encode(quantizer, z)[1].sum(1))
+    rows = [
+        Row(
+            f"{recording.game}: codebooks of the other games",
+            energy(others),
+            {"random": energy(random)},
+            HIGHER,
+        ),
+        Row(f"{recording.game}: codebooks of its own", energy(own)),
+    ]
+    return Table("Transfer to a game that the codebooks never saw", rows, TRANSFER_NOTE)
+
+
+def probe_table(
+    stage: Any, recording: Recording, embed: np.ndarray, untrained: np.ndarray, control: Any
+) -> Table:
+    """R2 of every variable from the codes of all levels, and from fewer."""
+    sums = tokenizer.encode(stage.quantizer, embed)[1].cumsum(1)  # (N, L, E)
+    other = tokenizer.encode(control, untrained)[1].sum(1)  # (N, E)
+    scale, levels = np.float32(np.sqrt(embed.shape[1])), sums.shape[1]
+    features: dict[str, probing.Features] = {
+        "here": lambda rows: scale * sums[rows, -1],
+        "untrained": lambda rows: scale * other[rows],
+        "pixels": probing.pixels(recording),
+        "before quantising": lambda rows: scale * embed[rows],
+    }
+    for level in range(levels - 1):
+        name = "+".join(f"L{i}" for i in range(level + 1))
+        features[name] = lambda rows, level=level: scale * sums[rows, level]
+    found = probing.r2(features, recording, stage.config.pipeline.probe_steps)
+    rows = []
+    for name in probing.variables(recording):
+        by = {who: shares.get(name, float("nan")) for who, shares in found.items()}
+        own = by.pop("here")
+        baselines = {who: by.pop(who) for who in ("untrained", "pixels")}
+        rows.append(Row(f"{name}: R²", own, baselines, HIGHER if np.isfinite(own) else ""))
+        for who, value in by.items():
+            rows.append(Row(f"{name}: R², {who}", value))
+    return Table(f"{recording.game}: what a linear probe finds in the codes", rows, PROBE_NOTE)

@@ -1,0 +1,249 @@
+"""The world model's gate: teacher-forced and free-running predictions of held-out episodes.
+
+Shapes: B windows, T steps, N rows, L levels, H steps of a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis import probes
+from hidreamer.quantizer import code_accuracy
+from hidreamer.replay import Addresses
+from pipeline import probing
+from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
+from pipeline.token_model import TokenWorldModel, Windows, tensors
+
+HORIZONS = (1, 5, 15, 30)
+BATCH = 16  # windows that are judged at a time
+ROLLOUTS = 64  # of a game at most
+TEACHER_NOTE = (
+    "Held-out episodes, teacher-forced. Nats: of a step's code given the past and the coarser codes"
+    " of its step, beside a mixture of copying the last code and the code's frequency, fitted on"
+    " training episodes. Accuracy: beside copying the last code. Changed: steps where copying is"
+    " wrong. Reward: how well predicted rewards tell steps with a reward from others (area under"
+    " the curve; 0.5 is chance)."
+)
+ROLLOUT_NOTE = (
+    "Held-out episodes: dreamt from a few observed steps with the actions that were taken, codes"
+    " drawn, not the likeliest ones. Tokens: share that is right so many steps on, beside keeping"
+    " the last ones observed. R²: linear probes, fitted on the true codes of training episodes,"
+    " read the dreamt ones; true codes: what they find in the real ones."
+)
+
+
+# ---------------------------------------------------------------- teacher forcing
+
+
+@torch.no_grad()
+def predictions(
+    model: TokenWorldModel, windows: Windows, game: int, device: torch.device
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """All windows of a game that share no row.
+
+    -> prior logits (B,T,1,K) by level, tokens (B,T,L), is_first, predicted and real rewards (B,T).
+    """
+    where, found = windows.apart(game), []
+    for first in range(0, len(where.row), BATCH):
+        part = type(where)(*(x[first : first + BATCH] for x in where))
+        batch = tensors(windows.read(part), device)
+        _, post, _ = model.observe(batch)
+        reward = model.reward(post.feat.cat()).mode()
+        levels = [level.prior.float() for level in post.levels]
+        found.append(
+            [*levels, batch["index"].long(), batch["is_first"].bool(), reward, batch["reward"]]
+        )
+    *logits, index, is_first, reward, real = (torch.cat(x) for x in zip(*found, strict=True))
+    return logits, index, is_first, reward, real
+
+
+class CopyModel:
+    """Predicts the last code with the share that it was right in training, else by frequency."""
+
+    def __init__(self, tokens: np.ndarray, successors: np.ndarray, codes: int):
+        """tokens (N, L) and which of their rows go on, (M,), in training episodes."""
+        self.kept = (tokens[successors + 1] == tokens[successors]).mean(0)  # (L,)
+        self.frequency = []
+        for level in range(tokens.shape[1]):
+            counts = np.bincount(tokens[successors, level], minlength=codes) + 1.0
+            self.frequency.append(counts / counts.sum())
+
+    def nats(self, now: np.ndarray, before: np.ndarray, level: int) -> float:
+        """Mean cross-entropy of codes now (N,), given those before (N,)."""
+        kept = np.clip(self.kept[level], 0.01, 0.99)
+        return float(
+            -np.log(kept * (now == before) + (1 - kept) * self.frequency[level][now]).mean()
+        )
+
+
+def area_under_curve(score: np.ndarray, positive: np.ndarray) -> float:
+    """The chance that a positive has the higher score, ties counting half; NaN without both."""
+    order = np.concatenate([score[positive], score[~positive]])
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        return float("nan")
+    _, inverse, counts = np.unique(order, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2.0)[inverse]
+    return float((ranks[:n].sum() - n * (n + 1) / 2.0) / (n * m))
+
+
+def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int) -> list[Row]:
+    """Of one game, beside copying."""
+    recording, tokens = stage.recordings[game], stage.tokens[game]
+    logits, index, is_first, reward, real = predictions(model, windows, game, stage.device)
+    accuracy = code_accuracy(logits, index.unsqueeze(-1), is_first)
+    copy = CopyModel(tokens, recording.pairs(1, held=False), stage.quantizer.codes)
+    inside = (~is_first[:, 1:]).cpu().numpy()
+    rows = []
+    for level, logit in enumerate(logits):
+        logp = torch.log_softmax(logit[:, 1:, 0], -1).gather(-1, index[:, 1:, level, None])
+        nats = float(-logp[..., 0].cpu().numpy()[inside].mean())
+        now = index[:, 1:, level].cpu().numpy()[inside]
+        before = index[:, :-1, level].cpu().numpy()[inside]
+        by = {"copy or frequency": copy.nats(now, before, level)}
+        rows.append(Row(f"{recording.game}: L{level} nats", nats, by, LOWER))
+        value = lambda name, level=level: float(accuracy[f"accuracy{name}_{level}"])
+        by = {"copy-last": value("_copy")}
+        rows.append(Row(f"{recording.game}: L{level} accuracy", value(""), by, HIGHER))
+        by = {"copy-last": 0.0}
+        rows.append(
+            Row(f"{recording.game}: L{level} accuracy, changed", value("_changed"), by, HIGHER)
+        )
+    score, paid = np.abs(reward.cpu().numpy()).ravel(), (real != 0).cpu().numpy().ravel()
+    area = area_under_curve(score, paid)
+    better = HIGHER if np.isfinite(area) else ""
+    rows.append(Row(f"{recording.game}: reward found (area)", area, {"chance": 0.5}, better))
+    return rows
+
+
+# ---------------------------------------------------------------- free-running
+
+
+@torch.no_grad()
+def rollouts(
+    stage: Any, model: TokenWorldModel, windows: Windows, game: int, context: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> first rows (B,) of windows, dreamt tokens (B, H, L) and embeddings (B, H, E) of the steps
+    after ``context`` observed ones.
+    """
+    starts = windows.starts[game]
+    picks = np.linspace(0, len(starts) - 1, min(ROLLOUTS, len(starts))).round().astype(int)
+    where = Addresses(np.full(len(picks), game), starts[picks])
+    batch = tensors(windows.read(where), stage.device)
+    observed = {key: x[:, :context] for key, x in batch.items()}
+    carry, post, _ = model.observe(observed)
+    dynamics = model.dynamics
+    start = dynamics.starts(carry, post, 1)
+    action = batch["prev_action"][:, context:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, feat, _ = dynamics.imagine(start, action, action.shape[1])
+    stoch = feat.stoch[:, 1:].float()
+    tokens, embed = dynamics.tokens(stoch), dynamics.embedding(stoch)
+    return where.row, tokens.cpu().numpy(), embed.cpu().numpy()
+
+
+def rollout_rows(
+    stage: Any, model: TokenWorldModel, windows: Windows, game: int, context: int
+) -> tuple[list[Row], list[Row]]:
+    """-> token accuracies and probes of one game at every horizon."""
+    recording, tokens = stage.recordings[game], stage.tokens[game]
+    first, dreamt, embed = rollouts(stage, model, windows, game, context)
+    name, token_rows, probe_rows = recording.game, [], []
+    last = first + context - 1
+    known = code_sums(model, tokens)  # (N, E)
+    for h in [h for h in HORIZONS if h <= dreamt.shape[1]]:
+        true = tokens[last + h]
+        right, kept = dreamt[:, h - 1] == true, tokens[last] == true
+        for level in range(tokens.shape[1]):
+            by = {"keep the last": float(kept[:, level].mean())}
+            value = float(right[:, level].mean())
+            token_rows.append(Row(f"{name}: L{level} right after {h}", value, by, HIGHER))
+        found = probe(stage, recording, known, last, h, embed[:, h - 1])
+        for variable in probing.variables(recording):
+            by = {who: shares.get(variable, float("nan")) for who, shares in found.items()}
+            own, truth = by.pop("dreamt"), by.pop("true codes")
+            better = HIGHER if np.isfinite(own) else ""
+            probe_rows.append(Row(f"{name}: {variable} R² after {h}", own, by, better))
+            probe_rows.append(Row(f"{name}: {variable} R² after {h}, true codes", truth))
+    return token_rows, probe_rows
+
+
+@torch.no_grad()
+def code_sums(model: TokenWorldModel, tokens: np.ndarray) -> np.ndarray:
+    """(N, L) -> the sums of their codes, (N, E)."""
+    device = model.dynamics.bos_token.device
+    codes = model.dynamics.lookup(torch.from_numpy(tokens).to(device)).code  # (N, L, 1, E)
+    return codes.sum(-3)[:, 0].cpu().numpy() / np.float32(np.sqrt(codes.shape[-1]))
+
+
+def probe(
+    stage: Any, recording: Any, known: np.ndarray, last: np.ndarray, h: int, dreamt: np.ndarray
+) -> Mapping[str, Mapping[str, float]]:
+    """R2 by who and variable, h steps after rows ``last`` (B,)."""
+    train = recording.rows(held=False)
+    train = np.random.default_rng(0).permutation(train)[: stage.config.pipeline.probe_steps]
+    scale = np.float32(np.sqrt(known.shape[1]))
+    fitted = {"ram": recording.ram[train][None]}
+    judged = {"ram": recording.ram[last + h][None]}
+    views = {"dreamt": dreamt, "keep the last": known[last], "true codes": known[last + h]}
+    for who, x in views.items():
+        fitted[who], judged[who] = scale * known[train], scale * x
+    encoders = {who: lambda rows, who=who: rows[who] for who in views}
+    found = probes.judge(encoders, [fitted], [judged], probing.variables(recording))
+    return {who: {v: 1.0 - probing.mean(x) for v, x in by.items()} for who, by in found.items()}
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def judge(stage: Any) -> Gate:
+    """Of a ``WorldModel`` stage."""
+    block, games = stage.block, range(len(stage.recordings))
+    sizes = {"batch": block.batch, "balance": False, "held": True}
+    windows = Windows(stage.recordings, stage.rows, length=block.length, **sizes)
+    shortest = min(
+        max(part.stop - part.start for part in recording.episodes(True))
+        for recording in stage.recordings
+    )
+    context = min(block.context, shortest - 1)
+    long = min(context + max(HORIZONS), shortest)
+    rollout_windows = Windows(stage.recordings, stage.rows, length=long, **sizes)
+    teacher, tokens, probed = [], [], []
+    for game in games:
+        teacher += teacher_rows(stage, stage.models[0], windows, game)
+        found = rollout_rows(stage, stage.models[0], rollout_windows, game, context)
+        tokens, probed = tokens + found[0], probed + found[1]
+    tables = [
+        Table("Teacher-forced", teacher, TEACHER_NOTE),
+        Table("Free-running: tokens", tokens, ROLLOUT_NOTE),
+        Table("Free-running: what a linear probe reads", probed, ROLLOUT_NOTE),
+    ]
+    if len(stage.masks) > 1:
+        tables.append(mask_table(stage, windows, rollout_windows, context))
+    count = sum(p.numel() for p in stage.models[0].parameters() if p.requires_grad)
+    facts = {"parameters": count, "mask": stage.masks[0], "updates of each mask": stage.updates}
+    return Gate(stage.name, tables, facts)
+
+
+def mask_table(stage: Any, windows: Windows, rollout_windows: Windows, context: int) -> Table:
+    """The config's mask beside the others, means over games."""
+    by_mask: dict[str, dict[str, float]] = {}
+    for mask, model in zip(stage.masks, stage.models, strict=True):
+        values: dict[str, list[float]] = {}
+        for game in range(len(stage.recordings)):
+            rows = teacher_rows(stage, model, windows, game)
+            rows += rollout_rows(stage, model, rollout_windows, game, context)[0]
+            for row in rows:
+                values.setdefault(row.metric.split(": ", 1)[1], []).append(row.value)
+        by_mask[mask] = {name: probing.mean(np.array(x)) for name, x in values.items()}
+    own, rows = by_mask.pop(stage.masks[0]), []
+    for name, value in own.items():
+        rows.append(Row(name, value, {mask: found[name] for mask, found in by_mask.items()}))
+    note = "Means over games; every mask with the same seed, batches and updates."
+    return Table(f"Masks: {stage.masks[0]} here", rows, note)

@@ -1,0 +1,330 @@
+"""The frame of the pipeline: command line, manifests, gates, resuming."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from small_pipeline import DEBUG, copied, made, read, rows, run, run_killed, same
+from small_runs import one_line
+
+import tools
+from conftest import ROOT
+from pipeline import __main__ as command
+from pipeline import data, gate, manifest
+from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["colect"], ["colect", "collect"]),
+        (["collect", "--configs", "pipeline_debug"], ["--logdir"]),
+        (["collect", "--logdir", "x", "--stepz", "3"], ["stepz"]),
+        (["collect", "--logdir", "x", "--steps", "1"], ["pipeline.collect.steps", "at least 10"]),
+        (["collect", "--logdir", "x", "--games", "pongg"], ["pongg", "pong"]),
+        (["collect", "--logdir", "x", "--games", "pong", "pong"], ["twice"]),
+        (["collect", "--logdir", "x", "--resume", "y"], ["--resume"]),
+        (["collect", "--logdir", "x", "--agent", "nowhere"], ["nowhere", "config.yaml"]),
+        (["collect", "--logdir", "x", "--from-minari", "nowhere"], ["minari"]),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(words, hints, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(words) == 2
+    one_line(capsys, *hints)
+
+
+def test_short_keys_stand_for_those_of_the_stage():
+    keys = tools.load_config([], {}).flat()
+    full = lambda key, stage: command.full_key(key, stage, keys)
+    assert full("steps", "collect") == full("steps", "all") == "pipeline.collect.steps"
+    assert full("collect.steps", "encoder") == "pipeline.collect.steps"
+    assert full("games", "collect") == "pipeline.games"
+    assert full("env.size", "collect") == "env.size" and full("nothing", "all") == "nothing"
+
+
+# ---------------------------------------------------------------- gates
+
+
+def test_a_gate_warns_where_a_baseline_is_matched_or_beats():
+    better = Row("a", 2.0, {"x": 1.0, "y": math.nan}, HIGHER)
+    equal = Row("b", 2.0, {"x": 2.0, "y": 1.0}, HIGHER)
+    lower = Row("c", 2.0, {"x": 1.0}, LOWER)
+    broken = Row("d", math.nan, {"x": 1.0}, LOWER)
+    record = Row("e", 0.0, {"x": 1.0})
+    assert [row.beaten_by() for row in (better, equal, lower, broken, record)] == [
+        [],
+        ["x"],
+        ["x"],
+        ["x"],
+        [],
+    ]
+    assert not Gate("s", [Table("t", [better, record])]).warnings()
+    assert len(Gate("s", [Table("t", [better, equal, lower, broken])]).warnings()) == 3
+
+
+def test_a_gate_as_files(tmp_path):
+    found = Gate("s", [Table("t", [Row("m", math.nan, {"x": 0.5}, HIGHER)], "a note")], {"n": 3})
+    found.write(tmp_path)
+    tree = gate.read(tmp_path)
+    assert tree == found.tree() and not tree["passed"]
+    assert tree["tables"][0]["rows"][0]["value"] is None
+    text = (tmp_path / "gate.md").read_text()
+    assert "| m ↑ | – ⚠ | 0.5 |" in text and "a note" in text and "- n: 3" in text
+
+
+def test_strict_fails_where_the_gate_warns(collected, tmp_path, monkeypatch, capsys):
+    folder = copied(collected, tmp_path / "run", "collect")
+    for passed, status in ((True, 0), (False, 1)):
+        monkeypatch.setattr(command.gate, "markdown", lambda tree: "")
+        tree = read(folder / "collect") | {"passed": passed}
+        monkeypatch.setattr(command.stage.gate, "read", lambda path, tree=tree: tree)
+        assert run("collect", folder, "--strict") == status
+        assert run("collect", folder) == 0
+
+
+# ---------------------------------------------------------------- collect
+
+
+def test_collect_records_what_the_format_asks_for(collected):
+    config = tools.load_config(["pipeline_debug"], {})
+    for game, actions in (("pong", 6), ("breakout", 4)):
+        recording = data.load(collected, config, game)
+        steps = (~recording.is_first).sum()
+        assert steps == config.pipeline.collect.steps
+        assert recording.image.shape == (len(recording), 84, 84, 1)
+        assert recording.action.shape[1] == actions and recording.ram.any()
+        assert (recording.action[~recording.is_first].sum(-1) == 1.0).all()
+        assert not recording.action[recording.is_first].any()
+        # env.time_limit 240 frames: every episode but the last is 60 steps, and a truncation
+        assert recording.is_last.sum() == recording.is_first.sum() == 4
+        assert not recording.is_terminal.any()
+
+
+def test_frames_actions_and_memory_belong_together(collected):
+    """Playing the recorded actions again from the recorded seeds gives every row again."""
+    config = tools.load_config(["pipeline_debug"], {})
+    from analysis import probes
+
+    recording = data.load(collected, config, "pong")
+    one = slice(0, 61)
+    rows = {"image": recording.image[one], "prev_action": recording.action[one]}
+    theirs = tools.load_config(["pipeline_debug"], {"task": "atari_pong"})
+    found = probes.recover(rows | {"reward": recording.reward[one]}, theirs)
+    assert np.array_equal(found, recording.ram[one])
+
+
+def test_dreamer_reads_what_collect_wrote(collected, tmp_path):
+    """The episodes are those of a run: another command trains on them."""
+    from analysis import offline
+
+    files = offline.find([str(collected / "collect" / game) for game in ("pong",)] * 3)
+    config = tools.load_config(["pipeline_debug", "debug"], {"task": "atari_pong"})
+    offline.check(files, config)
+
+
+def test_every_episode_is_another_and_every_seed(collected, tmp_path):
+    config = tools.load_config(["pipeline_debug"], {})
+    recording = data.load(collected, config, "pong")
+    episodes = [recording.action[x] for x in recording.episodes(False)]
+    assert not np.array_equal(episodes[0], episodes[1])
+    assert run("collect", tmp_path, "--seed", 1, "--games", "pong", "--steps", 60) == 0
+    other = read(tmp_path / "collect", "manifest.json")["outputs"]
+    ours = read(collected / "collect", "manifest.json")["outputs"]
+    assert other["pong/train_eps/0000000-00-61.npz"] != ours["pong/train_eps/0000000-00-61.npz"]
+
+
+def test_a_killed_collect_continues_to_the_same_end(collected, tmp_path, monkeypatch):
+    run_killed(monkeypatch, "collect", tmp_path, 3)
+    assert not (tmp_path / "collect" / "manifest.json").exists()
+    (tmp_path / "collect/pong/train_eps/0000099-00-61.npz").write_bytes(b"half")
+    assert run("collect", tmp_path) == 0
+    assert same(tmp_path / "collect", collected / "collect")
+
+
+def test_sigkill(collected, tmp_path):
+    """The real signal, to a process of its own, in the middle of it."""
+    words = [sys.executable, "-m", "pipeline", "collect", *DEBUG, "--logdir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=environment, cwd="/", stdout=subprocess.DEVNULL)
+    folder = tmp_path / "collect" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (folder / "latest.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert run("collect", tmp_path) == 0
+    assert same(tmp_path / "collect", collected / "collect")
+
+
+def test_a_trained_agent_collects(tmp_path, capsys):
+    import dreamer
+
+    agent = tmp_path / "agent"
+    same_env = ["--env.size", "84", "84", "--env.action_repeat", "4", "--env.time_limit", "240"]
+    same_env += ["--env.atari.grayscale", "true", "--task", "atari_pong", "--video", "false"]
+    same_env += ["--encoder.minres", "21", "--decoder.minres", "21", "--eval_episodes", "0"]
+    words = ["--configs", "debug", *same_env, "--steps", "160", "--logdir", str(agent)]
+    assert dreamer.main(words) == 0
+    few = ["--games", "pong", "--steps", "120", "--agent", agent]
+    assert run("collect", tmp_path / "a", *few) == 0
+    assert run("collect", tmp_path / "b", *few) == 0
+    assert same(tmp_path / "a/collect", tmp_path / "b/collect")
+    assert run("collect", tmp_path / "c", *few, "--random", "1") == 0
+    assert made(tmp_path / "a/collect") != made(tmp_path / "c/collect")
+    capsys.readouterr()
+    assert run("collect", tmp_path / "d", *few, "--games", "breakout") == 2
+    one_line(capsys, "atari_pong", "6 actions", "4 actions", "pipeline.games")
+
+
+def test_minari_both_ways(collected, tmp_path, capsys):
+    """What is written and read again is, to the last bit, what was recorded."""
+    pytest.importorskip("minari")
+    folder = copied(collected, tmp_path / "a", "collect")
+    shutil.rmtree(folder / "collect")
+    assert run("collect", folder, "--to-minari", tmp_path / "sets") == 0
+    assert run("collect", tmp_path / "b", "--from-minari", tmp_path / "sets") == 0
+    assert made(tmp_path / "b/collect") == made(folder / "collect")
+    few = ["--from-minari", tmp_path / "sets", "--steps", 100]
+    assert run("collect", tmp_path / "c", *few) == 0
+    config = tools.load_config(["pipeline_debug"], {})
+    assert (~data.load(tmp_path / "c", config, "pong").is_first).sum() == 100
+    capsys.readouterr()
+    assert run("collect", tmp_path / "d", *few, "--env.size", 64, 64) == 2
+    one_line(capsys, "env.size", "84, 84")
+    assert run("collect", tmp_path / "e", "--from-minari", tmp_path / "sets", "--steps", 999) == 2
+    one_line(capsys, "pipeline.collect.steps", "240")
+    assert run("collect", tmp_path / "f", "--to-minari", tmp_path / "sets") == 2
+    one_line(capsys, "is there already")
+
+
+def test_speed_stands_beside_that_of_ale_py(collected):
+    (row,) = [row for name, row in rows(collected / "collect", "Speed").items() if "/s" in name]
+    share = rows(collected / "collect", "Speed")["share of ale-py's own"]["value"]
+    (asked,) = row["baselines"].values()
+    assert row["value"] / asked == pytest.approx(share / 0.8)
+
+
+# ---------------------------------------------------------------- the split
+
+
+def test_held_out_episodes_by_hand():
+    assert data.held_out(5, 0.2).tolist() == [False, False, True, False, False]
+    assert data.held_out(10, 0.2).nonzero()[0].tolist() == [2, 7]
+    assert data.held_out(2, 0.9).sum() == data.held_out(2, 0.01).sum() == 1
+    with pytest.raises(ValueError, match="two episodes"):
+        data.held_out(1, 0.5)
+
+
+def recording(lengths, held_share=0.34):
+    """Episodes of so many rows, whose images show the row's number."""
+    first = np.concatenate([np.arange(n) == 0 for n in lengths])
+    last = np.concatenate([np.arange(n) == n - 1 for n in lengths])
+    count = len(first)
+    rows = {
+        "image": np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1)),
+        "prev_action": np.eye(3, dtype=np.float32)[np.arange(count) % 3],
+        "reward": np.arange(count, dtype=np.float32),
+        "ram": np.zeros((count, 128), np.uint8),
+        "is_first": first,
+        "is_last": last,
+        "is_terminal": last,
+    }
+    return data.Recording("pong", rows, held_share)
+
+
+def test_no_pair_and_no_window_crosses_an_end_and_none_is_on_both_sides():
+    found = recording([4, 3, 5])  # the second is held out
+    assert found.held.tolist() == [False] * 4 + [True] * 3 + [False] * 5
+    assert found.pairs(1, False).tolist() == [0, 1, 2, 7, 8, 9, 10]
+    assert found.pairs(2, True).tolist() == [4] and found.pairs(3, True).tolist() == []
+    assert found.windows(3, False).tolist() == [0, 1, 7, 8, 9]
+    assert found.windows(3, True).tolist() == [4] and found.windows(99, True).tolist() == []
+    reach = lambda held: {i + k for i in found.windows(3, held) for k in range(3)}
+    assert not reach(True) & reach(False)
+    assert found.episodes(True) == [slice(4, 7)]
+
+
+def test_stacks_repeat_the_first_image_and_never_look_into_another_episode():
+    found = recording([4, 3, 5])
+    stacks = found.stacks(np.array([0, 3, 4, 6]), 3)
+    assert stacks.shape == (4, 3, 2, 2)
+    assert stacks[:, :, 0, 0].tolist() == [[0, 0, 0], [1, 2, 3], [4, 4, 4], [4, 5, 6]]
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def test_a_finished_stage_is_shown_and_left_alone(collected, capsys):
+    before = {path: path.stat().st_mtime_ns for path in collected.rglob("*") if path.is_file()}
+    assert run("collect", collected) == 0
+    assert "Gate of collect" in capsys.readouterr().out
+    now = {path: path.stat().st_mtime_ns for path in collected.rglob("*") if path.is_file()}
+    assert now == before
+
+
+def test_another_config_is_refused(collected, capsys):
+    assert run("collect", collected, "--steps", 100) == 2
+    one_line(capsys, "pipeline.collect.steps 240 -> 100", "--logdir")
+
+
+def damage(folder, how):
+    path = sorted(folder.rglob("*.npz"))[0]
+    if how == "another":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    elif how == "missing":
+        path.unlink()
+    elif how == "manifest":
+        (folder / "manifest.json").write_text("{")
+    elif how == "field":
+        (folder / "manifest.json").write_text(json.dumps({"stage": "collect"}))
+
+
+@pytest.mark.parametrize(
+    ("how", "hint"),
+    [
+        ("another", "is not what the stage wrote"),
+        ("missing", "is missing"),
+        ("manifest", "is damaged"),
+        ("field", "no 'inputs'"),
+    ],
+)
+def test_damaged_inputs_are_told_in_one_line(how, hint, collected, tmp_path, capsys):
+    folder = copied(collected, tmp_path / "run", "collect")
+    damage(folder / "collect", how)
+    config = tools.load_config(["pipeline_debug"], {})
+    with pytest.raises(manifest.InputError) as error:
+        manifest.check_input(folder, "collect", "encoder", config.flat())
+    assert hint in str(error.value) and "\n" not in str(error.value)
+    assert "python -m pipeline collect" in str(error.value)
+
+
+def test_inputs_that_are_not_there_unfinished_or_of_another_config(collected, tmp_path):
+    config = tools.load_config(["pipeline_debug"], {})
+    check = lambda root, config: manifest.check_input(root, "collect", "encoder", config.flat())
+    assert check(collected, config) == read(collected / "collect", "manifest.json")["digest"]
+    with pytest.raises(manifest.InputError, match="is not there: run `python -m pipeline collect`"):
+        check(tmp_path, config)
+    (tmp_path / "collect").mkdir()
+    with pytest.raises(manifest.InputError, match="is not finished"):
+        check(tmp_path, config)
+    other = tools.load_config(["pipeline_debug"], {"env.time_limit": 100})
+    with pytest.raises(manifest.InputError, match=r"another config \(env.time_limit 240 -> 100\)"):
+        check(collected, other)
+
+
+def test_a_manifest_names_where_a_stage_comes_from(collected):
+    body = read(collected / "collect", "manifest.json")
+    assert {"commit", "command", "hardware", "torch", "seed", "seconds"} <= body.keys()
+    assert body["config"]["env.size"] == [84, 84] and body["inputs"] == {}
+    assert all(len(x) == 64 for x in body["outputs"].values())
+    assert "env.dmc.camera" not in body["config"]

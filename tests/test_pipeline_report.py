@@ -1,0 +1,98 @@
+"""``all``, the report, and that every key of the pipeline is read."""
+
+import re
+
+import pytest
+from small_pipeline import copied, read, run, same
+
+import tools
+from pipeline import __main__ as command
+from pipeline import report
+from pipeline.stage import Runner
+
+
+@pytest.fixture(scope="module")
+def reported(acting, tmp_path_factory):
+    folder = copied(acting, tmp_path_factory.mktemp("reported"), *command.STAGES)
+    assert run("all", folder) == 0
+    return folder
+
+
+def test_the_report_has_every_part_and_opens_offline(reported):
+    text = (reported / "report.html").read_text()
+    for title in ("The chain", "Claimed and measured", "Frames and their codes", "Dreams"):
+        assert f"<h2>{title}</h2>" in text
+    for name in command.STAGES:
+        assert f"Gate: {name}" in text
+    assert text.count("<svg") == 2 + 2 + 2 + 1  # two games; decodes, dreams, codes; shared codes
+    outside = re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"", text)
+    assert outside == [], outside
+    assert "<script" not in text
+
+
+def test_claims_name_rows_that_there_are(reported):
+    """A renamed metric would leave a dash where a measurement stands."""
+    gates = {name: read(reported / name) for name in command.STAGES}
+    for claim in report.CLAIMS:
+        assert claim.stage in gates
+        assert (report.measured(gates, claim) == "–") == (not claim.metrics), claim.what
+
+
+def test_measured_by_hand():
+    row = {"metric": "pong: L0 accuracy", "value": 0.5, "baselines": {"copy-last": 0.25, "x": None}}
+    other = {"metric": "L0 accuracy, changed", "value": 1.0, "baselines": {}}
+    gates = {"s": {"tables": [{"title": "Teacher-forced", "rows": [row, other]}]}}
+    claim = report.Claim("", "", "s", ("*: L0 accuracy",), "")
+    assert report.measured(gates, claim) == "pong: L0 accuracy 0.5 (copy-last 0.25)"
+    assert report.measured(gates, claim._replace(stage="t")) == "–"
+
+
+def test_all_finishes_what_is_left_and_changes_nothing_that_is_done(acting, tmp_path):
+    folder = copied(acting, tmp_path / "run", "collect", "encoder", "tokenizer", "world_model")
+    before = (folder / "encoder" / "manifest.json").read_bytes()
+    assert run("all", folder, "--policy.online", "false") == 0
+    assert (folder / "encoder" / "manifest.json").read_bytes() == before
+    assert (folder / "policy" / "manifest.json").exists() and (folder / "report.html").exists()
+
+
+def test_strict_stops_all_at_the_first_gate_with_a_warning(acting, tmp_path, capsys):
+    folder = copied(acting, tmp_path / "run", "encoder", "collect")
+    first = next(n for n in ("collect", "encoder") if not read(folder / n)["passed"])
+    assert run("all", folder, "--strict") == 1
+    out = capsys.readouterr().out
+    assert f"Gate of {first}: with warnings" in out
+    assert not (folder / "tokenizer").exists() and not (folder / "report.html").exists()
+
+
+def test_a_stage_that_stops_on_a_signal_says_so_and_continues(acting, tmp_path, monkeypatch):
+    folder = copied(acting, tmp_path / "run", "collect")
+    steps = []
+    original = Runner.run
+
+    def poll_twice(self, poll, screen):
+        def stop():
+            steps.append(1)
+            if len(steps) == 3:
+                raise command.Stop(15)
+
+        return original(self, stop, screen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", poll_twice)
+        assert run("encoder", folder) == 128 + 15
+    assert run("encoder", folder) == 0
+    assert same(folder / "encoder", acting / "encoder")
+
+
+def test_every_key_of_the_pipeline_is_read(tmp_path, monkeypatch):
+    made, original = [], tools.load_config
+    monkeypatch.setattr(
+        tools, "load_config", lambda *args: made.append(original(*args)) or made[-1]
+    )
+    assert run("all", tmp_path / "a", "--policy.online", "false") == 0
+    words = ["--tokenizer.joint", "--encoder.objective", "both", "--policy.algorithm", "ppo"]
+    assert run("all", tmp_path / "b", *words, "--policy.online", "false") == 0
+    assert run("encoder", tmp_path / "a", "--kind", "dinov2") == 2
+    keys = {key for key in original([], {}).flat() if key.startswith("pipeline.")}
+    read_keys = set().union(*(config.reads for config in made))
+    assert sorted(keys - read_keys) == ["pipeline.collect.random", "pipeline.encoder.weights"]
