@@ -56,7 +56,7 @@ FAST = (
     "legacy",
     "hrssm",
 )
-FAST += ("hrvq", "hrvq_losses", "agent", "losses", "random", "episodes", "spaces", "run")
+FAST += ("scan", "hrvq", "hrvq_losses", "agent", "losses", "random", "episodes", "spaces", "run")
 # Those that most likely notice a fault in a file go before the others.
 LIKELY = {
     "training.py": ("updates", "run", "random"),
@@ -67,6 +67,7 @@ LIKELY = {
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
     "hidreamer/dynamics/hrvq.py": ("wiring", "golden", "dynamics", "hrvq"),
     "hidreamer/dynamics/recurrent.py": ("golden", "wiring", "dynamics", "legacy"),
+    "hidreamer/dynamics/scan.py": ("scan", "dynamics"),
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
     "hidreamer/explorer.py": ("wiring", "agent"),
     "hidreamer/losses.py": ("golden",),

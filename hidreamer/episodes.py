@@ -316,7 +316,7 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     EpisodeError.
     """
     if path.exists() and not path.is_file():
-        raise EpisodeError("it is no file")  # opening a pipe would wait for ever
+        raise EpisodeError("it cannot be read (no file)")  # opening a pipe would wait for ever
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = [key for key in file.files if not key.startswith("log_") and key not in FORMAT]
