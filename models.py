@@ -45,13 +45,8 @@ class WorldModel(nn.Module):
     def __init__(self, obs_space: Mapping[str, spaces.Space], act_dim: int, config):
         super().__init__()
         self.encoder = networks.Encoder(obs_space, **config.encoder)
-        self.dynamics = make_dynamics(config.dynamics, self.encoder.dim, act_dim)
-        needed, positions = self.dynamics.map_positions, self.encoder.map_positions
-        if needed and positions not in (0, needed):
-            raise ValueError(
-                f"dynamics.hrvq.spatial: groups is {needed} and the encoder's map has {positions} "
-                "positions: set groups to encoder.minres x encoder.minres"
-            )
+        embed, positions = self.encoder.dim, self.encoder.map_positions
+        self.dynamics = make_dynamics(config.dynamics, embed, act_dim, positions)
         self.feat_dim = self.dynamics.feat_dim
         self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
@@ -159,7 +154,8 @@ class Agent(nn.Module):
         self.world_model = WorldModel(obs_space, act_dim, config)
         self.behavior = self._make_behavior(act_space)
         explores = config.expl.behavior == "plan2explore"
-        self.explorer = self._make_explorer(act_space) if explores else None
+        make = functools.partial(self._make_behavior, act_space)
+        self.explorer = Explorer(self.world_model, act_dim, config.expl, make) if explores else None
         self.metric_names: tuple[str, ...] = ()
         self.captured_act: CapturedAct | None = None  # on CUDA, where it trains
 
@@ -170,17 +166,6 @@ class Agent(nn.Module):
         gradient, continuous = config.actor.gradient, isinstance(act_space, spaces.Box)
         backprop = gradient == "dynamics" or (gradient == "auto" and continuous)
         return Behavior(actor, critic, config, backprop)
-
-    def _make_explorer(self, act_space: spaces.Space) -> Explorer:
-        wm, config = self.world_model, self.config
-        sizes = {
-            "embed": wm.encoder.dim,
-            "stoch": wm.dynamics.stoch_dim,
-            "deter": wm.dynamics.deter_dim,
-            "feat": wm.feat_dim,
-        }
-        behavior = functools.partial(self._make_behavior, act_space)
-        return Explorer(sizes, self.act_dim, config.expl, behavior)
 
     def behaviors(self) -> dict[str, Behavior]:
         """By the prefix of their metrics and optimisers."""

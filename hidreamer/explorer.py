@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ class Explorer(nn.Module):
     With dreamerv3-torch's targets and log-disagreement.
     """
 
-    def __init__(
-        self, sizes: Mapping[str, int], act_dim: int, config, behavior: Callable[[], nn.Module]
-    ):
-        """sizes: of every target. config: the block ``expl``. behavior: makes the actor-critic."""
+    def __init__(self, model: Any, act_dim: int, config, behavior: Callable[[], nn.Module]):
+        """model: ``WorldModel``. config: the block ``expl``. behavior: makes the actor-critic."""
         super().__init__()
         self.config = config
+        sizes = {
+            "embed": model.encoder.dim,
+            "stoch": model.dynamics.stoch_dim,
+            "deter": model.dynamics.deter_dim,
+            "feat": model.feat_dim,
+        }
         inputs = sizes["feat"] + (act_dim if config.action_cond else 0)
         shape = inputs, config.layers, config.units, sizes[config.target]
         self.ensemble = nn.ModuleList(MLP(*shape) for _ in range(config.models))

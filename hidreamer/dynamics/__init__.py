@@ -12,14 +12,22 @@ from hidreamer.dynamics.rssm import RSSM
 TYPES = {"rssm": RSSM, "hrssm": HRSSM, "hrvq": HRVQ}
 
 
-def make_dynamics(config: Mapping, embed_dim: int, act_dim: int) -> Dynamics:
+def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int = 0) -> Dynamics:
     """The latent state ``config["type"]``, built from the ``dynamics`` block of a config.
 
-    Raises ValueError, one line, for a name that does not exist or sizes that do not fit together.
+    positions: of the feature map that an embedding is, 0 where it is none. Raises ValueError, one
+    line, for a name that does not exist or sizes that do not fit together.
     """
     if config["type"] not in TYPES:
         raise ValueError(f"dynamics.type is {config['type']!r}; it can be {', '.join(TYPES)}")
     kl_config = KLConfig(config["dyn"], config["rep"], config["free"], config["unimix"])
     sizes = {"deter": config["deter"], "hidden": config["hidden"]}
     own = config[config["type"]]  # this type's block
-    return TYPES[config["type"]](embed_dim, act_dim, kl_config, **sizes, **own)
+    dynamics = TYPES[config["type"]](embed_dim, act_dim, kl_config, **sizes, **own)
+    needed = dynamics.map_positions
+    if needed and positions not in (0, needed):
+        raise ValueError(
+            f"dynamics.hrvq.spatial: groups is {needed} and the encoder's map has {positions} "
+            "positions: set groups to encoder.minres x encoder.minres"
+        )
+    return dynamics

@@ -37,11 +37,11 @@ from hidreamer.dynamics.base import (
 )
 from hidreamer.experts import expert_use, make_transformer
 from hidreamer.losses import scaled
-from hidreamer.mask import attn_mask, make_level_mask
+from hidreamer.mask import make_level_mask
 from hidreamer.nets import linear
 from hidreamer.quantizer import Codes, Quantizer, code_accuracy, per_level
-from hidreamer.rollout import Carry, Layout, Rollout, RolloutCarry
-from hidreamer.transformer import KV, Branch, FFNLosses, rotary
+from hidreamer.rollout import Attention, Carry, Rollout, RolloutCarry, attention_after
+from hidreamer.transformer import Branch, FFNLosses
 from hidreamer.weights import former_hrvq_names
 
 
@@ -52,16 +52,6 @@ class Aux(NamedTuple):
     is_first: Tensor  # (B, T)
     cache: Carry  # the steps cached before and all T new ones, not only the carry's window
     ffn_losses: FFNLosses  # (B, 1) each, of the pass that makes the priors
-
-
-class Attention(NamedTuple):
-    """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
-
-    rope: Tensor  # (Q, 2, width of a head) their rotations
-    level: Tensor  # (Q,) their levels, L for the action
-    attn_mask: Tensor  # (B, 1, Q, Q) among themselves
-    prefix: list[KV] | None  # of each layer, cached steps
-    prefix_mask: Tensor | None  # (B, 1, Q, P)
 
 
 COMPILED_KINDS = 16  # at most, of calls that a compiled piece meets
@@ -177,26 +167,6 @@ class HRVQ(Dynamics):
             return carry.sequences()
         return carry if len(carry.step) == len(carry.segment) else carry.unshared(self.window)
 
-    def _attention(self, carry: Carry, segment: Tensor) -> Attention:
-        """Masks and rotary angles for T steps after the carry's.
-
-        segment (B, T): which episode each is of, 0 being that of the carry's last step.
-        """
-        new = Layout.of(segment.shape[1], self.levels, 1, segment.device)
-        rows = new.time, new.level
-        episode = segment.repeat_interleave(self.levels + 1, 1)  # (B, Q)
-        mask = attn_mask(self.level_mask, rows, rows, self.window)  # (Q, Q)
-        mask = (mask & (episode.unsqueeze(2) == episode.unsqueeze(1))).unsqueeze(1)
-        rope = rotary(new.time, self.transformer.head_dim, carry.deter.dtype)
-        steps = carry.segment.shape[1]
-        if not steps:
-            return Attention(rope, new.level, mask, None, None)
-        old = Layout.of(steps, self.levels, 1 - steps, segment.device)
-        past = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
-        prefix_mask = attn_mask(self.level_mask, rows, (old.time, old.level), self.window)  # (Q, P)
-        prefix_mask = (prefix_mask & (episode.unsqueeze(2) == past.unsqueeze(1))).unsqueeze(1)
-        return Attention(rope, new.level, mask, carry.prefix(), prefix_mask)
-
     def _run_transformer(
         self, action: Tensor, codes: Tensor, attention: Attention, all_levels: bool
     ) -> tuple[Tensor, list[Branch], FFNLosses]:
@@ -256,7 +226,9 @@ class HRVQ(Dynamics):
         action = self._token(self.levels, prev_action)  # (B, T, W)
         action = torch.where(is_first.unsqueeze(-1), self.bos_token, action)
         segment = is_first.long().cumsum(1)  # (B, T), the carry's last step being 0
-        attention = self._attention(carry, segment)
+        attention = attention_after(
+            carry, segment, self.level_mask, self.window, self.transformer.head_dim
+        )
         flat = codes.code.flatten(-2)  # (B, T, L, G * d)
         # Codes learn from what later steps need of them, through the memory, but the loss of the
         # priors must not make them easier to predict. So where codes have a gradient (in training)
