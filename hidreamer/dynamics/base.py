@@ -64,7 +64,8 @@ Metrics = dict[str, Tensor]  # () each
 def start_steps(length: int, n: int) -> slice:
     """Which of ``length`` replayed steps imagination starts from: ``n`` of them (0: all).
 
-    They are evenly spaced, the last step among them. Raises ValueError where ``n`` is too large.
+    They are a whole stride apart, length // n, and the last step is among them. Raises ValueError
+    where ``n`` is too large.
     """
     if not 0 <= n <= length:
         raise ValueError(f"imag.starts is {n}; a sequence has {length} steps to imagine from")
