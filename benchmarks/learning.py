@@ -3,10 +3,9 @@ negative control.
 
     python benchmarks/learning.py minatar --dynamics rssm --seeds 0 1 2
         [--out results/FILE.json] [-- --key value ...]
-    python benchmarks/learning.py cartpole --twin
+    python benchmarks/learning.py cartpole --negative-control
 
---twin trains the negative control: rewards and ends are shuffled in replay, and it must fail. Runs
-go to runs/learning/ and continue where they stopped. Exit status 1 if a threshold is missed (for
+--negative-control: rewards and ends are shuffled in replay, and the test must fail. Runs go to runs/learning/ and continue where they stopped. Exit status 1 if a threshold is missed (for
 the control: if one is met).
 """
 
@@ -208,7 +207,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="a shorter run; later thresholds are left out")
     parser.add_argument("--dynamics", default="rssm", help="the latent state")
-    parser.add_argument("--twin", action="store_true", help="train the negative control instead")
+    parser.add_argument(
+        "--negative-control", action="store_true", help="train what must not learn instead"
+    )
     parser.add_argument("--out", type=Path, help="write the figures to this file")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     # more: arguments of dreamer.py
@@ -216,17 +217,17 @@ def main() -> int:
     steps = args.steps or TASKS[args.task]["steps"]
     least, runs, passed = thresholds(args.task, args.dynamics, more), {}, True
     for seed in args.seeds:
-        parts = [args.task, args.dynamics, *(["twin"] if args.twin else [])]
+        parts = [args.task, args.dynamics, *(["twin"] if args.negative_control else [])]
         name = "-".join([*parts, *(word.strip("-") for word in more)])
         folder = ROOT / "runs" / "learning" / name / str(seed)
         words = ["--dynamics.type", args.dynamics, "--seed", str(seed)]
         words += ["--steps", str(steps), *more]
         if longer(folder, steps):
             return 2
-        train(args.task, words, folder, args.twin)
+        train(args.task, words, folder, args.negative_control)
         found = measure(args.task, folder, steps)
         met = {name: found[name] >= value for name, value in least.items() if name in found}
-        if args.twin:
+        if args.negative_control:
             # The control must miss every threshold of returns: what the world looks like it may
             # still learn.
             passed &= not any(ok for name, ok in met.items() if "ball" not in name)
@@ -251,7 +252,7 @@ def main() -> int:
         "more": more,
         "latent": saved_latent(folder),
         "steps": steps,
-        "twin": args.twin,
+        "twin": args.negative_control,
         "bars": least,
     }
     report |= {"random_return": random_return(args.task), "runs": runs}

@@ -149,7 +149,7 @@ def test_networks_of_the_ensemble_are_computed_as_one():
 
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_the_model_learns_to_show_an_image(scrambled):
-    """A checkerboard is learned by heart; not by the broken twin,
+    """A checkerboard is learned by heart; not by the negative control,
     whose convolutions get gradients out of order.
     """
     agent, batch = make(

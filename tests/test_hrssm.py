@@ -151,7 +151,7 @@ def test_dreamt_levels_agree():
     assert coherence(hrssm.HRSSM) > 0.3
 
 
-def test_dreamt_levels_disagree_in_the_broken_twin():
+def test_dreamt_levels_disagree_in_the_negative_control():
     assert coherence(AskedAboutItself) < 0.2
 
 

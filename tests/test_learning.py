@@ -137,7 +137,7 @@ def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeyp
 
 def status(*words):
     """Exit status of benchmarks/learning.py: 0 if every bar is met, or,
-    for a broken twin, missed.
+    for the negative control, missed.
     """
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "learning.py"), *words]
@@ -169,5 +169,5 @@ def test_a_longer_run_is_not_judged_as_a_short_one(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["cartpole", "minatar"])
-def test_the_broken_twin_does_not(task):
-    assert status(task, "--seeds", "0", "--steps", "20000", "--twin") == 0
+def test_the_negative_control_does_not(task):
+    assert status(task, "--seeds", "0", "--steps", "20000", "--negative-control") == 0
