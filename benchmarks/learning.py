@@ -5,8 +5,9 @@ negative control.
         [--out results/FILE.json] [-- --key value ...]
     python benchmarks/learning.py cartpole --negative-control
 
---negative-control: rewards and ends are shuffled in replay, and the test must fail. Runs go to runs/learning/ and continue where they stopped. Exit status 1 if a threshold is missed (for
-the control: if one is met).
+--negative-control: rewards and ends are shuffled in replay, and the test must fail. Runs go to
+runs/learning/ and continue where they stopped. Exit status 1 if a threshold is missed (for the
+control: if one is met).
 """
 
 from __future__ import annotations
