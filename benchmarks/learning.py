@@ -51,11 +51,11 @@ class Shuffled(Replay):
     the ends.
     """
 
-    def sample(self, rng: np.random.Generator | None = None) -> Rows:
-        batch = super().sample(rng)
+    def sample(self, rng: np.random.Generator | None = None, out: Rows | None = None) -> Rows:
+        batch = super().sample(rng, out)
         order = (self.rng if rng is None else rng).permutation(batch["reward"].size)
         for key in ("reward", "is_terminal"):
-            batch[key] = batch[key].ravel()[order].reshape(batch[key].shape)
+            batch[key][...] = batch[key].ravel()[order].reshape(batch[key].shape)
         return batch
 
 

@@ -124,8 +124,8 @@ def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeyp
     """
     sample, shuffled = Replay.sample, []
 
-    def shuffle(replay, *args):
-        batch = sample(replay, *args)
+    def shuffle(replay, *args, **kwargs):
+        batch = sample(replay, *args, **kwargs)
         order = replay.rng.permutation(batch["reward"].size)
         shuffled.append(len(order))
         return batch | {"reward": batch["reward"].ravel()[order].reshape(batch["reward"].shape)}
