@@ -82,15 +82,18 @@ def main(argv: Sequence[str]) -> int:
     """-> exit status: 0 done, 1 an environment failed or the disk did, 2 bad arguments."""
     try:
         args = parser().parse_args(argv)
+        if args.out and args.out.is_dir():
+            raise ConfigError(f"--out is {args.out}, a folder: name a file")
         agent = load(args.logdir, device=args.device)
     except (ConfigError, FolderError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        if args.out:  # before episodes are played for nothing
+            args.out.parent.mkdir(parents=True, exist_ok=True)
         found = evaluate(agent, episodes=args.episodes, seed=args.seed, sampled=args.sampled)
         print(evaluation.line(found))
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(found, indent=1) + "\n"
             replace_file(args.out, functools.partial(Path.write_text, data=text))
             print(args.out)

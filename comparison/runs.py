@@ -100,7 +100,9 @@ def read(folder: Path) -> Run:
     config = saved_config(folder)
     for key in ("steps", "log_every", "task", "seed", "dynamics.type"):
         if key not in config:
-            raise ConfigError(f"{folder / 'config.yaml'} is no config of a run: {key!r}")
+            raise ConfigError(
+                f"{folder / 'config.yaml'} is no config of a run of this version: it has no {key}"
+            )
     steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0

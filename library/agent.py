@@ -144,13 +144,26 @@ class LoadedAgent:
 
     def action_vector(self, action: Any) -> Tensor:
         """(..., A) of actions of ``act_space``: numbers of choices (...,) or (..., choices), or
-        arrays that are such vectors already.
+        arrays that are such vectors already, here within [-1, 1]. Raises ValueError for others.
         """
-        space, x = self.act_space, torch.as_tensor(action, device=self.device)
+        space = self.act_space
+        try:
+            x = torch.as_tensor(action, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{action!r} is no action: {str(error).splitlines()[0]}") from None
+        if not x.isfinite().all():
+            raise ValueError("an action is not finite")
         if isinstance(space, gymnasium.spaces.Box) or (
             x.is_floating_point() and x.ndim and x.shape[-1] == self.act_dim
         ):
-            return x.float()
+            if x.shape[-1:] != (self.act_dim,):
+                raise ValueError(f"actions are {tuple(x.shape)}, not (..., {self.act_dim})")
+            return x.float().clamp(-1.0, 1.0)
+        sizes = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0)), device=self.device)
+        if sizes.ndim and x.shape[-1:] != sizes.shape:
+            raise ValueError(f"actions are {tuple(x.shape)}, not (..., {len(sizes)})")
+        if ((x < 0) | (x >= sizes)).any():
+            raise ValueError(f"an action is outside {space}")
         one_hot = torch.nn.functional.one_hot
         if isinstance(space, gymnasium.spaces.Discrete):
             return one_hot(x.long(), int(space.n)).float()

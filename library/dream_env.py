@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -156,6 +157,10 @@ class Dreams:
 
         over: (N,) which dreams begin anew instead.
         """
+        if self.carry is None:
+            raise ResetNeeded("a dream begins with reset")
+        if len(action) != len(over):
+            raise ValueError(f"{len(action)} actions for {len(over)} dreams")
         with self.agent.model.autocast():
             self.carry, feat, _ = self.agent.dynamics.imagine(
                 self.carry, action.unsqueeze(1), 1, generator=self.generator

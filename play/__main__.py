@@ -39,7 +39,7 @@ def parser() -> Parser:
     found.add_argument("--seed", type=int, help="of the environment [the run's]")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--record", type=Path, metavar="OUT.mp4", help="write a video, no page")
-    found.add_argument("--steps", type=int, default=200, help="of the video [200]")
+    found.add_argument("--steps", type=int, help="of the video [200]")
     found.add_argument("--dream", action="store_true", help="begin in the dream")
     return found
 
@@ -48,6 +48,8 @@ def start(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.seed is not None and args.seed < 0:
         raise ConfigError(f"--seed is {args.seed}; it must be at least 0")
+    if not args.record and args.steps is not None:
+        raise ConfigError("--steps are those of a video: give --record OUT.mp4 as well")
     if args.record:
         return video(args)
     try:
@@ -75,13 +77,14 @@ def make_session(args: argparse.Namespace) -> Session:
 
 
 def video(args: argparse.Namespace) -> int:
+    steps = 200 if args.steps is None else args.steps
     if args.record.suffix != ".mp4":
         raise ConfigError(f"--record is {args.record}; its name must end in .mp4")
-    if args.steps < 1:
-        raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
+    if steps < 1:
+        raise ConfigError(f"--steps is {steps}; it must be at least 1")
     with contextlib.closing(make_session(args)) as session:
-        record(session, args.record, args.steps)
-        print(f"{args.record}: {args.steps} steps, return {session.now.total:.2f}")
+        record(session, args.record, steps)
+        print(f"{args.record}: {steps} steps, return {session.now.total:.2f}")
         if session.message:
             print(f"note: {session.message}", file=sys.stderr)
     return 0

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -123,7 +124,7 @@ class Player:
         for websocket in list(self.sockets):
             try:
                 await websocket.send_text(text)
-            except (WebSocketDisconnect, RuntimeError):
+            except (WebSocketDisconnect, RuntimeError, KeyError):  # KeyError: it sent no text
                 self.sockets.discard(websocket)
 
     # ------------------------------------------------------------ what the page asks for
@@ -142,7 +143,7 @@ class Player:
             await self.do(lambda: None)
             while True:
                 await self.answer(websocket, await websocket.receive_text())
-        except (WebSocketDisconnect, RuntimeError):
+        except (WebSocketDisconnect, RuntimeError, KeyError):  # KeyError: it sent no text
             pass
         finally:
             self.sockets.discard(websocket)
@@ -158,7 +159,7 @@ class Player:
         """{"do": NAME, "value": ...}; what is no such thing is ignored."""
         try:
             asked = json.loads(text)
-            name, value = asked["do"], asked.get("value")
+            name, value = str(asked["do"]), asked.get("value")
         except (ValueError, TypeError, KeyError, AttributeError):
             return
         session = self.session
@@ -177,7 +178,7 @@ class Player:
             self.paused = not self.paused
             self.wake.set()
             await self.do(lambda: None)
-        elif name == "speed" and isinstance(value, int | float):
+        elif name == "speed" and type(value) in (int, float) and math.isfinite(value):
             self.speed = min(max(round(value), SPEEDS[0]), SPEEDS[1])
             await self.do(lambda: None)
         elif name == "record":

@@ -243,3 +243,19 @@ def test_without_episodes_it_says_what_else_there_is(trained, tmp_path):
         hidreamer.DreamEnv(out)
     env = hidreamer.DreamEnv(out, start="real")
     assert env.observation_space.contains(env.reset(seed=0)[0])
+
+
+@pytest.mark.parametrize("kind", ["rssm", "hrvq"])
+def test_actions_that_are_none_are_one_sentence(kind, trained):
+    dreams = hidreamer.DreamEnv(trained(kind, "image"))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        dreams.step(0)
+    dreams.reset(seed=1)
+    for action in (99, -1, "x", None, float("nan")):
+        with pytest.raises(ValueError, match="action"):
+            dreams.step(action)
+    assert np.isfinite(dreams.step(0)[1])
+    vector = hidreamer.VectorDreamEnv(3, trained(kind, "image"))
+    vector.reset(seed=1)
+    with pytest.raises(ValueError, match="2 actions for 3 dreams"):
+        vector.step(np.zeros(2, int))
