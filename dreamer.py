@@ -21,8 +21,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Before torch is loaded: threads that wait for each other sleep. Spinning, they take the cores of
-# whatever else runs, and are twenty times as slow themselves.
+# Before torch is loaded: threads that wait for each other sleep. On a busy machine spinning ones
+# wait for threads whose cores they take.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

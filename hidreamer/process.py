@@ -11,14 +11,15 @@ import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 SMALL = 10_000_000  # parameters of an agent that one thread is enough for
+AVAILABLE = torch.get_num_threads()  # before any run of this process chose
 
 
 def keep_freed_memory() -> None:
     """Let this process keep the memory of large tensors that it frees, for the next ones.
 
-    glibc returns each of them to the system and has every page of the next one cleared again: a
-    fifth of an update. To be called before the first tensor. Nothing happens without glibc, or
-    where HIDREAMER_MALLOC is "system".
+    glibc returns each of them to the system, which clears every page of the next one again. To be
+    called before the first tensor. Nothing happens without glibc, or where HIDREAMER_MALLOC is
+    "system".
     """
     if os.environ.get("HIDREAMER_MALLOC") == "system" or platform.libc_ver()[0] != "glibc":
         return
@@ -31,11 +32,11 @@ def keep_freed_memory() -> None:
 def pick_threads(agent: Any, threads: int) -> int:
     """How many threads torch is to use on a CPU; ``threads``, if that is not 0.
 
-    Kernels of small networks on vectors and grids are too short to be shared: a second thread adds
-    a tenth of speed for twice the CPU time, and on a busy machine it is waited for.
+    Kernels of small networks on vectors and grids are too short to be shared, and on a busy machine
+    a second thread is waited for.
     """
     if threads:
         return threads
     images = agent.world_model.encoder.kinds["image"]
     small = sum(x.numel() for x in agent.parameters()) < SMALL
-    return 1 if small and not images else torch.get_num_threads()
+    return 1 if small and not images else AVAILABLE
