@@ -1,5 +1,6 @@
 """What a run does to its process: memory, threads, imports."""
 
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,31 @@ def test_games_load_no_plotting_libraries_and_others_still_can():
     assert python(code) == "True"
 
 
+WORDS = """
+import runpy, sys
+sys.argv = ["dreamer.py", *{words}]
+try:
+    runpy.run_path("dreamer.py", run_name="__main__")
+except SystemExit as error:
+    print(error.code, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["--configs", "minatra"], 2),
+        (["--capacity", "minatra"], 2),
+        (["--no.key", "1"], 2),
+        (["word"], 2),
+    ],
+)
+def test_help_and_wrong_arguments_need_no_torch(words, status):
+    code = "import sys, io; sys.stderr = io.StringIO()" + WORDS.format(words=words)
+    assert python(code).splitlines()[-1] == f"{status} False"
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -76,10 +102,13 @@ def test_small_networks_have_one_thread(threads, monkeypatch):
     assert process.pick_threads(small, 0) == 2
 
 
-def test_a_run_uses_the_threads_asked_for(threads, tmp_path):
+def test_a_run_uses_the_threads_asked_for_and_notes_its_precision(threads, tmp_path):
     torch.set_num_threads(2)
     assert run(tmp_path, "--steps", 30) == 0 and torch.get_num_threads() == 1
-    assert run(tmp_path, "--steps", 60, "--threads", 2) == 0 and torch.get_num_threads() == 2
+    words = ["--steps", 60, "--threads", 2, "--precision", "bfloat16"]
+    assert run(tmp_path, *words) == 0 and torch.get_num_threads() == 2
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["precision"] for start in starts] == ["float32", "bfloat16"]
 
 
 def test_threads_sleep_while_they_wait():
