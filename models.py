@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
+from hidreamer import precision
 from hidreamer.behavior import Behavior
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
@@ -25,7 +26,6 @@ from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
 from hidreamer.optim import joint_name, make_optimizers
-from hidreamer.precision import set_precision
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -211,6 +211,8 @@ class Agent(nn.Module):
         heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
         for module in (wm.encoder, *heads):
             module.compile()
+        for one in self.behaviors().values():
+            one.policy = torch.compile(one.policy)
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
@@ -304,12 +306,8 @@ class Agent(nn.Module):
             return [model.postprocess(observed), *model.decode(feat, True, generator)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.config.precision != "bfloat16":
-            return contextlib.nullcontext()
-        # Without its cache of cast weights: what is cast in imagination, where no gradient is
-        # recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+        """What all calls of this agent's parts run under."""
+        return precision.autocast(self.config.precision, next(self.parameters()).device)
 
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
@@ -387,7 +385,7 @@ def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
 
     Raises ConfigError for sizes that do not fit together.
     """
-    set_precision(config, device)
+    precision.set_precision(config, device)
     try:
         agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
         # cuDNN's convolutions of channels-last images would reorder their weights at every use

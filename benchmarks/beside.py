@@ -30,7 +30,7 @@ from ruamel.yaml import YAML
 
 import models
 import tools
-from hidreamer import cost
+from hidreamer import cost, precision
 from hidreamer.capture import Captured
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, row_spec
@@ -56,7 +56,7 @@ def counts(update: Callable[[], object]) -> dict[str, int]:
 
 
 def ours(config: tools.Config, device: torch.device) -> Measured:
-    models.set_precision(config, device)
+    precision.set_precision(config, device)
     agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
     agent.make_optimizers()
     batch = agent.tensors(
@@ -65,7 +65,7 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
     counted = counts(lambda: agent.update(batch))
     update = agent.make_update(config.compile)
     update(batch)  # compiles the parts: the dream has them as training does
-    with torch.no_grad():
+    with torch.no_grad(), agent.autocast():
         carry, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
         start = agent.world_model.dynamics.starts(carry, post, 0)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hidreamer.optim import Optimizer
+from hidreamer.precision import autocast
 from pipeline import data, tokenizer, training
 from pipeline.gate import Gate
 from pipeline.stage import Stage
@@ -113,9 +114,8 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """One update along the mean gradient of several batches, that of a large one. -> metrics."""
     device, found = batches[0]["reward"].device, []
-    half = {"enabled": config.precision == "bfloat16", "cache_enabled": False}
     for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, **half):
+        with autocast(config.precision, device):
             losses, _, _, _, metrics = model.loss(batch)
         loss = sum(losses.values()).mean()
         optimizer.gather(loss / len(batches))
