@@ -243,6 +243,7 @@ class Recurrent(Dynamics):
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.loss = torch.compile(self.loss)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
         self.check_levels(post)
