@@ -255,8 +255,16 @@ class Agent(nn.Module):
         self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
     ) -> ActState:
         """``act``, an operation at a time."""
-        carry, post = self.follow(state, obs, generator)
-        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode, generator))
+        with self.autocast():
+            obs, wm = self._one_step(state, obs), self.world_model
+            steps = state.carry, wm.encoder(obs), obs["prev_action"], obs["is_first"].bool()
+            carry, feat = wm.dynamics.observe_features(*steps, generator)
+        return ActState(carry, self.choose(feat.map(lambda x: x[:, 0]), mode, generator))
+
+    def _one_step(self, state: ActState, obs: Batch) -> Batch:
+        """Raw observations (N, ...), preprocessed to (N,1,...)."""
+        obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
+        return obs | {"prev_action": state.action.unsqueeze(1)}
 
     @torch.no_grad()
     def follow(
@@ -264,10 +272,8 @@ class Agent(nn.Module):
     ) -> tuple[Any, Post]:
         """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
-            obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
-            obs["prev_action"] = state.action.unsqueeze(1)
-            carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
-        return carry, post
+            obs = self._one_step(state, obs)
+            return self.world_model.observe(obs, state.carry, generator=generator)[:2]
 
     @torch.no_grad()
     def choose(
@@ -306,7 +312,6 @@ class Agent(nn.Module):
             return [model.postprocess(observed), *model.decode(feat, True, generator)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """What all calls of this agent's parts run under."""
         return precision.autocast(self.config.precision, next(self.parameters()).device)
 
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
