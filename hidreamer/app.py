@@ -35,21 +35,37 @@ class ForeignModule(ImportError):
     """One line: a module of another project has a name that ours needs."""
 
 
+def modules() -> dict[str, Path]:
+    """{name: file} of the modules and packages in ROOT."""
+    found = {}
+    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
+        found[file.parent.name if file.name == "__init__.py" else file.stem] = file
+    return found
+
+
+def foreign() -> tuple[str, str | None] | None:
+    """The first of ``modules`` whose name means another file, or none, to Python as it is now:
+    the name and that file. None where all mean ours.
+    """
+    for name, file in modules().items():
+        found = origin(name)
+        if found is None or not os.path.exists(found) or not os.path.samefile(found, file):
+            return name, found
+    return None
+
+
 def enter() -> None:
     """Put ROOT first on the import path, so that ``import models`` finds ours.
 
-    Raises ForeignModule where it would not all the same: another one is loaded already, or an
-    import hook goes before the path.
+    For a process of our own; ``hidreamer.root`` is for others. Raises ForeignModule where it would
+    not all the same: another one is loaded already, or an import hook goes before the path.
     """
     sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
-    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
-        name = file.parent.name if file.name == "__init__.py" else file.stem
-        found = origin(name)
-        if found is None or not os.path.exists(found) or not os.path.samefile(found, file):
-            raise ForeignModule(
-                f"hidreamer needs its own module {name!r}, and Python has another one ({found}): "
-                "use a process in which that is not imported"
-            )
+    if other := foreign():
+        raise ForeignModule(
+            f"hidreamer needs its own module {other[0]!r}, and Python has another one"
+            f" ({other[1]}): use a process in which that is not imported"
+        )
 
 
 def origin(name: str) -> str | None:
