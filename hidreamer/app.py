@@ -7,14 +7,17 @@ the top of site-packages (docs/decisions/014-installed.md).
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 INSTALLED = Path(__file__).parent / "_app"  # exists in a wheel only
 ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent
+HUB = "hf:"  # what the name of an agent on a model hub begins with
 by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set by hidreamer.__main__
 
 # {command: (module in ROOT that is run as a script, its sentence)}
@@ -33,6 +36,30 @@ COMMANDS = {
 
 class ForeignModule(ImportError):
     """One line: a module of another project has a name that ours needs."""
+
+
+class UsageError(Exception):
+    """One line: what is wrong with the arguments of a command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def missing(folder: str | os.PathLike) -> str:
+    """One line where a folder that is to be read is none, else ""."""
+    path = Path(folder).expanduser()
+    if not path.exists():
+        return f"there is no folder {path}: name that of a run or of an export"
+    return "" if path.is_dir() else f"{path} is a file: name the folder of a run or of an export"
+
+
+def missing_agent(where: str) -> str:
+    """``missing`` of all that ``hidreamer.load`` takes, a checkpoint or a hub's name too."""
+    return "" if where.startswith(HUB) or os.path.isfile(where) else missing(where)
 
 
 def modules() -> dict[str, Path]:

@@ -20,3 +20,8 @@ checkpoints are the online agent's; only what trains them in stages is here.
     token_agent.py, policy.py                 actor and critic in dreams
     report.py, pictures.py                    report.html of all of it
 """
+
+from hidreamer import app
+
+if __name__ == "pipeline":  # not hidreamer.root.pipeline
+    app.enter()  # before the current folder, which may have a tools.py of its own

@@ -392,6 +392,10 @@ def test_what_cannot_be_analysed_is_said_in_one_line(trained, tmp_path, capsys):
 
     run = trained / "rssm" / "0"
     refused(tmp_path / "nowhere", hints=["there is no folder"])
+    refused(hints=["LOGDIR", "--help"])
+    (tmp_path / "file").write_text("")
+    refused(run, "--out", tmp_path / "file", hints=["--out is", "a file: name a folder"])
+    refused(run, "--longest", command.SHORTEST - 1, hints=["--longest is 6"])
     refused(tmp_path / "empty", hints=["there is no run in"])
     refused(run, "--episodes", 0, hints=["--episodes is 0", "at least"])
     refused(run, "--longest", 3, hints=["--longest"])

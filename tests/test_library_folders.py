@@ -89,7 +89,19 @@ def one_line(error, *says):
 
 
 def test_folders_without_an_agent_are_one_line(tmp_path):
-    for path, says in ((tmp_path, "holds no agent"), (tmp_path / "x", "there is no folder")):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "checkpoints" / "latest.pt").write_text("")
+    for path, says in (
+        (tmp_path, "holds no agent"),
+        (tmp_path / "x", "there is no folder"),
+        (tmp_path / "file", "is a file: name the folder"),
+        (tmp_path / "runs", f"such as {tmp_path / 'runs' / 'a'}"),
+        (tmp_path / "runs" / "a" / "checkpoints", f"such as {tmp_path / 'runs' / 'a'}"),
+        (None, "a folder is needed, not NoneType"),
+        (3, "not int"),
+        ("", "not ''"),
+    ):
         with pytest.raises(FolderError) as error:
             hidreamer.load(path)
         one_line(error, says)
