@@ -22,6 +22,7 @@ round.
     pictures.py     strips of frames
     summary.py      several runs together, and what they support, in sentences
     drawings.py, report.py      the page
+    recording.py    an episode as a file of Rerun
 """
 
 from hidreamer import app

@@ -1,6 +1,7 @@
 """Look inside trained agents: one page that opens offline, and JSON beside it.
 
-    python -m analysis LOGDIR [LOGDIR ...] [--out FOLDER] [--episodes N] [--compare | --pictures]
+    python -m analysis LOGDIR [LOGDIR ...] [--out FOLDER] [--episodes N] [--rerun]
+                              [--compare | --pictures]
 
 A LOGDIR is a run's folder, or one with runs below it; all of one task. The agents play new
 episodes, taking turns, and every one is judged on all of them: probes of named factors beside the
@@ -41,6 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     only.add_argument(
         "--pictures", action="store_true", help="no probes: also for tasks without named factors"
     )
+    parser.add_argument("--rerun", action="store_true", help="also analysis.rrd, for rerun.io")
     args = parser.parse_args(argv)
     if args.episodes < LEAST:
         raise app.UsageError(
@@ -65,7 +67,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        from analysis import inspection
+        from analysis import inspection, recording
+
+        if args.rerun:
+            recording.needed()
+    except app.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         text = f"an analysis needs its extra: pip install -e '.[compare]' ({error})"
         print(f"error: {text}", file=sys.stderr)

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import attention, latents, loading, pictures, readout, report, study, summary
+from analysis import (
+    attention,
+    latents,
+    loading,
+    pictures,
+    readout,
+    recording,
+    report,
+    study,
+    summary,
+)
 from comparison import runs
 from envs import EnvError, make_env
 from hidreamer.checkpoint import CheckpointError
@@ -65,16 +75,21 @@ def analyse(
     else:
         found["factors"] = {}
     strips: dict[str, list] = {}
-    shown = set()
+    shown, kept = set(), []
     for subject in subjects:
         print(f"{subject.name}: {subject.run.folder}", flush=True)
         trained = study.read_all(subject, subject.agent.world_model, material)
         entry = found["runs"][subject.name] = study.measure(subject, trained, material)
+        if args.rerun:
+            kept.append((subject, trained))
         if not args.compare:
             look(subject, episodes, trained, entry, strips, subject.run.model not in shown)
             shown.add(subject.run.model)
     found["models"] = summary.models(found)
     report.write(found, strips, folder)
+    if kept:
+        index = longest(episodes)
+        recording.write(folder / f"{report.NAME}.rrd", episodes[index], index, kept)
 
 
 def check_steps(material: study.Material) -> None:
@@ -85,6 +100,11 @@ def check_steps(material: study.Material) -> None:
             f"{len(material.episodes)} episodes have {sum(material.lengths)} steps, of which {held}"
             f" are held out, and {readout.LEAST} are needed: raise --episodes"
         )
+
+
+def longest(episodes: Sequence[loading.Episode]) -> int:
+    """Its index."""
+    return max(range(len(episodes)), key=lambda i: len(episodes[i]))
 
 
 def look(
@@ -98,10 +118,10 @@ def look(
     """Add a subject's pictures to ``strips``, attention and its longest episode to ``entry``."""
     if not draw:  # one run of each model: others of it look alike
         return
-    longest = max(range(len(episodes)), key=lambda i: len(episodes[i]))
-    entry["kl"] = [[round(float(x), 3) for x in row] for row in trained[longest].kl]
-    scene = pictures.follow(subject, episodes[longest], longest)
-    strips.setdefault("raster", []).append(pictures.code_raster(subject, trained[longest]))
+    index = longest(episodes)
+    entry["kl"] = [[round(float(x), 3) for x in row] for row in trained[index].kl]
+    scene = pictures.follow(subject, episodes[index], index)
+    strips.setdefault("raster", []).append(pictures.code_raster(subject, trained[index]))
     if seen := attention.look(subject.agent.world_model, scene.obs):
         entry["attention"] = {
             "names": seen.names,
@@ -122,7 +142,7 @@ def look(
         "resampled": pictures.resampled(scene),
         "dreams": pictures.counterfactual(scene, space, names),
         "codes": pictures.code_map(subject, episodes, trained),
-        "surprises": pictures.surprises(scene, trained[longest]),
+        "surprises": pictures.surprises(scene, trained[index]),
     }
     for key, strip in made.items():
         if strip is not None:
