@@ -411,10 +411,8 @@ def test_a_recording_has_every_step(material, subjects, tmp_path, monkeypatch):
 
     rerun = types.SimpleNamespace(RecordingStream=Stream, Scalars=lambda x: x, Image=lambda x: x)
     monkeypatch.setitem(sys.modules, "rerun", rerun)
-    episode, subject = (
-        material.episodes[0],
-        next(x for name, x in subjects.items() if name.startswith("hrssm")),
-    )
+    (name,) = [name for name in subjects if name.startswith("hrssm")]
+    episode, subject = material.episodes[0], subjects[name]
     found = study.read_all(subject, subject.agent.world_model, material)
     recording.write(tmp_path / "x.rrd", episode, 0, [(subject, found)])
     steps = len(episode)
