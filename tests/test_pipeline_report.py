@@ -39,7 +39,8 @@ def test_claims_name_rows_that_there_are(reported):
     gates = {name: read(reported / name) for name in command.STAGES}
     for claim in report.CLAIMS:
         assert claim.stage in gates
-        assert (report.measured(gates, claim) == "–") == (not claim.metrics), claim.what
+        assert report.measured(gates, claim) != "–", claim.what
+        assert bool(claim.metrics) != bool(claim.elsewhere), claim.what
 
 
 def test_measured_by_hand():
@@ -49,6 +50,27 @@ def test_measured_by_hand():
     claim = report.Claim("", "", "s", ("*: L0 accuracy",), "")
     assert report.measured(gates, claim) == "pong: L0 accuracy 0.5 (copy-last 0.25)"
     assert report.measured(gates, claim._replace(stage="t")) == "–"
+
+
+def test_the_report_says_in_words_what_did_not_work():
+    row = lambda metric, value, beaten, **by: {
+        "metric": metric,
+        "value": value,
+        "beaten_by": beaten,
+        "baselines": by,
+    }
+    found = [row("pong: L0 accuracy", 0.9, []), row("b: L0 accuracy", 0.1, ["copy-last"])]
+    found.append(row("pong: L0 accuracy, changed", 0.9, []))
+    played = row("pong: mean return", -20.4, ["x"], **{"random play": -17.8, "online": -21.0})
+    gates = {
+        "world_model": {"tables": [{"title": "Teacher-forced", "rows": found}]},
+        "policy": {"tables": [{"title": "In the real game", "rows": [played]}]},
+    }
+    first, second = report.in_words(gates).text
+    assert "L0 in 1 of 2 games" in first
+    assert "did not learn: -20.4" in second and "-17.8" in second and "-21" in second
+    better = report.learned(played | {"value": -10.0})
+    assert "higher mean return" in better and "did not learn" not in better
 
 
 def test_all_finishes_what_is_left_and_changes_nothing_that_is_done(acting, tmp_path, monkeypatch):
