@@ -126,8 +126,8 @@ CLAIMS = (
         "world_model",
         (),
         "there was no code; beside a dense network of as many parameters the products are fewer,"
-        " and routing costs what they save at this size; the differences in accuracy are within"
-        " one standard error of about .03",
+        " and routing costs what they save at this size; no difference in accuracy is more than"
+        " two standard errors",
         "in results/pipeline/experts.md, 4 experts, top 1, beside dense of as many parameters:"
         " 1.04x speed; -67% active parameters, none fewer in all; L0 right after 30 steps .219"
         " against .271 (.234 for dense of the active size, .260 for keeping the last)",
