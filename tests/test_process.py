@@ -49,6 +49,32 @@ def test_freed_memory_is_used_again():
     assert int(python(FAULTS, HIDREAMER_MALLOC="system")) > 50_000  # 10 times 80 MB, paged in anew
 
 
+UPDATES = """
+import sys
+from hidreamer.process import keep_freed_memory
+keep_freed_memory()
+sys.path.insert(0, "benchmarks")
+import torch, equality, measure
+from hidreamer import cost
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+before = cost.peak_mb(cpu)
+agent, (batch,) = equality.make_agent(["debug"], cpu, **{"replay.batch": 32, "replay.length": 32})
+for _ in range(3):
+    agent.update(batch)
+print(measure.page_faults(lambda: agent.update(batch)), cost.peak_mb(cpu) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_an_update_takes_no_new_pages():
+    """After the first ones; and the most memory that it ever holds."""
+    faults, peak = python(UPDATES).split()
+    assert int(faults) < 5000 and float(peak) < 800.0
+    given_back, _ = python(UPDATES, HIDREAMER_MALLOC="system").split()
+    assert int(given_back) > 50_000  # the bound can be missed
+
+
 def test_games_load_no_plotting_libraries_and_others_still_can():
     pytest.importorskip("matplotlib")
     code = "import envs.minatar, sys; print('pandas' in sys.modules, 'matplotlib' in sys.modules)"
