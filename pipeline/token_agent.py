@@ -94,6 +94,19 @@ class TokenAgent(models.Agent):
             del modules["model"]["encoder"]  # what it makes of images is stored as tokens
         return modules
 
+    @torch.no_grad()
+    def plain_act(
+        self,
+        state: models.ActState,
+        obs: models.Batch,
+        mode: str,
+        generator: torch.Generator | None,
+    ) -> models.ActState:
+        """As of ``models.Agent``, through ``TokenWorldModel.observe``, which stacks the images."""
+        carry, post = self.follow(state, obs, generator)
+        feat = post.feat.map(lambda x: x[:, 0])
+        return models.ActState(carry, self.choose(feat, mode, generator))
+
     def update(self, batch: models.Batch, generator: torch.Generator | None = None) -> Tensor:
         """As of ``models.Agent``, on windows of tokens (B,T,.)."""
         if self.block.finetune:
