@@ -21,12 +21,14 @@ from envs.vector import Envs
 from hidreamer import checkpoint, evaluation
 from hidreamer.spaces import random_action
 from pipeline import data, tokenizer, training, world_model
-from pipeline.gate import HIGHER, Gate, Row, Table
+from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 from pipeline.stage import Stage
 from pipeline.token_agent import TokenAgent
 from pipeline.token_model import Windows, tensors, token_rows
 from tools import Config, ConfigError
 from training import Run
+
+Episodes = list[dict[str, float]]  # as of ``evaluation.Played``
 
 EVALUATION, RANDOM, TRAINED = 1, 2, 3  # seeds of environments
 NOTE = (
@@ -40,7 +42,7 @@ class Policy(Stage):
     name = "policy"
     needs = ("collect", "encoder", "tokenizer", "world_model")
     keys = ("pipeline.policy", "actor", "critic", "imag", "model", "loss_scales", "optim")
-    keys += ("encoder", "decoder", "dynamics", "reward", "cont", "precision")
+    keys += ("encoder", "decoder", "dynamics", "reward", "cont", "precision", "eval_time_limit")
 
     def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
         super().__init__(config, root, device, report)
@@ -78,24 +80,21 @@ class Policy(Stage):
         scores["random play"] = self._evaluate(RandomAgent(self.config, self.game), RANDOM)
         if self.block.online:
             scores["online"] = self._online()
-        mean = {who: float(np.mean(x)) for who, x in scores.items()}
-        error = {who: standard_error(x) for who, x in scores.items()}
-        own = mean.pop("here")
-        rows = [Row(f"{self.game}: mean return", own, mean, HIGHER)]
-        rows.append(Row(f"{self.game}: standard error", error.pop("here"), error))
+        returns = {who: [x["return"] for x in episodes] for who, episodes in scores.items()}
         facts = {
             "algorithm": self.block.algorithm,
             "memory": self.block.memory,
             "world model": "fine-tuned" if self.block.finetune else "frozen",
             "real steps": self.config.pipeline.collect.steps,
-            "returns": scores,
+            "returns": returns,
         }
-        return Gate(self.name, [Table("In the real game", rows, NOTE)], facts), outputs
+        table = Table("In the real game", score_rows(self.game, scores), NOTE)
+        return Gate(self.name, [table], facts), outputs
 
     # ------------------------------------------------------------ the real game
 
-    def _evaluate(self, agent: Any, role: int) -> list[float]:
-        """Returns of ``eval_episodes`` episodes, the same ones in every process."""
+    def _evaluate(self, agent: Any, role: int) -> Episodes:
+        """``eval_episodes`` episodes, the same ones in every process."""
         config = self.config
         block = config.env.tree()
         limit = block["time_limit"] = evaluation.time_limit(config)
@@ -113,9 +112,9 @@ class Policy(Stage):
                 played = evaluation.play(
                     agent, envs, episodes, "train", limit=limit, check=self.poll
                 )
-        return [episode["return"] for episode in played.episodes]
+        return played.episodes
 
-    def _online(self) -> list[float]:
+    def _online(self) -> Episodes:
         """Train the same agent online, or continue that, and evaluate it."""
         config = online_config(self.config, self.game)
         folder = self.folder / "online"
@@ -134,6 +133,24 @@ class Policy(Stage):
         except BaseException:
             run.save()  # the same command goes on from here
             raise
+
+
+def score_rows(game: str, scores: Mapping[str, Episodes]) -> list[Row]:
+    """Of the gate. scores: episodes by who played, "here" among them.
+
+    An episode that the limit cut has no final score: even one of a baseline is a warning.
+    """
+    mean, error, cut = {}, {}, {}
+    for who, episodes in scores.items():
+        returns = [episode["return"] for episode in episodes]
+        mean[who], error[who] = float(np.mean(returns)), standard_error(returns)
+        cut[f"of {who}"] = sum(episode["truncated"] for episode in episodes)
+    rows = [Row(f"{game}: mean return", mean.pop("here"), mean, HIGHER)]
+    rows.append(Row(f"{game}: standard error", error.pop("here"), error))
+    if total := sum(cut.values()):
+        rows.append(Row(f"{game}: episodes cut by eval_time_limit", total, {"none": 0.0}, LOWER))
+        rows += [Row(f"{game}: cut episodes {who}", count) for who, count in cut.items()]
+    return rows
 
 
 def standard_error(x: list[float]) -> float:

@@ -12,6 +12,7 @@ from test_pipeline import recording
 from test_pipeline_world_model import CPU, toy_batch, toy_model
 
 import tools
+from hidreamer import evaluation
 from hidreamer.losses import clipped_gain, reinforce_gain
 from pipeline import policy, training, world_model
 from pipeline.token_agent import TokenAgent
@@ -188,6 +189,24 @@ def test_the_gate(acting):
     online = tools.saved_config(acting / "policy" / "online")
     assert online["steps"] == 240 * 4 and online["task"] == "atari_pong"
     assert (acting / "policy/online/checkpoints/latest.pt").exists()
+
+
+def test_episodes_that_were_cut_are_a_warning(acting):
+    """Pong's score is final after 21 points: random play that is cut looks better than it is."""
+    found = read(acting / "policy")  # env.time_limit cuts every episode of the debug preset
+    assert any("cut by eval_time_limit 6" in warning for warning in found["warnings"])
+    whole = {"return": -21.0, "truncated": 0.0}
+    rows = policy.score_rows("pong", {"here": [whole, whole], "random play": [whole, whole]})
+    assert [row.metric for row in rows] == ["pong: mean return", "pong: standard error"]
+    cut = policy.score_rows("pong", {"here": [whole], "random play": [whole | {"truncated": 1.0}]})
+    assert cut[2].beaten_by() and cut[2].value == 1.0
+
+
+@pytest.mark.parametrize("preset", ["pipeline", "pipeline_small"])
+def test_the_presets_play_whole_games_and_ten_of_them(preset):
+    settings = tools.load_config([preset], {})
+    assert evaluation.time_limit(settings) >= 108_000
+    assert settings.pipeline.policy.eval_episodes >= 10
 
 
 def test_the_online_baseline_has_the_steps_and_updates_of_the_stage(acting):
