@@ -7,6 +7,7 @@ plays the interrupted one again. ``LOGDIR/collect/GAME`` is like the folder of a
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.utils import seeding
 
 import models
 import tools
@@ -25,7 +27,7 @@ from hidreamer.checkpoint import CheckpointError
 from hidreamer.episodes import save_episode
 from hidreamer.spaces import random_action
 from pipeline import data
-from pipeline.gate import HIGHER, Gate, Row, Table
+from pipeline.gate import Gate, Row, Table
 from pipeline.stage import Stage
 from tools import Config, ConfigError
 
@@ -35,6 +37,26 @@ class Played(NamedTuple):
 
     rows: dict[str, np.ndarray]
     score: float
+
+
+class Game:
+    """The environment of a game, opened once: loading a cartridge costs as much as hundreds of
+    steps.
+    """
+
+    def __init__(self, name: str, config: Config):
+        self.env = make_env(f"atari_{name}", config.env.tree(), 0)
+        self.env.reset()
+        self.start = self.env.get_state()
+
+    def seeded(self, seed: int) -> Env:
+        """The environment, whose next episode is the first one of a new environment of ``seed``,
+        whatever was played before.
+        """
+        self.env.set_state(self.start)
+        self.env.suite.np_random, _ = seeding.np_random(seed)
+        self.env.suite.np_random.integers(2**31)  # the emulator's own seed: it draws nothing
+        return self.env
 
 
 class Collect(Stage):
@@ -53,6 +75,8 @@ class Collect(Stage):
         self.names: list[list[str]] = [[] for _ in self.games]  # of the episodes' files
         self.returns: list[list[float]] = [[] for _ in self.games]
         self.rows = [0] * len(self.games)  # recorded steps of each
+        self.opened: dict[int, Game] = {}
+        self.seconds = [0.0] * len(self.games)  # of this thread's processor time, for playing
         self.policy: Policy | None = None
         if block.from_minari:
             from pipeline import minari
@@ -89,13 +113,14 @@ class Collect(Stage):
         config, name = self.config, self.games[game]
         entropy = [config.seed, zlib.crc32(name.encode()), index]
         seeds = np.random.SeedSequence(entropy).generate_state(2)
-        env = make_env(f"atari_{name}", config.env.tree(), int(seeds[0] >> 1))
+        if game not in self.opened:
+            self.opened[game] = Game(name, config)
+        start = time.thread_time()
+        env = self.opened[game].seeded(int(seeds[0] >> 1))
         rng = np.random.default_rng(seeds)
-        choose = self._chooser(env, rng, game, int(seeds[1]))
-        try:
-            return play(env, choose, budget)
-        finally:
-            env.close()
+        played = play(env, self._chooser(env, rng, game, int(seeds[1])), budget)
+        self.seconds[game] += time.thread_time() - start
+        return played
 
     def _chooser(self, env: Env, rng: np.random.Generator, game: int, seed: int) -> Callable:
         """A function from an output of ``env`` to the next action (A,)."""
@@ -114,10 +139,12 @@ class Collect(Stage):
 
     def save_state(self) -> dict[str, Any]:
         self._wait()
-        return {"names": self.names, "returns": self.returns, "rows": self.rows}
+        state = {"names": self.names, "returns": self.returns, "rows": self.rows}
+        return state | {"seconds": self.seconds}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.names, self.returns, self.rows = state["names"], state["returns"], state["rows"]
+        self.seconds = state["seconds"]
         for game, names in zip(self.games, self.names, strict=True):
             for path in data.folder(self.root, game).glob("*.npz*"):
                 if path.name not in names:  # of after the checkpoint: it is played again
@@ -141,16 +168,7 @@ class Collect(Stage):
         if not block.agent and not block.from_minari:
             from pipeline import speed
 
-            ours, bare = speed.speeds(self.config, self.games[0])
-            note = (
-                f"Steps of random play in {self.games[0]} a second of the playing thread's"
-                f" processor time, the best of {speed.ROUNDS} rounds of {speed.STEPS},"
-                " beside a bare loop over ale-py's act, its screen and OpenCV's resize: at least"
-                f" {speed.SHARE:.0%} of that is asked for."
-            )
-            asked = {f"{speed.SHARE:.0%} of ale-py": speed.SHARE * bare}
-            rows = [Row("steps/s", ours, asked, HIGHER), Row("share of ale-py's own", ours / bare)]
-            tables.append(Table("Speed", rows, note))
+            tables.append(speed.table(self.config, self.games[0], self.rows[0], self.seconds[0]))
         if block.to_minari:
             from pipeline import minari
 
@@ -162,6 +180,8 @@ class Collect(Stage):
 
     def close(self) -> None:
         self.writer.shutdown()
+        for game in self.opened.values():
+            game.env.close()
 
 
 def random_player(env: Env, rng: np.random.Generator) -> Callable[[Any], np.ndarray]:

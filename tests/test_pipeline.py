@@ -1,5 +1,6 @@
 """The frame of the pipeline: command line, manifests, gates, resuming."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
+import torch
 from small_pipeline import DEBUG, copied, made, read, rows, run, run_killed, same
 from small_runs import one_line
 
 import tools
 from conftest import ROOT
+from envs import make_env
 from pipeline import __main__ as command
-from pipeline import data, gate, manifest
+from pipeline import collect, data, gate, manifest, speed
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 
 # ---------------------------------------------------------------- the command line
@@ -212,6 +216,40 @@ def test_speed_stands_beside_that_of_ale_py(collected):
     share = rows(collected / "collect", "Speed")["share of ale-py's own"]["value"]
     (asked,) = row["baselines"].values()
     assert row["value"] / asked == pytest.approx(share / 0.8)
+
+
+def test_a_game_is_opened_once_and_its_episodes_are_those_of_new_environments(
+    collected, tmp_path, monkeypatch
+):
+    """Loading a cartridge for every episode had cost as much as hundreds of steps."""
+    made = []
+
+    def counting(*args, **keys):
+        made.append(make_env(*args, **keys))
+        return made[-1]
+
+    settings = tools.load_config(["pipeline_debug"], {"logdir": str(tmp_path)})
+    stage = collect.Collect(settings, tmp_path, torch.device("cpu"), print)
+    monkeypatch.setattr(collect, "make_env", counting)
+    with contextlib.closing(stage):
+        while stage.step < stage.total:
+            stage.advance()
+        assert len(made) == len(settings.pipeline.games)
+        for index in (3, 0):  # in any order
+            entropy = [settings.seed, zlib.crc32(b"breakout"), index]
+            seeds = np.random.SeedSequence(entropy).generate_state(2)
+            fresh = make_env("atari_breakout", settings.env.tree(), int(seeds[0] >> 1))
+            choose = collect.random_player(fresh, np.random.default_rng(seeds))
+            found, asked = stage._play(1, index, 60).rows, collect.play(fresh, choose, 60).rows
+            assert all(np.array_equal(found[key], asked[key]) for key in asked)
+
+
+def test_the_speed_is_that_of_the_stage_itself(monkeypatch):
+    """Slow starts of episodes count."""
+    monkeypatch.setattr(speed, "bare_speed", lambda config, game: 100.0)
+    slow, fast = (speed.table(None, "pong", 50, seconds).rows for seconds in (1.0, 0.5))
+    assert slow[0].value == 50.0 and slow[0].beaten_by() and slow[1].value == 0.5
+    assert not fast[0].beaten_by() and fast[1].value == 1.0
 
 
 # ---------------------------------------------------------------- the split
