@@ -17,7 +17,8 @@ from pipeline.gate import HIGHER, LOWER, Row, Table
 GEOMETRY_NOTE = (
     "The lineage judged its encoder by these. Temporal ratio: mean distance of successive frames"
     " over that of random pairs, held-out episodes, no pair across an end. Diversity: mean distance"
-    " of random pairs; 1.414 says that they are orthogonal, no more. Norm: 1 by construction."
+    " of random pairs; 1.414 says that they are orthogonal, no more. Norm: 1 by construction. Of"
+    " these two no value is better."
 )
 PROBE_NOTE = (
     "Held-out episodes. R²: a linear probe of all numbers, fitted on training episodes. Best r: the"

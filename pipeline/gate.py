@@ -19,13 +19,16 @@ class Row:
     """One metric. baselines: {who: value}, NaN where there is none.
 
     better: HIGHER or LOWER makes a value that does not pass every baseline a warning; NEITHER is
-    for the record.
+    for the record, and the table's note says why no value is better.
+    beside: {who: value} that are shown with the baselines and not compared: bounds, and what would
+    be no fair comparison.
     """
 
     metric: str
     value: float
     baselines: Mapping[str, float] = field(default_factory=dict)
     better: str = NEITHER
+    beside: Mapping[str, float] = field(default_factory=dict)
 
     def beaten_by(self) -> list[str]:
         """The baselines that are at least as good; all of them where the value is no number."""
@@ -71,7 +74,8 @@ class Gate:
         for table in self.tables:
             rows = []
             for row in table.rows:
-                baselines = {who: finite(x) for who, x in row.baselines.items()}
+                shown = {**row.baselines, **row.beside}
+                baselines = {who: finite(x) for who, x in shown.items()}
                 rows.append(
                     {
                         "metric": row.metric,

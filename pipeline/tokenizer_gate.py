@@ -17,15 +17,17 @@ from pipeline.gate import HIGHER, Gate, Row, Table
 PERMUTATIONS = 20
 LEVEL_NOTE = (
     "Held-out episodes of all games. Persistence: how often a code is that of the frame before,"
-    " beside the same frames in random order; it is also what a world model gets right by copying."
-    " Bits: the entropy of the codes in use. A flat VQ of as many codes is level 0 alone."
+    " beside the same frames in random order; it is also what a world model gets right by copying,"
+    " so that more of it is no merit. Bits: the entropy of the codes in use, perplexity in another"
+    " unit. A flat VQ of as many codes is level 0 alone."
 )
 ENERGY_NOTE = (
     "Held-out episodes. Cosine: between an embedding and the sum of its codes. The lineage reported"
     " their dot product under that name. Explained energy: 1 - squared error / squared length;"
-    " explained variance: the same around the mean embedding, which alone would explain 0."
-    " Untrained: the same quantiser on an untrained encoder's embeddings. Flat, equal bits: one"
-    " level whose L groups have a codebook each."
+    " explained variance: the same around the mean embedding. The mean alone: one code for every"
+    " frame. Flat, equal bits: one level whose L groups have a codebook each. Untrained, for the"
+    " record: the same quantiser on an untrained encoder's embeddings, which differ less from each"
+    " other and are easier to code whatever they say; the probes below compare what they say."
 )
 PROBE_NOTE = (
     "R² of linear probes of the sum of codes, held-out episodes. Before quantising: of the"
@@ -34,7 +36,7 @@ PROBE_NOTE = (
 SHARED_NOTE = (
     f"Codes that every game uses. Null: game labels shuffled over frames ({PERMUTATIONS} times):"
     " what is shared where codes say nothing of the game. Shared codes far below it belong to"
-    " games."
+    " games. No direction is better: codes of games' own can be as good as shared ones."
 )
 TRANSFER_NOTE = (
     "Explained energy of a game's held-out episodes by codebooks that never saw it, beside"
@@ -176,10 +178,12 @@ def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
             same.append(index[successors + 1, level] == index[successors, level])
         kept = float(np.concatenate(same).mean())
         bits = entropy_bits(code)
-        rows.append(Row(f"{name}: codes in use", len(np.unique(code)), {"there are": total}))
-        rows.append(Row(f"{name}: perplexity", 2.0**bits, {"there are": total}))
+        use = {"codes in use": len(np.unique(code)), "perplexity": 2.0**bits}
+        for what, value in use.items():
+            bound = {"there are": total}
+            rows.append(Row(f"{name}: {what}", value, {"a collapsed level": 1.0}, HIGHER, bound))
         rows.append(Row(f"{name}: persistence", kept, {"shuffled": shuffled_persistence(code)}))
-        rows.append(Row(f"{name}: bits", bits, {"there are": np.log2(total).item()}))
+        rows.append(Row(f"{name}: bits", bits, beside={"there are": np.log2(total).item()}))
     whole = [entropy_bits(codes[:, level]) for level in range(codes.shape[1])]
     rows.append(Row("all levels: bits a frame", sum(whole)))
     return Table("Levels", rows, LEVEL_NOTE)
@@ -197,14 +201,16 @@ def energy_table(stage: Any, embeddings: list[np.ndarray], untrained: list[np.nd
         product = fit_all(stage, embeddings, groups=levels, levels=1)
         flat["flat, equal bits"] = tokenizer.encode(product, z)[1][:, 0]
     rows, name = [], ""
+    mean = np.broadcast_to(z.mean(0), z.shape)
     for level in range(levels):
         name += f"{'+' if level else ''}L{level}"
-        last = flat.items() if level == levels - 1 else ()
+        last = flat if level == levels - 1 else {}
         measures = {"cosine": cosine, "explained energy": explained_energy}
         for what, fn in (measures | {"explained variance": explained_variance}).items():
-            by = {"untrained": fn(other, control[:, level])}
-            by |= {who: fn(z, codes) for who, codes in last}
-            rows.append(Row(f"{name}: {what}", fn(z, sums[:, level]), by))
+            fair = {"the mean alone": mean} | last
+            by = {who: fn(z, codes) for who, codes in fair.items()}
+            beside = {"untrained": fn(other, control[:, level])}
+            rows.append(Row(f"{name}: {what}", fn(z, sums[:, level]), by, HIGHER, beside))
         rows.append(Row(f"{name}: dot product (lineage's cosine)", dot(z, sums[:, level])))
     return Table("Reconstruction of the embedding", rows, ENERGY_NOTE)
 

@@ -234,16 +234,23 @@ def judge(stage: Any) -> Gate:
 def mask_table(stage: Any, windows: Windows, rollout_windows: Windows, context: int) -> Table:
     """The config's mask beside the others, means over games."""
     by_mask: dict[str, dict[str, float]] = {}
+    better: dict[str, str] = {}
     for mask, model in zip(stage.masks, stage.models, strict=True):
         values: dict[str, list[float]] = {}
         for game in range(len(stage.recordings)):
             rows = teacher_rows(stage, model, windows, game)
             rows += rollout_rows(stage, model, rollout_windows, game, context)[0]
             for row in rows:
-                values.setdefault(row.metric.split(": ", 1)[1], []).append(row.value)
+                name = row.metric.split(": ", 1)[1]
+                values.setdefault(name, []).append(row.value)
+                better[name] = better.get(name) or row.better  # "" in a game without rewards
         by_mask[mask] = {name: probing.mean(np.array(x)) for name, x in values.items()}
     own, rows = by_mask.pop(stage.masks[0]), []
     for name, value in own.items():
-        rows.append(Row(name, value, {mask: found[name] for mask, found in by_mask.items()}))
-    note = "Means over games; every mask with the same seed, batches and updates."
+        by = {mask: found[name] for mask, found in by_mask.items()}
+        rows.append(Row(name, value, by, better[name]))
+    note = (
+        "Means over games; every mask with the same seed, batches and updates. One seed: a warning"
+        " here says that the config's mask is not ahead, not that another one is."
+    )
     return Table(f"Masks: {stage.masks[0]} here", rows, note)

@@ -64,7 +64,11 @@ def test_a_gate_warns_where_a_baseline_is_matched_or_beats():
     equal = Row("b", 2.0, {"x": 2.0, "y": 1.0}, HIGHER)
     lower = Row("c", 2.0, {"x": 1.0}, LOWER)
     broken = Row("d", math.nan, {"x": 1.0}, LOWER)
-    record = Row("e", 0.0, {"x": 1.0})
+    record = Row("e", 0.0, {"x": 1.0}, HIGHER, {"y": 1.0})
+    record.baselines = {}  # what stands beside a value is shown, and not compared
+    assert Gate("s", [Table("t", [record])]).tree()["tables"][0]["rows"][0]["baselines"] == {
+        "y": 1.0
+    }
     assert [row.beaten_by() for row in (better, equal, lower, broken, record)] == [
         [],
         ["x"],

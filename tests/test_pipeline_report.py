@@ -43,6 +43,22 @@ def test_claims_name_rows_that_there_are(reported):
         assert bool(claim.metrics) != bool(claim.elsewhere), claim.what
 
 
+# Rows that stand beside another value and that no value of makes a warning: a note says why.
+RECORD = ("persistence", "bits", "shared codes", "bits about the game", "diversity", "norm")
+RECORD += ("best r (lineage)", "standard error")
+
+
+def test_every_metric_with_a_baseline_can_warn(reported):
+    found = set()
+    for name in command.STAGES:
+        for table in read(reported / name)["tables"]:
+            for row in table["rows"]:
+                known = row["value"] is not None and row["baselines"]
+                if known and not row["better"] and not row["metric"].endswith(RECORD):
+                    found.add(row["metric"])
+    assert not found
+
+
 def test_measured_by_hand():
     row = {"metric": "pong: L0 accuracy", "value": 0.5, "baselines": {"copy-last": 0.25, "x": None}}
     other = {"metric": "L0 accuracy, changed", "value": 1.0, "baselines": {}}

@@ -178,7 +178,10 @@ def test_the_gate(tokenized):
         assert levels[f"L{level}: bits"]["value"] <= 4.0
     energy = rows(folder, "Reconstruction of the embedding")
     whole = energy["L0+L1+L2: explained energy"]
-    assert whole["baselines"].keys() == {"untrained", "flat, equal bits"}
+    assert whole["baselines"].keys() == {"the mean alone", "untrained", "flat, equal bits"}
+    for name in ("L0", "L0+L1+L2"):
+        variance = energy[f"{name}: explained variance"]["baselines"]["the mean alone"]
+        assert variance == pytest.approx(0.0, abs=1e-5)
     assert energy["L0+L1+L2: cosine"]["value"] <= 1.0
     shared = rows(folder, "Across games")
     assert shared["L0: bits about the game"]["baselines"].keys() == {
