@@ -48,7 +48,7 @@ STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, 
 def full_key(key: str, name: str, keys: Iterable[str]) -> str:
     """The config key that ``key`` stands for on the command line of stage ``name``.
 
-    Raises ConfigError where it could be several stages' own.
+    Raises ConfigError where it could be several stages' own, or is another stage's.
     """
     keys = set(keys)
     for candidate in (f"pipeline.{name}.{key}", f"pipeline.{key}"):
@@ -61,6 +61,10 @@ def full_key(key: str, name: str, keys: Iterable[str]) -> str:
             raise ConfigError(f"--{key} could be {' or '.join('--' + x for x in found)}")
         if found:
             return found[0]
+    others = [f"pipeline.{other}.{key}" for other in STAGES if f"pipeline.{other}.{key}" in keys]
+    if key in keys and others:  # a key of dreamer.py of that name would be taken and do nothing
+        written = " or ".join("--" + other for other in others)
+        raise ConfigError(f"--{key} is no key of {name}: write {written}")
     return key
 
 

@@ -22,6 +22,7 @@ from hidreamer import checkpoint, evaluation
 from hidreamer.spaces import random_action
 from pipeline import data, tokenizer, training, world_model
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
+from pipeline.manifest import InputError
 from pipeline.stage import Stage
 from pipeline.token_agent import TokenAgent
 from pipeline.token_model import Windows, tensors, token_rows
@@ -119,7 +120,11 @@ class Policy(Stage):
         config = online_config(self.config, self.game)
         folder = self.folder / "online"
         with checkpoint.locked(folder):
-            run = Run(config, folder, None, self.device, self.report)
+            try:
+                run = Run(config, folder, None, self.device, self.report)
+            except checkpoint.CheckpointError as error:
+                remedy = f"move {folder} away and run `python -m pipeline policy` again"
+                raise InputError(f"{error}: {remedy}") from None
             run.poll = self.poll
             with contextlib.closing(run):
                 self._train_online(run)

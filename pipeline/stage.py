@@ -25,7 +25,7 @@ from hidreamer.metrics import Means
 from hidreamer.provenance import note_start, provenance
 from pipeline import gate, manifest
 from pipeline.gate import Gate
-from pipeline.manifest import InputError
+from pipeline.manifest import InputError, again
 from tools import Config
 
 FIELDS = {  # of every checkpoint of a stage
@@ -144,7 +144,10 @@ class Runner:
         try:
             state = checkpoint.load_checkpoint(path, FIELDS)
         except checkpoint.CheckpointError as error:
-            state = checkpoint.load_checkpoint(folder / "previous.pt", FIELDS)
+            try:
+                state = checkpoint.load_checkpoint(folder / "previous.pt", FIELDS)
+            except checkpoint.CheckpointError:
+                raise InputError(f"{error}, and so is previous.pt: {again(self.folder)}") from None
             checkpoint.set_aside(path)
             self.stage.report(f"{error}; continuing from previous.pt at step {state['step']}")
         if changed := manifest.differences(state["config"], self.stage.identity(self.config)):
@@ -154,7 +157,7 @@ class Runner:
             )
         if state["inputs"] != self.inputs:
             raise InputError(
-                f"{self.folder} was begun on other inputs than are there now: move it away"
+                f"{self.folder} was begun on other inputs than are there now: {again(self.folder)}"
             )
         self.stage.load_state(state["body"])
         self.stage.step, self.seconds = state["step"], state["seconds"]
@@ -249,7 +252,7 @@ def finished(kind: type[Stage], config: Config, root: Path) -> dict[str, Any] | 
     """The gate of a stage that is done; None where it is still to be run.
 
     Raises InputError where what is there was made with another config, from other inputs, or is
-    damaged.
+    damaged, or its inputs are.
     """
     folder = root / kind.name
     body = manifest.read(folder)
@@ -260,7 +263,8 @@ def finished(kind: type[Stage], config: Config, root: Path) -> dict[str, Any] | 
             f"{folder} holds a finished stage with another config ({changed}): choose another"
             " --logdir, or move it away"
         )
-    manifest.check_input(root, kind.name, kind.name, config.flat())
+    for name in (*kind.needs, kind.name):
+        manifest.check_input(root, name, kind.name, config.flat())
     return gate.read(folder)
 
 

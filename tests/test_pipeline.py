@@ -34,6 +34,8 @@ from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
         (["collect", "--configs", "pipeline_debug"], ["--logdir"]),
         (["collect", "--logdir", "x", "--stepz", "3"], ["stepz"]),
         (["collect", "--logdir", "x", "--steps", "1"], ["pipeline.collect.steps", "at least 10"]),
+        (["encoder", "--logdir", "x", "--steps", "90"], ["no key of encoder", "collect.steps"]),
+        (["collect", "--logdir", "x", "--eval_episodes", "3"], ["--pipeline.policy.eval_episodes"]),
         (["collect", "--logdir", "x", "--games", "pongg"], ["pongg", "pong"]),
         (["collect", "--logdir", "x", "--games", "pong", "pong"], ["twice"]),
         (["collect", "--logdir", "x", "--resume", "y"], ["--resume"]),
@@ -355,6 +357,23 @@ def test_damaged_inputs_are_told_in_one_line(how, hint, collected, tmp_path, cap
         manifest.check_input(folder, "collect", "encoder", config.flat())
     assert hint in str(error.value) and "\n" not in str(error.value)
     assert "python -m pipeline collect" in str(error.value)
+
+
+def test_damaged_checkpoints_are_told_with_what_to_do(tmp_path, monkeypatch, capsys):
+    run_killed(monkeypatch, "collect", tmp_path, 5)
+    for path in (tmp_path / "collect" / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"no checkpoint")
+    capsys.readouterr()
+    assert run("collect", tmp_path) == 2
+    one_line(capsys, "latest.pt", f"move {tmp_path / 'collect'} away", "python -m pipeline collect")
+
+
+def test_a_finished_stage_whose_input_is_damaged_is_not_shown(encoded, tmp_path, capsys):
+    folder = copied(encoded, tmp_path / "run", "collect", "encoder")
+    damage(folder / "collect", "another")
+    capsys.readouterr()
+    assert run("encoder", folder) == 2
+    one_line(capsys, "is not what the stage wrote", "python -m pipeline collect")
 
 
 def test_a_logdir_that_is_a_file_is_told(tmp_path, capsys):

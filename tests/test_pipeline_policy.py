@@ -233,6 +233,16 @@ def test_a_killed_policy_continues_to_the_same_end(acting, tmp_path, monkeypatch
     assert made(whole / "policy") == made(acting / "policy")
 
 
+def test_a_damaged_online_baseline_is_told(acting, tmp_path, capsys):
+    folder = copied(acting, tmp_path / "run", *STAGES, "policy")
+    (folder / "policy" / "manifest.json").unlink()
+    for path in (folder / "policy/online/checkpoints").glob("*.pt"):
+        path.write_bytes(b"no checkpoint")
+    capsys.readouterr()
+    assert run("policy", folder) == 2
+    one_line(capsys, "policy/online away", "python -m pipeline policy")
+
+
 @pytest.mark.parametrize("words", [["--algorithm", "ppo"], ["--finetune"], ["--game", "breakout"]])
 def test_variants(words, acting, tmp_path):
     folder = copied(acting, tmp_path / "run", *STAGES)
