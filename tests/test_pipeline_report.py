@@ -7,6 +7,7 @@ import torch
 from small_pipeline import CONFIGS, copied, read, run, same
 
 import tools
+from conftest import ROOT
 from pipeline import __main__ as command
 from pipeline import report
 from pipeline.encoder import Encoder
@@ -57,6 +58,15 @@ def test_every_metric_with_a_baseline_can_warn(reported):
                 if known and not row["better"] and not row["metric"].endswith(RECORD):
                     found.add(row["metric"])
     assert not found
+
+
+def test_what_the_project_measured_is_not_said_to_be_of_this_run():
+    for claim in (claim for claim in report.CLAIMS if claim.elsewhere):
+        text = report.measured({}, claim)
+        assert text.startswith(f"not by this run; measured by the project ({claim.source})")
+        file, _, commit = claim.source.partition(", commit ")
+        assert commit in (ROOT / file).read_text()
+    assert not any("standard error" in claim.why + claim.elsewhere for claim in report.CLAIMS)
 
 
 def test_measured_by_hand():
