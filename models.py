@@ -23,9 +23,10 @@ from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
-from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
+from hidreamer.objectives import Harmony, make_objectives
 from hidreamer.optim import joint_name, make_optimizers
 from hidreamer.precision import set_precision
+from hidreamer.update import train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -48,15 +49,20 @@ class WorldModel(nn.Module):
         embed, positions = self.encoder.dim, self.encoder.map_positions
         self.dynamics = make_dynamics(config.dynamics, embed, act_dim, positions)
         self.feat_dim = self.dynamics.feat_dim
-        self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
+        weights, block = config.model.losses, dict(config.decoder)
+        # without a weight a decoder may still be trained to look, on features that it leaves alone
+        self.probed = block.pop("probe") and not weights.decoder
+        decodes = weights.decoder or self.probed
+        make = networks.Decoder if decodes else networks.NoDecoder
+        self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
-        self.objectives: dict[str, Objective] = {
-            "decoder": Reconstruction(self.decoder, self.dynamics),
-            "reward": Reward(self.reward),
-            "cont": Continue(self.cont),
-        }
-        self.scales = {name: config.loss_scales[name] for name in self.objectives}
+        self.objectives = make_objectives(self, config)
+        for name, objective in self.objectives.items():
+            if isinstance(objective, nn.Module):
+                self.add_module(name, objective)
+        self.scales = {name: weights[name] for name in self.objectives}
+        self.harmony = Harmony(weights.harmony) if weights.harmony else None
 
     def observe(
         self,
@@ -81,10 +87,16 @@ class WorldModel(nn.Module):
         """
         carry, post, embed = self.observe(obs, generator=generator)
         losses, metrics = self.dynamics.loss(post)
+        groups = dict.fromkeys(losses, "dynamics")  # for ``Harmony``
         for name, objective in self.objectives.items():
-            found = objective.loss(post, embed, obs, generator)
+            found, more = objective.loss(post, embed, obs, generator)
             assert not found.keys() & losses.keys(), (name, found.keys())
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
+            groups |= dict.fromkeys(found, name if name in ("reward", "cont") else "observation")
+            metrics |= more
+        if self.harmony is not None:
+            losses, more = self.harmony.balance(losses, groups)
+            metrics |= more
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
         return losses, carry, post, embed, metrics
@@ -174,8 +186,11 @@ class Agent(nn.Module):
     def trained(self) -> dict[str, dict[str, nn.Module]]:
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
-        names = ("encoder", "dynamics", *wm.objectives)
+        names = ["encoder", "dynamics", *wm.objectives]
+        names += ["harmony"] if wm.harmony is not None else []
         modules = {"model": {name: getattr(wm, name) for name in names}}
+        if wm.probed:
+            modules["probe"] = {"decoder": wm.decoder}
         for prefix, behavior in self.behaviors().items():
             if prefix:
                 modules["expl_model"] = {"ensemble": self.explorer.ensemble}
@@ -319,32 +334,11 @@ class Agent(nn.Module):
         """
         with self.autocast():
             obs = networks.preprocess(batch)
-            losses, carry, post, embed, mets = self.world_model.loss(obs, generator)
-        loss = sum(losses.values()).mean()
-        metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
-        metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
-        self.world_model.dynamics.update_codebook(post, generator)
-
-        starts = self.config.imag.starts
-        terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
-        with torch.no_grad():
-            start = self.world_model.dynamics.starts(carry, post, starts)
-        extrinsic = lambda traj, rew: rew
-        metrics |= self._update_behavior("", start, terminal, extrinsic, generator)
-        if self.explorer:
-            with self.autocast():
-                loss = self.explorer.loss(post, embed, obs["prev_action"])
-            metrics |= {"expl_model_loss": loss.detach()} | self._step("expl_model", loss)
-            bonus = self.explorer.reward
-            metrics |= self._update_behavior("expl_", start, terminal, bonus, generator)
-        if self.config.optim == "joint":
-            metrics |= prefixed("joint_", self.optimizers["joint"].apply())
-        for behavior in self.behaviors().values():
-            behavior.update_slow()
+        metrics = train_step(self, obs, generator)
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
-    def _update_behavior(
+    def update_behavior(
         self,
         prefix: str,
         start: Any,
@@ -362,13 +356,13 @@ class Agent(nn.Module):
             with torch.set_grad_enabled(behavior.backprop):
                 rew = reward(traj, self.world_model.reward(traj.x).mode())
             actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
-        steps = self._step(f"{prefix}actor", actor_loss)
-        steps |= self._step(f"{prefix}critic", critic_loss)
+        steps = self.step(f"{prefix}actor", actor_loss)
+        steps |= self.step(f"{prefix}critic", critic_loss)
         return prefixed(prefix, metrics) | steps
 
-    def _step(self, name: str, loss: Tensor) -> Metrics:
+    def step(self, name: str, loss: Tensor) -> Metrics:
         """Train what ``loss`` is to train: now, or jointly at the end of the update."""
-        if self.config.optim == "joint":
+        if name not in self.optimizers:
             modules = [joint_name(name, module) for module in self.trained()[name]]
             self.optimizers["joint"].gather(loss, modules)
             return {}

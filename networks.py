@@ -289,6 +289,18 @@ class Decoder(nn.Module):
         return out
 
 
+class NoDecoder(nn.Module):
+    """In the place of a ``Decoder``, whose arguments it takes, for a model that decodes nothing."""
+
+    def __init__(self, *args: object, **sizes: object):
+        super().__init__()
+        self.kinds: dict[str, dict[str, Shape]] = {"image": {}, "grid": {}, "vector": {}}
+        self.sizes: dict[str, int] = {}
+
+    def forward(self, x: Tensor) -> dict[str, dists.MSE | dists.Bernoulli]:
+        return {}
+
+
 class TwoHotHead(MLP):
     """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero: it predicts 0."""
 

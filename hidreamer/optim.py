@@ -123,15 +123,19 @@ def make_optimizers(
 ) -> dict[str, Optimizer]:
     """For {loss: {name: module}}: one for each loss, or for ``optim: joint`` one, "joint", for all.
 
-    config: of all keys; the explorer's losses have the settings of the others. capturable: whether
-    steps can be recorded in a CUDA graph.
+    A "probe" always has its own: its gradient has no part in the others' norm. config: of all keys;
+    the explorer's losses have the settings of the others. capturable: whether steps can be recorded
+    in a CUDA graph.
     """
     blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
+    blocks |= {"joint": config.model, "probe": config.model}
     if config.optim == "joint":
         joint: dict[str, nn.Module] = {}
         for loss, group in modules.items():
-            joint |= {joint_name(loss, name): module for name, module in group.items()}
-        modules, blocks = {"joint": joint}, {"joint": config.model}
+            if loss != "probe":
+                joint |= {joint_name(loss, name): module for name, module in group.items()}
+        modules = {name: group for name, group in modules.items() if name == "probe"}
+        modules |= {"joint": joint}
     optimizers = {}
     for name, group in modules.items():
         block = blocks[name.removeprefix("expl_")]

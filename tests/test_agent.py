@@ -276,7 +276,7 @@ def test_backpropagation_through_the_dynamics(act):
     _, carry, post, _, _ = agent.world_model.loss(obs)
     start = agent.world_model.dynamics.starts(carry, post, 0)
     paid = lambda traj, rew: rew + traj.action.sum(-1)
-    agent._update_behavior("", start, obs["is_terminal"].flatten(), paid)
+    agent.update_behavior("", start, obs["is_terminal"].flatten(), paid)
     moved = changed(before, agent.state_dict())
     assert any(key.startswith("behavior.actor") for key in moved)
     assert not any(key.startswith("world_model") for key in moved)
