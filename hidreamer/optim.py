@@ -145,7 +145,7 @@ class Optimizer:
             metrics["clipped"] = (total > self.clip).float()
         if self.warmup:
             self._set_rate()
-        self.optim.step()
+        self._move()
         self.optim.zero_grad()
         return metrics
 
@@ -167,6 +167,9 @@ class Optimizer:
         rate = self.optim.param_groups[0]["lr"]
         if state:
             rate.copy_((state["step"] / self.warmup).clamp(max=1.0) * self.lr)
+
+    def _move(self) -> None:
+        self.optim.step()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{parameter: {"step", "exp_avg", "exp_avg_sq"}}: by name, to fit another model."""
