@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
+from hidreamer import precision
 from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
@@ -25,7 +26,6 @@ from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import Harmony, make_objectives
 from hidreamer.optim import joint_name, make_optimizers
-from hidreamer.precision import set_precision
 from hidreamer.update import step_together, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
@@ -50,10 +50,8 @@ class WorldModel(nn.Module):
         self.dynamics = make_dynamics(config.dynamics, embed, act_dim, positions)
         self.feat_dim = self.dynamics.feat_dim
         weights, block = config.model.losses, dict(config.decoder)
-        # without a weight a decoder may still be trained to look, on features that it leaves alone
         self.probed = block.pop("probe") and not weights.decoder
-        decodes = weights.decoder or self.probed
-        make = networks.Decoder if decodes else networks.NoDecoder
+        make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
         self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
@@ -186,8 +184,7 @@ class Agent(nn.Module):
     def trained(self) -> dict[str, dict[str, nn.Module]]:
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
-        names = ["encoder", "dynamics", *wm.objectives]
-        names += ["harmony"] if wm.harmony is not None else []
+        names = ["encoder", "dynamics", *wm.objectives, *(["harmony"] if wm.harmony else [])]
         modules = {"model": {name: getattr(wm, name) for name in names}}
         if wm.probed:
             modules["probe"] = {"decoder": wm.decoder}
@@ -226,6 +223,8 @@ class Agent(nn.Module):
         heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
         for module in (wm.encoder, *heads):
             module.compile()
+        for one in self.behaviors().values():
+            one.policy = torch.compile(one.policy)
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
@@ -268,8 +267,16 @@ class Agent(nn.Module):
         self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
     ) -> ActState:
         """``act``, an operation at a time."""
-        carry, post = self.follow(state, obs, generator)
-        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode, generator))
+        with self.autocast():
+            obs, wm = self._one_step(state, obs), self.world_model
+            steps = state.carry, wm.encoder(obs), obs["prev_action"], obs["is_first"].bool()
+            carry, feat = wm.dynamics.observe_features(*steps, generator)
+        return ActState(carry, self.choose(feat.map(lambda x: x[:, 0]), mode, generator))
+
+    def _one_step(self, state: ActState, obs: Batch) -> Batch:
+        """Raw observations (N, ...), preprocessed to (N,1,...)."""
+        obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
+        return obs | {"prev_action": state.action.unsqueeze(1)}
 
     @torch.no_grad()
     def follow(
@@ -277,10 +284,8 @@ class Agent(nn.Module):
     ) -> tuple[Any, Post]:
         """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
-            obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
-            obs["prev_action"] = state.action.unsqueeze(1)
-            carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
-        return carry, post
+            obs = self._one_step(state, obs)
+            return self.world_model.observe(obs, state.carry, generator=generator)[:2]
 
     @torch.no_grad()
     def choose(
@@ -319,12 +324,7 @@ class Agent(nn.Module):
             return [model.postprocess(observed), *model.decode(feat, True, generator)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.config.precision != "bfloat16":
-            return contextlib.nullcontext()
-        # Without its cache of cast weights: what is cast in imagination, where no gradient is
-        # recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+        return precision.autocast(self.config.precision, next(self.parameters()).device)
 
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
@@ -361,7 +361,7 @@ class Agent(nn.Module):
             actor_loss, critic_loss, metrics = behavior.losses(traj, rew, replayed)
         if model_loss is not None:
             losses = {"actor": actor_loss, "critic": critic_loss, "model": model_loss + critic_loss}
-            return prefixed(prefix, metrics) | step_together(self, losses)
+            return metrics | step_together(self, losses)
         metrics = prefixed(prefix, metrics) | self.step(f"{prefix}actor", actor_loss)
         return metrics | self.step(f"{prefix}critic", critic_loss)
 
@@ -369,13 +369,13 @@ class Agent(nn.Module):
         """Train what ``loss`` is to train: now, or jointly at the end of the update."""
         if name in self.optimizers:
             return prefixed(f"{name}_", self.optimizers[name].step(loss))
-        self.gather_joint(name, loss)
-        return {}
+        return self.gather_joint(name, loss)
 
-    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> None:
-        """Add what ``loss`` is to train to the joint step; ``retain`` its graph."""
+    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> Metrics:
+        """Add what ``loss`` is to train to the joint step; ``retain`` its graph. -> no metrics."""
         modules = [joint_name(name, module) for module in self.trained()[name]]
         self.optimizers["joint"].gather(loss, modules, retain)
+        return {}
 
 
 def pick_device(config: Config) -> torch.device:
@@ -390,7 +390,7 @@ def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
 
     Raises ConfigError for sizes that do not fit together.
     """
-    set_precision(config, device)
+    precision.set_precision(config, device)
     try:
         agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
         # cuDNN's convolutions of channels-last images would reorder their weights at every use
