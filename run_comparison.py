@@ -46,7 +46,7 @@ except ModuleNotFoundError as error:
 # What a suite needs to be itself; the models' presets are stacked on it. Atari's is the 100k
 # benchmark.
 SUITES = {"atari": "atari100k", "dmc": "dmc_vision", "crafter": "crafter", "vizdoom": "vizdoom"}
-SUITES |= {"minatar": "minatar", "gym": "gym"}
+SUITES |= {suite: suite for suite in ("minatar", "gym", "minigrid", "pinpad", "popgym")}
 
 # {option: (default, its sentence)}; anything else on the command line is a config key, for all
 # runs.
