@@ -256,8 +256,8 @@ def _mapping(text: str, suite: str) -> dict[str, Any]:
         ) from error
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
         raise EnvError(
-            f"env.{suite}.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: "
-            f"false}}'"
+            f"env.{suite}.kwargs is {text!r}; it must be names and values, as '{{size: 5, "
+            "slippery: false}'"
         )
     return mapping
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import zlib
 from typing import Any
 
@@ -115,6 +116,6 @@ def bag_of_words(text: Any) -> np.ndarray:
     """
     words = str(text).lower().replace(",", " ,").split()
     counts = np.zeros(MISSION, np.float32)
-    for piece in (*words, *(" ".join(pair) for pair in zip(words, words[1:], strict=False))):
+    for piece in (*words, *(" ".join(pair) for pair in itertools.pairwise(words))):
         counts[zlib.crc32(piece.encode()) % MISSION] += 1
     return counts

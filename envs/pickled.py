@@ -66,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         package = module.partition(".")[0]
-        if package == "numpy" and name in NUMPY or name in PLAIN.get(module, ()):
+        if (package == "numpy" and name in NUMPY) or name in PLAIN.get(module, ()):
             return super().find_class(module, name)
         if package in self._packages:
             found = super().find_class(module, name)

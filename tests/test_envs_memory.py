@@ -260,8 +260,8 @@ def path(suite, start, pad, allowed):
 def test_pinpad_is_solved_in_order_by_a_scripted_player(name):
     env = build(f"pinpad_{name}")
     env.reset()
-    suite, rewards, done = env.suite, [], 0
-    while not rewards or not last:
+    suite, rewards, last = env.suite, [], False
+    while not last:
         progress = int(suite.variables()["progress"]) % suite.pads
         allowed = {progress - 1, progress}
         for action in path(suite, suite._at, progress, allowed):
@@ -323,7 +323,7 @@ def test_pinpad_at_random_earns_little_and_less_with_more_pads():
     assert 0 < np.mean(returns["three"]) < 100 and sum(returns["six"]) == 0
 
 
-# --------------------------------------------------------------------------------- in other processes
+# ------------------------------------------------------------------------------ in other processes
 
 
 @pytest.mark.parametrize("task", ["minigrid_GoToObj", "popgym_AutoencodeEasy", "pinpad_four"])
