@@ -99,6 +99,8 @@ def capacity(config: Config) -> dict[str, Any]:
 
 def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where a model is more than 5% from the first one, from the columns of the capacity table."""
+    if not columns:
+        return []
     (first, base), *others = columns.items()
     lines = []
     for kind, names in ((UNMATCHED, SIZES), ("Costs differ", COSTS)):
@@ -108,7 +110,7 @@ def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 if base.get(key) and column.get(key):
                     ratio = column[key] / base[key] - 1.0
                     if abs(ratio) > MATCHED:
-                        far.append(f"{label} {ratio:+.0%}".replace("-", "−"))
+                        far.append(f"{label} {f'{ratio:+.0%}'.replace('-', '−')}")
             if far:
                 lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
     return lines

@@ -32,7 +32,7 @@ def write(report: Report, folder: Path) -> None:
         checkpoint.replace_file(
             folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
         )
-    if report["runs"]:
+    if not all(row["published"] for row in report["runs"]):
         figures.save_curves(report, folder / "curves.png")
 
 
@@ -112,7 +112,9 @@ def fairness_section(report: Report) -> Section:
             f"What is compared are values of {report['varied']}. The configs are the same in"
             " everything else but the latent state."
         )
-    elif report["runs"] or report["offline"]:
+    elif (report["runs"] or report["offline"]) and not any(
+        row["published"] for row in report["runs"]
+    ):
         section.text.append("The configs are the same in everything but the latent state.")
     if scored := sorted({row["model"] for row in report["runs"] if row["published"]}):
         section.warnings.append(
@@ -236,7 +238,9 @@ def support(report: Report) -> Section:
     )
 
 
-def learning(report: Report) -> Section:
+def learning(report: Report) -> Section | None:
+    if all(row["published"] for row in report["runs"]):
+        return None
     text = [
         "Thin lines are single seeds, dashed where a run is incomplete; "
         "thick ones their IQM with its 95% band."
@@ -274,7 +278,9 @@ def aggregate(report: Report) -> Section | None:
 
 
 def speed(report: Report) -> Section | None:
-    timed = [task for task, facts in report["tasks"].items() if facts["threshold"] is not None]
+    timed = []
+    for task, by_model in report["per_task"].items():
+        timed += [task] if any("reached" in entry for entry in by_model.values()) else []
     if not timed:
         return None
     rows = []
@@ -284,8 +290,7 @@ def speed(report: Report) -> Section | None:
         for model, entry in timed_models.items():
             reached = f"{entry['reached']} of {entry['runs']}"
             rows.append([f"{task}, {model}", reached, median(entry["steps_to"], steps)])
-        if timed_models:
-            rows[-len(timed_models)][0] += f" (threshold {number(facts['threshold'])})"
+        rows[-len(timed_models)][0] += f" (threshold {number(facts['threshold'])})"
     text = [
         "Frames until a part of the run first averages the threshold, half way from random play to"
         " the mean final return of all runs. An open triangle at the edge is a run that never"
@@ -322,7 +327,8 @@ def tasks(report: Report) -> Section:
             cells += [estimate(entry["last_evaluation"]), shown]
             rows.append([f"{task}, {model}", *cells])
         facts = report["tasks"][task]
-        cells = [f"{facts['random_episodes']} episodes", number(facts["random_play"])]
+        episodes = facts["random_episodes"]
+        cells = [f"{episodes} episodes" if episodes else "published", number(facts["random_play"])]
         cells += ["", "", "", ""]
         rows.append([f"{task}, random play", *cells])
     header = ["", "runs", "final return", "its IQM", "normalised", "last evaluation"]

@@ -39,7 +39,6 @@ FORMAT = "hidreamer-scores-1"
 ATARI_FRAMES = 400_000  # of Atari 100k
 NO_METHODS = ("random", "human")  # columns of tables that are references, not agents
 UNKNOWN = {"replay.prefill": 0, "env.action_repeat": 1, "dynamics.type": "unknown"}
-DIGITS = 6  # of a number that is written
 
 
 def write(runs: Iterable[Run], path: Path) -> None:
@@ -57,9 +56,9 @@ def write(runs: Iterable[Run], path: Path) -> None:
             "frames": run.config["steps"],
             "reached": run.step,
             "complete": run.complete,
-            "returns": short(run.get("train_return")),
-            "evaluations": short(run.get("eval_return")),
-            "seconds": short(used),
+            "returns": pairs(run.get("train_return")),
+            "evaluations": pairs(run.get("eval_return")),
+            "seconds": pairs(used),
             "clock": clock,
             "config": name if run.known else None,
             "commit": run.start.get("commit", "unknown"),
@@ -76,9 +75,9 @@ def write(runs: Iterable[Run], path: Path) -> None:
     checkpoint.replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def short(series: np.ndarray) -> list[list[float]]:
-    """(n, 2) -> pairs of numbers that take little room: whole frames, six digits of the value."""
-    return [[int(step), float(f"{value:.{DIGITS}g}")] for step, value in series]
+def pairs(series: np.ndarray) -> list[list[float]]:
+    """(n, 2) -> [[frame, value], ...], whole numbers without a point."""
+    return [[int(step), int(x) if float(x).is_integer() else float(x)] for step, x in series]
 
 
 def find(paths: Iterable[Path]) -> list[Run]:

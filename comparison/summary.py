@@ -158,6 +158,7 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     if task.removeprefix("atari_") in HUMAN and task.startswith("atari_"):
         zero, human = HUMAN[task.removeprefix("atari_")]
         unit, how = human - zero, "human"
+        chance = chance if len(at_random) else zero
     mean = float(finals.mean()) if len(finals) else chance
     threshold = (chance + mean) / 2.0 if mean > chance else None
     facts = {"steps": steps, "random_play": chance, "random_episodes": len(at_random)}
