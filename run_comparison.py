@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ try:
     from analysis import heldout, offline, probes
     from comparison import backends, fairness, page, runs, scores, summary
     from comparison.matrix import Job, Matrix
-    from comparison.options import OPTIONS, Arm, arms, help_text, parse, resources, seeds
+    from comparison.options import OPTIONS, Arm, arms_of, help_text, parse, resources, seeds
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -80,7 +81,7 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
     for key in ("models", "task"):
         if len(set(names := getattr(options, key))) < len(names):
             raise ConfigError(f"--{key} names one twice: {' '.join(names)}")
-    compared = arms(options)
+    compared = arms_of(options)
     stacks, configs, differing = {}, {}, {}
     for task in options.task:
         suite = [SUITES[kind]] if (kind := task.partition("_")[0]) in SUITES else []
@@ -112,7 +113,9 @@ def command(plan: Plan, task: str, model: str, seed: int, folder: Path) -> list[
 def note(plan: Plan, model: str) -> dict[str, Any]:
     """What a run's folder says of its place in the comparison."""
     varied = plan.arms[model].values
-    return {"model": model, **({"varied": next(iter(varied))} if varied else {})}
+    if not varied:
+        return {"model": model}
+    return {"model": model, "varied": next(iter(varied)), "arm": list(plan.arms).index(model)}
 
 
 def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
@@ -208,7 +211,9 @@ def collect(options: SimpleNamespace) -> Content:
     """Runs that exist; unless --models says otherwise the flat state is the baseline."""
     found = scores.find(Path(path).expanduser() for path in getattr(options, "from"))
     kinds = {run.model: run.config["dynamics.type"] for run in found}
-    order = sorted(kinds, key=lambda model: (kinds[model] != "rssm", kinds[model], model))
+    arms = {run.model: run.start.get("arm", 0) for run in found}  # values of --vary, as given
+    key = lambda model: (arms[model], kinds[model] != "rssm", kinds[model], model)
+    order = sorted(kinds, key=key)
     if options.models != OPTIONS["models"][0]:
         if missing := [model for model in options.models if model not in kinds]:
             raise ConfigError(
@@ -236,6 +241,8 @@ def collect(options: SimpleNamespace) -> Content:
 def write(what: Content, folder: Path, argv: list[str]) -> None:
     """summary.json, report.md, report.html and curves.png."""
     report = summary.summarise(what.runs, what.models)
+    for row in report["runs"]:  # no machine's path in what may be published
+        row["folder"] = os.path.relpath(row["folder"], folder)
     known = {model: what.capacity.get(model, {}) | report["costs"][model] for model in what.models}
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")

@@ -33,9 +33,9 @@ OFFLINE = ["reconstruction", "open loop, 15"]  # quoted of a comparison
 INTRODUCTION = """# Results
 
 Every file of this folder, with what it shows and what it does not. Made by
-`python benchmarks/results_page.py`; a test fails where a file has no row, a commit is not in history
-or a machine's path stands in a file. Numbers are means over seeds with 95% t intervals, then every
-seed. *shown* says whether the data support the claim: "no" stands beside "yes".
+`python benchmarks/results_page.py`; a test fails where a file has no row, a commit is not in
+history or a machine's path stands in a file. Numbers are means over seeds with 95% t intervals,
+then every seed. *shown* says whether the data support the claim: "no" stands beside "yes".
 """
 
 
@@ -143,7 +143,7 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
     files = tuple(f"{folder}/{x}" for x in names if (root / folder / x).exists())
     base = content["models"][0]
     for model, found in content["comparisons"].items():
-        number = f"{words.number(found['value'], True)} {words.interval(found['low'], found['high'], True)}"
+        number = words.estimate(found, sign=True)
         tasks = ", ".join(content["tasks"])
         yield Row(
             f"{model} against {base}, {tasks}: difference of normalised final returns",
@@ -162,7 +162,7 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
                 clear = low is not None and (low > 0 or high < 0)
                 yield Row(
                     f"{model} minus {offline['models'][0]} on the same episodes: {metric}",
-                    f"{words.number(value, True)} {words.interval(low, high, True)}",
+                    words.estimate({"value": value, "low": low, "high": high}, sign=True),
                     f"{offline['models'][0]} {words.number(entry['values'][offline['models'][0]])}",
                     str(offline["seeds"]),
                     ("better" if value < 0 else "worse") if clear else "no difference shown",
@@ -274,10 +274,11 @@ def faults(root: Path, claims: dict) -> list[str]:
             )
             if not picture:
                 found.append(f"{name} has no row: add it to benchmarks/claims.yaml")
-        if path.suffix in (".md", ".json", ".html", ".jsonl") and name != PAGE:
-            if match := MACHINE.search(path.read_text(errors="replace")):
-                text = path.read_text(errors="replace")[match.start() :][:60]
-                found.append(f"{name} holds a machine's path: {' '.join(text.split())}")
+        readable = path.suffix in (".md", ".json", ".html", ".jsonl") and name != PAGE
+        text = path.read_text(errors="replace") if readable else ""
+        if match := MACHINE.search(text):
+            where = " ".join(text[match.start() :][:60].split())
+            found.append(f"{name} holds a machine's path: {where}")
     for commit in sorted({row.commit for row in made}):
         if not in_history(commit):
             names = ", ".join(row.files[0] for row in made if row.commit == commit)

@@ -139,7 +139,7 @@ def check_vary(options: dict[str, Any], values: dict[str, Any], known: dict[str,
         raise ConfigError(f"--vary {key} needs two values or more")
 
 
-def arms(options: SimpleNamespace) -> dict[str, Arm]:
+def arms_of(options: SimpleNamespace) -> dict[str, Arm]:
     """What is compared, by name: the models, or each with every value of --vary."""
     if not options.vary:
         return {model: Arm(model, {}) for model in options.models}

@@ -37,6 +37,7 @@ from tools import ConfigError
 
 FORMAT = "hidreamer-scores-1"
 ATARI_FRAMES = 400_000  # of Atari 100k
+STARTED = ("commit", "hardware", "varied", "arm", "clock")  # of a run's start, that are kept
 NO_METHODS = ("random", "human")  # columns of tables that are references, not agents
 UNKNOWN = {"replay.prefill": 0, "env.action_repeat": 1, "dynamics.type": "unknown"}
 
@@ -64,8 +65,7 @@ def write(runs: Iterable[Run], path: Path) -> None:
             "commit": run.start.get("commit", "unknown"),
             "hardware": run.start.get("hardware", "unknown"),
         }
-        if "varied" in run.start:
-            row["varied"] = run.start["varied"]
+        row |= {key: run.start[key] for key in ("varied", "arm") if key in run.start}
         if run.published:
             row["score"] = float(run.get("score")[-1, 1])
         rows.append(row)
@@ -130,7 +130,9 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
         raise ValueError(f"the run {row['task']}/{row['model']}/{row['seed']} has no returns")
     if not all(np.isfinite(x).all() for x in series.values()):
         raise ValueError("a score is no finite number")
-    start = {key: row[key] for key in ("commit", "hardware", "varied", "clock") if key in row}
+    start = {
+        key: row[key] for key in ("commit", "hardware", "varied", "arm", "clock") if key in row
+    }
     return Run(
         path,
         str(row["model"]),

@@ -1,4 +1,4 @@
-"""results/: every file has its row, every commit is in history, no file names a machine's folder."""
+"""results/: every file has its row, every commit is in history, no file names a machine."""
 
 import json
 import shutil

@@ -11,7 +11,7 @@ from test_report import report, write_run
 import run_comparison
 import tools
 from comparison import scores, seconds, stats, words
-from comparison.options import arms, parse
+from comparison.options import arms_of, parse
 from comparison.runs import Run
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer")
@@ -240,12 +240,12 @@ def options(*words):
 
 
 def test_values_of_a_key_are_arms():
-    found = arms(options("--vary", "actor.entropy", "3e-4", "3e-3"))
+    found = arms_of(options("--vary", "actor.entropy", "3e-4", "3e-3"))
     assert list(found) == ["actor.entropy=3e-4", "actor.entropy=3e-3"]
     assert {arm.preset for arm in found.values()} == {"tiny_dreamerv3"}
-    found = arms(options("--models", *MODELS, "--vary", "imag.starts", "4", "8"))
+    found = arms_of(options("--models", *MODELS, "--vary", "imag.starts", "4", "8"))
     assert list(found)[1:3] == ["tiny_dreamerv3,imag.starts=8", "tiny_hdreamer,imag.starts=4"]
-    assert list(arms(options("--models", *MODELS))) == list(MODELS)
+    assert list(arms_of(options("--models", *MODELS))) == list(MODELS)
 
 
 @pytest.mark.parametrize(
@@ -295,23 +295,26 @@ def test_a_varied_key_is_compared_and_named(tmp_path):
     args = ["--configs", "debug", "--task", "dummy_vector", "--seeds", "1", "--steps", "60"]
     args += ["--log_every", "20", "--logdir", str(tmp_path / "v"), "--eval_episodes", "0"]
     args += ["--jobs", "2", "--export", str(tmp_path / "s.json")]
-    vary = ["--vary", "dynamics.hrssm.stoch", "[2,2]", "[3,1]", "--models", "tiny_hdreamer"]
+    vary = ["--vary", "dynamics.hrssm.stoch", "[3,1]", "[2,2]", "--models", "tiny_hdreamer"]
     assert run_comparison.main([*args, *vary]) == 0
     found = json.loads((tmp_path / "v" / "summary.json").read_text())
-    assert found["models"] == ["dynamics.hrssm.stoch=[2,2]", "dynamics.hrssm.stoch=[3,1]"]
-    config = tools.saved_config(tmp_path / "v" / "dummy_vector" / found["models"][1] / "0")
+    assert found["models"] == ["dynamics.hrssm.stoch=[3,1]", "dynamics.hrssm.stoch=[2,2]"]
+    config = tools.saved_config(tmp_path / "v" / "dummy_vector" / found["models"][0] / "0")
     assert config["dynamics.hrssm.stoch"] == [3, 1]
     assert run_comparison.main(["--from", str(tmp_path / "s.json")]) == 0  # names it again
+    again = json.loads((tmp_path / "s-report" / "summary.json").read_text())
+    assert again["models"] == found["models"]
+    assert found["runs"][0]["folder"] == f"dummy_vector/{found['models'][0]}/0"
     page = (tmp_path / "s-report" / "report.md").read_text()
     assert "What is compared are values of dynamics.hrssm.stoch" in page
     given = options("--vary", "replay.ratio", "1", "2", "--task", "dummy_vector")
     plan = run_comparison.make_plan(given, ["debug"], {})
     assert plan.differences == {}  # although outside the latent state
     words = run_comparison.command(plan, "dummy_vector", "replay.ratio=2", 0, tmp_path)
-    assert words[words.index("--replay.ratio") + 1] == "2.0"
+    assert words[words.index("--replay.ratio") + 1] == "2"
 
 
-# ------------------------------------------------------------------------------------ the first line
+# ----------------------------------------------------------------------------------- the first line
 
 
 def test_unmatched_capacity_is_the_first_line(tmp_path):
