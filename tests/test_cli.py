@@ -55,7 +55,7 @@ TASKS = {
     "gym_Pendulum-v1": ["--env.time_limit", 30, "--actor.gradient", "dynamics"],
     "minigrid_MemoryS7": ["--env.time_limit", 30],
     "pinpad_three": ["--env.time_limit", 30],
-    "popgym_AutoencodeEasy": ["--video", "false"],
+    "popgym_AutoencodeEasy": ["--env.time_limit", 30, "--video", "false"],
     "dummy_multi": [],
     "dummy_continuous": ["--expl.behavior", "plan2explore", "--expl.units", 8],
     "dummy_grid": ["--expl.behavior", "random", "--expl.until", 40],
