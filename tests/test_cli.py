@@ -348,11 +348,8 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
     # The suites take their own blocks; each of these is an argument of the suite's class, which
     # Python checks.
-    suites = {
-        key
-        for key in keys
-        if key.startswith(("env.atari.", "env.dmc.", "env.gym.", "env.minatar."))
-    }
+    blocks = tuple(f"env.{suite}." for suite in ("atari", "dmc", "gym", "minatar", "minigrid"))
+    suites = {key for key in keys if key.startswith(blocks)}
     assert (
         sorted(
             keys
