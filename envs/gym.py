@@ -274,7 +274,8 @@ def _import(module: str, suite: str) -> None:
             ) from error
         raise EnvError(
             f"there is no module {module!r} for the task {suite}_{module}:ID: install it, or put"
-            " the folder that it lies in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
+            " the folder that it lies in on PYTHONPATH, as in"
+            " PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
