@@ -47,18 +47,25 @@ def inputs(
     return torch.randn(batch, length, E, dtype=dtype), action, is_first
 
 
+STACKED = {"memory": "stacked"}
 VARIANTS = [
     {},
+    STACKED,
+    STACKED | {"memory_reads": "coarse", "copy": True},
+    {"mask": "barrier", "chain": False},
     {"mask": "barrier"},
     {"mask": "causal"},
     {"levels": 1},
     {"chain": False},
     {"levels": 2, "chain": False},
 ]
+FRAME = {"memory": "gru"}
+SEEN = FRAME | {"posterior_sees": "memory"}
+RECURRENT = [FRAME, SEEN, FRAME | {"memory_reads": "coarse", "chain": False}]
 POSTERIORS = [{"posterior": "nearest"}, {"posterior": "fsq", "codes": 12}, {"posterior": "frozen"}]
 
 
-@pytest.mark.parametrize("variant", VARIANTS + POSTERIORS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + POSTERIORS + RECURRENT, ids=str)
 def test_cached_stepping_equals_the_parallel_pass(variant):
     """Across resets and far beyond the window, to 1e-10."""
     dynamics = build(**variant)
@@ -71,7 +78,7 @@ def test_cached_stepping_equals_the_parallel_pass(variant):
         carry, step = dynamics.observe(
             carry, embed[:, now], action[:, now], is_first[:, now], sample=False
         )
-        assert carry.segment.shape[1] <= 5
+        assert not hasattr(carry, "segment") or carry.segment.shape[1] <= 5
         for a, b in zip(
             (*step.feat, *(level.prior for level in step.levels)),
             (*whole.feat, *(level.prior for level in whole.levels)),
@@ -105,7 +112,7 @@ def codes_of(dynamics, stoch):
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["in place", "with a graph"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, FRAME, RECURRENT[-1]], ids=str)
 def test_prefix_sharing_imagination_equals_re_encoding_every_start(variant, graph):
     """Imagine from every step at once; then encode each start's past and its dream as one sequence.
 
@@ -144,7 +151,7 @@ def test_observing_is_encoding_and_following():
     assert all(torch.equal(a.post, b) for a, b in zip(post.levels, codes.logit, strict=True))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, FRAME, RECURRENT[-1]], ids=str)
 def test_training_on_a_dream_finds_what_was_dreamt(variant):
     """Follow the codes of a dream: the same features, every part of them,
     and each code is what the prior says there.
@@ -215,18 +222,24 @@ def test_nothing_crosses_a_reset():
     assert actions[5:, :, 0, 5].abs().max() == 0.0
 
 
-@pytest.mark.parametrize("mask", ["barrier", "hierarchical"])
-def test_what_reaches_the_memory_at_depth_three(mask):
-    """Behind the barrier no finer code, ever;
-    with the hierarchical mask those of the same episode do.
+BARRIERS = [{"mask": "barrier"}, {"memory": "stacked"}, {"memory": "gru"}]
+COARSE = {"memory_reads": "coarse"}
+READS = [*BARRIERS, {}, BARRIERS[1] | COARSE, BARRIERS[2] | COARSE]
+
+
+@pytest.mark.parametrize("variant", READS, ids=str)
+def test_what_reaches_the_memory_at_depth_three(variant):
+    """Behind the barrier, or where the memory reads coarse codes, no finer code, ever; with the
+    hierarchical mask and in a memory of all codes those of the same episode do.
     """
-    dynamics = build(mask=mask, layers=3, posterior="nearest")
+    dynamics = build(layers=3, posterior="nearest", **variant)
+    stopped = variant.get("mask") == "barrier" or "memory_reads" in variant
     codes, _ = memory_jacobian(dynamics, *inputs(batch=1, length=6, firsts=((0, 0),)))
     fine, coarse = (
         codes[:, :, 0, :, i].abs().amax((1, 3, 4)) for i in (slice(1, None), slice(0, 1))
     )  # (T, T, ...)
     assert coarse.max() > 1e-4
-    assert fine.max() == 0.0 if mask == "barrier" else fine.max() > 1e-4
+    assert fine.max() == 0.0 if stopped else fine.max() > 1e-4
 
 
 @pytest.mark.parametrize("posterior", ["sampled", "nearest", "fsq"])
@@ -246,7 +259,7 @@ def test_the_image_loss_reaches_the_encoder(posterior):
         assert max(g.abs().max().item() for g in grads) > 1e-8, name
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [*VARIANTS, FRAME, RECURRENT[-1]], ids=str)
 def test_later_steps_teach_codes_through_the_memory_alone(variant):
     """What a later memory holds shapes the code it was read from;
     how well a code is predicted does not.
@@ -263,9 +276,10 @@ def test_later_steps_teach_codes_through_the_memory_alone(variant):
     assert none is None or none.abs().max() == 0.0
 
 
-def test_coarse_dreams_ignore_fine_levels_behind_the_barrier():
-    """With ``barrier`` the memory and L0 of a dream are the same whatever the finer levels were."""
-    dynamics = build(mask="barrier")
+@pytest.mark.parametrize("variant", [{"mask": "barrier"}, *READS[-2:], SEEN | COARSE], ids=str)
+def test_coarse_dreams_ignore_fine_levels_behind_the_barrier(variant):
+    """The memory and L0 of a dream are the same whatever the finer levels were."""
+    dynamics = build(**variant)
     carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
     given = torch.randn(3, 5, A).double()
     _, before, _ = dynamics.imagine(carry, given, 5, sample=False)
@@ -350,6 +364,12 @@ def test_spatial_trains_on_what_is_no_image_too(obs):
         ({"spatial": True, "groups": 2}, "spatial"),
         ({"posterior": "fsq", "codes": 22}, "22 codes"),
         ({"mask": "none"}, "hierarchical"),
+        ({"memory": "lstm"}, "interleaved, stacked, gru"),
+        (STACKED | {"posterior_sees": "memory"}, "posterior_sees frame, or memory gru"),
+        ({"memory_reads": "coarse"}, "mask barrier"),
+        ({"residual": "innovation"}, "posterior_sees memory"),
+        (SEEN | {"posterior": "nearest"}, "posterior_sees frame"),
+        (SEEN | {"residual": "innovation", "copy": True}, "choose one"),
     ],
 )
 def test_bad_combinations_are_one_line(sizes, hint):
@@ -358,12 +378,13 @@ def test_bad_combinations_are_one_line(sizes, hint):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("memory", ["interleaved", "stacked", "gru"])
 @pytest.mark.parametrize("posterior", KINDS)
-def test_a_dream_can_be_differentiated_by_its_actions(posterior):
+def test_a_dream_can_be_differentiated_by_its_actions(posterior, memory):
     """What ``actor.gradient: dynamics`` needs: an action moves the memory,
     and the codes of its own step.
     """
-    dynamics = build(codes=12, posterior=posterior)
+    dynamics = build(codes=12, posterior=posterior, memory=memory)
     carry, _ = dynamics.observe(dynamics.initial(3), *inputs())
     given = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
     _, feat, _ = dynamics.imagine(carry, given, 2)
