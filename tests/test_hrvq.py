@@ -458,3 +458,75 @@ def test_kernels_of_an_imagined_step():
             return cost.operators(lambda: agent.behavior.imagine(*given))["kernels"]
 
     assert (kernels(9) - kernels(3)) / 6 <= 215
+
+
+@pytest.mark.parametrize("memory", ["interleaved", "stacked"])
+@torch.no_grad()
+def test_a_dream_costs_the_same_every_step(memory):
+    """Beyond the window nothing is multiplied that no row sees, cached or own."""
+    dynamics = build(torch.float32, memory=memory)
+    carry, _ = dynamics.observe(dynamics.initial(3), *inputs(dtype=torch.float32))
+
+    def flops(horizon):
+        given = torch.zeros(3, horizon, A)
+        return cost.flops(lambda: dynamics.imagine(carry, given, horizon))
+
+    assert flops(40) - flops(30) == flops(30) - flops(20)
+
+
+def test_rows_behind_the_barrier_that_no_one_reads_are_left_out():
+    positions = lambda **sizes: build(**sizes).positions
+    assert [positions(mask="barrier"), positions(mask="barrier", chain=False)] == [2, 1]
+    assert [positions(), positions(mask="causal"), positions(memory="stacked")] == [3, 3, 0]
+    assert positions(mask="barrier", ffn="level") == 3  # an expert for each level
+
+
+@pytest.mark.parametrize("memory", ["interleaved", "stacked", "gru"])
+def test_a_gate_copies_the_code_of_the_step_before(memory):
+    """Wide open, a prior is the last code, but at an episode's start, where there is none."""
+    dynamics = build(memory=memory, copy=True)
+    for gate in dynamics.gate:
+        torch.nn.init.constant_(gate.bias, 40.0)
+    embed, action, is_first = inputs()
+    carry, post = dynamics.observe(dynamics.initial(3), embed, action, is_first)
+    index = post.aux.codes.index  # (B, T, L, G)
+    for i, level in enumerate(post.levels):
+        probs = torch.softmax(level.prior, -1)  # (B, T, G, K)
+        copied = probs[:, 1:].argmax(-1) == index[:, :-1, i]
+        assert copied[~is_first[:, 1:]].all() and probs[is_first].max() < 0.99
+    _, feat, _ = dynamics.imagine(carry, action[:, :3], 3, sample=False)
+    assert torch.equal(feat.stoch, feat.stoch[:, :1].expand_as(feat.stoch))
+
+
+@pytest.mark.parametrize("variant", [{}, STACKED, FRAME, SEEN], ids=str)
+def test_wrong_codes_reach_the_priors_alone(variant):
+    """In training, and only there: features are those of the right codes."""
+    embed, action, is_first = inputs()
+    found = []
+    for noise in (0.0, 1.0):
+        torch.manual_seed(0)
+        dynamics = build(noise=noise, **variant)
+        given = dynamics.initial(3), embed.clone().requires_grad_(), action, is_first
+        torch.manual_seed(1)
+        found.append(dynamics.observe(*given)[1])
+        with torch.no_grad():
+            torch.manual_seed(1)
+            found.append(dynamics.observe(*given)[1])
+    plain, quiet, wrong, other = found
+    assert torch.allclose(plain.feat.cat(), wrong.feat.cat(), atol=1e-10)
+    assert torch.allclose(quiet.levels[1].prior, other.levels[1].prior, atol=1e-10)
+    assert not torch.allclose(plain.levels[1].prior, wrong.levels[1].prior)
+
+
+def test_what_a_finer_level_codes():
+    """By hand, of one group: z, then z without the first code or without the expected one."""
+    dynamics = build(levels=2, groups=1)
+    quantizer, z = dynamics.quantizer, torch.randn(4, 1, 4, dtype=torch.float64)
+    drawn = quantizer.encode(z)
+    assert torch.allclose(drawn.residual[:, 1], z - drawn.code[:, 0])
+    expected = quantizer.encode(z, residual="expected")
+    probs = 0.99 * torch.softmax(expected.logit[0], -1) + 0.01 / 5
+    assert torch.allclose(expected.residual[:, 1], z - probs @ quantizer.book[0, 0])
+    prior = torch.randn(1, 4, dtype=torch.float64)
+    found = quantizer.encode(z, residual="innovation", expected=lambda level, codes: prior)
+    assert torch.allclose(found.residual[:, 0], z - prior)
