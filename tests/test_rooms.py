@@ -16,6 +16,8 @@ FLOORS = {
     "run_comparison": 11,
     "simple_test": 11,
     "dreamer": 11,
+    "demo": 12,
+    "doctor": 11,
     "training": 10,
     "analysis.evaluate": 11,
     "analysis": 10,
