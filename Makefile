@@ -9,7 +9,7 @@ PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints
 
 ARGS ?=
 
-.PHONY: demo demo-atari docs docs-serve test lint gpu-check setup clean
+.PHONY: demo demo-atari docs test lint gpu-check setup clean
 
 setup: $(VENV)/ready-all
 
@@ -22,7 +22,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/ready-all: $(VENV)/ready
-	$(PIP) -e ".[dmc,crafter,vizdoom,compare,hub,play,ray,slurm,dev]"
+	$(PIP) -e ".[dmc,crafter,vizdoom,compare,hub,play,ray,slurm,docs,dev]"
 	@touch $@
 
 $(VENV)/ready-demo: $(VENV)/ready
@@ -35,6 +35,11 @@ demo: $(VENV)/ready-demo
 # Real Atari Pong: the model learns the field and the score in five minutes, a better return than -21 takes far longer.
 demo-atari: $(VENV)/ready-demo
 	$(RUN) demo.py --configs demo_atari tiny_dreamerv3 --logdir runs/demo_atari $(ARGS)
+
+# The documentation as a site, in build/site/index.html; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(RUN) -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 # Two processes, a file at a time in each.
 test: setup

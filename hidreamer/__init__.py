@@ -12,7 +12,7 @@ Floors (a file imports only from lower ones):
 
 import gymnasium
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 LIBRARY = ("DreamEnv", "LoadedAgent", "VectorDreamEnv", "export", "load", "push")
 
 gymnasium.register(
