@@ -15,8 +15,8 @@ FILES = "repository"  # folder of the site for files from outside docs/
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
 CONFIG = """# Config keys
 
-Every key with its default, as `configs.yaml` has it: `--key value` or `--group.key value` on the command line. The
-sentences are the schema: values that they exclude are refused.
+Every key with its default, as `configs.yaml` has it: `--key value` or `--group.key value` on the
+command line. The sentences are the schema: values that they exclude are refused.
 """
 
 

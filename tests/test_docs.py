@@ -22,6 +22,23 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_one_version():
+    import hidreamer
+
+    version = hidreamer.__version__
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert newest == version
+
+
+def test_the_dockerfile_is_short_and_its_extras_exist():
+    text = (ROOT / "Dockerfile").read_text()
+    assert len(text.splitlines()) < 25
+    extras = re.search(r"ARG EXTRAS=(\S+)", text)[1]
+    assert known(["pip", "install", f".[{extras}]"])
+
+
 def test_links_lead_somewhere():
     wrong = []
     for page in PAGES:
