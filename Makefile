@@ -39,7 +39,7 @@ demo-atari: $(VENV)/ready-demo
 # The documentation as a site, in build/site/index.html; a warning is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(RUN) -m mkdocs build --strict --quiet
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; with its search: $(RUN) -m http.server -d build/site"
 
 # Two processes, a file at a time in each.
 test: setup
