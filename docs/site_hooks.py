@@ -36,19 +36,17 @@ def config_page() -> str:
     sys.path.insert(0, str(ROOT))
     import tools
 
-    lines, group = [CONFIG], None
-    says = tools.sentences()
+    says, groups = tools.sentences(), {}
     for key, value in tools.load_config([], {}).flat().items():
-        name = key.rpartition(".")[0]
-        if name != group:
-            group = name
-            lines.append(
-                f"\n## {f'`{name}`' if name else 'The run'}\n\n| key | default | |\n|---|---|---|"
-            )
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         shown = shown.lower() if isinstance(value, bool) else shown
         sentence = says[f"defaults.{key}"].replace("|", "\\|")
-        lines.append(f"| `{key}` | {f'`{shown}`' if shown else ''} | {sentence} |")
+        row = f"| `{key}` | {f'`{shown}`' if shown else ''} | {sentence} |"
+        groups.setdefault(key.rpartition(".")[0], []).append(row)
+    lines = [CONFIG]
+    for name, rows in groups.items():
+        title = f"`{name}`" if name else "The run"
+        lines += [f"\n## {title}\n", "| key | default | |", "|---|---|---|", *rows]
     return "\n".join(lines) + "\n"
 
 
@@ -60,6 +58,15 @@ def presets_table() -> str:
         if "." not in name and name != "defaults":
             rows.append(f"| `{name}` | {sentence} |")
     return "\n".join(rows) + "\n"
+
+
+def on_config(config):
+    pages = [f"decisions/{path.name}" for path in sorted(DOCS.glob("decisions/*.md"))]
+    for section in config.nav:
+        for entry in section.get("Explanation", []) if isinstance(section, dict) else []:
+            if isinstance(entry, dict) and "Decisions" in entry:
+                entry["Decisions"] = pages
+    return config
 
 
 def on_files(files, config):
