@@ -81,9 +81,12 @@ class Optimizer:
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
             metrics["clipped"] = (total > self.clip).float()
-        self.optim.step()
+        self._move()
         self.optim.zero_grad()
         return metrics
+
+    def _move(self) -> None:
+        self.optim.step()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{parameter: {"step", "exp_avg", "exp_avg_sq"}}: by name, to fit another model."""
