@@ -39,6 +39,7 @@ EXTRAS = {
     "slurm": ("submitit", "comparisons on Slurm"),
     "minari": ("minari", "Minari data sets"),
     "dinov2": ("transformers", "a frozen DINOv2 in the pipeline"),
+    "rerun": ("rerun", "analyses in rerun.io's viewer"),
     "wandb": ("wandb", "--logger wandb"),
     "trackio": ("trackio", "--logger trackio"),
 }

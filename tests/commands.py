@@ -11,6 +11,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 SHORT = ["--log_every", "40", "--eval_every", "1000", "--eval_episodes", "1"]
 SHORT += ["--checkpoint_every", "1000", "--video", "false", "--env.time_limit", "40"]
 LENGTH, LONGER = 80, 160  # frames of a new run, and of one that goes on
+RECORDED = 400  # of random play, which trains nothing
 
 
 def blocks(path: Path, *languages: str) -> list[tuple[str, str]]:
@@ -51,7 +52,7 @@ def shortened(words: list[str]) -> list[str]:
     elif not resumed:
         words += ["--configs", "debug"]
     goes_on = resumed and "--logdir" not in words
-    steps = str(LONGER if goes_on else LENGTH)
+    steps = str(LONGER if goes_on else RECORDED if "random" in words else LENGTH)
     if "--steps" in words:
         words[words.index("--steps") + 1] = steps
     elif not goes_on:

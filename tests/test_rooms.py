@@ -57,6 +57,7 @@ DOORS = ("hidreamer.__main__", "hidreamer.root", "envs.gym")
 UPWARDS = ("hidreamer", "library")
 BY_NAME = ("import_module", "__import__", "run_module", "run_path")
 OUTSIDE = (
+    "docs",
     "tests",
     "examples",
     "results",
