@@ -97,7 +97,7 @@ class World(NamedTuple):
 WORLDS = {
     "minatar": World(["minatar"], THREE, ROWS | TWO | MEMORIES),
     # Small objects want many updates rather than large ones: one sequence a batch.
-    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
+    "pong": World(["demo_atari", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
 # Other temperatures to imagine a trained row at: the row, and the codes' temperature by level.
 DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}

@@ -1,4 +1,4 @@
-"""Every preset builds, every key is read, and a wrong argument is told in one line."""
+"""Every preset builds, every key is read, and a wrong argument is one clear line."""
 
 import re
 

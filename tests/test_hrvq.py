@@ -182,7 +182,7 @@ def test_training_on_a_dream_finds_what_was_dreamt(variant):
 )
 def test_dreams_draw_from_the_mixed_prior(temperature, unimix, share):
     """A prior of 0.8 and four times 0.05; cooled and mixed,
-    how often its likeliest code is drawn can be told.
+    how often its likeliest code is drawn can be read off.
     """
     dynamics = build(levels=1, groups=1, temperature=[temperature])
     dynamics.kl_config = dynamics.kl_config._replace(unimix=unimix)

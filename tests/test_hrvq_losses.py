@@ -1,4 +1,4 @@
-"""What tokens are trained by and what is told of them: losses, codebooks, metrics,
+"""What tokens are trained by and what is reported of them: losses, codebooks, metrics,
 what heads and decoder read.
 """
 

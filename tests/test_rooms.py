@@ -16,6 +16,8 @@ FLOORS = {
     "run_comparison": 11,
     "simple_test": 11,
     "dreamer": 11,
+    "demo": 12,
+    "doctor": 11,
     "training": 10,
     "analysis.evaluate": 11,
     "analysis": 10,
@@ -62,6 +64,7 @@ DOORS = ("hidreamer.__main__", "hidreamer.root", "envs.gym")
 UPWARDS = ("hidreamer", "library")
 BY_NAME = ("import_module", "__import__", "run_module", "run_path")
 OUTSIDE = (
+    "docs",
     "tests",
     "examples",
     "results",
