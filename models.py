@@ -16,16 +16,17 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
-from hidreamer.behavior import Behavior
+from hidreamer import precision
+from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
-from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
+from hidreamer.objectives import Harmony, make_objectives
 from hidreamer.optim import joint_name, make_optimizers
-from hidreamer.precision import set_precision
+from hidreamer.update import step_together, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -48,15 +49,18 @@ class WorldModel(nn.Module):
         embed, positions = self.encoder.dim, self.encoder.map_positions
         self.dynamics = make_dynamics(config.dynamics, embed, act_dim, positions)
         self.feat_dim = self.dynamics.feat_dim
-        self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
+        weights, block = config.model.losses, dict(config.decoder)
+        self.probed = block.pop("probe") and not weights.decoder
+        make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
+        self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
-        self.objectives: dict[str, Objective] = {
-            "decoder": Reconstruction(self.decoder, self.dynamics),
-            "reward": Reward(self.reward),
-            "cont": Continue(self.cont),
-        }
-        self.scales = {name: config.loss_scales[name] for name in self.objectives}
+        self.objectives = make_objectives(self, config)
+        for name, objective in self.objectives.items():
+            if isinstance(objective, nn.Module):
+                self.add_module(name, objective)
+        self.scales = {name: weights[name] for name in self.objectives}
+        self.harmony = Harmony(weights.harmony) if weights.harmony else None
 
     def observe(
         self,
@@ -81,10 +85,16 @@ class WorldModel(nn.Module):
         """
         carry, post, embed = self.observe(obs, generator=generator)
         losses, metrics = self.dynamics.loss(post)
+        groups = dict.fromkeys(losses, "dynamics")  # for ``Harmony``
         for name, objective in self.objectives.items():
-            found = objective.loss(post, embed, obs, generator)
+            found, more = objective.loss(post, embed, obs, generator)
             assert not found.keys() & losses.keys(), (name, found.keys())
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
+            groups |= dict.fromkeys(found, name if name in ("reward", "cont") else "observation")
+            metrics |= more
+        if self.harmony is not None:
+            losses, more = self.harmony.balance(losses, groups)
+            metrics |= more
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
         return losses, carry, post, embed, metrics
@@ -174,8 +184,10 @@ class Agent(nn.Module):
     def trained(self) -> dict[str, dict[str, nn.Module]]:
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
-        names = ("encoder", "dynamics", *wm.objectives)
+        names = ["encoder", "dynamics", *wm.objectives, *(["harmony"] if wm.harmony else [])]
         modules = {"model": {name: getattr(wm, name) for name in names}}
+        if wm.probed:
+            modules["probe"] = {"decoder": wm.decoder}
         for prefix, behavior in self.behaviors().items():
             if prefix:
                 modules["expl_model"] = {"ensemble": self.explorer.ensemble}
@@ -211,6 +223,8 @@ class Agent(nn.Module):
         heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
         for module in (wm.encoder, *heads):
             module.compile()
+        for one in self.behaviors().values():
+            one.policy = torch.compile(one.policy)
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
@@ -253,8 +267,16 @@ class Agent(nn.Module):
         self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
     ) -> ActState:
         """``act``, an operation at a time."""
-        carry, post = self.follow(state, obs, generator)
-        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode, generator))
+        with self.autocast():
+            obs, wm = self._one_step(state, obs), self.world_model
+            steps = state.carry, wm.encoder(obs), obs["prev_action"], obs["is_first"].bool()
+            carry, feat = wm.dynamics.observe_features(*steps, generator)
+        return ActState(carry, self.choose(feat.map(lambda x: x[:, 0]), mode, generator))
+
+    def _one_step(self, state: ActState, obs: Batch) -> Batch:
+        """Raw observations (N, ...), preprocessed to (N,1,...)."""
+        obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
+        return obs | {"prev_action": state.action.unsqueeze(1)}
 
     @torch.no_grad()
     def follow(
@@ -262,10 +284,8 @@ class Agent(nn.Module):
     ) -> tuple[Any, Post]:
         """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
-            obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
-            obs["prev_action"] = state.action.unsqueeze(1)
-            carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
-        return carry, post
+            obs = self._one_step(state, obs)
+            return self.world_model.observe(obs, state.carry, generator=generator)[:2]
 
     @torch.no_grad()
     def choose(
@@ -304,12 +324,7 @@ class Agent(nn.Module):
             return [model.postprocess(observed), *model.decode(feat, True, generator)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.config.precision != "bfloat16":
-            return contextlib.nullcontext()
-        # Without its cache of cast weights: what is cast in imagination, where no gradient is
-        # recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+        return precision.autocast(self.config.precision, next(self.parameters()).device)
 
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
@@ -319,60 +334,48 @@ class Agent(nn.Module):
         """
         with self.autocast():
             obs = networks.preprocess(batch)
-            losses, carry, post, embed, mets = self.world_model.loss(obs, generator)
-        loss = sum(losses.values()).mean()
-        metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
-        metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
-        self.world_model.dynamics.update_codebook(post, generator)
-
-        starts = self.config.imag.starts
-        terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
-        with torch.no_grad():
-            start = self.world_model.dynamics.starts(carry, post, starts)
-        extrinsic = lambda traj, rew: rew
-        metrics |= self._update_behavior("", start, terminal, extrinsic, generator)
-        if self.explorer:
-            with self.autocast():
-                loss = self.explorer.loss(post, embed, obs["prev_action"])
-            metrics |= {"expl_model_loss": loss.detach()} | self._step("expl_model", loss)
-            bonus = self.explorer.reward
-            metrics |= self._update_behavior("expl_", start, terminal, bonus, generator)
-        if self.config.optim == "joint":
-            metrics |= prefixed("joint_", self.optimizers["joint"].apply())
-        for behavior in self.behaviors().values():
-            behavior.update_slow()
+        metrics = train_step(self, obs, generator)
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
-    def _update_behavior(
+    def update_behavior(
         self,
         prefix: str,
         start: Any,
         terminal: Tensor,
         reward: Callable,
         generator: torch.Generator | None = None,
+        replayed: Replayed | None = None,
+        model_loss: Tensor | None = None,
     ) -> Metrics:
         """Imagine from N starts, terminal (N,), and train one behavior on the trajectories.
 
-        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1).
+        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1). With a
+        ``model_loss`` () the model is trained as well, along that and the critic's.
         """
         behavior = self.behaviors()[prefix]
         with self.autocast():
             traj = behavior.imagine(self.world_model, start, terminal, generator)
             with torch.set_grad_enabled(behavior.backprop):
                 rew = reward(traj, self.world_model.reward(traj.x).mode())
-            actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
-        steps = self._step(f"{prefix}actor", actor_loss)
-        steps |= self._step(f"{prefix}critic", critic_loss)
-        return prefixed(prefix, metrics) | steps
+            actor_loss, critic_loss, metrics = behavior.losses(traj, rew, replayed)
+        if model_loss is not None:
+            losses = {"actor": actor_loss, "critic": critic_loss, "model": model_loss + critic_loss}
+            return metrics | step_together(self, losses)
+        metrics = prefixed(prefix, metrics) | self.step(f"{prefix}actor", actor_loss)
+        return metrics | self.step(f"{prefix}critic", critic_loss)
 
-    def _step(self, name: str, loss: Tensor) -> Metrics:
+    def step(self, name: str, loss: Tensor) -> Metrics:
         """Train what ``loss`` is to train: now, or jointly at the end of the update."""
-        if self.config.optim == "joint":
-            modules = [joint_name(name, module) for module in self.trained()[name]]
-            self.optimizers["joint"].gather(loss, modules)
-            return {}
-        return prefixed(f"{name}_", self.optimizers[name].step(loss))
+        if name in self.optimizers:
+            return prefixed(f"{name}_", self.optimizers[name].step(loss))
+        return self.gather_joint(name, loss)
+
+    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> Metrics:
+        """Add what ``loss`` is to train to the joint step; ``retain`` its graph. -> no metrics."""
+        modules = [joint_name(name, module) for module in self.trained()[name]]
+        self.optimizers["joint"].gather(loss, modules, retain)
+        return {}
 
 
 def pick_device(config: Config) -> torch.device:
@@ -387,7 +390,7 @@ def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
 
     Raises ConfigError for sizes that do not fit together.
     """
-    set_precision(config, device)
+    precision.set_precision(config, device)
     try:
         agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
         # cuDNN's convolutions of channels-last images would reorder their weights at every use

@@ -100,7 +100,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
     """-> options, presets for all runs, config values for all runs. Raises ConfigError."""
     args = tools.parse(argv)
-    values, options = dict(args.overrides), {}
+    values, options = tools.current_names(args.overrides), {}
     if args.resume or args.capacity:
         raise ConfigError(
             "--resume and --capacity belong to dreamer.py; here the same command again continues"

@@ -19,7 +19,7 @@ import tools
 from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
-from hidreamer import checkpoint, cost, evaluation, process
+from hidreamer import checkpoint, cost, evaluation, precision, process
 from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.feed import Feed
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
@@ -149,7 +149,7 @@ class Run:
         write = functools.partial(write_yaml, tree=config.tree())
         checkpoint.replace_file(logdir / "config.yaml", write)
         if not self.finished:
-            note_start(logdir, provenance())
+            note_start(logdir, provenance() | {"precision": precision.name(config, device)})
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
         wandb_id = (state or {}).get("wandb_id")

@@ -143,7 +143,7 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
     ``copy`` is what the ball's last seen cell would score.
     """
     state = checkpoint.load_checkpoint(folder / "checkpoints" / "latest.pt")
-    config = tools.Config(state["config"])
+    config = tools.load_config([], tools.flatten(state["config"]))
     env = make_env(config.task, config.env.tree(), 987_654_321)
     agent = dreamer.models.Agent(env.obs_space, env.act_space, env.act_dim, config)
     agent.load_state_dict(state["agent"]["params"])
@@ -162,7 +162,8 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
         x = torch.from_numpy(np.stack([row[key] for row in rows]))
         batch[key] = x.unflatten(0, (count, length))
     batch["is_first"][:, 0] = True  # as in a replayed chunk
-    truth, model = agent.world_model.open_loop(batch, context)
+    with agent.autocast():
+        truth, model = agent.world_model.open_loop(batch, context)
     whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be predicted
     out = {}
     grids = {"": model["grid"][:, -1], "_copy": truth["grid"][:, context - 1]}

@@ -33,6 +33,7 @@ FLOORS = {
     "hidreamer.behavior": 4,
     "hidreamer.explorer": 4,
     "hidreamer.objectives": 4,
+    "hidreamer.update": 5,
     "hidreamer.dynamics.rssm": 3,
     "hidreamer.dynamics.hrssm": 3,
     "hidreamer.dynamics.hrvq": 4,

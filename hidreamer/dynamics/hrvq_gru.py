@@ -158,10 +158,22 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
             codes = self.encode(embed, sample, generator)
             return self.follow(carry, codes, prev_action, is_first, generator)
         steps = prev_action, is_first
-        last, post = super().observe(carry, embed, *steps, sample, generator)
+        last, feat, logits = self._observe(carry, embed, *steps, sample, generator)
+        post = self._found(carry, feat, tuple(logits), is_first, generator)
         return TokenCarry(*last, post.aux.before[:, -1]), post
 
-    def found(
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Feat]:
+        last, post = self.observe(carry, embed, prev_action, is_first, True, generator)
+        return last, post.feat
+
+    def _found(
         self,
         carry: Carry,
         feat: Feat,

@@ -33,7 +33,7 @@ from hidreamer.dynamics.scan import (
     forward_step,
     scan,
 )
-from hidreamer.nets import Block, GRUCell, SplitBlock, make_cell
+from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -51,7 +51,8 @@ class Recurrent(Dynamics):
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
     scan, what ``scan.ScanDynamics`` asks for. reads: how many numbers of stoch, the first ones, go
     into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
+    ``ACTIVATIONS``; ``prior_layers`` are the hidden layers of the prior.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -68,22 +69,29 @@ class Recurrent(Dynamics):
         reads: int = 0,
         sees_memory: bool = True,
         cell: str = "gru",
+        blocks: int = 8,
+        prior_layers: int = 1,
         norm: str = "layer",
         act: str = "silu",
     ):
         super().__init__()
         self.deter_dim, self.stoch_dim = deter, stoch_dim
         self.embed_dim, self.act_dim, self.kl_config = embed_dim, act_dim, kl_config
+        names = {"norm": norm, "act": act}
         self.reads = reads or stoch_dim
-        self.img_in = Block(self.reads + act_dim, hidden, norm=norm, act=act)
-        self.cell = make_cell(cell, hidden, deter, norm=norm)
-        self.img_out = Block(deter, hidden, norm=norm, act=act)
+        sizes = self.reads, act_dim, hidden, deter
+        self.img_in, self.cell = make_core(cell, *sizes, blocks=blocks, **names)
+        self.img_out = Block(deter, hidden, **names)
+        if prior_layers > 1:
+            more = (Block(hidden, hidden, **names) for _ in range(prior_layers - 1))
+            self.img_out = nn.Sequential(self.img_out, *more)
         if sees_memory:
-            self.obs_out = Block(deter + embed_dim, hidden, norm=norm, act=act)
+            self.obs_out = Block(deter + embed_dim, hidden, **names)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-        parts = (self.cell, self.img_in.norm, self.img_in.act)
-        known = tuple(map(type, parts)) == (GRUCell, nn.LayerNorm, nn.SiLU)
+        block = self.obs_out if sees_memory else self.img_out
+        parts = (self.img_out, self.cell, block.norm, block.act)
+        known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
         self.has_scan = known and hasattr(self, "post_forward")
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
@@ -143,6 +151,30 @@ class Recurrent(Dynamics):
         sample: bool = True,
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
+        args = carry, embed, prev_action, is_first, sample, generator
+        carry, feat, post = self._observe(*args)
+        return carry, Post(feat, tuple(map(Level, post, self.priors(*feat))))
+
+    def observe_features(
+        self,
+        carry: Carry,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Carry, Feat]:
+        return self._observe(carry, embed, prev_action, is_first, True, generator)[:2]
+
+    def _observe(
+        self,
+        carry: Carry,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Carry, Feat, list[Tensor]]:
+        """``observe`` without priors. -> carry, features (B,T,.), posterior logits (B,T,S,K)."""
         self.check_steps(carry, prev_action, is_first)
         assert embed.shape == (*is_first.shape, self.embed_dim), embed.shape
         # All that does not wait for the recurrence is done for T steps at once: what actions and
@@ -166,18 +198,7 @@ class Recurrent(Dynamics):
         else:
             noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
             last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
-        return last, self.found(carry, feat, tuple(post), is_first, generator)
-
-    def found(
-        self,
-        carry: Carry,
-        feat: Feat,
-        post: tuple[Tensor, ...],
-        is_first: Tensor,
-        generator: torch.Generator | None,
-    ) -> Post:
-        """carry: before the steps; feat (B,T,.); post: posterior logits by level (B,T,S,K)."""
-        return Post(feat, tuple(map(Level, post, self.priors(*feat))))
+        return last, feat, post
 
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
         gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
@@ -263,6 +284,7 @@ class Recurrent(Dynamics):
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.loss = torch.compile(self.loss)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
         self.check_levels(post)
