@@ -24,9 +24,9 @@ from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import Harmony, make_objectives
-from hidreamer.optim import joint_name, make_optimizers
+from hidreamer.optim import Optimizer, joint_name, make_optimizers
 from hidreamer.precision import set_precision
-from hidreamer.update import train_step
+from hidreamer.update import behavior_losses, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -198,10 +198,10 @@ class Agent(nn.Module):
             modules[f"{prefix}critic"] = {"critic": behavior.critic}
         return modules
 
-    def make_optimizers(self) -> None:
+    def make_optimizers(self, cls: type[Optimizer] = Optimizer) -> None:
         """After the agent was moved to its device. One for each loss, or one for all."""
         capturable = next(self.parameters()).is_cuda
-        self.optimizers = make_optimizers(self.trained(), self.config, capturable)
+        self.optimizers = make_optimizers(self.trained(), self.config, capturable, cls)
 
     def make_update(
         self,
@@ -338,6 +338,10 @@ class Agent(nn.Module):
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
+    def each(self, fn: Callable, *args: Any) -> Any:
+        """``fn(*args)``, trees of tensors. A population maps it over its members."""
+        return fn(*args)
+
     def update_behavior(
         self,
         prefix: str,
@@ -350,12 +354,8 @@ class Agent(nn.Module):
 
         ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1).
         """
-        behavior = self.behaviors()[prefix]
-        with self.autocast():
-            traj = behavior.imagine(self.world_model, start, terminal, generator)
-            with torch.set_grad_enabled(behavior.backprop):
-                rew = reward(traj, self.world_model.reward(traj.x).mode())
-            actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
+        dream = functools.partial(behavior_losses, self, prefix, reward, generator)
+        actor_loss, critic_loss, metrics = self.each(dream, start, terminal)
         steps = self.step(f"{prefix}actor", actor_loss)
         steps |= self.step(f"{prefix}critic", critic_loss)
         return prefixed(prefix, metrics) | steps

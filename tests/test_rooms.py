@@ -11,11 +11,12 @@ from conftest import ROOT
 
 # A room is a file or folder that stands here; what else is in a folder belongs to its room.
 FLOORS = {
-    "benchmarks": 13,
-    "pipeline": 12,
+    "benchmarks": 14,
+    "pipeline": 13,
     "run_comparison": 11,
     "simple_test": 11,
-    "dreamer": 11,
+    "dreamer": 12,
+    "population": 11,
     "training": 10,
     "analysis.evaluate": 11,
     "analysis": 10,
@@ -24,6 +25,7 @@ FLOORS = {
     "comparison": 9,
     "legacy.check": 9,
     "run_state": 9,
+    "run_setup": 9,
     "models": 8,
     "networks": 7,
     "legacy": 6,

@@ -203,7 +203,7 @@ class HRVQ(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
         codes = self.encode(embed, sample, generator)
-        return self.follow(carry, codes, prev_action, is_first)
+        return self.follow(carry, codes, prev_action, is_first, torch.is_grad_enabled())
 
     def encode(
         self, embed: Tensor, sample: bool = True, generator: torch.Generator | None = None
@@ -213,11 +213,17 @@ class HRVQ(Dynamics):
         return self.quantizer.encode(self._project(embed), sample, generator)
 
     def follow(
-        self, carry: Any, codes: Codes, prev_action: Tensor, is_first: Tensor
+        self,
+        carry: Any,
+        codes: Codes,
+        prev_action: Tensor,
+        is_first: Tensor,
+        trained: bool | None = None,
     ) -> tuple[Carry, Post]:
         """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
 
-        prev_action (B,T,A) and is_first (B,T) as of ``observe``.
+        prev_action (B,T,A) and is_first (B,T) as of ``observe``. trained: whether codes have a
+        gradient; None looks, which ``torch.func.vmap`` hides.
         """
         self.check_steps(carry, prev_action, is_first)
         expected = *is_first.shape, self.levels, *self.code_shape
@@ -234,7 +240,7 @@ class HRVQ(Dynamics):
         # priors must not make them easier to predict. So where codes have a gradient (in training)
         # the priors come from a second pass, with the same numbers, over detached codes. Auxiliary
         # losses are taken from that pass alone, to be counted once.
-        detached_pass = flat.requires_grad
+        detached_pass = flat.requires_grad if trained is None else trained
         all_levels = self.chain and not detached_pass
         out, own, ffn_losses = self._run_transformer(action, flat, attention, all_levels)
         prior_out = out
