@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import models
+import run_state
 from envs import EnvError
+from hidreamer import checkpoint
 from hidreamer.capture import Captured
 from hidreamer.feed import Feed
 from hidreamer.optim import Optimizer
@@ -224,7 +227,7 @@ class Population:
     def __init__(self, runs: Sequence[Run], report: Callable[[str], None] = print):
         self.runs, self.report = list(runs), report
         self.poll: Callable[[], None] = lambda: None
-        self.active = [run for run in runs if not over(run)]
+        self.active: list[Run] = []
         self.stack: Stack | None = None
         self.failed: dict[Run, str] = {}
         self.feed = Feed(runs[0].device)
@@ -233,8 +236,16 @@ class Population:
 
     def train(self) -> None:
         """Raises OSError and what ``poll`` raises, where all runs can be saved and continued."""
-        for run in [run for run in self.runs if run not in self.active]:
+        groups: dict[int, list[Run]] = {}  # by updates; more than one where some went on alone
+        for run in self.runs:
+            groups.setdefault(-1 if over(run) else run.updates, []).append(run)
+        for run in groups.pop(-1, []):
             self._try(run, run.finish)
+        for group in groups.values():
+            self._train(group)
+
+    def _train(self, runs: list[Run]) -> None:
+        self.active = runs
         while self.active:
             self.poll()
             self._restack()
@@ -244,7 +255,8 @@ class Population:
             elif waiting:
                 for run in waiting:
                     self._try(run, functools.partial(run.run_periodic, self.save))
-                self._collect([run for run in waiting if run in self.active])
+                if not self.failed.keys() & waiting:
+                    self._collect(waiting)
             elif self.stack:
                 self._learn()
             else:
@@ -252,7 +264,7 @@ class Population:
 
     def save(self) -> None:
         """A checkpoint of every run that goes on, all of this moment."""
-        moment = 1 + max(run.moment for run in self.active)
+        moment = 1 + max((run.moment for run in self.active), default=0)
         for run in list(self.active):
             run.moment = moment
             self._try(run, run.save)
@@ -285,7 +297,8 @@ class Population:
             fn()
         except (Failure, EnvError) as error:
             self.failed[run] = f"{run.logdir}: {error}"
-            self.report(f"{self.failed[run]}; {len(self.active) - 1} others go on")
+            others = sum(other is not run for other in self.active)
+            self.report(f"{self.failed[run]}; {others} others go on")
             if run in self.active:
                 self.active.remove(run)
 
@@ -302,7 +315,7 @@ class Population:
         for mode, found in modes.items():
             acting, inputs = zip(*found, strict=True)
             if self.stack and list(acting) == self.active:
-                actions |= zip(acting, self.stack.choose(inputs, mode), strict=True)
+                actions |= zip(acting, self._choose(inputs, mode), strict=True)
             else:
                 actions |= {run: run.choose(*given, mode) for run, given in found}
         for run in runs:
@@ -341,3 +354,24 @@ class Population:
 def over(run: Run) -> bool:
     """Whether a run has nothing left to do but its end: the last record, evaluation, checkpoint."""
     return run.step >= run.config.steps and not run.update_due
+
+
+def roll_back(folders: Sequence[Path]) -> None:
+    """Have the runs in these folders begin from one moment.
+
+    A process that was killed while it saved has left some a checkpoint later than the others: these
+    return to the one before. Raises CheckpointError.
+    """
+    moments = {}
+    for folder in folders:
+        state = checkpoint.find_checkpoint(folder / "checkpoints", run_state.FIELDS)[0]
+        if state and state["step"] < state["config"]["steps"]:
+            moments[folder / "checkpoints"] = state.get("moment", 0)
+    newest = max(moments.values(), default=0)
+    if newest - 1 not in moments.values():
+        return
+    for folder, moment in moments.items():
+        if moment == newest and (before := folder / "previous.pt").exists():
+            state = checkpoint.load_checkpoint(before)
+            if state.get("moment", 0) == newest - 1:
+                before.replace(folder / "latest.pt")
