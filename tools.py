@@ -52,6 +52,8 @@ class Config(Mapping):
         return value
 
     def __getattr__(self, key: str) -> Any:
+        if key.startswith("_"):  # a copy asks for some before it has its tree
+            raise AttributeError(key)
         if key not in self._tree:
             raise AttributeError(f"no config key {self._path}{key}")
         return self[key]

@@ -8,7 +8,9 @@ round.
     heldout.py      its predictions of other episodes, beside a baseline without a model
     probes.py       what its features hold of an Atari console's memory
 
-    __main__.py     looks inside trained agents (``python -m analysis LOGDIR``, docs/analysis.md):
+    __main__.py     the command that looks inside trained agents (docs/analysis.md)
+    inspection.py   what it does: measure, draw, write
+    evaluate.py     the scores of a checkpoint
     loading.py      agents of runs, and new episodes that all are judged on
     factors.py      numbers that are true of a moment, by name
     latents.py      what a world model holds at each step: memory, levels, codes, predictions
@@ -20,4 +22,10 @@ round.
     pictures.py     strips of frames
     summary.py      several runs together, and what they support, in sentences
     drawings.py, report.py      the page
+    recording.py    an episode as a file of Rerun
 """
+
+from hidreamer import app
+
+if __name__ == "analysis":  # not hidreamer.root.analysis
+    app.enter()  # before the current folder, which may have a tools.py of its own

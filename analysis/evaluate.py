@@ -18,25 +18,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from envs import EnvError
-from hidreamer import app, evaluation
-from hidreamer.checkpoint import FolderError, replace_file
-from hidreamer.provenance import provenance
-from library.agent import LoadedAgent, load
-from tools import Config, ConfigError
-from training import evaluation_generator, make_envs
+from hidreamer import app
 
 
 def evaluate(
-    agent: LoadedAgent,
+    agent: Any,
     *,
     episodes: int | None = None,
     seed: int | None = None,
     sampled: bool = False,
 ) -> dict[str, Any]:
     """-> "returns" and "lengths" (agent steps) of each episode, the means as ``eval_*``, and what
-    they are of. See the module for the arguments. Raises EnvError.
+    they are of. agent: a ``LoadedAgent``. See the module for the other arguments. Raises EnvError.
     """
+    from hidreamer import evaluation
+    from hidreamer.provenance import provenance
+    from tools import Config
+    from training import evaluation_generator, make_envs
+
     tree = agent.config.tree()
     tree["seed"] = agent.config.seed if seed is None else seed
     tree["eval_episodes"] = episodes or max(1, agent.config.eval_episodes)
@@ -56,16 +55,15 @@ def evaluate(
     return facts | scores | {"made_by": provenance()}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> app.Parser:
     name = " ".join(app.command("analysis.evaluate"))
-    found = argparse.ArgumentParser(name, description=__doc__.splitlines()[0])
+    found = app.Parser(name, description=__doc__.splitlines()[0])
     found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
     found.add_argument("--episodes", type=at_least(1), help="how many [the run's eval_episodes]")
     found.add_argument("--seed", type=at_least(0), help="of environments and chance [the run's]")
     found.add_argument("--sampled", action="store_true", help="sample actions")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    found.add_argument("--out", type=Path, help="a JSON file for all numbers")
-    found.error = lambda message: (_ for _ in ()).throw(ConfigError(f"{message} (see --help)"))
+    found.add_argument("--out", type=Path, help="a JSON file for all numbers [one line here]")
     return found
 
 
@@ -78,12 +76,30 @@ def at_least(least: int) -> Any:
     return number
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UsageError. Imports nothing large: what is wrong is said at once."""
+    args = parser().parse_args(argv)
+    if args.out and args.out.is_dir():
+        raise app.UsageError(f"--out is {args.out}, a folder: name a file")
+    if problem := app.missing_agent(args.logdir):
+        raise app.UsageError(problem)
+    return args
+
+
 def main(argv: Sequence[str]) -> int:
     """-> exit status: 0 done, 1 an environment failed or the disk did, 2 bad arguments."""
     try:
-        args = parser().parse_args(argv)
-        if args.out and args.out.is_dir():
-            raise ConfigError(f"--out is {args.out}, a folder: name a file")
+        args = parse(argv)
+    except app.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from envs import EnvError
+    from hidreamer import evaluation
+    from hidreamer.checkpoint import FolderError, replace_file
+    from library.agent import load
+    from tools import ConfigError
+
+    try:
         agent = load(args.logdir, device=args.device)
     except (ConfigError, FolderError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,6 +113,8 @@ def main(argv: Sequence[str]) -> int:
             text = json.dumps(found, indent=1) + "\n"
             replace_file(args.out, functools.partial(Path.write_text, data=text))
             print(args.out)
+        else:
+            print(json.dumps(found))
     except (EnvError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """What do the encoder's objectives keep? One table of them, an untrained network and raw pixels.
 
-    python benchmarks/encoders.py --configs pipeline_small --logdir FOLDER --out F [--key value ...]
+    python benchmarks/encoders.py --configs pipeline_small --logdir FOLDER --out F.md [--key value]
 
 FOLDER holds a finished ``collect``. Every objective is an encoder stage of its own in
 FOLDER/encoders/NAME, with the same seed and frames; the same command continues. The lineage's
@@ -10,55 +10,34 @@ metrics stand beside the linear probes of the same variables.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 
-import models
-import tools
-from hidreamer import checkpoint
-from pipeline import __main__ as command
-from pipeline import gate, stage
+import torch
+import variants
+
+from pipeline import gate
 from pipeline.encoder import Encoder
 
 OBJECTIVES = ("lineage", "infonce", "reconstruction", "both")
+CONTROLS = ("untrained", "pixels")  # the same for all objectives
 
 
-def folder(root: Path, name: str) -> Path:
-    """Of an objective: the finished ``collect`` is linked into it."""
-    here = root / "encoders" / name
-    here.mkdir(parents=True, exist_ok=True)
-    if not (here / "collect").exists():
-        (here / "collect").symlink_to((root / "collect").resolve())
-    return here
-
-
-def table(gates: dict[str, dict]) -> str:
-    """Markdown, an objective a column; the untrained network and pixels are the same for all."""
-    first = next(iter(gates.values()))
-    whos = ("untrained", "pixels")
-    lines = [f"|  | {' | '.join([*gates, *whos])} |", "| --- |" + " ---: |" * (len(gates) + 2)]
-    for i, part in enumerate(first["tables"]):
-        game = "" if part["title"] == "Geometry" else part["title"].split(":")[0] + ": "
-        for j, row in enumerate(part["rows"]):
-            cells = [
-                gate.number(found["tables"][i]["rows"][j]["value"]) for found in gates.values()
-            ]
-            cells += [gate.number(row["baselines"].get(who)) for who in whos]
-            lines.append(f"| {game}{row['metric']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def columns(found: Mapping[str, variants.Variant], device: torch.device) -> variants.Columns:
+    """Of every objective's gate, and of the controls in it."""
+    out: dict[str, dict[str, float | None]] = {name: {} for name in (*found, *CONTROLS)}
+    for name, variant in found.items():
+        for table in gate.read(variant.folder / "encoder")["tables"]:
+            game = "" if table["title"] == "Geometry" else table["title"].split(":")[0] + ": "
+            for row in table["rows"]:
+                out[name][game + row["metric"]] = row["value"]
+                for who in CONTROLS:
+                    out[who][game + row["metric"]] = row["baselines"].get(who)
+    return out
 
 
 def main(argv: list[str]) -> int:
-    args = tools.parse(argv)
-    out = Path(str(args.overrides.pop("out")))
-    base, _ = command.configured("encoder", args)
-    root, device, gates = Path(base.logdir), models.pick_device(base), {}
-    for name in OBJECTIVES:
-        config = tools.load_config([], base.flat() | {"pipeline.encoder.objective": name})
-        gates[name] = stage.run(Encoder, config, folder(root, name), device, lambda: None)
-    text = table(gates)
-    checkpoint.replace_file(out, lambda path: path.write_text(text))
-    print(text)
-    return 0
+    changes = lambda config: {name: {"pipeline.encoder.objective": name} for name in OBJECTIVES}
+    return variants.run(argv, __doc__, Encoder, "encoders", changes, columns)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,43 @@
 """Are sparse experts worth it? Dense and sparse world models on the same tokens, in one table.
 
-    python benchmarks/experts.py --configs pipeline_small --logdir FOLDER --out F [--key value ...]
+    python benchmarks/experts.py --configs pipeline_small --logdir FOLDER --out F.md [--key value]
 
 FOLDER holds the finished stages up to ``tokenizer``. Every variant is a world_model stage of its
 own in FOLDER/experts/NAME, with the same seed, batches and updates; the same command continues.
-Dense comes in two sizes: that of the experts' active parameters, and that of all of theirs.
+Dense comes in two sizes: that of the experts' active parameters, and that of all of theirs. Dreams
+of all variants are timed in turn, so that a drifting machine drifts for all. Accuracies are means
+over games.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import measure
 import numpy as np
 import torch
+import variants
 
-import models
-import tools
-from hidreamer import checkpoint
 from hidreamer.experts import active_parameters
-from pipeline import __main__ as command
-from pipeline import data, gate, stage, token_model, tokenizer, world_model
+from pipeline import data, gate, token_model, tokenizer, world_model
 from pipeline.token_model import Windows, tensors, token_rows
+from tools import Config
 
-INPUTS = ("collect", "encoder", "tokenizer")
 EXPERTS = 4  # of a layer
-ROUNDS = 5  # that imagination is timed for
+ROUNDS = 7  # that imagination is timed for
 STARTS, HORIZON = 64, 15  # dreams that are timed, and their steps
+TABLES = ("Teacher-forced", "Free-running: tokens")
 
 
-def variants(config: tools.Config) -> dict[str, dict[str, Any]]:
+def changes(config: Config) -> dict[str, dict[str, Any]]:
     """{name: config keys}."""
     hidden, layers = config.dynamics.hidden, config.dynamics.hrvq.layers
     moe = {"dynamics.hrvq.ffn": "moe", "dynamics.hrvq.moe_top": 1}
     growing = [1 if i < layers / 3 else 2 if i < 2 * layers / 3 else 4 for i in range(layers)]
-    return {
+    found = {
         "dense": {},
         f"dense, {EXPERTS} x hidden": {"dynamics.hidden": EXPERTS * hidden},
         "by level": {"dynamics.hrvq.ffn": "level"},
@@ -46,87 +47,70 @@ def variants(config: tools.Config) -> dict[str, dict[str, Any]]:
         ),
         " ".join(map(str, growing)) + " experts": moe | {"dynamics.hrvq.moe_experts": growing},
     }
+    alone = {"pipeline.world_model.compare": ["none"]}
+    return {name: alone | keys for name, keys in found.items()}
 
 
-def folder(root: Path, name: str) -> Path:
-    """Of a variant: the finished stages are linked into it."""
-    here = root / "experts" / name.replace(" ", "_").replace(",", "")
-    here.mkdir(parents=True, exist_ok=True)
-    for stage_name in INPUTS:
-        if not (here / stage_name).exists():
-            (here / stage_name).symlink_to((root / stage_name).resolve())
-    return here
-
-
-@torch.no_grad()
-def dream_ms(model: token_model.TokenWorldModel, batch: dict[str, torch.Tensor]) -> float:
-    """Milliseconds of STARTS dreams of HORIZON steps, the fastest of ROUNDS."""
-    carry, post, _ = model.observe(batch)
-    start = model.dynamics.starts(carry, post, 1)
+def dreamer(
+    model: token_model.TokenWorldModel, batch: dict[str, torch.Tensor]
+) -> Callable[[], object]:
+    """A function that dreams HORIZON steps from each of STARTS windows."""
+    with torch.no_grad():
+        carry, post, _ = model.observe(batch)
+        start = model.dynamics.starts(carry, post, 1)
     action = torch.zeros(len(batch["reward"]), HORIZON, model.dynamics.act_dim)
     action[..., 0] = 1.0
-    action, best = action.to(batch["reward"].device), float("inf")
-    for _ in range(ROUNDS):
-        begun = time.perf_counter()
-        _, feat, _ = model.dynamics.imagine(start, action, HORIZON)
-        float(feat.deter.sum())  # waits for the device
-        best = min(best, time.perf_counter() - begun)
-    return 1000.0 * best
+    imagine = torch.no_grad()(model.dynamics.imagine)
+    return functools.partial(imagine, start, action.to(batch["reward"].device), HORIZON)
 
 
-def measure(root: Path, config: tools.Config, device: torch.device) -> dict[str, float]:
-    """Of a finished variant."""
-    model = world_model.load(root, config, device)
-    recording = data.load(root, config, config.pipeline.games[0])
-    tokens = tokenizer.load_tokens(root, recording)
-    rows = token_rows(recording, tokens, world_model.actions_of(config), 0)
-    windows = Windows([recording], [rows], STARTS, config.pipeline.world_model.length, True)
-    found = {
-        "parameters": float(sum(p.numel() for p in model.dynamics.transformer.parameters())),
-        "active": float(active_parameters(model.dynamics.transformer)),
-        f"dream ms ({STARTS} x {HORIZON})": dream_ms(model, tensors(windows.sample(), device)),
-    }
+def columns(found: Mapping[str, variants.Variant], device: torch.device) -> variants.Columns:
+    out: dict[str, dict[str, float | None]] = {}
+    dreams = {}
+    for name, (folder, config) in found.items():
+        model = world_model.load(folder, config, device)
+        recording = data.load(folder, config, config.pipeline.games[0])
+        tokens = tokenizer.load_tokens(folder, recording)
+        rows = token_rows(recording, tokens, world_model.actions_of(config), 0)
+        length = config.pipeline.world_model.length
+        windows = Windows([recording], [rows], STARTS, length, True)
+        dreams[name] = dreamer(model, tensors(windows.sample(), device))
+        transformer = model.dynamics.transformer
+        out[name] = {
+            "parameters": float(sum(p.numel() for p in transformer.parameters())),
+            "active": float(active_parameters(transformer)),
+        }
+    for name, times in measure.interleaved(dreams, ROUNDS, device.type == "cuda").items():
+        cpu, wall = (1000.0 * float(np.median(x)) for x in zip(*times, strict=True))
+        label = f"({STARTS} x {HORIZON} steps), median"
+        out[name][f"dream ms {label}"] = wall
+        if device.type == "cpu":
+            out[name][f"dream CPU ms {label}"] = cpu
+    for name, (folder, _) in found.items():
+        out[name] |= accuracies(gate.read(folder / "world_model"))
+    return out
+
+
+def accuracies(found: dict[str, Any]) -> dict[str, float]:
+    """Means over games of a gate's values and of what copying gets; of all levels."""
     values: dict[str, list[float]] = {}
-    for table in gate.read(root / "world_model")["tables"]:
-        if table["title"] in ("Teacher-forced", "Free-running: tokens"):
-            for row in table["rows"]:
-                name = row["metric"].split(": ", 1)[1]
-                values.setdefault(name, []).append(row["value"])
-                for who, x in row["baselines"].items():
-                    values.setdefault(f"{name} ({who})", []).append(x)
-    shown = [name for name in values if name.startswith("L0")]
-    for name in shown:
-        known = [x for x in values[name] if x is not None]
-        found[name] = float(np.mean(known)) if known else float("nan")
-    return found
-
-
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """Markdown, a variant a column."""
-    names = list(columns)
-    lines = [f"|  | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
-    for metric in next(iter(columns.values())):
-        cells = [gate.number(columns[name][metric]) for name in names]
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    for table in found["tables"]:
+        if table["title"] not in TABLES:
+            continue
+        for row in table["rows"]:
+            name = row["metric"].split(": ", 1)[1]
+            values.setdefault(name, []).append(row["value"])
+            for who, x in row["baselines"].items():
+                if name.endswith("changed") or who == "chance":
+                    continue  # the same for everybody
+                values.setdefault(f"{name} ({who})", []).append(x)
+    known = {name: [x for x in found if x is not None] for name, found in values.items()}
+    return {name: float(np.mean(x)) if x else float("nan") for name, x in known.items()}
 
 
 def main(argv: list[str]) -> int:
-    args = tools.parse(argv)
-    out = Path(str(args.overrides.pop("out")))
-    base, _ = command.configured("world_model", args)
-    root, device = Path(base.logdir), models.pick_device(base)
-    columns = {}
-    for name, changes in variants(base).items():
-        both = {"pipeline.world_model.compare": ["none"]} | changes
-        config = tools.load_config([], base.flat() | both)
-        here = folder(root, name)
-        stage.run(world_model.WorldModel, config, here, device, lambda: None)
-        columns[name] = measure(here, config, device)
-        text = table(columns)
-        checkpoint.replace_file(out, lambda path, text=text: path.write_text(text))
-    print(text)
-    return 0
+    kind = world_model.WorldModel
+    return variants.run(argv, __doc__, kind, "experts", changes, columns)
 
 
 if __name__ == "__main__":

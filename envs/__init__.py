@@ -55,7 +55,7 @@ def make_env(
             f"env.size is height and width in pixels, as 64 64, not {' '.join(map(str, size))}"
         )
     try:
-        module = importlib.import_module(f"envs.{suite}")
+        module = importlib.import_module(f".{suite}", __package__)
     except ModuleNotFoundError as error:
         extra = f".[{suite}]" if suite in EXTRAS else "."
         raise EnvError(

@@ -14,6 +14,8 @@ import gymnasium
 
 __version__ = "0.1.0"
 LIBRARY = ("DreamEnv", "LoadedAgent", "VectorDreamEnv", "export", "load", "push")
+LIBRARY += ("ConfigError", "EnvError", "FolderError")
+_library = None  # the module, once it has been asked for
 
 gymnasium.register(
     "hidreamer/Dream-v0",
@@ -23,15 +25,19 @@ gymnasium.register(
 
 
 def __getattr__(name: str) -> object:
-    """What ``library`` has of these names. Raises ForeignModule, see ``hidreamer.app.enter``."""
+    """What ``library`` has of these names, imported when the first of them is asked for."""
+    global _library
     if name not in LIBRARY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hidreamer import app
+    if _library is None:
+        from hidreamer import app
 
-    app.enter()
-    import library
-
-    return getattr(library, name)
+        if app.foreign():  # ``tools`` and the like are not ours to take in this process
+            from hidreamer.root import library
+        else:
+            import library
+        _library = library
+    return getattr(_library, name)
 
 
 def __dir__() -> list[str]:

@@ -7,14 +7,17 @@ the top of site-packages (docs/decisions/014-installed.md).
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 INSTALLED = Path(__file__).parent / "_app"  # exists in a wheel only
 ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent
+HUB = "hf:"  # what the name of an agent on a model hub begins with
 by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set by hidreamer.__main__
 
 # {command: (module in ROOT that is run as a script, its sentence)}
@@ -35,21 +38,61 @@ class ForeignModule(ImportError):
     """One line: a module of another project has a name that ours needs."""
 
 
+class UsageError(Exception):
+    """One line: what is wrong with the arguments of a command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def missing(folder: str | os.PathLike) -> str:
+    """One line where a folder that is to be read is none, else ""."""
+    path = Path(folder).expanduser()
+    if not path.exists():
+        return f"there is no folder {path}: name that of a run or of an export"
+    return "" if path.is_dir() else f"{path} is a file: name the folder of a run or of an export"
+
+
+def missing_agent(where: str) -> str:
+    """``missing`` of all that ``hidreamer.load`` takes, a checkpoint or a hub's name too."""
+    return "" if where.startswith(HUB) or os.path.isfile(where) else missing(where)
+
+
+def modules() -> dict[str, Path]:
+    """{name: file} of the modules and packages in ROOT."""
+    found = {}
+    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
+        found[file.parent.name if file.name == "__init__.py" else file.stem] = file
+    return found
+
+
+def foreign() -> tuple[str, str | None] | None:
+    """The first of ``modules`` whose name means another file, or none, to Python as it is now:
+    the name and that file. None where all mean ours.
+    """
+    for name, file in modules().items():
+        found = origin(name)
+        if found is None or not os.path.exists(found) or not os.path.samefile(found, file):
+            return name, found
+    return None
+
+
 def enter() -> None:
     """Put ROOT first on the import path, so that ``import models`` finds ours.
 
-    Raises ForeignModule where it would not all the same: another one is loaded already, or an
-    import hook goes before the path.
+    For a process of our own; ``hidreamer.root`` is for others. Raises ForeignModule where it would
+    not all the same: another one is loaded already, or an import hook goes before the path.
     """
     sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
-    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py")]):
-        name = file.parent.name if file.name == "__init__.py" else file.stem
-        found = origin(name)
-        if found is None or not os.path.exists(found) or not os.path.samefile(found, file):
-            raise ForeignModule(
-                f"hidreamer needs its own module {name!r}, and Python has another one ({found}): "
-                "use a process in which that is not imported"
-            )
+    if other := foreign():
+        raise ForeignModule(
+            f"hidreamer needs its own module {other[0]!r}, and Python has another one"
+            f" ({other[1]}): use a process in which that is not imported"
+        )
 
 
 def origin(name: str) -> str | None:

@@ -81,7 +81,7 @@ class Optimizer:
         if self.clip:
             self.rescale(total)
             metrics["clipped"] = (total > self.clip).float()
-        self.optim.step()
+        self._move()
         self.optim.zero_grad()
         return metrics
 
@@ -92,6 +92,9 @@ class Optimizer:
     def rescale(self, total: Tensor) -> None:
         """Clip the gradients, whose norm is ``total``."""
         nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
+
+    def _move(self) -> None:
+        self.optim.step()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{parameter: {"step", "exp_avg", "exp_avg_sq"}}: by name, to fit another model."""

@@ -2,8 +2,12 @@
 dream as a Gymnasium environment. ``hidreamer`` hands these out by name (docs/library.md).
 """
 
+from envs import EnvError
+from hidreamer.checkpoint import FolderError
 from library.agent import LoadedAgent, load
 from library.dream_env import DreamEnv, VectorDreamEnv
 from library.export import export, push
+from tools import ConfigError
 
-__all__ = ["DreamEnv", "LoadedAgent", "VectorDreamEnv", "export", "load", "push"]
+__all__ = ["ConfigError", "DreamEnv", "EnvError", "FolderError", "LoadedAgent", "VectorDreamEnv"]
+__all__ += ["export", "load", "push"]

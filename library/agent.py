@@ -6,6 +6,7 @@ classes in a level, A action. Tensors are float32 on the agent's device.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,10 @@ import models
 import networks
 from envs.actions import action_codec
 from hidreamer import evaluation
-from hidreamer.checkpoint import FolderError
 from hidreamer.dynamics.base import Feat
-from hidreamer.episodes import EpisodeError, load_episode
 from hidreamer.weights import load_params
-from library import source
+from library import checks, source
+from library.checks import whole
 from library.policy import Policy
 from tools import ConfigError
 
@@ -127,8 +127,10 @@ class LoadedAgent:
     def make_policy(self, count: int | None = None, *, greedy: bool = True) -> Policy:
         """A policy with a memory of its own; for ``count`` environments side by side if given.
 
-        greedy: take the likeliest action instead of sampling one.
+        greedy: take the likeliest action instead of sampling one. Raises ValueError.
         """
+        if count is not None:
+            count = whole("count", count, 1)
         return Policy(self, count, greedy)
 
     def make_env(self) -> gymnasium.Env:
@@ -139,7 +141,7 @@ class LoadedAgent:
 
     def real_env(self, seed: int | None = None) -> envs.Env:
         """The real environment as training sees it: flags in the observation, action vectors."""
-        number = self.config.seed if seed is None else seed
+        number = self.config.seed if seed is None else whole("seed", seed, 0)
         return envs.make_env(self.config.task, self.config.env.tree(), number)
 
     def action_vector(self, action: Any) -> Tensor:
@@ -162,7 +164,7 @@ class LoadedAgent:
         sizes = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0)), device=self.device)
         if sizes.ndim and x.shape[-1:] != sizes.shape:
             raise ValueError(f"actions are {tuple(x.shape)}, not (..., {len(sizes)})")
-        if ((x < 0) | (x >= sizes)).any():
+        if ((x < 0) | (x >= sizes) | (x != x.long())).any():
             raise ValueError(f"an action is outside {space}")
         one_hot = torch.nn.functional.one_hot
         if isinstance(space, gymnasium.spaces.Discrete):
@@ -183,9 +185,11 @@ class LoadedAgent:
 
         -> {key: (T, ...)}: observations, ``prev_action`` (T,A), ``reward``, ``is_first``,
         ``is_last``, ``is_terminal`` (T,), as ``encode`` takes them.
+        Raises ValueError, EnvError.
         """
+        limit = evaluation.time_limit(self.config) // self.config.env.action_repeat
+        limit = limit if steps is None else whole("steps", steps, 1)
         env, policy = self.real_env(seed), self.make_policy(greedy=greedy)
-        limit = steps or evaluation.time_limit(self.config) // self.config.env.action_repeat
         rows, obs, action = [], env.reset(), np.zeros(self.act_dim, np.float32)
         try:
             while True:
@@ -203,32 +207,7 @@ class LoadedAgent:
 
     def rows(self, episode: Mapping[str, Any] | str | os.PathLike) -> dict[str, np.ndarray]:
         """What ``encode`` needs of an episode, checked. Raises ValueError, FolderError."""
-        if not isinstance(episode, Mapping):
-            try:
-                episode = load_episode(Path(episode))
-            except EpisodeError as error:
-                raise FolderError(f"{episode} is no episode: {error}") from None
-        actions = episode["prev_action"] if "prev_action" in episode else episode.get("action")
-        if actions is None:
-            raise ValueError("the episode has no prev_action, the action that led to each step")
-        actions = np.asarray(actions, np.float32)
-        shapes = {key: (space.shape, space.dtype) for key, space in self.obs_space.items()}
-        rows = {"prev_action": actions, "is_first": np.zeros(len(actions), bool)}
-        if "is_first" in episode:
-            rows["is_first"] = np.asarray(episode["is_first"], bool).copy()
-        rows["is_first"][:1] = True
-        for key, (_, dtype) in shapes.items():
-            if key not in episode:
-                raise ValueError(f"the episode has no {key}; this agent sees {', '.join(shapes)}")
-            rows[key] = np.asarray(episode[key]).astype(dtype, copy=False)
-        shapes |= {"prev_action": ((self.act_dim,), None), "is_first": ((), None)}
-        for key, (shape, _) in shapes.items():
-            if rows[key].shape != (len(actions), *shape):
-                expected = ", ".join(map(str, ("T", *shape)))
-                raise ValueError(f"{key} of the episode is {rows[key].shape}, not ({expected})")
-        if not len(actions):
-            raise ValueError("the episode has no steps")
-        return rows
+        return checks.rows(episode, self.obs_space, self.act_dim)
 
     @torch.no_grad()
     def encode(
@@ -303,8 +282,10 @@ class LoadedAgent:
         sample: draw the imagined states instead of taking the likeliest.
         Raises ValueError, IndexError.
         """
-        if horizon < 1:
-            raise ValueError(f"horizon is {horizon}; at least one step is imagined")
+        horizon, count = whole("horizon", horizon, 1), whole("count", count, 1)
+        self._check(latents, Latents, Dream)
+        if isinstance(latents, Dream) and start != -1:
+            raise ValueError("a dream goes on from where it ended: start is of latents alone")
         carry = latents.carry if isinstance(latents, Dream) else self._start(latents, start)
         total = len(self.dynamics.feat(carry).deter)
         if count > 1:
@@ -316,11 +297,30 @@ class LoadedAgent:
         feat = feat.map(Tensor.float)
         return Dream(feat, action.float(), *self.heads(feat), carry)
 
+    def _check(self, found: Any, *kinds: type) -> None:
+        """Raises ValueError unless ``found`` is one of these and of an agent like this one."""
+        if not isinstance(found, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"a {type(found).__name__} is no {names}, which encode and dream give")
+        feat = found if isinstance(found, Feat) else found.feat
+        sizes = feat.deter.shape[-1], feat.stoch.shape[-1]
+        same = sizes == (self.dynamics.deter_dim, self.dynamics.stoch_dim)
+        if isinstance(found, Latents):
+            shapes = [tuple(level.post.shape[1:]) for level in found.levels]
+            same = same and shapes == [tuple(shape) for shape in self.dynamics.shapes]
+        if not same:
+            raise ValueError("these states are of another agent")
+
     def _start(self, latents: Latents, start: int | Sequence[int]) -> Any:
         total = len(latents.value)
-        steps = [start] if isinstance(start, int | np.integer) else list(start)
-        if not steps or not all(-total <= step < total for step in steps):
-            raise IndexError(f"start is {start}; the latents have steps 0 to {total - 1}")
+        try:
+            steps = [operator.index(start)]
+        except TypeError:
+            steps = list(start) if np.ndim(start) == 1 else []
+        if not all(isinstance(step, int | np.integer) for step in steps) or not steps:
+            steps = [total]  # out of range
+        if not all(-total <= step < total for step in steps):
+            raise IndexError(f"start is {start!r}; the latents have steps 0 to {total - 1}")
         carries = []
         for step in steps:
             chunk, at = divmod(step % total, CHUNK)
@@ -335,13 +335,20 @@ class LoadedAgent:
         if actor is None:
             return lambda feat: self.model.choose(feat, generator=generator)
         if callable(actor):
-            return lambda feat: self.action_vector(actor(feat.map(Tensor.float)))
+            return lambda feat: self._acted(actor, feat.map(Tensor.float))
         action = self.action_vector(actor)
         if action.ndim == 2:
             action = action.expand(count, -1, -1)
         if action.shape != (count, horizon, self.act_dim):
             expected = f"({horizon}, {self.act_dim}) or ({count}, {horizon}, {self.act_dim})"
             raise ValueError(f"actions are {tuple(action.shape)}, not {expected}")
+        return action
+
+    def _acted(self, actor: Actor, feat: Feat) -> Tensor:
+        """Actions (N,A) of a function of states (N,.). Raises ValueError."""
+        action, expected = self.action_vector(actor(feat)), (len(feat.deter), self.act_dim)
+        if action.shape != expected:
+            raise ValueError(f"the actor gave actions {tuple(action.shape)}, not {expected}")
         return action
 
     @torch.no_grad()
@@ -356,7 +363,11 @@ class LoadedAgent:
 
         Images are in [0, 1], grids probabilities, vectors as they are. levels: first also what the
         coarse levels alone say, by their names, such as "top" or "L0" and "L0+L1".
+        Raises ValueError.
         """
+        self._check(latents, Latents, Dream, Feat)
+        if not isinstance(levels, bool):
+            raise ValueError(f"levels is {levels!r}; it can be True or False, for all or none")
         feat = latents if isinstance(latents, Feat) else latents.feat
         flat = feat.deter.ndim == 2
         feat = feat.map(lambda x: x.unsqueeze(0)) if flat else feat

@@ -9,6 +9,7 @@ Shapes: N dreams, T context steps, A action, F features.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import gymnasium
@@ -24,6 +25,7 @@ import networks
 from hidreamer.checkpoint import FolderError
 from hidreamer.episodes import EpisodeError, load_episode
 from library.agent import LoadedAgent, load
+from library.checks import whole
 from library.pictures import picture
 from tools import ConfigError
 
@@ -41,8 +43,7 @@ class Dreams:
     """
 
     def __init__(self, logdir: Any, horizon: int, decode: bool, start: str, device: str):
-        if horizon < 1:
-            raise ConfigError(f"horizon is {horizon}; a dream has at least one step")
+        horizon = whole("horizon", horizon, 1, ConfigError)
         if start not in ("recorded", "real"):
             raise ConfigError(f"start is {start!r}; it can be recorded, real")
         self.agent = logdir if isinstance(logdir, LoadedAgent) else load(logdir, device=device)
@@ -197,6 +198,8 @@ class Dreams:
     @torch.no_grad()
     def render(self, row: int) -> np.ndarray:
         """uint8 (H,W,3): what the dream ``row`` decodes to."""
+        if self.carry is None:
+            raise ResetNeeded("a dream begins with reset")
         feat = self.agent.dynamics.feat(self.carry).map(lambda x: x[row : row + 1])
         decoded = self.agent.decode(feat)["all"]
         return picture({key: x[0] for key, x in decoded.items()})
@@ -232,21 +235,27 @@ class DreamEnv(gymnasium.Env):
         render_mode: str | None = None,
         device: str = "auto",
     ):
+        check_render_mode(render_mode)
         self.dreams = Dreams(logdir, horizon, decode, start, device)
         self.render_mode = render_mode
         self.observation_space = self.dreams.obs_space
         self.action_space = self.dreams.agent.act_space
+        self.over = True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict]:
         super().reset(seed=seed)
         self.dreams.seed(seed)
+        self.over = False
         return first(self.dreams.reset(1)), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if self.over:
+            raise ResetNeeded("a dream begins with reset, and after its end with another one")
         vector = self.dreams.agent.action_vector(np.asarray(action)[None])
         obs, reward, terminated, truncated = self.dreams.step(vector, np.zeros(1, bool))
+        self.over = bool(terminated[0] or truncated[0])
         return first(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
     def render(self) -> np.ndarray | None:
@@ -259,7 +268,8 @@ class DreamEnv(gymnasium.Env):
 class VectorDreamEnv(VectorEnv):
     """``num_envs`` dreams stepped as one batch; see ``DreamEnv`` for the other arguments.
 
-    A dream that has ended begins anew at the next step, whose action for it is ignored.
+    A dream that has ended begins anew at the next step, whose action for it is ignored. ``reset``
+    takes one seed, or as many as there are dreams, which count as one together.
     """
 
     metadata: ClassVar = {
@@ -278,8 +288,8 @@ class VectorDreamEnv(VectorEnv):
         render_mode: str | None = None,
         device: str = "auto",
     ):
-        if num_envs < 1:
-            raise ConfigError(f"num_envs is {num_envs}; at least one dream is needed")
+        num_envs = whole("num_envs", num_envs, 1, ConfigError)
+        check_render_mode(render_mode)
         self.dreams = Dreams(logdir, horizon, decode, start, device)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space = self.dreams.obs_space
@@ -289,8 +299,13 @@ class VectorDreamEnv(VectorEnv):
         self.over = np.ones(num_envs, bool)
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict]:
+        if seed is not None and not isinstance(seed, int | np.integer):
+            seeds = [whole("a seed", one, 0) for one in seed]
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} dreams")
+            seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
         super().reset(seed=seed)
         self.dreams.seed(seed)
         self.over = np.zeros(self.num_envs, bool)
@@ -309,6 +324,11 @@ class VectorDreamEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         self.dreams.close()
+
+
+def check_render_mode(mode: str | None) -> None:
+    if mode not in ("rgb_array", None):
+        raise ConfigError(f"render_mode is {mode!r}; it can be 'rgb_array', None")
 
 
 def first(obs: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import one_line
-from hidreamer import __version__
+from hidreamer import __version__, app
 from hidreamer.checkpoint import FolderError, replace_file
 from library import source
 from library.source import FORMAT, HUB, SPACES, WEIGHTS, Source
@@ -33,7 +33,7 @@ model-index:
 # {name}
 
 A DreamerV3 agent with the latent state `{dynamics}`, trained on `{task}` by
-[hidreamer](https://pypi.org/project/hidreamer/) {version}.
+hidreamer {version}.
 
 | | |
 |---|---|
@@ -77,7 +77,9 @@ def export(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     which is replaced. -> ``out``.
     Raises ConfigError, FolderError, EnvError, OSError.
     """
-    found, out = source.read(folder), Path(out).expanduser()
+    found, out = source.read(folder), source.path_of(out)
+    if out.exists() and not out.is_dir():
+        raise FolderError(f"{out} is a file: name a folder for the export")
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -133,7 +135,10 @@ def push(folder: str | os.PathLike, name: str, *, private: bool = False) -> Any:
     the address of the commit. Raises ConfigError without the extra ``hub``, FolderError where the
     folder is no whole export or the hub refuses.
     """
-    folder, repo = Path(folder).expanduser(), name.removeprefix(HUB)
+    folder, repo = source.path_of(folder), str(name).removeprefix(HUB)
+    if not (folder / WEIGHTS).is_file():
+        problem = app.missing(folder) or f"{folder} is no export: make one with hidreamer.export"
+        raise FolderError(problem)
     source.read_export(folder)
     api = source.hub().HfApi()
     try:

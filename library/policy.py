@@ -10,6 +10,7 @@ from gymnasium.spaces import Box
 
 from envs.base import resize
 from hidreamer.dynamics.base import Post
+from library.checks import array, cast
 from models import ActState
 
 
@@ -56,7 +57,10 @@ class Policy:
 
     def see(self, obs: Any, reset: Any = False) -> None:
         """Take in an observation (see ``__call__``), which the last action led to."""
-        first = np.broadcast_to(np.asarray(reset, bool), self.first.shape) | self.first
+        flags = np.asarray(reset, bool)
+        if flags.shape not in ((), self.first.shape):
+            raise ValueError(f"reset is {flags.shape}, not {self.first.shape}")
+        first = np.broadcast_to(flags, self.first.shape) | self.first
         rows = {key: x if self.count else x[None] for key, x in self.read(obs).items()}
         inputs = self.agent.model.tensors(rows | {"is_first": first})
         carry, self.post = self.agent.model.follow(self.state, inputs)
@@ -92,9 +96,10 @@ def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
     """``value`` as an array (*lead, ...) of ``space``: images are scaled, numbers of choices become
     one-hots. Raises ValueError.
     """
-    x, shape = np.asarray(value), (*lead, *space.shape)
+    name, shape = f"observation {key!r}", (*lead, *space.shape)
+    x = array(name, value)
     if x.shape == shape:
-        return x.astype(space.dtype, copy=False)
+        return cast(name, x, space.dtype)
     if space.dtype == np.uint8 and x.dtype == np.uint8 and x.ndim - len(lead) in (2, 3):
         pictures = x.reshape(-1, *x.shape[len(lead) :])
         scaled = np.stack([resize(picture, space.shape[:2]) for picture in pictures])
@@ -103,6 +108,6 @@ def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
     number = space.dtype == np.float32 and x.shape == lead and x.dtype.kind in "iu"
     if number and x.min() >= 0 and x.max() < space.shape[0]:
         return np.eye(space.shape[0], dtype=np.float32)[x]
-    if x.size == np.prod(shape) and x.dtype.kind in "biuf":
-        return x.reshape(shape).astype(space.dtype)
-    raise ValueError(f"observation {key!r} is {x.dtype} {x.shape}, not {space.dtype} {shape}")
+    if x.size == np.prod(shape):
+        return cast(name, x.reshape(shape), space.dtype)
+    raise ValueError(f"{name} is {x.dtype} {x.shape}, not {space.dtype} {shape}")

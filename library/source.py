@@ -22,13 +22,14 @@ from torch import Tensor
 import tools
 from envs import make_env
 from envs.base import one_line
+from hidreamer import app
+from hidreamer.app import HUB
 from hidreamer.checkpoint import CheckpointError, FolderError, load_checkpoint
 from hidreamer.provenance import STARTS
 from tools import Config, ConfigError
 
 WEIGHTS = "model.safetensors"
 FORMAT = "hidreamer 1"  # of exported weights
-HUB = "hf:"
 
 
 class Source(NamedTuple):
@@ -51,18 +52,28 @@ def read(where: str | os.PathLike) -> Source:
     """
     if str(where).startswith(HUB):
         return read_export(download(str(where)))
-    path = Path(where).expanduser()
+    path = path_of(where)
     if (path / WEIGHTS).exists():
         return read_export(path)
     if path.is_file() and path.suffix == ".pt":
         return read_run(path.parent.parent, [path])
-    if not path.is_dir():
-        raise FolderError(f"there is no folder {path}: name that of a run or of an export")
+    if problem := app.missing(path):
+        raise FolderError(problem)
     checkpoints = [path / "checkpoints" / name for name in ("latest.pt", "previous.pt")]
     if not any(os.path.lexists(checkpoint) for checkpoint in checkpoints):
         what = f"neither checkpoints/latest.pt nor {WEIGHTS}"
-        raise FolderError(f"{path} holds no agent ({what}): name the --logdir of a run")
+        others = [*path.glob("latest.pt"), *path.glob("*/checkpoints/latest.pt")]
+        other = f", such as {others[0].resolve().parent.parent}" if others else ""
+        raise FolderError(f"{path} holds no agent ({what}): name the --logdir of a run{other}")
     return read_run(path, checkpoints)
+
+
+def path_of(where: str | os.PathLike) -> Path:
+    """Raises FolderError for what is no path."""
+    if isinstance(where, str | os.PathLike) and str(where):
+        return Path(where).expanduser()
+    found = "''" if where == "" else type(where).__name__
+    raise FolderError(f"the path of a folder is needed, not {found}")
 
 
 def read_config(folder: Path) -> Config:

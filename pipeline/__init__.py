@@ -13,10 +13,15 @@ checkpoints are the online agent's; only what trains them in stages is here.
     probing.py     linear probes of the console's memory, and the lineage's metrics
     training.py    learning rates, AdamW, files of parameters
 
-    collect.py (minari.py)                    frames, actions, rewards, the console's memory
+    collect.py (minari.py, speed.py)          frames, actions, rewards, the console's memory
     encoder.py, encoder_gate.py               frames to vectors
     tokenizer.py, tokenizer_gate.py           vectors to codes
     token_model.py, world_model.py, world_model_gate.py   codes and actions to the next codes
     token_agent.py, policy.py                 actor and critic in dreams
     report.py, pictures.py                    report.html of all of it
 """
+
+from hidreamer import app
+
+if __name__ == "pipeline":  # not hidreamer.root.pipeline
+    app.enter()  # before the current folder, which may have a tools.py of its own

@@ -10,10 +10,11 @@ better than its baseline.
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,14 @@ def main(argv: list[str]) -> int:
         usage = f"{__doc__}\nStages: {', '.join(STAGES)}."
         print(tools.help_text(usage))
         return 0 if argv else 2
+    return guarded(functools.partial(start, argv))
+
+
+def guarded(work: Callable[[Signals], int]) -> int:
+    """-> exit status of ``work``, as of ``main``; what stops it becomes one line."""
     try:
         with Signals() as signals:
-            return start(argv, signals)
+            return work(signals)
     except Stop as stop:
         name = signal.Signals(stop.signum).name
         print(f"stopped by {name}; the same command continues")

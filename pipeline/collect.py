@@ -7,16 +7,12 @@ plays the interrupted one again. ``LOGDIR/collect/GAME`` is like the folder of a
 
 from __future__ import annotations
 
-import io
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ale_py
-import cv2
 import numpy as np
 import torch
 
@@ -32,10 +28,6 @@ from pipeline import data
 from pipeline.gate import HIGHER, Gate, Row, Table
 from pipeline.stage import Stage
 from tools import Config, ConfigError
-
-SPEED_STEPS = 400  # that are timed for the gate
-SPEED_ROUNDS = 3
-SPEED = 0.8  # of ale-py's own, which is asked for
 
 
 class Played(NamedTuple):
@@ -147,16 +139,18 @@ class Collect(Stage):
             rows.append(Row(f"{game}: episodes", len(names)))
         tables = [Table("Recorded", rows)]
         if not block.agent and not block.from_minari:
-            ours, bare = speeds(self.config, self.games[0])
+            from pipeline import speed
+
+            ours, bare = speed.speeds(self.config, self.games[0])
             note = (
                 f"Steps of random play in {self.games[0]} a second of the playing thread's"
-                f" processor time, the best of {SPEED_ROUNDS} rounds of {SPEED_STEPS},"
+                f" processor time, the best of {speed.ROUNDS} rounds of {speed.STEPS},"
                 " beside a bare loop over ale-py's act, its screen and OpenCV's resize: at least"
-                f" {SPEED:.0%} of that is asked for."
+                f" {speed.SHARE:.0%} of that is asked for."
             )
-            asked = {f"{SPEED:.0%} of ale-py": SPEED * bare}
-            speed = [Row("steps/s", ours, asked, HIGHER), Row("share of ale-py's own", ours / bare)]
-            tables.append(Table("Speed", speed, note))
+            asked = {f"{speed.SHARE:.0%} of ale-py": speed.SHARE * bare}
+            rows = [Row("steps/s", ours, asked, HIGHER), Row("share of ale-py's own", ours / bare)]
+            tables.append(Table("Speed", rows, note))
         if block.to_minari:
             from pipeline import minari
 
@@ -245,57 +239,3 @@ class Policy:
 def described(env: Env) -> str:
     shapes = ", ".join(f"{key} {space.shape}" for key, space in env.obs_space.items())
     return f"{shapes} with {env.act_dim} actions, {env.repeat} frames each"
-
-
-# ---------------------------------------------------------------- speed
-
-
-def speeds(config: Config, game: str) -> tuple[float, float]:
-    """Steps of random play a second of a thread's processor time, which other processes do not
-    disturb: recorded as the stage does (compressing has a thread of its own), and by a bare loop
-    over ale-py.
-    """
-    block = config.env.tree() | {"time_limit": 0}  # resets are not stepping
-    env = make_env(f"atari_{game}", block, 0)
-    rng, best = np.random.default_rng(0), [0.0, 0.0]
-    choose = random_player(env, rng)
-    play(env, choose, 1)
-    with ThreadPoolExecutor(1) as writer:
-        for _ in range(SPEED_ROUNDS):  # by turns, so that other load hits both
-            start = time.thread_time()
-            steps, pending = 0, []
-            while steps < SPEED_STEPS:
-                rows = play(env, choose, SPEED_STEPS - steps).rows
-                steps += len(rows["reward"]) - 1
-                pending.append(writer.submit(compress, rows))
-            for future in pending:
-                future.result()
-            best[0] = max(best[0], steps / (time.thread_time() - start))
-            best[1] = max(best[1], bare_speed(config, game))
-    env.close()
-    return best[0], best[1]
-
-
-def compress(rows: Mapping[str, np.ndarray]) -> None:
-    np.savez_compressed(io.BytesIO(), **rows)
-
-
-def bare_speed(config: Config, game: str) -> float:
-    """Steps a second of ale-py alone, with as many frames, screens and pixels a step."""
-    ale = ale_py.ALEInterface()
-    ale.setFloat("repeat_action_probability", config.env.atari.sticky)
-    ale.loadROM(ale_py.roms.get_rom_path(game))
-    screen = ale.getScreenGrayscale if config.env.atari.grayscale else ale.getScreenRGB
-    actions, rng = ale.getMinimalActionSet(), np.random.default_rng(0)
-    size, repeat = tuple(config.env["size"])[::-1], config.env.action_repeat
-    start = time.thread_time()
-    for _ in range(SPEED_STEPS):
-        action, screens = actions[rng.integers(len(actions))], []
-        for frame in range(repeat):
-            ale.act(action)
-            if frame >= repeat - 2:
-                screens.append(screen())
-        cv2.resize(np.maximum.reduce(screens), size, interpolation=cv2.INTER_AREA)
-        if ale.game_over():
-            ale.reset_game()
-    return SPEED_STEPS / (time.thread_time() - start)

@@ -20,7 +20,7 @@ from hidreamer.checkpoint import FolderError
 
 NAME = "manifest.json"
 FORMAT = 1
-FIELDS = ("stage", "inputs", "config", "outputs", "digest")
+FIELDS = {"stage": str, "inputs": dict, "config": dict, "outputs": dict, "digest": str}
 
 
 class InputError(FolderError):
@@ -68,13 +68,20 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         body = json.loads(path.read_text())
         missing = [name for name in FIELDS if name not in body]
+        wrong = [name for name in FIELDS if name not in missing]
+        wrong = [name for name in wrong if not isinstance(body[name], FIELDS[name])]
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        root = folder if folder.exists() else folder.parent
+        raise InputError(f"{root} is a file, not a folder: choose another --logdir") from None
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} is damaged ({reason}): {again(folder)}") from None
     if missing:
         raise InputError(f"{path} is damaged (it has no {missing[0]!r}): {again(folder)}")
+    if wrong:
+        raise InputError(f"{path} is damaged ({wrong[0]!r} is no value of it): {again(folder)}")
     if body.get("format", 0) > FORMAT:
         raise InputError(f"{path} was written by a newer version of this program: update it")
     return body

@@ -5,6 +5,7 @@ Shapes: N stacks of C channels (images times channels), H x W pixels in [0, 1], 
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -95,35 +96,34 @@ class StackDecoder(nn.Module):
 class DINOv2(nn.Module):
     """A frozen DINOv2 (Oquab et al. 2023) of the newest image of a stack: (N, C, H, W) -> (N, E).
 
-    folder: as transformers' ``save_pretrained`` writes it. Read from safetensors alone, which
-    cannot hold code. Raises ConfigError, FolderError.
+    folder: as transformers' ``save_pretrained`` or timm's ``save_for_hf`` writes it. Read from
+    safetensors alone, which cannot hold code. Raises ConfigError, FolderError.
     """
 
     def __init__(self, folder: Path, image_channels: int):
         super().__init__()
-        try:
-            from transformers import Dinov2Model
-        except ImportError as error:
-            name = getattr(error, "name", None) or "transformers"
-            raise ConfigError(
-                f"encoder.kind dinov2 needs the package {name!r}: pip install -e '.[dinov2]'"
-            ) from error
         if not (folder / "model.safetensors").is_file():
             raise FolderError(
                 f"pipeline.encoder.weights: {folder} holds no model.safetensors: name the folder of"
-                " a DINOv2 that transformers saved, such as a download of facebook/dinov2-small"
+                " a DINOv2 that transformers or timm saved, such as a download of"
+                " facebook/dinov2-small"
             )
         try:
-            model: Any = Dinov2Model.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
-            )
+            settings = json.loads((folder / "config.json").read_text())
+            load = load_timm if "architecture" in settings else load_transformers
+            model, self.dim = load(folder)
+        except ImportError as error:
+            name = getattr(error, "name", None) or "transformers"
+            raise ConfigError(
+                f"encoder.kind dinov2 needs the package {name!r} for {folder}: pip install"
+                f" {name}, or -e '.[dinov2]' for all that transformers needs"
+            ) from error
         except Exception as error:  # whatever a damaged or foreign folder makes it raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise FolderError(
                 f"pipeline.encoder.weights: {folder} is no DINOv2: {reason}"
             ) from None
         self.model, self.channels = model.requires_grad_(False).eval(), image_channels
-        self.dim = model.config.hidden_size
         for name, values in zip(("mean", "std"), IMAGENET, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
@@ -132,8 +132,35 @@ class DINOv2(nn.Module):
         size = [max(PATCH, side // PATCH * PATCH) for side in x.shape[-2:]]
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
         with torch.no_grad():
-            out = self.model(pixel_values=(x - self.mean) / self.std).pooler_output
+            out = self.model((x - self.mean) / self.std)
+            out = getattr(out, "pooler_output", out)  # of transformers
         return F.normalize(out, dim=-1)
+
+
+def load_transformers(folder: Path) -> tuple[nn.Module, int]:
+    """-> a network of images (N, 3, H, W), and the size of what it pools."""
+    from transformers import Dinov2Model
+
+    model: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return model, model.config.hidden_size
+
+
+def load_timm(folder: Path) -> tuple[nn.Module, int]:
+    """As ``load_transformers``; the network gives the pooled class token itself.
+
+    Raises ValueError for another architecture.
+    """
+    import timm
+
+    config = json.loads((folder / "config.json").read_text())
+    name = config["architecture"]
+    if "dinov2" not in str(name):
+        raise ValueError(f"its architecture is {name!r}")
+    settings = {"num_classes": 0, "dynamic_img_size": True}
+    checkpoint = str(folder / "model.safetensors")
+    arguments = config.get("model_args", {}) | settings
+    model = timm.create_model(name, checkpoint_path=checkpoint, **arguments)
+    return model, model.num_features
 
 
 def pixels(stacks: np.ndarray, device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ from hidreamer import checkpoint
 from hidreamer.optim import Optimizer
 from pipeline.manifest import InputError
 
+SCALER = "scaler"  # in the state of an optimiser, beside its parameters
+
 
 def cosine(step: int, total: int, lr: float, last: float, warmup: int = 0) -> float:
     """The learning rate of update ``step`` of ``total``: linear up to ``lr``, then a half cosine
@@ -48,6 +50,41 @@ def adamw(decay: float, betas: tuple[float, float]) -> Callable[..., torch.optim
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     return make
+
+
+class ScaledOptimizer(Optimizer):
+    """For losses of float16 products: they are scaled up before the gradient is taken, so that
+    small gradients do not become 0, and a step whose gradients overflowed is left out (Micikevicius
+    et al. 2018). Nothing is read on the host: the fused kernel leaves it out.
+
+    Arguments as of ``Optimizer``, whose algorithm must be fused.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], *, device: torch.device, **settings: Any):
+        super().__init__(modules, **settings)
+        self.scaler = torch.amp.GradScaler(device.type)
+
+    def gather(self, loss: Tensor, modules: Iterable[str] | None = None) -> None:
+        super().gather(self.scaler.scale(loss), modules)
+
+    def apply(self) -> dict[str, Tensor]:
+        """As of ``Optimizer``, with "skipped", () 0 or 1; gradient norms of such a step count 0."""
+        self.scaler.unscale_(self.optim)
+        metrics = super().apply()
+        overflow = ~metrics["grad_norm"].isfinite()
+        metrics = {name: torch.where(overflow, 0.0, x) for name, x in metrics.items()}
+        self.scaler.update()
+        return metrics | {"skipped": overflow.float()}
+
+    def _move(self) -> None:
+        self.scaler.step(self.optim)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {SCALER: self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict({key: x for key, x in state.items() if key != SCALER})
+        self.scaler.load_state_dict(state[SCALER])
 
 
 def save_params(path: Path, module: nn.Module, **facts: Any) -> Path:

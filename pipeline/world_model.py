@@ -27,9 +27,12 @@ LAST_LR = 1e-6
 
 def make_optimizer(model: TokenWorldModel, block: Config, device: torch.device) -> Optimizer:
     parts = {name: getattr(model, name) for name in ("dynamics", "reward", "cont")}
-    settings = {"lr": block.lr, "eps": 1e-8, "clip": block.clip}
+    settings: dict[str, Any] = {"lr": block.lr, "eps": 1e-8, "clip": block.clip}
     algorithm = training.adamw(block.decay, BETAS)
-    return Optimizer(parts, **settings, capturable=device.type == "cuda", algorithm=algorithm)
+    settings |= {"capturable": device.type == "cuda", "algorithm": algorithm}
+    if block.float16:
+        return training.ScaledOptimizer(parts, device=device, **settings)
+    return Optimizer(parts, **settings)
 
 
 def actions_of(config: Config) -> Actions:
@@ -113,9 +116,11 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """One update along the mean gradient of several batches, that of a large one. -> metrics."""
     device, found = batches[0]["reward"].device, []
-    half = {"enabled": config.precision == "bfloat16", "cache_enabled": False}
+    float16 = config.pipeline.world_model.float16
+    dtype = torch.float16 if float16 else torch.bfloat16
+    half = {"enabled": float16 or config.precision == "bfloat16", "cache_enabled": False}
     for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, **half):
+        with torch.autocast(device.type, dtype, **half):
             losses, _, _, _, metrics = model.loss(batch)
         loss = sum(losses.values()).mean()
         optimizer.gather(loss / len(batches))
@@ -123,7 +128,8 @@ def accumulate(
         found.append({"model_loss": loss.detach()} | named | metrics)
     steps = optimizer.apply()
     means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
-    return means | {"grad_norm": steps["grad_norm"]}
+    shown = ("grad_norm", "skipped")  # the second is of float16
+    return means | {name: steps[name] for name in shown if name in steps}
 
 
 def load(

@@ -15,25 +15,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from envs import EnvError
 from hidreamer import app
-from hidreamer.checkpoint import FolderError
-from library.agent import load
-from play.movie import record
-from play.session import Session
-from tools import ConfigError
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for wrong arguments."""
-
-    def error(self, message: str) -> None:
-        raise ConfigError(f"{message} (see --help)")
-
-
-def parser() -> Parser:
-    found = Parser(" ".join(app.command("play")), description=__doc__.splitlines()[0])
+def parser() -> app.Parser:
+    found = app.Parser(" ".join(app.command("play")), description=__doc__.splitlines()[0])
     found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
     found.add_argument("--port", type=int, default=8765, help="of the page, on 127.0.0.1 [8765]")
     found.add_argument("--seed", type=int, help="of the environment [the run's]")
@@ -44,18 +32,33 @@ def parser() -> Parser:
     return found
 
 
-def start(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UsageError. Imports nothing large: what is wrong is said at once."""
     args = parser().parse_args(argv)
     if args.seed is not None and args.seed < 0:
-        raise ConfigError(f"--seed is {args.seed}; it must be at least 0")
+        raise app.UsageError(f"--seed is {args.seed}; it must be at least 0")
+    if not 0 <= args.port < 2**16:
+        raise app.UsageError(f"--port is {args.port}; it can be 0 (any free one) to {2**16 - 1}")
+    if args.record and args.record.suffix != ".mp4":
+        raise app.UsageError(f"--record is {args.record}; its name must end in .mp4")
+    if args.record and args.record.is_dir():
+        raise app.UsageError(f"--record is {args.record}, a folder: name a file")
     if not args.record and args.steps is not None:
-        raise ConfigError("--steps are those of a video: give --record OUT.mp4 as well")
+        raise app.UsageError("--steps are those of a video: give --record OUT.mp4 as well")
+    if args.steps is not None and args.steps < 1:
+        raise app.UsageError(f"--steps is {args.steps}; it must be at least 1")
+    if problem := app.missing_agent(args.logdir):
+        raise app.UsageError(problem)
+    return args
+
+
+def start(args: argparse.Namespace) -> int:
     if args.record:
         return video(args)
     try:
         from play import server
     except ImportError as error:
-        raise ConfigError(
+        raise app.UsageError(
             f"the page needs its extra ({error.name}): pip install -e '.[play]'; --record OUT.mp4"
             " does without"
         ) from None
@@ -69,7 +72,11 @@ def start(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_session(args: argparse.Namespace) -> Session:
+def make_session(args: argparse.Namespace) -> Any:
+    """The ``Session`` of an agent."""
+    from library.agent import load
+    from play.session import Session
+
     session = Session(load(args.logdir, device=args.device), args.seed)
     if args.dream:
         session.switch()
@@ -77,11 +84,9 @@ def make_session(args: argparse.Namespace) -> Session:
 
 
 def video(args: argparse.Namespace) -> int:
+    from play.movie import record
+
     steps = 200 if args.steps is None else args.steps
-    if args.record.suffix != ".mp4":
-        raise ConfigError(f"--record is {args.record}; its name must end in .mp4")
-    if steps < 1:
-        raise ConfigError(f"--steps is {steps}; it must be at least 1")
     with contextlib.closing(make_session(args)) as session:
         record(session, args.record, steps)
         print(f"{args.record}: {steps} steps, return {session.now.total:.2f}")
@@ -93,8 +98,17 @@ def video(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str]) -> int:
     """-> exit status: 0 done, 1 a file cannot be written, 2 bad arguments, 128 + signal."""
     try:
-        return start(argv)
-    except (ConfigError, FolderError, EnvError) as error:
+        args = parse(argv)
+    except app.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from envs import EnvError
+    from hidreamer.checkpoint import FolderError
+    from tools import ConfigError
+
+    try:
+        return start(args)
+    except (app.UsageError, ConfigError, FolderError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from unittest import mock
 
+import tools
 from pipeline import __main__ as command
 
 DEBUG = ["--configs", "pipeline_debug", "--device", "cpu"]
+CONFIGS = []  # that ``run`` loaded, which know the keys that were read of them
 
 
 class Killed(BaseException):
@@ -13,7 +16,14 @@ class Killed(BaseException):
 
 
 def run(stage, logdir, *args):
-    return command.main([stage, *DEBUG, "--logdir", str(logdir), *map(str, args)])
+    original = tools.load_config
+
+    def load(*given):
+        CONFIGS.append(original(*given))
+        return CONFIGS[-1]
+
+    with mock.patch.object(tools, "load_config", load):
+        return command.main([stage, *DEBUG, "--logdir", str(logdir), *map(str, args)])
 
 
 def run_killed(monkeypatch, stage, logdir, polls, *args):

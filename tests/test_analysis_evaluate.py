@@ -94,3 +94,18 @@ def test_the_commands(trained, tmp_path):
         env = {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.startswith("eval return "), done.stderr
+        assert len(json.loads(done.stdout.splitlines()[-1])["returns"]) == 1
+
+
+@pytest.mark.parametrize("module", ["analysis", "analysis.evaluate", "play", "pipeline"])
+def test_a_command_says_at_once_what_is_wrong(module, tmp_path):
+    """In a folder with modules of our names; without torch, which takes seconds to import."""
+    for name in ("tools", "models", "library"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('of another project')")
+    env = {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
+    words = [sys.executable, "-m", module, "nowhere", "--episodes", "many"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    if module != "pipeline":
+        assert not any(line.endswith("| torch") for line in done.stderr.splitlines())

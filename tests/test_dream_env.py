@@ -142,13 +142,14 @@ def test_a_thousand_dreams_at_once(trained):
 
 
 def test_its_chance_is_its_own(trained):
-    env = hidreamer.DreamEnv(trained("hrvq", "vector"))
+    env = hidreamer.VectorDreamEnv(2, trained("hrvq", "vector"))
     before = torch.get_rng_state()
-    first = [env.reset(seed=9)[0], *(env.step(1)[0] for _ in range(3))]
+    first = [env.reset(seed=9)[0], *(env.step([1, 1])[0] for _ in range(3))]
     torch.manual_seed(99)
-    assert np.array_equal(first, [env.reset(seed=9)[0], *(env.step(1)[0] for _ in range(3))])
+    again = [env.reset(seed=9)[0], *(env.step([1, 1])[0] for _ in range(3))]
+    assert np.array_equal(first, again)
     torch.set_rng_state(before)
-    env.step(0)
+    env.step([0, 0])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -230,6 +231,33 @@ def test_wrong_arguments_are_one_line(arguments, says, trained):
     make = hidreamer.VectorDreamEnv if "num_envs" in arguments else hidreamer.DreamEnv
     with pytest.raises(ConfigError, match=says):
         make(logdir=trained("rssm", "image"), **arguments)
+
+
+def test_a_dream_that_is_over_needs_a_reset(trained):
+    env = hidreamer.DreamEnv(hidreamer.load(trained("rssm", "image")), horizon=2)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(0)
+    env.render_mode = "rgb_array"
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.render()
+    env.reset(seed=0)
+    over = False
+    while not over:
+        _, _, terminated, truncated, _ = env.step(0)
+        over = terminated or truncated
+    with pytest.raises(gymnasium.error.ResetNeeded, match="after its end"):
+        env.step(0)
+    env.reset()
+    env.step(0)
+
+
+def test_a_seed_for_each_dream(trained):
+    env = hidreamer.VectorDreamEnv(3, hidreamer.load(trained("rssm", "image")), decode=False)
+    first, other, again = (env.reset(seed=seeds)[0] for seeds in ([1, 2, 3], [1, 2, 4], [1, 2, 3]))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    for seeds, says in (([1, 2], "2 seeds for 3 dreams"), ([1, None, 2], "a seed is None")):
+        with pytest.raises(ValueError, match=says):
+            env.reset(seed=seeds)
 
 
 def test_without_episodes_it_says_what_else_there_is(trained, tmp_path):

@@ -91,6 +91,21 @@ def test_the_card(exported, trained):
     assert str(exported.parent) not in text + (exported / "config.yaml").read_text()
 
 
+def test_what_is_no_folder_or_no_export_is_one_line(trained, tmp_path):
+    run = trained("hrvq", "multi")
+    (tmp_path / "file").write_text("")
+    for act, says in (
+        (lambda: hidreamer.export(run, tmp_path / "file"), "is a file: name a folder"),
+        (lambda: hidreamer.export(run, None), "a folder is needed, not NoneType"),
+        (lambda: hidreamer.push(run, "ORG/NAME"), "is no export: make one with hidreamer.export"),
+        (lambda: hidreamer.push(tmp_path / "x", "ORG/NAME"), "there is no folder"),
+        (lambda: hidreamer.push(None, "ORG/NAME"), "a folder is needed, not NoneType"),
+    ):
+        with pytest.raises(FolderError, match=says) as error:
+            act()
+        assert "\n" not in str(error.value)
+
+
 def test_a_folder_of_somebody_else_is_left_alone(trained, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FolderError, match=r"thesis\.tex and is no export"):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,7 +15,17 @@ from test_report import BROWSER, FRAME, Page, browse
 
 import analysis.__main__ as command
 import dreamer
-from analysis import attention, factors, latents, loading, pictures, readout, study, summary
+from analysis import (
+    attention,
+    factors,
+    latents,
+    loading,
+    pictures,
+    readout,
+    recording,
+    study,
+    summary,
+)
 from analysis.latents import CONTEXT, HORIZONS
 from comparison import runs
 from conftest import ROOT
@@ -382,6 +393,45 @@ def test_every_kind_of_observation_and_action_is_drawn(task, tmp_path):
     assert seen.tags.count("img") >= (2 if task == "dummy_continuous" else 15)
 
 
+def test_a_recording_has_every_step(material, subjects, tmp_path, monkeypatch):
+    """Of a stand-in for rerun-sdk, which is an extra."""
+    logged, clock = {}, []
+
+    class Stream:
+        save = flush = disconnect = lambda self, *args: None
+
+        def __init__(self, name):
+            pass
+
+        def set_time(self, name, sequence):
+            clock.append(sequence)
+
+        def log(self, name, value):
+            logged.setdefault(name, {})[clock[-1]] = value
+
+    rerun = types.SimpleNamespace(RecordingStream=Stream, Scalars=lambda x: x, Image=lambda x: x)
+    monkeypatch.setitem(sys.modules, "rerun", rerun)
+    (name,) = [name for name in subjects if name.startswith("hrssm")]
+    episode, subject = material.episodes[0], subjects[name]
+    found = study.read_all(subject, subject.agent.world_model, material)
+    recording.write(tmp_path / "x.rrd", episode, 0, [(subject, found)])
+    steps = len(episode)
+    assert all(list(series) == list(range(steps)) for series in logged.values())
+    pictures_of = {key for key in logged if "/pictures/" in key}
+    assert pictures_of == {f"{name}/pictures/{key}" for key in ("seen", "top", "all")}
+    assert np.allclose([logged[f"{name}/kl/L1"][t] for t in range(steps)], found[0].kl[:, 1])
+    assert np.array_equal(list(logged["reward"].values()), episode.rows["reward"])
+    for factor, values in episode.factors.items():
+        assert np.allclose(list(logged[f"factors/{factor}"].values()), values, equal_nan=True)
+
+
+def test_a_recording_needs_its_extra(trained, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    capsys.readouterr()
+    assert command.main([str(trained / "rssm" / "0"), "--rerun"]) == 2
+    one_line(capsys, "pip install -e '.[rerun]'")
+
+
 def test_what_cannot_be_analysed_is_said_in_one_line(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
@@ -392,6 +442,10 @@ def test_what_cannot_be_analysed_is_said_in_one_line(trained, tmp_path, capsys):
 
     run = trained / "rssm" / "0"
     refused(tmp_path / "nowhere", hints=["there is no folder"])
+    refused(hints=["LOGDIR", "--help"])
+    (tmp_path / "file").write_text("")
+    refused(run, "--out", tmp_path / "file", hints=["--out is", "a file: name a folder"])
+    refused(run, "--longest", command.SHORTEST - 1, hints=["--longest is 6"])
     refused(tmp_path / "empty", hints=["there is no run in"])
     refused(run, "--episodes", 0, hints=["--episodes is 0", "at least"])
     refused(run, "--longest", 3, hints=["--longest"])

@@ -1,5 +1,6 @@
 """hidreamer.load: what it reads, encodes, dreams and decodes; the policy in a Gymnasium loop."""
 
+import copy
 import os
 import re
 import subprocess
@@ -112,16 +113,94 @@ def test_episodes_come_as_files_and_as_rows(agent, episode):
         (lambda rows: rows.pop("image"), "the episode has no image; this agent sees image"),
         (lambda rows: rows.update(image=rows["image"][:, :8]), "image of the episode is"),
         (lambda rows: rows.update(prev_action=rows["prev_action"][:, :2]), "prev_action of the"),
+        (lambda rows: rows.update(prev_action=rows["prev_action"][:5]), "image 21, prev_action 5"),
+        (lambda rows: rows.update(is_first=rows["is_first"][:4]), "is_first 4"),
+        (lambda rows: rows.update(prev_action=3), r"prev_action of the episode is \(\)"),
+        (lambda rows: rows.update(prev_action=[[1], [1, 2]]), "prev_action of .* no array"),
+        (lambda rows: rows["prev_action"].__setitem__((2, 0), np.nan), "prev_action .* not finite"),
+        (lambda rows: rows.update(image=rows["image"] / 255.0), "image of the episode is float64"),
+        (lambda rows: rows.update(image=rows["image"] + np.int64(256)), "not uint8 of 0 to 255"),
         (lambda rows: rows.update({key: x[:0] for key, x in rows.items()}), "has no steps"),
     ],
 )
 def test_a_wrong_episode_is_one_line(change, says, trained):
     agent = hidreamer.load(trained("rssm", "image"))
-    rows = dict(load_episode(agent.recorded()[0]))
+    rows = {key: x.copy() for key, x in load_episode(agent.recorded()[0]).items()}
     change(rows)
     with pytest.raises(ValueError, match=says) as error:
         agent.encode(rows)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_number_is_refused(trained):
+    """NaN would be another agent's states for ever after; 0.5 of a picture would be black."""
+    agent = hidreamer.load(trained("hrvq", "vector"))
+    rows = {key: x.copy() for key, x in load_episode(agent.recorded()[0]).items()}
+    before = agent.policy.state
+    for bad in (np.nan, np.inf, -np.inf):
+        rows["vector"][3, 1] = bad
+        with pytest.raises(ValueError, match="vector of the episode is not finite"):
+            agent.encode(rows)
+        with pytest.raises(ValueError, match="observation 'vector' is not finite"):
+            agent.policy(rows["vector"][3])
+    assert agent.policy.state is before
+    for bad in (None, "x", (np.zeros(4), {}), [[1], [1, 2]]):
+        with pytest.raises(ValueError, match=r"observation 'vector' is a .*no array of numbers"):
+            agent.policy(bad)
+    with pytest.raises(ValueError, match=r"reset is \(2,\), not \(3,\)"):
+        agent.make_policy(3)(np.zeros((3, 4)), reset=[True, False])
+    for bad in (None, 3, [rows], np.zeros((3, 4))):
+        with pytest.raises(ValueError, match="an episode is a dict of arrays, or the path"):
+            agent.encode(bad)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "2", True])
+def test_counts_are_whole_numbers(bad, trained):
+    agent = hidreamer.load(trained("hrvq", "vector"))
+    latents = agent.encode(agent.recorded()[0])
+    for name, act in (
+        ("count", lambda: agent.dream(latents, count=bad)),
+        ("horizon", lambda: agent.dream(latents, horizon=bad)),
+        ("steps", lambda: agent.collect(steps=bad)),
+        ("count", lambda: agent.make_policy(bad)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is {bad!r}; it must be a whole number"):
+            act()
+    for seed in (-1, 1.5, "x"):
+        with pytest.raises(ValueError, match="seed is"):
+            agent.collect(seed=seed)
+
+
+def test_what_is_no_state_or_action_is_one_line(trained):
+    agent = hidreamer.load(trained("hrvq", "vector"))
+    other = hidreamer.load(trained("rssm", "image"))
+    latents, zeros = agent.encode(agent.recorded()[0]), torch.zeros
+    dream = agent.dream(latents, horizon=1)
+    for act, says in (
+        (lambda: agent.dream(None), "a NoneType is no Latents or Dream"),
+        (lambda: agent.dream(latents.feat), "a Feat is no Latents or Dream"),
+        (lambda: agent.decode(latents.stoch), "a Tensor is no Latents or Dream or Feat"),
+        (lambda: agent.decode(latents, levels="L0"), "levels is 'L0'"),
+        (lambda: other.dream(latents), "of another agent"),
+        (lambda: other.decode(latents), "of another agent"),
+        (lambda: agent.dream(dream, start=3), "a dream goes on from where it ended"),
+        (lambda: agent.dream(latents, lambda feat: zeros(1, 7)), r"\(1, 7, 4\), not \(1, 4\)"),
+        (lambda: agent.dream(latents, lambda feat: zeros(5, 4)), r"\(5, 4\), not \(1, 4\)"),
+        (lambda: agent.dream(latents, lambda feat: None), "None is no action"),
+        (lambda: agent.dream(latents, [0.5, 1.0], 2), "an action is outside"),
+    ):
+        with pytest.raises(ValueError, match=says) as error:
+            act()
+        assert "\n" not in str(error.value)
+    for start in (1.5, "x", [], None):
+        with pytest.raises(IndexError, match="the latents have steps 0 to 20"):
+            agent.dream(latents, start=start)
+    assert agent.dream(latents, start=torch.tensor(3)).value.shape == (1, 16)
+
+
+def test_a_config_can_be_copied(trained):
+    config = hidreamer.load(trained("rssm", "image")).config
+    assert copy.deepcopy(config).tree() == config.tree()
 
 
 def test_a_file_that_is_no_episode_is_one_line(tmp_path, trained):

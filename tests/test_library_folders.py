@@ -14,27 +14,65 @@ from hidreamer.checkpoint import FolderError, load_checkpoint, save_checkpoint
 from tools import ConfigError
 
 
+def python(folder, script):
+    """Run it there, with this project on the path behind that folder."""
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(
+        words, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_the_door_works_from_anywhere(trained, tmp_path):
-    folder = trained("hrssm", "grid")
     script = f"""
 import sys, hidreamer
 assert "models" not in sys.modules and "library" not in sys.modules  # until it is asked for
 assert "load" in dir(hidreamer)
-agent = hidreamer.load({str(folder)!r})
+agent = hidreamer.load({str(trained("hrssm", "grid"))!r})
 print(type(agent).__name__, agent.facts["task"], agent.facts["step"])
 try:
     hidreamer.lode
 except AttributeError as error:
     print(error)
 """
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(
-        words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.stdout.splitlines() == [
+    assert python(tmp_path, script) == [
         "LoadedAgent dummy_grid 120",
         "module 'hidreamer' has no attribute 'lode'",
-    ], done.stderr
+    ]
+
+
+def test_modules_of_the_user_stay_the_users(trained, tmp_path):
+    """``tools`` and ``envs`` are common names: what a user has under them is left alone, whether it
+    is imported before or after an agent is loaded, and does the agent no harm.
+    """
+    for name in ("tools", "models", "envs", "library"):
+        (tmp_path / f"{name}.py").write_text(f"name = 'my {name}'")
+    script = f"""
+import sys
+import tools
+path = list(sys.path)
+import gymnasium, hidreamer
+agent = hidreamer.load({str(trained("hrvq", "multi"))!r})
+latents = agent.encode(agent.collect(seed=0))
+agent.decode(agent.dream(latents), levels=True)
+env = gymnasium.make("hidreamer/Dream-v0", logdir=agent)
+assert type(env.unwrapped) is hidreamer.DreamEnv
+env.step(env.reset(seed=0) and env.action_space.sample())
+hidreamer.export(agent.folder, "out")
+for error, act in ((hidreamer.ConfigError, dict(device="x")), (hidreamer.FolderError, {{}})):
+    try:
+        hidreamer.load("nowhere" if not act else "out", **act)
+    except error as found:
+        print(found)
+import envs, models, library
+print(tools.name, envs.name, models.name, library.name, sys.path == path)
+"""
+    assert python(tmp_path, script) == [
+        "device is 'x'; it can be auto, cpu, cuda",
+        "there is no folder nowhere: name that of a run or of an export",
+        "my tools my envs my models my library True",
+    ]
 
 
 def test_facts(trained):
@@ -51,7 +89,19 @@ def one_line(error, *says):
 
 
 def test_folders_without_an_agent_are_one_line(tmp_path):
-    for path, says in ((tmp_path, "holds no agent"), (tmp_path / "x", "there is no folder")):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "checkpoints" / "latest.pt").write_text("")
+    for path, says in (
+        (tmp_path, "holds no agent"),
+        (tmp_path / "x", "there is no folder"),
+        (tmp_path / "file", "is a file: name the folder"),
+        (tmp_path / "runs", f"such as {tmp_path / 'runs' / 'a'}"),
+        (tmp_path / "runs" / "a" / "checkpoints", f"such as {tmp_path / 'runs' / 'a'}"),
+        (None, "a folder is needed, not NoneType"),
+        (3, "not int"),
+        ("", "not ''"),
+    ):
         with pytest.raises(FolderError) as error:
             hidreamer.load(path)
         one_line(error, says)

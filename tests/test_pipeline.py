@@ -287,6 +287,11 @@ def damage(folder, how):
         (folder / "manifest.json").write_text("{")
     elif how == "field":
         (folder / "manifest.json").write_text(json.dumps({"stage": "collect"}))
+    elif how == "type":
+        body = read(folder, "manifest.json") | {"outputs": 3}
+        (folder / "manifest.json").write_text(json.dumps(body))
+    elif how == "list":
+        (folder / "manifest.json").write_text("[]")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +301,8 @@ def damage(folder, how):
         ("missing", "is missing"),
         ("manifest", "is damaged"),
         ("field", "no 'inputs'"),
+        ("type", "'outputs'"),
+        ("list", "is damaged"),
     ],
 )
 def test_damaged_inputs_are_told_in_one_line(how, hint, collected, tmp_path, capsys):
@@ -306,6 +313,17 @@ def test_damaged_inputs_are_told_in_one_line(how, hint, collected, tmp_path, cap
         manifest.check_input(folder, "collect", "encoder", config.flat())
     assert hint in str(error.value) and "\n" not in str(error.value)
     assert "python -m pipeline collect" in str(error.value)
+
+
+def test_a_logdir_that_is_a_file_is_told(tmp_path, capsys):
+    for name in ("root", "stage"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "root" / "x").touch()
+    assert run("collect", tmp_path / "root" / "x") == 2
+    one_line(capsys, "is a file", "--logdir")
+    (tmp_path / "stage" / "collect").touch()
+    assert run("collect", tmp_path / "stage") == 2
+    one_line(capsys, "is a file")
 
 
 def test_inputs_that_are_not_there_unfinished_or_of_another_config(collected, tmp_path):

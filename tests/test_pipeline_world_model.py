@@ -10,7 +10,6 @@ from small_runs import one_line
 from test_pipeline import recording
 
 import tools
-from hidreamer.optim import Optimizer
 from pipeline import data, token_model, tokenizer, training, world_model
 from pipeline import world_model_gate as metrics
 from pipeline.token_model import Actions, TokenWorldModel, Windows, stacked, tensors, token_rows
@@ -187,40 +186,6 @@ def test_the_loss_is_weighted_by_level_and_reaches_no_frozen_part():
     for name, p in model.named_parameters():
         frozen = name.startswith(("encoder.", "dynamics.quantizer."))
         assert (p.grad is None) == frozen or name in ("dynamics.bos_token",), name
-
-
-def test_gradient_accumulation_equals_the_large_batch():
-    settings = config()
-    whole = batch_of(make_model(settings), 8)
-    halves = [{key: x[i : i + 4] for key, x in whole.items()} for i in (0, 4)]
-    grads = []
-    for batches in ([whole], halves):
-        model = make_model(settings)
-        optimizer = world_model.make_optimizer(model, settings.pipeline.world_model, CPU)
-        kept = {}
-        optimizer.optim.step = lambda optimizer=optimizer, kept=kept: kept.update(
-            {key: p.grad.clone() for key, p in optimizer.params.items()}
-        )
-        world_model.accumulate(model, optimizer, batches, settings)
-        grads.append(kept)
-    for key in grads[0]:
-        assert torch.allclose(grads[0][key], grads[1][key], atol=1e-6), key
-
-
-def test_weight_decay_is_of_matrices_only():
-    net = torch.nn.Linear(3, 2)
-    optimizer = Optimizer(
-        {"net": net}, lr=0.1, eps=1e-8, clip=0.0, algorithm=training.adamw(0.5, (0.9, 0.95))
-    )
-    before = [p.detach().clone() for p in net.parameters()]
-    optimizer.step(0.0 * (net.weight.sum() + net.bias.sum()))
-    assert torch.allclose(net.weight, 0.95 * before[0]) and torch.equal(net.bias, before[1])
-
-
-def test_the_learning_rate_by_hand():
-    rate = lambda step: training.cosine(step, 12, 1.0, 0.1, 2)
-    assert [rate(0), rate(1), rate(2)] == [0.5, 1.0, 1.0]
-    assert rate(7) == pytest.approx(0.55) and rate(12) == pytest.approx(0.1)
 
 
 def test_dropout_is_of_learning_alone():

@@ -334,7 +334,7 @@ def test_a_video_without_a_page(case, how, trained, tmp_path, capsys):
         ([str(ROOT / "docs")], "holds no agent"),
         (["RUN", "--record", "a.gif"], "must end in .mp4"),
         (["RUN", "--record", "a.mp4", "--steps", "0"], "--steps is 0"),
-        (["RUN", "--port", "70000"], "port 70000 cannot be used"),
+        (["RUN", "--port", "70000"], "--port is 70000"),
         (["RUN", "--port", "many"], "many"),
         (["RUN", "--seed", "-1"], "--seed is -1"),
         (["RUN", "--prot", "3"], "--prot"),

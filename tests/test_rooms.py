@@ -52,8 +52,8 @@ FLOORS = {
 ALONE = ("hidreamer", "envs")  # import nothing else of this project
 ON_DEMAND = ("legacy",)  # loaded only when asked for
 # May import by a name that is not written out: the command its scripts, gym_MODULE:ID the module of
-# a user.
-DOORS = ("hidreamer.__main__", "envs.gym")
+# a user, hidreamer.root what the modules of ROOT import.
+DOORS = ("hidreamer.__main__", "hidreamer.root", "envs.gym")
 # The one arrow upwards: hidreamer.load and its like, and only inside a function.
 UPWARDS = ("hidreamer", "library")
 BY_NAME = ("import_module", "__import__", "run_module", "run_path")

@@ -1,0 +1,149 @@
+"""What ``python -m analysis`` does once its arguments are known: measure, draw, write."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis import (
+    attention,
+    latents,
+    loading,
+    pictures,
+    readout,
+    recording,
+    report,
+    study,
+    summary,
+)
+from comparison import runs
+from envs import EnvError, make_env
+from hidreamer.checkpoint import CheckpointError
+from hidreamer.provenance import provenance
+from tools import ConfigError
+
+
+def run(args: argparse.Namespace) -> int:
+    """args: of ``analysis.__main__``. -> exit status: 0 done, 2 for runs that do not fit."""
+    folder = args.out or args.logdirs[0] / report.NAME
+    try:
+        subjects = loading.load_all(runs.find(args.logdirs))
+        if not (args.pictures or loading.has_factors(subjects[0])):
+            raise ConfigError(
+                f"task {subjects[0].config.task} has no named factors to look for: --pictures makes"
+                " the page without them"
+            )
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        episodes = loading.collect(subjects, args.episodes, args.longest)
+        analyse(subjects, episodes, args, folder)
+    except (ConfigError, CheckpointError, EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    print(f"page: {folder / report.NAME}.html")
+    return 0
+
+
+def analyse(
+    subjects: Sequence[loading.Subject],
+    episodes: Sequence[loading.Episode],
+    args: argparse.Namespace,
+    folder: Path,
+) -> None:
+    """Measure, draw, and write the page into ``folder``."""
+    material = study.Material(episodes, subjects[0].config.task)
+    if args.pictures:
+        material.factors = {}
+    found: dict[str, Any] = {"task": material.task, "made": provenance(), "runs": {}}
+    found["factors"], found["dropped"] = dict(material.kinds), material.dropped
+    by = {subject.name: sum(e.by == subject.name for e in episodes) for subject in subjects}
+    found["episodes"] = {
+        "count": len(episodes),
+        "steps": sum(map(len, episodes)),
+        "longest": args.longest,
+        "seed": loading.SEED,
+        "by": by,
+    }
+    if material.factors:
+        check_steps(material)
+        found["baseline"] = study.baseline(material, sorted(loading.observed(subjects[0])))
+    else:
+        found["factors"] = {}
+    strips: dict[str, list] = {}
+    shown, kept = set(), []
+    for subject in subjects:
+        print(f"{subject.name}: {subject.run.folder}", flush=True)
+        trained = study.read_all(subject, subject.agent.world_model, material)
+        entry = found["runs"][subject.name] = study.measure(subject, trained, material)
+        if args.rerun:
+            kept.append((subject, trained))
+        if not args.compare:
+            look(subject, episodes, trained, entry, strips, subject.run.model not in shown)
+            shown.add(subject.run.model)
+    found["models"] = summary.models(found)
+    report.write(found, strips, folder)
+    if kept:
+        index = longest(episodes)
+        recording.write(folder / f"{report.NAME}.rrd", episodes[index], index, kept)
+
+
+def check_steps(material: study.Material) -> None:
+    """Raises ConfigError where too few steps are held out for any score."""
+    held = min(int(side.sum()) for side in readout.split(material.episode))
+    if held < readout.LEAST:
+        raise ConfigError(
+            f"{len(material.episodes)} episodes have {sum(material.lengths)} steps, of which {held}"
+            f" are held out, and {readout.LEAST} are needed: raise --episodes"
+        )
+
+
+def longest(episodes: Sequence[loading.Episode]) -> int:
+    """Its index."""
+    return max(range(len(episodes)), key=lambda i: len(episodes[i]))
+
+
+def look(
+    subject: loading.Subject,
+    episodes: Sequence[loading.Episode],
+    trained: Sequence[latents.Latents],
+    entry: dict[str, Any],
+    strips: dict[str, list],
+    draw: bool,
+) -> None:
+    """Add a subject's pictures to ``strips``, attention and its longest episode to ``entry``."""
+    if not draw:  # one run of each model: others of it look alike
+        return
+    index = longest(episodes)
+    entry["kl"] = [[round(float(x), 3) for x in row] for row in trained[index].kl]
+    scene = pictures.follow(subject, episodes[index], index)
+    strips.setdefault("raster", []).append(pictures.code_raster(subject, trained[index]))
+    if seen := attention.look(subject.agent.world_model, scene.obs):
+        entry["attention"] = {
+            "names": seen.names,
+            "by level": seen.by_level.round(4).tolist(),
+            "by level, equal weights": seen.by_level_equal.round(4).tolist(),
+            "by distance": seen.by_distance.round(4).tolist(),
+            "by distance, equal weights": seen.by_distance_equal.round(4).tolist(),
+        }
+    if not pictures.drawable(subject):
+        return
+    env = make_env(subject.config.task, subject.config.env.tree(), 0)
+    try:
+        space, names = env.act_space, pictures.action_names(env)
+    finally:
+        env.close()
+    made = {
+        "decodes": pictures.decodes(scene),
+        "resampled": pictures.resampled(scene),
+        "dreams": pictures.counterfactual(scene, space, names),
+        "codes": pictures.code_map(subject, episodes, trained),
+        "surprises": pictures.surprises(scene, trained[index]),
+    }
+    for key, strip in made.items():
+        if strip is not None:
+            strips.setdefault(key, []).append(strip)
