@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/ready-all: $(VENV)/ready
-	$(PIP) -e ".[dmc,crafter,vizdoom,compare,hub,play,ray,slurm,dev]"
+	$(PIP) -e ".[dmc,crafter,minigrid,popgym,vizdoom,compare,hub,play,ray,slurm,dev]"
 	@touch $@
 
 demo: $(VENV)/ready

@@ -309,6 +309,7 @@ class Run:
         rates = {
             "perf/frames_per_s": frames,
             "perf/updates_per_s": updates,
+            "perf/cpu_s": self.rates.cpu_s,
             "perf/peak_mb": cost.peak_mb(self.device),
         }
         self.logger.scalars(self.step, self.logged | counts | rates)

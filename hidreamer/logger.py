@@ -268,14 +268,20 @@ class EventFile:
 
 
 class Rates:
-    """Frames and updates per second since the last call."""
+    """Frames and updates per second since the last call.
+
+    cpu_s: CPU seconds of this process, all threads together, between the last two calls.
+    """
 
     def __init__(self, frames: int = 0, updates: int = 0):
         self.last = (time.monotonic(), frames, updates)
+        self._cpu, self.cpu_s = time.process_time(), 0.0
 
     def __call__(self, frames: int, updates: int) -> tuple[float, float]:
         (then, f, u), self.last = self.last, (time.monotonic(), frames, updates)
         took = max(self.last[0] - then, 1e-9)
+        now = time.process_time()
+        self.cpu_s, self._cpu = now - self._cpu, now
         return (frames - f) / took, (updates - u) / took
 
 
