@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
-from hidreamer.behavior import Behavior
+from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
@@ -26,7 +26,7 @@ from hidreamer.metrics import prefixed
 from hidreamer.objectives import Harmony, make_objectives
 from hidreamer.optim import Optimizer, joint_name, make_optimizers
 from hidreamer.precision import set_precision
-from hidreamer.update import behavior_losses, train_step
+from hidreamer.update import behavior_losses, step_together, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -349,24 +349,33 @@ class Agent(nn.Module):
         terminal: Tensor,
         reward: Callable,
         generator: torch.Generator | None = None,
+        replayed: Replayed | None = None,
+        model_loss: Tensor | None = None,
     ) -> Metrics:
         """Imagine from N starts, terminal (N,), and train one behavior on the trajectories.
 
-        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1).
+        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1). With a
+        ``model_loss`` () the model is trained as well, along that and the critic's.
         """
         dream = functools.partial(behavior_losses, self, prefix, reward, generator)
-        actor_loss, critic_loss, metrics = self.each(dream, start, terminal)
-        steps = self.step(f"{prefix}actor", actor_loss)
-        steps |= self.step(f"{prefix}critic", critic_loss)
-        return prefixed(prefix, metrics) | steps
+        actor_loss, critic_loss, metrics = self.each(dream, start, terminal, replayed)
+        if model_loss is not None:
+            losses = {"actor": actor_loss, "critic": critic_loss, "model": model_loss + critic_loss}
+            return prefixed(prefix, metrics) | step_together(self, losses)
+        metrics = prefixed(prefix, metrics) | self.step(f"{prefix}actor", actor_loss)
+        return metrics | self.step(f"{prefix}critic", critic_loss)
 
     def step(self, name: str, loss: Tensor) -> Metrics:
         """Train what ``loss`` is to train: now, or jointly at the end of the update."""
-        if name not in self.optimizers:
-            modules = [joint_name(name, module) for module in self.trained()[name]]
-            self.optimizers["joint"].gather(loss, modules)
-            return {}
-        return prefixed(f"{name}_", self.optimizers[name].step(loss))
+        if name in self.optimizers:
+            return prefixed(f"{name}_", self.optimizers[name].step(loss))
+        self.gather_joint(name, loss)
+        return {}
+
+    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> None:
+        """Add what ``loss`` is to train to the joint step; ``retain`` its graph."""
+        modules = [joint_name(name, module) for module in self.trained()[name]]
+        self.optimizers["joint"].gather(loss, modules, retain)
 
 
 def pick_device(config: Config) -> torch.device:

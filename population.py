@@ -27,7 +27,7 @@ from envs import EnvError
 from hidreamer import checkpoint
 from hidreamer.capture import Captured
 from hidreamer.feed import Feed
-from hidreamer.optim import Optimizer
+from hidreamer.optim import PMIN, Optimizer
 from training import Failure, Run
 
 # Operations that are applied member by member: slower than one for all, and as right.
@@ -77,19 +77,33 @@ class Mapped(nn.Module):
 class StackedOptimizer(Optimizer):
     """An optimiser of parameters (P, ...): a loss (P,), norms and clipping for each member."""
 
-    def gather(self, loss: Tensor, modules: Any = None) -> None:
-        super().gather(loss.sum(), modules)
+    def gather(self, loss: Tensor, modules: Any = None, retain: bool = False) -> None:
+        super().gather(loss.sum(), modules, retain)
 
     def norm(self, grads: list[Tensor]) -> Tensor:
         """-> (P,)."""
-        norms = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
-        return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return torch.linalg.vector_norm(torch.stack([norms(grad) for grad in grads]), dim=0)
 
     def rescale(self, total: Tensor) -> None:
         """total: (P,)."""
         scale = (self.clip / (total + 1e-6)).clamp(max=1.0)  # as torch's clipping has it
         for p in self.params.values():
             p.grad.mul_(scale.view(-1, *[1] * (p.ndim - 1)))
+
+    @torch.no_grad()
+    def clip_each(self) -> Tensor:
+        """-> (P,)."""
+        longer = []
+        for p in self.params.values():
+            ratio = norms(p.grad) / (norms(p).clamp(min=PMIN) * self.agc)
+            p.grad.div_(ratio.clamp(min=1.0).view(-1, *[1] * (p.ndim - 1)))
+            longer.append(ratio > 1.0)
+        return torch.stack(longer).float().mean(0)
+
+
+def norms(x: Tensor) -> Tensor:
+    """(P, ...) -> (P,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 class Row:

@@ -204,6 +204,49 @@ class TwoHot:
         return total
 
 
+class SymexpTwoHot(TwoHot):
+    """A categorical over the 255 bins symexp(-20) .. symexp(20), trained with two-hot targets
+    between the numbers themselves (Hafner et al. 2024, eq. 9-10).
+
+    ``mode`` and ``mean`` are the expected bin: a mean of numbers, not of their logarithms.
+    """
+
+    def mode(self) -> Tensor:
+        probs, half = torch.softmax(self.logit, -1), BINS // 2
+        bins = self._bins()[half + 1 :]  # (127,)
+        # Pair by pair, a uniform output decodes to exactly 0.
+        pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
+        return (pairs * bins).sum(-1)
+
+    mean = mode
+
+    def _bins(self) -> Tensor:
+        """(255,), of which opposite ones are equal but for their sign."""
+        where = {"device": self.logit.device, "dtype": self.logit.dtype}
+        half = symexp(torch.linspace(0.0, MAX_BIN, BINS // 2 + 1, **where))  # (128,)
+        return torch.cat([-half[1:].flip(0), half])
+
+    def log_prob(self, *targets: Tensor) -> Tensor:
+        logp, bins = torch.log_softmax(self.logit, -1), self._bins()
+        total = 0.0
+        for target in targets:
+            target = target.to(bins.dtype)
+            position = (symlog(target).clamp(-MAX_BIN, MAX_BIN) + MAX_BIN) * (
+                (BINS - 1) / (2.0 * MAX_BIN)
+            )
+            below = position.floor().clamp(max=BINS - 2)
+            index = below.nan_to_num().long()  # (...)
+            low, high = bins[index], bins[index + 1]
+            share = ((target - low) / (high - low)).clamp(0.0, 1.0)
+            pair = logp.gather(-1, torch.stack([index, index + 1], -1))  # (..., 2)
+            total = total + torch.lerp(pair[..., 0], pair[..., 1], share)
+        return total
+
+
+# {name: class of logits (..., 255)}: what an expected bin is the mean of.
+TWO_HOTS = {"symlog": TwoHot, "symexp": SymexpTwoHot}
+
+
 class Bernoulli:
     """logit (...): continue flags, binary grids; ``log_prob`` sums the last ``event`` axes."""
 

@@ -136,6 +136,27 @@ def mean_where(x: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
 
 
+def replay_returns(
+    rew: Tensor, terminal: Tensor, ends: Tensor, boot: Tensor, discount: float, lam: float
+) -> Tensor:
+    """Lambda-returns of replayed steps 0 .. T-2 (Hafner et al. 2024, replay critic loss), (B, T-1).
+
+        R_t = rew_{t+1} + disc_{t+1} ((1 - lam_{t+1}) boot_{t+1} + lam_{t+1} R_{t+1})
+        R_{T-1} = boot_{T-1}
+
+    with disc = ``discount`` where the episode goes on and 0 at a ``terminal`` step, lam = ``lam``
+    but 0 at the ``ends`` of episodes, terminal or cut. boot: values of all steps. All (B,T). The
+    return of an episode's last step is of another episode: it is not to be used.
+    """
+    disc, lam = discount * (1.0 - terminal), lam * (1.0 - ends)
+    last, returns = boot[:, -1], []
+    for t in reversed(range(1, rew.shape[1])):
+        ahead = torch.lerp(boot[:, t], last, lam[:, t])
+        last = rew[:, t] + disc[:, t] * ahead
+        returns.append(last)
+    return torch.stack(returns[::-1], 1)
+
+
 def contrastive_loss(
     queries: list[Tensor], keys: Tensor, is_first: Tensor, decay: float
 ) -> tuple[Tensor, Tensor]:

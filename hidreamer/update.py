@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hidreamer.behavior import Replayed
 from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import probe_loss
@@ -31,15 +32,24 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
 
     Between two steps lie functions of tensors alone, which ``agent.each`` calls.
     """
-    model = agent.world_model
+    model, critic = agent.world_model, agent.config.critic
     loss, metrics, seen = agent.each(partial(model_loss, agent, generator), obs)
-    metrics |= agent.step("model", loss)
-    start, terminal = agent.each(partial(after_gradient, agent, generator), seen)
+    # Where the critic's loss of replayed steps trains the model as well, the model's step waits for
+    # the dreams that it needs.
+    waits = critic.replay_loss > 0 and critic.replay_grad
+    if not waits:
+        metrics |= agent.step("model", loss)
+        agent.each(partial(move_codebook, agent, generator), seen)
     if model.probed:
-        loss, found = agent.each(partial(decoder_loss, agent), seen)
-        metrics |= found | agent.step("probe", loss)
+        probe, found = agent.each(partial(decoder_loss, agent), seen)
+        metrics |= found | agent.step("probe", probe)
+
+    start, terminal, replayed = agent.each(partial(begin, agent), seen)
     extrinsic = lambda traj, rew: rew
-    metrics |= agent.update_behavior("", start, terminal, extrinsic, generator)
+    args = start, terminal, extrinsic, generator, replayed
+    metrics |= agent.update_behavior("", *args, model_loss=loss if waits else None)
+    if waits:
+        agent.each(partial(move_codebook, agent, generator), seen)
     if agent.explorer:
         loss = agent.each(partial(ensemble_loss, agent), seen)
         metrics |= {"expl_model_loss": loss.detach()} | agent.step("expl_model", loss)
@@ -49,6 +59,24 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
         metrics |= prefixed("joint_", agent.optimizers["joint"].apply())
     for behavior in agent.behaviors().values():
         behavior.update_slow()
+    return metrics
+
+
+def step_together(agent: Any, losses: Mapping[str, Tensor]) -> Metrics:
+    """Train what each of {optimiser: loss ()} is to train, where losses share parts of a graph.
+
+    All gradients are taken before the first step changes the weights.
+    """
+    own = {name: agent.optimizers[name] for name in losses if name in agent.optimizers}
+    *others, last = losses
+    for name in (*others, last):
+        if name in own:
+            own[name].gather(losses[name], retain=name != last)
+        else:
+            agent.gather_joint(name, losses[name], retain=name != last)
+    metrics = {}
+    for name, optimizer in own.items():
+        metrics |= prefixed(f"{name}_", optimizer.apply())
     return metrics
 
 
@@ -63,13 +91,22 @@ def model_loss(
     return loss, named | {"model_loss": loss.detach()} | metrics, Seen(obs, carry, post, embed)
 
 
-@torch.no_grad()
-def after_gradient(agent: Any, generator: torch.Generator | None, seen: Seen) -> tuple[Any, Tensor]:
-    """Codebooks move. -> N starts of imagination, and terminal (N,)."""
-    dynamics, starts = agent.world_model.dynamics, agent.config.imag.starts
-    dynamics.update_codebook(seen.post, generator)
-    terminal = seen.obs["is_terminal"][:, start_steps(seen.embed.shape[1], starts)].flatten()
-    return dynamics.starts(seen.carry, seen.post, starts), terminal
+def move_codebook(agent: Any, generator: torch.Generator | None, seen: Seen) -> None:
+    agent.world_model.dynamics.update_codebook(seen.post, generator)
+
+
+def begin(agent: Any, seen: Seen) -> tuple[Any, Tensor, Replayed | None]:
+    """-> N starts of imagination, terminal (N,), what the critic learns from replayed steps."""
+    obs, starts = seen.obs, agent.config.imag.starts
+    chosen = start_steps(seen.embed.shape[1], starts)
+    terminal = obs["is_terminal"][:, chosen].flatten()
+    with torch.no_grad():
+        start = agent.world_model.dynamics.starts(seen.carry, seen.post, starts)
+    replayed = None
+    if agent.config.critic.replay_loss:
+        steps = obs["reward"], obs["is_first"].bool(), obs["is_terminal"]
+        replayed = Replayed(seen.post.feat.cat(), *steps, chosen)
+    return start, terminal, replayed
 
 
 def decoder_loss(agent: Any, seen: Seen) -> tuple[Tensor, Metrics]:
@@ -92,6 +129,7 @@ def behavior_losses(
     generator: torch.Generator | None,
     start: Any,
     terminal: Tensor,
+    replayed: Replayed | None,
 ) -> tuple[Tensor, Tensor, Metrics]:
     """Of one behavior on trajectories from N starts, terminal (N,): the actor's (), the critic's,
     metrics. ``reward``: as of ``Agent.update_behavior``.
@@ -101,4 +139,4 @@ def behavior_losses(
         traj = behavior.imagine(model, start, terminal, generator)
         with torch.set_grad_enabled(behavior.backprop):
             rew = reward(traj, model.reward(traj.x).mode())
-        return behavior.losses(traj, rew)
+        return behavior.losses(traj, rew, replayed)

@@ -343,6 +343,8 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
     runs.append(
         ["--task", "dummy_continuous", "--expl.behavior", "plan2explore", "--expl.units", 8]
     )
+    for name in ("ac_cpc", "barlow", "next_embed", "harmony"):
+        runs[0] += [f"--model.losses.{name}", "0.1"]
     for i, args in enumerate(runs):
         assert run(tmp_path / str(i), *args, *QUICK) == 0
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))

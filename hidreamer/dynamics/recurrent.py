@@ -33,7 +33,7 @@ from hidreamer.dynamics.scan import (
     forward_step,
     scan,
 )
-from hidreamer.nets import Block, GRUCell, SplitBlock, make_cell
+from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -50,7 +50,8 @@ class Recurrent(Dynamics):
 
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
     scan, what ``scan.ScanDynamics`` asks for. ``cell``, ``norm`` and ``act`` are names of
-    ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and ``ACTIVATIONS``; ``prior_layers``
+    are the hidden layers of the prior.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -65,20 +66,26 @@ class Recurrent(Dynamics):
         kl_config: KLConfig,
         *,
         cell: str = "gru",
+        blocks: int = 8,
+        prior_layers: int = 1,
         norm: str = "layer",
         act: str = "silu",
     ):
         super().__init__()
         self.deter_dim, self.stoch_dim = deter, stoch_dim
         self.embed_dim, self.act_dim, self.kl_config = embed_dim, act_dim, kl_config
-        self.img_in = Block(stoch_dim + act_dim, hidden, norm=norm, act=act)
-        self.cell = make_cell(cell, hidden, deter, norm=norm)
-        self.img_out = Block(deter, hidden, norm=norm, act=act)
-        self.obs_out = Block(deter + embed_dim, hidden, norm=norm, act=act)
+        names = {"norm": norm, "act": act}
+        sizes = stoch_dim, act_dim, hidden, deter
+        self.img_in, self.cell = make_core(cell, *sizes, blocks=blocks, **names)
+        self.img_out = Block(deter, hidden, **names)
+        if prior_layers > 1:
+            more = (Block(hidden, hidden, **names) for _ in range(prior_layers - 1))
+            self.img_out = nn.Sequential(self.img_out, *more)
+        self.obs_out = Block(deter + embed_dim, hidden, **names)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-        parts = (self.cell, self.img_in.norm, self.img_in.act)
-        known = tuple(map(type, parts)) == (GRUCell, nn.LayerNorm, nn.SiLU)
+        parts = (self.img_out, self.cell, self.obs_out.norm, self.obs_out.act)
+        known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
         self.has_scan = known and hasattr(self, "post_forward")
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
