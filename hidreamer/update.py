@@ -41,8 +41,7 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
         metrics |= agent.step("model", loss)
         agent.each(partial(move_codebook, agent, generator), seen)
     if model.probed:
-        probe, found = agent.each(partial(decoder_loss, agent), seen)
-        metrics |= found | agent.step("probe", probe)
+        metrics |= probe_step(agent, seen.post, obs)
 
     start, terminal, replayed = agent.each(partial(begin, agent), seen)
     extrinsic = lambda traj, rew: rew
@@ -109,10 +108,15 @@ def begin(agent: Any, seen: Seen) -> tuple[Any, Tensor, Replayed | None]:
     return start, terminal, replayed
 
 
-def decoder_loss(agent: Any, seen: Seen) -> tuple[Tensor, Metrics]:
-    """For the decoder of a model that learns nothing from it."""
+def probe_step(agent: Any, post: Post, obs: Batch) -> Metrics:
+    """Train the decoder of a model that learns nothing from it."""
+    loss, metrics = agent.each(partial(decoder_loss, agent), post, obs)
+    return metrics | agent.step("probe", loss)
+
+
+def decoder_loss(agent: Any, post: Post, obs: Batch) -> tuple[Tensor, Metrics]:
     with agent.autocast():
-        losses = probe_loss(agent.world_model.decoder, seen.post.feat, seen.obs)
+        losses = probe_loss(agent.world_model.decoder, post.feat, obs)
     metrics = {f"probe_{key}_loss": loss.detach().mean() for key, loss in losses.items()}
     return sum(losses.values()).mean(), metrics
 
