@@ -16,6 +16,7 @@ import torch
 import models
 import run_state
 import tools
+from envs.errors import ActionError
 from hidreamer import checkpoint, cost, evaluation, process
 from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.feed import Feed
@@ -200,7 +201,11 @@ class Run:
     def store(self, action: np.ndarray | None) -> None:
         """The step of every environment that ``action`` began, into the replay."""
         config = self.config
-        self.obs = obs = self.envs.receive()
+        try:
+            self.obs = obs = self.envs.receive()
+        except ActionError:
+            self.metrics()  # of an agent that became NaN actions are invalid as well
+            raise
         self.unsaved = True
         first = obs["is_first"]
         prev = np.zeros((len(first), self.envs.act_dim), np.float32) if action is None else action

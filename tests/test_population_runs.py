@@ -1,9 +1,11 @@
 """Several seeds in one process: folders, ends, failures, kills."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ import dreamer
 import hidreamer
 import population
 from conftest import ROOT
+from envs.errors import ActionError
 from hidreamer import checkpoint
+from training import Failure, Run
 
 STEPS = ("--steps", 60, "--checkpoint_every", 45)
 
@@ -61,8 +65,6 @@ def test_a_member_s_folder_is_that_of_its_seed_alone(three, made):
 
 
 def test_a_member_goes_on_alone_and_the_others_without_it(three, tmp_path):
-    import shutil
-
     shutil.copytree(three, tmp_path / "runs")
     assert run(tmp_path / "runs" / "1", "--steps", 90, "--seed", 1) == 0
     assert latest(tmp_path / "runs" / "1")["step"] == 90
@@ -135,6 +137,24 @@ def test_a_member_that_fails_takes_no_other_down(made, tmp_path, monkeypatch, ca
     assert all(np.isfinite(x) for line in records(tmp_path / "1") for x in line.values())
     state = checkpoint.load_checkpoint(tmp_path / "1" / "checkpoints" / "latest.pt")
     assert all(x.isfinite().all() for x in state["agent"]["params"].values())
+
+
+def test_a_nan_names_itself_where_it_becomes_an_action():
+    broken = object.__new__(Run)
+    broken.config, broken.envs = None, SimpleNamespace(receive=raiser(ActionError("nan")))
+    broken.metrics = raiser(Failure("model_loss became nan"))
+    with pytest.raises(Failure, match="model_loss"):
+        broken.store(np.full((1, 2), np.nan))
+    broken.metrics = dict
+    with pytest.raises(ActionError):
+        broken.store(np.full((1, 2), 9.0))
+
+
+def raiser(error):
+    def fn():
+        raise error
+
+    return fn
 
 
 @pytest.mark.parametrize(
