@@ -7,6 +7,8 @@ The same command again continues the run. --seeds 0 1 2 ... (or --population 3) 
 seeds in one process, each in FOLDER/SEED (docs/population.md).
 """
 
+# ruff: noqa: E402  what needs no torch is done before it is loaded
+
 from __future__ import annotations
 
 import contextlib
@@ -22,6 +24,32 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import tools
+from hidreamer import app
+from tools import Config, ConfigError
+
+
+def answer(argv: list[str]) -> int | None:
+    """--help and wrong arguments need no torch, which takes seconds to load. -> exit status, None
+    where there is more to do.
+    """
+    if not argv or "--help" in argv or "-h" in argv:
+        command = " ".join(app.command("dreamer"))
+        print(tools.help_text(__doc__.replace("python dreamer.py", command)))
+        return 0 if argv else 2
+    try:
+        args = tools.parse(argv)
+        for name in args.capacity or args.presets[-1:] or ["defaults"]:
+            tools.load_config([*args.presets[:-1], name], args.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return None
+
+
+if __name__ == "__main__" and (status := app.run(answer)) is not None:
+    sys.exit(status)
+
 # Before torch is loaded: threads that wait for each other sleep. On a busy machine spinning ones
 # wait for threads whose cores they take.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,13 +57,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import models
-import tools
 from envs import EnvError, make_env, worker
-from hidreamer import app, checkpoint, cost, process
+from hidreamer import checkpoint, cost, process
 from hidreamer.checkpoint import FolderError
 from hidreamer.logger import SERVICES, Rates, Screen
 from hidreamer.spaces import random_rows
-from tools import Config, ConfigError
 from training import Failure, Run
 
 # ---------------------------------------------------------------- command line
@@ -332,10 +358,8 @@ def summary(run: Run, argv: list[str]) -> str:
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal."""
-    if not argv or "--help" in argv or "-h" in argv:
-        command = " ".join(app.command("dreamer"))
-        print(tools.help_text(__doc__.replace("python dreamer.py", command)))
-        return 0 if argv else 2
+    if (status := answer(argv)) is not None:
+        return status
     try:
         with Signals() as signals:
             return start(argv, signals)

@@ -16,6 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
+from hidreamer import precision
 from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
@@ -25,7 +26,6 @@ from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import Harmony, make_objectives
 from hidreamer.optim import Optimizer, joint_name, make_optimizers
-from hidreamer.precision import set_precision
 from hidreamer.update import behavior_losses, step_together, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
@@ -226,6 +226,8 @@ class Agent(nn.Module):
         heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
         for module in (wm.encoder, *heads):
             module.compile()
+        for one in self.behaviors().values():
+            one.policy = torch.compile(one.policy)
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
@@ -268,8 +270,16 @@ class Agent(nn.Module):
         self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
     ) -> ActState:
         """``act``, an operation at a time."""
-        carry, post = self.follow(state, obs, generator)
-        return ActState(carry, self.choose(post.feat.map(lambda x: x[:, 0]), mode, generator))
+        with self.autocast():
+            obs, wm = self._one_step(state, obs), self.world_model
+            steps = state.carry, wm.encoder(obs), obs["prev_action"], obs["is_first"].bool()
+            carry, feat = wm.dynamics.observe_features(*steps, generator)
+        return ActState(carry, self.choose(feat.map(lambda x: x[:, 0]), mode, generator))
+
+    def _one_step(self, state: ActState, obs: Batch) -> Batch:
+        """Raw observations (N, ...), preprocessed to (N,1,...)."""
+        obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
+        return obs | {"prev_action": state.action.unsqueeze(1)}
 
     @torch.no_grad()
     def follow(
@@ -277,10 +287,8 @@ class Agent(nn.Module):
     ) -> tuple[Any, Post]:
         """``WorldModel.observe`` of one step in N environments, (N,1,...). obs: raw (N, ...)."""
         with self.autocast():
-            obs = networks.preprocess({key: x.unsqueeze(1) for key, x in obs.items()})
-            obs["prev_action"] = state.action.unsqueeze(1)
-            carry, post, _ = self.world_model.observe(obs, state.carry, generator=generator)
-        return carry, post
+            obs = self._one_step(state, obs)
+            return self.world_model.observe(obs, state.carry, generator=generator)[:2]
 
     @torch.no_grad()
     def choose(
@@ -319,12 +327,7 @@ class Agent(nn.Module):
             return [model.postprocess(observed), *model.decode(feat, True, generator)]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.config.precision != "bfloat16":
-            return contextlib.nullcontext()
-        # Without its cache of cast weights: what is cast in imagination, where no gradient is
-        # recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+        return precision.autocast(self.config.precision, next(self.parameters()).device)
 
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
@@ -390,7 +393,7 @@ def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
 
     Raises ConfigError for sizes that do not fit together.
     """
-    set_precision(config, device)
+    precision.set_precision(config, device)
     try:
         agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
         # cuDNN's convolutions of channels-last images would reorder their weights at every use

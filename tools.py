@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -298,6 +297,8 @@ def help_text(usage: str) -> str:
 
 def seed_all(seed: int) -> dict[str, np.random.Generator]:
     """Seed torch and return independent generators: "replay", "explore"."""
+    import torch  # not above: --help and wrong arguments need not wait for it
+
     torch_seed, *others = np.random.SeedSequence(seed).spawn(3)
     torch.manual_seed(int(torch_seed.generate_state(1, np.uint64)[0] >> 1))
     return dict(zip(("replay", "explore"), map(np.random.default_rng, others), strict=True))

@@ -17,7 +17,7 @@ import models
 import run_state
 import tools
 from envs.errors import ActionError
-from hidreamer import checkpoint, cost, evaluation, process
+from hidreamer import checkpoint, cost, evaluation, precision, process
 from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.feed import Feed
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
@@ -113,7 +113,7 @@ class Run:
         write = functools.partial(write_yaml, tree=config.tree())
         checkpoint.replace_file(logdir / "config.yaml", write)
         if not self.finished:
-            note_start(logdir, provenance())
+            note_start(logdir, provenance() | {"precision": precision.name(config, device)})
             self._warn_if_too_short()
         self.rates = Rates(self.step, self.updates)
         wandb_id = (state or {}).get("wandb_id")

@@ -122,7 +122,9 @@ def look(
     entry["kl"] = [[round(float(x), 3) for x in row] for row in trained[index].kl]
     scene = pictures.follow(subject, episodes[index], index)
     strips.setdefault("raster", []).append(pictures.code_raster(subject, trained[index]))
-    if seen := attention.look(subject.agent.world_model, scene.obs):
+    with subject.agent.autocast():
+        seen = attention.look(subject.agent.world_model, scene.obs)
+    if seen:
         entry["attention"] = {
             "names": seen.names,
             "by level": seen.by_level.round(4).tolist(),

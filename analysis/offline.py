@@ -280,7 +280,9 @@ class Trainer:
             torch.manual_seed(0)
             rows = {key: x for key, x in batch.items() if key != "ram"}
             obs = models.networks.preprocess(self.batch(rows))
-            return model.observe(obs)[1].feat.cat().flatten(0, 1).float().cpu().numpy()
+            with self.agent.autocast():
+                feat = model.observe(obs)[1].feat.cat()
+            return feat.flatten(0, 1).float().cpu().numpy()
 
         encoders: dict[str, probes.Encode] = {"pixels": probes.pixels}
         encoders["model"] = functools.partial(features, self.agent.world_model)

@@ -2,7 +2,8 @@
 dreamerv3-torch if it is at hand.
 
     python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer
-        [--upstream FOLDER] [--arms ac_cpc barlow] [--device auto] [--repeats 7] [--out F]
+        [--upstream FOLDER] [--arms ac_cpc barlow] [--device auto] [--precision tf32]
+        [--repeats 7] [--out F]
 
 FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's
 sizes. --arms: the first preset with other objectives as well (``objectives.ARMS``). Images of
@@ -32,7 +33,7 @@ from ruamel.yaml import YAML
 
 import models
 import tools
-from hidreamer import cost
+from hidreamer import cost, precision, process
 from hidreamer.capture import Captured
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, row_spec
@@ -58,7 +59,7 @@ def counts(update: Callable[[], object]) -> dict[str, int]:
 
 
 def ours(config: tools.Config, device: torch.device) -> Measured:
-    models.set_precision(config, device)
+    precision.set_precision(config, device)
     agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
     agent.make_optimizers()
     batch = agent.tensors(
@@ -67,7 +68,7 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
     counted = counts(lambda: agent.update(batch))
     update = agent.make_update(config.compile)
     update(batch)  # compiles the parts: the dream has them as training does
-    with torch.no_grad():
+    with torch.no_grad(), agent.autocast():
         carry, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
         start = agent.world_model.dynamics.starts(carry, post, 0)
 
@@ -181,21 +182,25 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", default="tf32", help="ours; upstream computes in float32")
     args = parser.parse_args()
     try:
-        configs = {
-            preset: tools.load_config([preset], {"device": args.device}) for preset in args.presets
-        }
+        keys = {"device": args.device, "precision": args.precision}
+        configs = {preset: tools.load_config([preset], keys) for preset in args.presets}
         first = args.presets[0]
         for arm in args.arms:
-            values = {"device": args.device, **ARMS[arm]}
-            configs[f"{first}, {arm}"] = tools.load_config([first], values)
+            configs[f"{first}, {arm}"] = tools.load_config([first], {**keys, **ARMS[arm]})
         device = models.pick_device(configs[args.presets[0]])
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    process.keep_freed_memory()  # as a run does; for all of them
     cuda = device.type == "cuda"
-    report = provenance() | {"device": device.type} | replay_figures(configs[first])
+    report = (
+        provenance()
+        | {"device": device.type, "precision": args.precision}
+        | replay_figures(configs[first])
+    )
     all_of = {preset: ours(config, device) for preset, config in configs.items()}
     if args.upstream:
         all_of["dreamerv3-torch"] = upstream(args.upstream, configs[first], device)
@@ -214,6 +219,7 @@ def main() -> int:
             # Of one round each: what slows the machine slows both.
             ratios = [a[i] / b[i] for a, b in zip(times[name], times[first], strict=True)]
             found[f"{unit}_ratio"] = measure.median(ratios)
+        found["page_faults"] = measure.page_faults(one.update)
     for name, one in all_of.items():
         if one.dream:
             ms = [1000 * wall / one.horizon for _, wall in times[f"{name}, dream"]]

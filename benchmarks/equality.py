@@ -18,7 +18,7 @@ from torch import Tensor
 
 import models
 import tools
-from hidreamer import capture
+from hidreamer import capture, precision
 from hidreamer.spaces import random_rows
 from hidreamer.transformer import KV, attend
 
@@ -105,7 +105,7 @@ def make_agent(
     **overrides: Any,
 ) -> tuple[models.Agent, list[models.Batch]]:
     config = tools.load_config(presets, {"device": device.type, **overrides})
-    models.set_precision(config, device)
+    precision.set_precision(config, device)
     torch.manual_seed(0)
     space, dim = ACTIONS[act]
     agent = models.Agent(obs, space, dim, config).to(device)

@@ -162,7 +162,8 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
         x = torch.from_numpy(np.stack([row[key] for row in rows]))
         batch[key] = x.unflatten(0, (count, length))
     batch["is_first"][:, 0] = True  # as in a replayed chunk
-    truth, model = agent.world_model.open_loop(batch, context)
+    with agent.autocast():
+        truth, model = agent.world_model.open_loop(batch, context)
     whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be predicted
     out = {}
     grids = {"": model["grid"][:, -1], "_copy": truth["grid"][:, context - 1]}

@@ -35,6 +35,7 @@ from hidreamer import cost
 from hidreamer.episodes import Episodes
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, Rows, Spec, row_spec
+from hidreamer.spaces import random_action
 
 EPISODE = 1000  # steps
 UNITS = ("cpu_ms", "wall_ms", "page_faults")
@@ -46,7 +47,7 @@ def frames(count: int) -> tuple[Spec, Rows]:
     spec, rng = row_spec(env.obs_space, env.act_dim), np.random.default_rng(0)
     out, rows = env.reset(), []
     for _ in range(count):
-        action = cost.random_action(env.act_space, 1, rng)[0]
+        action = random_action(env.act_space, 1, rng)[0]
         out = env.reset() if out["is_last"] else env.step(action)
         rows.append({key: (out | {"prev_action": action})[key] for key in spec})
     columns = {}

@@ -20,7 +20,7 @@ import torch
 import models
 import tools
 from envs import EnvError, make_env
-from hidreamer import cost
+from hidreamer import cost, process
 from hidreamer.provenance import provenance
 from hidreamer.spaces import random_action, random_rows
 
@@ -42,6 +42,7 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
     for one environment.
     """
     device = next(agent.parameters()).device
+    torch.set_num_threads(process.pick_threads(agent, agent.config.threads))
     block = agent.config.replay
     agent.make_optimizers()
     rows = random_rows(env.obs_space, env.act_space, block.batch, block.length)
@@ -59,11 +60,13 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
     times = measure.interleaved(fns, repeats, device.type == "cuda")
     for i, name in enumerate(("cpu", "wall")):
         out[f"{name}_s"] = measure.median([t[i] for t in times["update"]])
+    out["page_faults"] = measure.page_faults(lambda: step(batch))
     out |= {"policy_ms": 1000 * measure.median([t[1] for t in times["policy"]]), "repeats": repeats}
     return out | {"peak_mb": round(cost.peak_mb(device), 1)}
 
 
 def main(argv: list[str]) -> int:
+    process.keep_freed_memory()  # as a run does
     try:
         args = tools.parse([word for word in argv if word != "--dry"])
         repeats = int(args.overrides.pop("repeats", 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class Behavior(nn.Module):
         """
         grad, horizon = torch.set_grad_enabled(self.backprop), self.imag.horizon
         with grad, cast_weights(model.dynamics, self.actor):
-            policy = lambda feat: self.actor(feat.cat().detach()).sample(generator)
+            policy = functools.partial(self.policy, generator=generator)
             _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
             x = feat.cat()
             cont = model.cont(x[:, 1:]).mean()
@@ -70,6 +71,10 @@ class Behavior(nn.Module):
                 cont = cont / self.imag.discount
             cont = torch.cat([1.0 - terminal.unsqueeze(1), cont], 1)
             return Trajectory(feat, x, action, self.imag.discount * cont)
+
+    def policy(self, feat: Feat, generator: torch.Generator | None) -> Tensor:
+        """Actions (N,A) sampled in imagined states (N,.)."""
+        return self.actor(feat.cat().detach()).sample(generator)
 
     def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
         """What the actor maximises, of its actions' log-probabilities and advantages, (N, H)."""

@@ -48,7 +48,7 @@ class Captured:
         if self.calls <= self.warmup:
             # Not on the default stream, so that lazy set-up (libraries, optimiser states) precedes
             # the recording.
-            stream = torch.cuda.Stream()
+            stream = side_stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 out = self.fn(batch)

@@ -59,13 +59,14 @@ def operators(fn: Callable[[], object]) -> dict[str, int]:
     """Dispatched by one call of ``fn``: "kernels", "views" (and allocations), "host_reads"."""
     with Operators() as mode:
         fn()
-    views = sum(n for name, n in mode.names.items() if name in VIEWS)
-    reads = sum(n for name, n in mode.names.items() if name in HOST_READS)
-    return {
-        "kernels": sum(mode.names.values()) - views - reads,
-        "views": views,
-        "host_reads": reads,
-    }
+    return kinds(mode.names)
+
+
+def kinds(names: Mapping[str, int]) -> dict[str, int]:
+    """Of operators by name: "kernels", "views" (and allocations), "host_reads"."""
+    views = sum(n for name, n in names.items() if name in VIEWS)
+    reads = sum(n for name, n in names.items() if name in HOST_READS)
+    return {"kernels": sum(names.values()) - views - reads, "views": views, "host_reads": reads}
 
 
 def flops(fn: Callable[[], object]) -> int:

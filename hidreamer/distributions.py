@@ -121,7 +121,7 @@ class OneHotCategorical:
         for p in self.probs:
             noise = uniform((*p.shape[:-1], 1), p, generator)
             drawn.append(sample_onehot(p, noise))
-        return torch.cat(drawn, -1)
+        return torch.cat(drawn, -1) if len(drawn) > 1 else drawn[0]
 
     def mode(self) -> Tensor:
         return torch.cat([sample_onehot(p, None) for p in self.probs], -1)

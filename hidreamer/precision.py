@@ -23,6 +23,23 @@ def set_precision(config: Any, device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def name(config: Any, device: torch.device) -> str:
+    """Of what products are computed in: on a CPU "tf32" is "float32"."""
+    only_cuda = config.precision == "tf32" and device.type != "cuda"
+    return "float32" if only_cuda else config.precision
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """What everything that calls a model runs under.
+
+    Without autocast's cache of cast weights: what is cast in imagination, where no gradient is
+    recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
+    """
+    if precision != "bfloat16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast takes products in; None where it is off."""
     on = torch.is_autocast_enabled(device.type)

@@ -17,6 +17,9 @@ from conftest import ROOT
 from hidreamer import capture, evaluation
 from hidreamer.dynamics import TYPES
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from compiled import kernels
+
 
 def updates(agent, batch, update, count=6):
     torch.manual_seed(1)
@@ -194,6 +197,13 @@ def test_a_run_compiles_every_piece_it_needs_and_then_no_more(kind, precision, m
             assert len(graphs) == compiled
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("tf32", 870), ("bfloat16", 1030)])
+def test_few_kernels_are_left_when_parts_are_compiled(precision, bound):
+    """Of debug's update, as the compiler plans them; uncompiled they are 1,031 and 1,327."""
+    found = kernels(["debug"], precision=precision)
+    assert 0.9 * bound < found["kernels"] <= bound, found
 
 
 def test_without_a_compiler_a_run_is_one_line_and_the_same(tmp_path):

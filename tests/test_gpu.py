@@ -12,6 +12,7 @@ import torch
 
 from conftest import ROOT
 from hidreamer.dynamics import TYPES
+from hidreamer.mask import KINDS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import equality
@@ -43,6 +44,14 @@ def test_replays_equal_eager_updates(state, precision, act, explore):
     over |= {"expl.behavior": "plan2explore"} if explore else {}
     found = equality.replay_equals_eager(CUDA, **over)
     assert len(found["metrics"]) == equality.UPDATES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("mask", KINDS)
+def test_replays_equal_eager_updates_with_every_mask(mask, precision):
+    over = {"dynamics.type": "hrvq", "dynamics.hrvq.mask": mask, "precision": precision}
+    equality.replay_equals_eager(CUDA, **over)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Precision of products: what it means on each device, and weights that are cast once."""
 
+import ast
 import collections
 import warnings
 
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import tools
+from conftest import ROOT
 from hidreamer import precision
 from hidreamer.dynamics import TYPES
 
@@ -28,7 +30,7 @@ def test_what_a_precision_means_on_cuda(name, tf32, matmul):
     config = tools.load_config(["debug"], {"precision": name})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        models.set_precision(config, torch.device("cuda"))
+        precision.set_precision(config, torch.device("cuda"))
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         assert torch.backends.cuda.matmul.allow_tf32 is tf32
         assert torch.backends.cudnn.allow_tf32 is tf32
@@ -41,7 +43,7 @@ def test_tf32_is_the_default_and_float32_on_a_cpu(matmul):
     for name in ("tf32", "float32"):
         torch.manual_seed(0)
         agent, batch = make(precision=name)
-        models.set_precision(agent.config, torch.device("cpu"))
+        precision.set_precision(agent.config, torch.device("cpu"))
         found.append(agent.update(batch))
     assert torch.equal(*found) and torch.get_float32_matmul_precision() == before
 
@@ -127,3 +129,55 @@ def test_masked_attention_leaves_cudnn_and_flash_aside():
     with precision.masked_attention(cuda=False):
         assert kernels.cudnn_sdp_enabled() == before
     assert kernels.cudnn_sdp_enabled() == before
+
+
+CALLS = {"observe", "imagine", "open_loop"}  # of a model or its dynamics
+# Functions whose callers hold the context, and those of parts that only ever compute in float32:
+# the staged pipeline's judgement, the smoke check, and benchmarks of configs without bfloat16.
+EXEMPT = {
+    "analysis/attention.py": {"look"},
+    "analysis/heldout.py": {"predict"},
+    "analysis/latents.py": {"open_loop", "read"},
+    "benchmarks/experts.py": {"dreamer"},
+    "benchmarks/quantisers.py": {"judge", "picture"},
+    "pipeline/pictures.py": {"dreams"},
+    "pipeline/token_agent.py": {"imagine"},
+    "pipeline/world_model_gate.py": {"predictions", "rollouts"},
+    "simple_test.py": {"check"},
+}
+
+
+def callers(tree):
+    """{function: whether every call of CALLS in it is inside a ``with`` of autocast}."""
+    found = {}
+
+    def visit(node, function, held):
+        if isinstance(node, ast.FunctionDef):
+            function, held = node.name, False
+        if isinstance(node, ast.With):
+            held = held or any("autocast" in ast.unparse(item) for item in node.items)
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr in CALLS:
+            found[function] = found.get(function, True) and held
+        for child in ast.iter_child_nodes(node):
+            visit(child, function, held)
+
+    visit(tree, "", False)
+    return found
+
+
+def test_whatever_calls_a_model_does_so_under_the_one_autocast():
+    """Above hidreamer/, whose functions are called by ``models.Agent`` under it."""
+    exposed, own = {}, []
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name.split("/")[0] in ("tests", "legacy", "hidreamer", "runs", "build", ".venv"):
+            continue
+        text = path.read_text()
+        own += [name] if "torch.autocast(" in text else []
+        bare = {name for name, held in callers(ast.parse(text)).items() if not held}
+        if bare and name != "models.py":
+            exposed[name] = bare
+    # besides ``hidreamer.precision.autocast``: float16, with a scaler of gradients
+    assert own == ["pipeline/world_model.py"]
+    assert exposed == EXEMPT

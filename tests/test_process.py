@@ -1,5 +1,6 @@
 """What a run does to its process: memory, threads, imports."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,33 @@ def test_freed_memory_is_used_again():
     assert int(python(FAULTS, HIDREAMER_MALLOC="system")) > 50_000  # 10 times 80 MB, paged in anew
 
 
+UPDATES = """
+import sys
+from hidreamer.process import keep_freed_memory
+keep_freed_memory()
+sys.path.insert(0, "benchmarks")
+import torch, equality, measure
+from hidreamer import cost
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+before = cost.peak_mb(cpu)
+agent, (batch,) = equality.make_agent(["debug"], cpu, **{"replay.batch": 32, "replay.length": 32})
+for _ in range(3):
+    agent.update(batch)
+faults = [measure.page_faults(lambda: agent.update(batch)) for _ in range(3)]
+print(min(faults), cost.peak_mb(cpu) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_an_update_takes_no_new_pages():
+    """Once the heap has grown; and the most memory that it ever holds."""
+    faults, peak = python(UPDATES).split()
+    assert int(faults) < 5000 and float(peak) < 800.0
+    given_back, _ = python(UPDATES, HIDREAMER_MALLOC="system").split()
+    assert int(given_back) > 50_000  # the bound can be missed
+
+
 def test_games_load_no_plotting_libraries_and_others_still_can():
     pytest.importorskip("matplotlib")
     code = "import envs.minatar, sys; print('pandas' in sys.modules, 'matplotlib' in sys.modules)"
@@ -56,6 +84,31 @@ def test_games_load_no_plotting_libraries_and_others_still_can():
     # Where it is loaded already, it stays what it is.
     code = "import matplotlib as m, envs.minatar, sys; print(sys.modules['matplotlib'] is m)"
     assert python(code) == "True"
+
+
+WORDS = """
+import runpy, sys
+sys.argv = ["dreamer.py", *{words}]
+try:
+    runpy.run_path("dreamer.py", run_name="__main__")
+except SystemExit as error:
+    print(error.code, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["--configs", "minatra"], 2),
+        (["--capacity", "minatra"], 2),
+        (["--no.key", "1"], 2),
+        (["word"], 2),
+    ],
+)
+def test_help_and_wrong_arguments_need_no_torch(words, status):
+    code = "import sys, io; sys.stderr = io.StringIO()" + WORDS.format(words=words)
+    assert python(code).splitlines()[-1] == f"{status} False"
 
 
 @pytest.fixture
@@ -76,10 +129,13 @@ def test_small_networks_have_one_thread(threads, monkeypatch):
     assert process.pick_threads(small, 0) == 2
 
 
-def test_a_run_uses_the_threads_asked_for(threads, tmp_path):
+def test_a_run_uses_the_threads_asked_for_and_notes_its_precision(threads, tmp_path):
     torch.set_num_threads(2)
     assert run(tmp_path, "--steps", 30) == 0 and torch.get_num_threads() == 1
-    assert run(tmp_path, "--steps", 60, "--threads", 2) == 0 and torch.get_num_threads() == 2
+    words = ["--steps", 60, "--threads", 2, "--precision", "bfloat16"]
+    assert run(tmp_path, *words) == 0 and torch.get_num_threads() == 2
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["precision"] for start in starts] == ["float32", "bfloat16"]
 
 
 def test_threads_sleep_while_they_wait():

@@ -168,6 +168,18 @@ class Dynamics(nn.Module):
         """
         raise NotImplementedError
 
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Any, Feat]:
+        """``observe`` for acting, which needs no logits: the carry and features (B,T,.) alone."""
+        carry, post = self.observe(carry, embed, prev_action, is_first, True, generator)
+        return carry, post.feat
+
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
         """-> ({name: weighted loss (B,T)}, {name: metric ()})."""
         raise NotImplementedError

@@ -145,6 +145,30 @@ class Recurrent(Dynamics):
         sample: bool = True,
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
+        args = carry, embed, prev_action, is_first, sample, generator
+        carry, feat, post = self._observe(*args)
+        return carry, Post(feat, tuple(map(Level, post, self.priors(*feat))))
+
+    def observe_features(
+        self,
+        carry: Carry,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Carry, Feat]:
+        return self._observe(carry, embed, prev_action, is_first, True, generator)[:2]
+
+    def _observe(
+        self,
+        carry: Carry,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Carry, Feat, list[Tensor]]:
+        """``observe`` without priors. -> carry, features (B,T,.), posterior logits (B,T,S,K)."""
         self.check_steps(carry, prev_action, is_first)
         assert embed.shape == (*is_first.shape, self.embed_dim), embed.shape
         # All that does not wait for the recurrence is done for T steps at once: what actions and
@@ -168,7 +192,7 @@ class Recurrent(Dynamics):
         else:
             noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
             last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
-        return last, Post(feat, tuple(map(Level, post, self.priors(*feat))))
+        return last, feat, post
 
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
         gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
@@ -250,6 +274,7 @@ class Recurrent(Dynamics):
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.loss = torch.compile(self.loss)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
         self.check_levels(post)

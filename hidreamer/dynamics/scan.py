@@ -129,9 +129,9 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensors:
-    """LayerNorm -> input, mean, reciprocal deviation, output."""
-    x = dists.at_least_float32(x)
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """LayerNorm -> input in its own precision, mean, reciprocal deviation, output."""
+    args = dists.at_least_float32(x), x.shape[-1:], weight, bias, eps
+    y, mean, rstd = torch.native_layer_norm(*args)
     return x, mean, rstd, y
 
 
@@ -205,15 +205,20 @@ def backward_step(
     weights: Tensors,
     saved: Tensors,
     gates: Tensors,
+    carried: Tensors,
     deter: Tensor,
     stoch: Tensor,
     logits: Tensors,
 ) -> tuple[Tensor, Tensor, Tensors]:
-    """gates: ``gate_slopes`` of the step; deter, stoch, logits: gradients of what it returned.
+    """gates: ``gate_slopes`` of the step; deter, stoch, logits: gradients of what it returned,
+    without those of the step after it. carried: what that one begins with of it (B,1), and the
+    gradients of its deter (B,D) and stoch (B,Z).
 
     -> gradients of the deter (B,D) and stoch (B,Z) that it begins with, and what those of the
     weights need: CellGrads flat, then the posterior's.
     """
+    keep, *later = carried
+    deter, stoch = torch.addcmul(deter, later[0], keep), torch.addcmul(stoch, later[1], keep)
     w, (cell, post) = CellWeights(*weights[:9]), split_saved(saved)
     silu_grad = torch.ops.aten.silu_backward
     v, post_grads = dynamics.post_backward(weights[9:], post, stoch, logits)  # (B, W)
@@ -271,7 +276,9 @@ class Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         keep, *tensors = ctx.saved_tensors
         size = len(tensors) - len(grads)
-        weights, outputs, saved = tensors[:size], tensors[size:], tensors[size + ctx.count :]
+        weights, outputs = tensors[:size], tensors[size:]
+        # of all steps at once
+        saved = tuple(dists.at_least_float32(x) for x in tensors[size + ctx.count :])
         given = []
         for grad, output in zip(grads[: ctx.count], outputs, strict=False):
             given.append(torch.zeros_like(output) if grad is None else grad)
@@ -304,14 +311,13 @@ def walk_back(
     and of all steps (T,B,.) what those of the weights need.
     """
     gates, (out_deter, out_stoch, *out_logits) = gate_slopes(split_saved(saved)[0]), grads
-    deter, stoch, begins, steps = out_deter[-1], out_stoch[-1], [], []
+    deter, stoch = torch.zeros_like(out_deter[0]), torch.zeros_like(out_stoch[0])
+    kept, begins, steps = torch.zeros_like(keep[0]), [], []  # after the last step comes nothing
     for t in reversed(range(len(keep))):
-        if t < len(keep) - 1:
-            deter = torch.addcmul(out_deter[t], deter, keep[t + 1])
-            stoch = torch.addcmul(out_stoch[t], stoch, keep[t + 1])
         of_step = [tuple(x[t] for x in part) for part in (saved, gates, out_logits)]
-        args = *of_step[:2], deter, stoch, of_step[2]
+        args = *of_step[:2], (kept, deter, stoch), out_deter[t], out_stoch[t], of_step[2]
         deter, stoch, step = dynamics.scan_backward(weights, *args)
+        kept = keep[t]
         begins.append(deter)
         steps.append(step)
     carry = deter * keep[0], stoch * keep[0]
