@@ -26,6 +26,7 @@ from typing import Any
 
 import tools
 from hidreamer import app
+from seeds import member_seeds
 from tools import Config, ConfigError
 
 
@@ -39,6 +40,7 @@ def answer(argv: list[str]) -> int | None:
         return 0 if argv else 2
     try:
         args = tools.parse(argv)
+        member_seeds(args.overrides)
         for name in args.capacity or args.presets[-1:] or ["defaults"]:
             tools.load_config([*args.presets[:-1], name], args.overrides)
     except ConfigError as error:
@@ -216,25 +218,6 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
     poll()
 
 
-def member_seeds(overrides: dict[str, Any]) -> list[int]:
-    """What --seeds or --population asks for, taken out of ``overrides``. Raises ConfigError."""
-    named, count = overrides.pop("seeds", None), overrides.pop("population", None)
-    if named is None and count is None:
-        return []
-    if named is not None and (count is not None or "seed" in overrides):
-        raise ConfigError("--seeds names all seeds: leave out --seed and --population")
-    if named is None:
-        first = tools.coerce("seed", overrides.pop("seed", 0), 0, "At least 0.")
-        named = range(first, first + tools.coerce("population", count, 1, "At least 1."))
-    named = [
-        tools.coerce("seeds", x, 0, "At least 0.")
-        for x in ([named] if isinstance(named, str | bool) else named)
-    ]
-    if len(set(named)) < len(named):
-        raise ConfigError(f"--seeds names a seed twice: {' '.join(map(str, named))}")
-    return named
-
-
 def train_population(args: tools.Args, seeds: list[int], signals: Signals) -> int:
     """Train a run of every seed, in LOGDIR/SEED, all at once. -> exit status."""
     import population
@@ -260,12 +243,12 @@ def train_population(args: tools.Args, seeds: list[int], signals: Signals) -> in
             runs.append(Run(config, logdir, source, models.pick_device(config), report))
             stack.callback(runs[-1].close)
         members = population.Population(runs, screen.line)
-        screen.rates = Rates(*totals(runs)[:2])
+        screen.rates = Rates(*members.totals()[:2])
 
         def poll() -> None:
             signals.check()
             if screen.due():
-                step, updates, score = totals(runs)
+                step, updates, score = members.totals()
                 screen.update(step, updates, {}, score)
 
         members.poll = poll
@@ -286,13 +269,6 @@ def train_population(args: tools.Args, seeds: list[int], signals: Signals) -> in
             first = next(iter(members.failed.values()))
             raise Failure(f"{len(members.failed)} of {len(runs)} seeds failed, the first: {first}")
         return 0
-
-
-def totals(runs: list[Run]) -> tuple[int, int, float | None]:
-    """Of several runs: the mean step, all updates, the mean of the last returns."""
-    returns = [run.last_return for run in runs if run.last_return is not None]
-    step = sum(run.step for run in runs) // len(runs)
-    return step, sum(run.updates for run in runs), sum(returns) / len(returns) if returns else None
 
 
 def start(argv: list[str], signals: Signals) -> int:

@@ -307,10 +307,8 @@ class Agent(nn.Module):
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
         device = next(self.parameters()).device
-        batch = {}
-        for key, x in rows.items():
-            batch[key] = torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        return batch
+        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        return {key: move(x) for key, x in rows.items()}
 
     @torch.no_grad()
     def decode_state(
@@ -335,9 +333,7 @@ class Agent(nn.Module):
         batch: raw (B,T,...), on the device. generator: where all random numbers come from, None
         being torch's default one.
         """
-        with self.autocast():
-            obs = networks.preprocess(batch)
-        metrics = train_step(self, obs, generator)
+        metrics = train_step(self, networks.preprocess(batch), generator)
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 

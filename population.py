@@ -276,6 +276,12 @@ class Population:
             else:
                 self.active[0].learn()
 
+    def totals(self) -> tuple[int, int, float | None]:
+        """The mean step, all updates, the mean of the last returns."""
+        steps, updates = (sum(getattr(run, x) for run in self.runs) for x in ("step", "updates"))
+        found = [run.last_return for run in self.runs if run.last_return is not None]
+        return steps // len(self.runs), updates, float(np.mean(found)) if found else None
+
     def save(self) -> None:
         """A checkpoint of every run that goes on, all of this moment."""
         moment = 1 + max((run.moment for run in self.active), default=0)

@@ -28,6 +28,7 @@ FLOORS = {
     "run_setup": 9,
     "models": 8,
     "networks": 7,
+    "seeds": 7,
     "legacy": 6,
     "tools": 6,
     "envs": 5,
