@@ -50,10 +50,8 @@ class WorldModel(nn.Module):
         self.dynamics = make_dynamics(config.dynamics, embed, act_dim, positions)
         self.feat_dim = self.dynamics.feat_dim
         weights, block = config.model.losses, dict(config.decoder)
-        # without a weight a decoder may still be trained to look, on features that it leaves alone
         self.probed = block.pop("probe") and not weights.decoder
-        decodes = weights.decoder or self.probed
-        make = networks.Decoder if decodes else networks.NoDecoder
+        make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
         self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
@@ -186,8 +184,7 @@ class Agent(nn.Module):
     def trained(self) -> dict[str, dict[str, nn.Module]]:
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
-        names = ["encoder", "dynamics", *wm.objectives]
-        names += ["harmony"] if wm.harmony is not None else []
+        names = ["encoder", "dynamics", *wm.objectives, *(["harmony"] if wm.harmony else [])]
         modules = {"model": {name: getattr(wm, name) for name in names}}
         if wm.probed:
             modules["probe"] = {"decoder": wm.decoder}
@@ -360,7 +357,7 @@ class Agent(nn.Module):
         actor_loss, critic_loss, metrics = self.each(dream, start, terminal, replayed)
         if model_loss is not None:
             losses = {"actor": actor_loss, "critic": critic_loss, "model": model_loss + critic_loss}
-            return prefixed(prefix, metrics) | step_together(self, losses)
+            return metrics | step_together(self, losses)
         metrics = prefixed(prefix, metrics) | self.step(f"{prefix}actor", actor_loss)
         return metrics | self.step(f"{prefix}critic", critic_loss)
 
@@ -368,13 +365,13 @@ class Agent(nn.Module):
         """Train what ``loss`` is to train: now, or jointly at the end of the update."""
         if name in self.optimizers:
             return prefixed(f"{name}_", self.optimizers[name].step(loss))
-        self.gather_joint(name, loss)
-        return {}
+        return self.gather_joint(name, loss)
 
-    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> None:
-        """Add what ``loss`` is to train to the joint step; ``retain`` its graph."""
+    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> Metrics:
+        """Add what ``loss`` is to train to the joint step; ``retain`` its graph. -> no metrics."""
         modules = [joint_name(name, module) for module in self.trained()[name]]
         self.optimizers["joint"].gather(loss, modules, retain)
+        return {}
 
 
 def pick_device(config: Config) -> torch.device:

@@ -189,7 +189,7 @@ def main() -> int:
         configs = {preset: tools.load_config([preset], keys) for preset in args.presets}
         first = args.presets[0]
         for arm in args.arms:
-            configs[f"{first}, {arm}"] = tools.load_config([first], {**keys, **ARMS[arm]})
+            configs[f"{first}, {arm}"] = tools.load_config([first], keys | ARMS[arm])
         device = models.pick_device(configs[args.presets[0]])
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

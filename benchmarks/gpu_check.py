@@ -3,7 +3,7 @@ first.
 
     python benchmarks/gpu_check.py [--seconds 900] [--out runs/gpu_check] [--only WORD] [--dry]
 
-One JSON line an item, a table at the end. It stops itself; what failed or was wrong is told in
+One JSON line an item, a table at the end. It stops itself; what failed or was wrong is listed in
 errors.txt of the folder --out, and the next item begins. --dry runs every item at debug sizes on
 the CPU, where an update is not captured and compiled code is not generated.
 """

@@ -67,6 +67,18 @@ def look(value: Any, path: str) -> list[Any]:
     return found
 
 
+def table(text: str) -> dict[str, dict[str, float]]:
+    """{row: {column: number}} of the first table of a Markdown file."""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    header = [name.strip() for name in text.splitlines()[0].strip("|").split("|")][1:]
+    found = {}
+    for name, *values in cells[1:]:
+        numbers = [x.replace(",", "") for x in values]
+        known = zip(header, numbers, strict=False)
+        found[name] = {column: float(x) for column, x in known if re.fullmatch(r"-?[\d.]+", x)}
+    return found
+
+
 def shown(values: list[Any]) -> str:
     """`mean [low, high] (each)` of numbers; text as it is."""
     if not values:
@@ -174,9 +186,12 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
 def stated(root: Path, claims: dict) -> Iterator[Row]:
     """Of claims.yaml."""
     for entry in claims["files"]:
-        content = json.loads((root / entry["file"]).read_text())
+        text = (root / entry["file"]).read_text()
+        content = table(text) if entry["file"].endswith(".md") else json.loads(text)
         of_stage = {}
-        if entry["file"].startswith("results/pipeline/"):  # one run made all of its files
+        if (
+            entry["file"].startswith("results/pipeline/") and "commit" not in entry
+        ):  # one run made all of its files
             of_stage = next(x for x in claims["files"] if x["file"].endswith("policy.json"))
         made = {k: of_stage[k] for k in ("commit", "command", "hardware", "seeds") if k in of_stage}
         number, baseline = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -110,6 +111,10 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
         raise ConfigError("--export is for returns, of which --paired-offline has none")
     if options["export"] and Path(options["export"]).expanduser().is_dir():
         raise ConfigError(f"--export {options['export']} is a folder; name a file in it")
+    if options["export"]:  # before hours of work
+        there = [x for x in Path(options["export"]).expanduser().absolute().parents if x.exists()]
+        if not there[0].is_dir() or not os.access(there[0], os.W_OK):
+            raise ConfigError(f"--export {options['export']}: {there[0]} cannot be written to")
     known = tools.load_config([], {}).flat()
     if options["vary"]:
         check_vary(options, values, known)

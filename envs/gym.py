@@ -262,7 +262,7 @@ def _mapping(text: str, suite: str) -> dict[str, Any]:
     return mapping
 
 
-def _import(module: str) -> None:
+def _import(module: str, suite: str) -> None:
     """Imports the module that registers an id. Raises EnvError."""
     try:
         importlib.import_module(module)
@@ -273,8 +273,9 @@ def _import(module: str) -> None:
                 f"module {module!r} needs the package {missing!r}: install it"
             ) from error
         raise EnvError(
-            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the"
-            " folder that it lies in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
+            f"there is no module {module!r} for the task {suite}_{module}:ID: install it, or put"
+            " the folder that it lies in on PYTHONPATH, as in"
+            " PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -291,7 +292,7 @@ def _import(module: str) -> None:
 def _make(name: str, kwargs: dict[str, Any], suite: str) -> gymnasium.Env:
     module, _, short = name.rpartition(":")
     if module:
-        _import(module)
+        _import(module, suite)
     make = functools.partial(gymnasium.make, disable_env_checker=True)
     try:
         with warnings.catch_warnings():

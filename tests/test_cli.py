@@ -55,7 +55,7 @@ TASKS = {
     "gym_Pendulum-v1": ["--env.time_limit", 30, "--actor.gradient", "dynamics"],
     "minigrid_MemoryS7": ["--env.time_limit", 30],
     "pinpad_three": ["--env.time_limit", 30],
-    "popgym_AutoencodeEasy": ["--video", "false"],
+    "popgym_AutoencodeEasy": ["--env.time_limit", 30, "--video", "false"],
     "dummy_multi": [],
     "dummy_continuous": ["--expl.behavior", "plan2explore", "--expl.units", 8],
     "dummy_grid": ["--expl.behavior", "random", "--expl.until", 40],
@@ -350,11 +350,8 @@ def test_every_config_key_is_read(tmp_path, monkeypatch):
     keys, read = set(original([], {}).flat()), set().union(*(config.reads for config in made))
     # The suites take their own blocks; each of these is an argument of the suite's class, which
     # Python checks.
-    suites = {
-        key
-        for key in keys
-        if key.startswith(("env.atari.", "env.dmc.", "env.gym.", "env.minatar."))
-    }
+    blocks = tuple(f"env.{suite}." for suite in ("atari", "dmc", "gym", "minatar", "minigrid"))
+    suites = {key for key in keys if key.startswith(blocks)}
     assert (
         sorted(
             keys

@@ -90,10 +90,10 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert [failed["name"] for failed in report["failed"]] == ["dummy_vector/tiny_hidreamer/0"]
     assert report["failed"][0]["reason"] == "exit status 7"
     assert report["failed"][0]["log"].endswith("the planted fault")
-    told, err = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert "dummy_vector/tiny_hidreamer/0: exit status 7" in err and "the planted fault" in err
-    assert "dummy_vector/tiny_hdreamer/0: waiting (killed by SIGKILL)" in told
-    assert "dummy_vector/tiny_hidreamer/0: failed (exit status 7)" in told
+    assert "dummy_vector/tiny_hdreamer/0: waiting (killed by SIGKILL)" in out
+    assert "dummy_vector/tiny_hidreamer/0: failed (exit status 7)" in out
     for name in ("report.md", "report.html"):
         assert "the planted fault" in (folder / name).read_text()
 

@@ -107,6 +107,7 @@ def towards(inner, target):
         ),
         ("MemoryS7", {"kwargs": "3"}, "env.minigrid.kwargs is '3'"),
         ("MemoryS7", {"keys": "grit"}, "no observation matches env.minigrid.keys 'grit'"),
+        ("nomodule:X-v0", {}, "no module 'nomodule' for the task minigrid_nomodule:ID"),
         ("CartPole-v1", {}, "not the codes that MiniGrid observes"),
     ],
 )

@@ -125,11 +125,12 @@ def test_an_objective_more_is_a_module_and_an_entry():
 def test_objectives_add_no_names_and_survive_a_copy():
     agent, _ = make()
     assert not [name for name in agent.state_dict() if "objective" in name]
-    twin = copy.deepcopy(agent.world_model)
-    assert twin.objectives["decoder"].decoder is twin.decoder
-    assert twin.objectives["decoder"].dynamics is twin.dynamics
+    copied = copy.deepcopy(agent.world_model)
+    assert copied.objectives["decoder"].decoder is copied.decoder
+    assert copied.objectives["decoder"].dynamics is copied.dynamics
     assert (
-        twin.objectives["reward"].head is twin.reward and twin.objectives["cont"].head is twin.cont
+        copied.objectives["reward"].head is copied.reward
+        and copied.objectives["cont"].head is copied.cont
     )
 
 

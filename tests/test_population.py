@@ -22,6 +22,7 @@ SAMPLED, NEAREST, FSQ = (
 CASES = {
     "rssm, grid, discrete": (GRID, "discrete", {"dynamics.type": "rssm"}),
     "hrssm, vector, continuous": (VECTOR, "continuous", {"dynamics.type": "hrssm"}),
+    "hrvq gru, grid, discrete": (GRID, "discrete", SAMPLED | {"dynamics.hrvq.memory": "gru"}),
     "hrvq, grid, discrete": (GRID, "discrete", SAMPLED),
     "hrvq nearest, vector, multi": (VECTOR, "multi", NEAREST),
 }
@@ -31,6 +32,9 @@ KINDS = {kind: {"dynamics.type": kind} for kind in sorted(TYPES)}
 KINDS |= {"nearest": NEAREST, "fsq": FSQ}
 KINDS |= {"frozen": {"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "frozen"}}
 KINDS |= {"experts": {"dynamics.type": "hrvq", "dynamics.hrvq.ffn": "moe"}}
+KINDS |= {"stacked": SAMPLED | {"dynamics.hrvq.memory": "stacked"}}
+SEES = {"dynamics.hrvq.memory": "gru", "dynamics.hrvq.posterior_sees": "memory"}
+KINDS |= {"sees memory": SAMPLED | SEES}
 KINDS |= {"explorer": {"expl.behavior": "plan2explore"}, "joint": {"optim": "joint"}}
 for (kind, over), (name, obs), act in itertools.product(
     KINDS.items(), OBSERVATIONS.items(), ("discrete", "continuous")

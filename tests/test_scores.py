@@ -282,6 +282,7 @@ def test_bad_varying_is_one_line(words, says, tmp_path, capsys):
     ("words", "says"),
     [
         (["--export", ".", "--from", "x"], "is a folder"),
+        (["--export", f"{__file__}/x.json", "--from", "x"], "cannot be written to"),
         (["--export", "x.json", "--paired-offline", "y"], "has none"),
     ],
 )

@@ -33,7 +33,7 @@ from hidreamer.dynamics.scan import (
     forward_step,
     scan,
 )
-from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
+from hidreamer.nets import Block, SplitBlock, make_core
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -49,9 +49,10 @@ class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
-    scan, what ``scan.ScanDynamics`` asks for. ``cell``, ``norm`` and ``act`` are names of
-    ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and ``ACTIVATIONS``; ``prior_layers``
-    are the hidden layers of the prior.
+    scan, what ``scan.ScanDynamics`` asks for. reads: how many numbers of stoch, the first ones, go
+    into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``, ``norm`` and
+    ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
+    ``ACTIVATIONS``; ``prior_layers`` are the hidden layers of the prior.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -65,6 +66,8 @@ class Recurrent(Dynamics):
         stoch_dim: int,
         kl_config: KLConfig,
         *,
+        reads: int = 0,
+        sees_memory: bool = True,
         cell: str = "gru",
         blocks: int = 8,
         prior_layers: int = 1,
@@ -74,18 +77,18 @@ class Recurrent(Dynamics):
         super().__init__()
         self.deter_dim, self.stoch_dim = deter, stoch_dim
         self.embed_dim, self.act_dim, self.kl_config = embed_dim, act_dim, kl_config
-        names = {"norm": norm, "act": act}
-        sizes = stoch_dim, act_dim, hidden, deter
+        self.reads, names = reads or stoch_dim, {"norm": norm, "act": act}
+        sizes = self.reads, act_dim, hidden, deter
         self.img_in, self.cell = make_core(cell, *sizes, blocks=blocks, **names)
         self.img_out = Block(deter, hidden, **names)
         if prior_layers > 1:
             more = (Block(hidden, hidden, **names) for _ in range(prior_layers - 1))
             self.img_out = nn.Sequential(self.img_out, *more)
-        self.obs_out = Block(deter + embed_dim, hidden, **names)
+        if sees_memory:
+            self.obs_out = Block(deter + embed_dim, hidden, **names)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-        parts = (self.img_out, self.cell, self.obs_out.norm, self.obs_out.act)
-        known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
+        known = (cell, norm, act, prior_layers) == ("gru", "layer", "silu", 1)
         self.has_scan = known and hasattr(self, "post_forward")
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
@@ -146,8 +149,8 @@ class Recurrent(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
         args = carry, embed, prev_action, is_first, sample, generator
-        carry, feat, post = self._observe(*args)
-        return carry, Post(feat, tuple(map(Level, post, self.priors(*feat))))
+        last, feat, post = self._observe(*args)
+        return last, self.found(carry, feat, tuple(post), is_first, generator)
 
     def observe_features(
         self,
@@ -173,18 +176,18 @@ class Recurrent(Dynamics):
         assert embed.shape == (*is_first.shape, self.embed_dim), embed.shape
         # All that does not wait for the recurrence is done for T steps at once: what actions and
         # embeddings add to the two input layers, and where episodes start.
-        img_in = self.img_in.split([self.stoch_dim, self.act_dim])
+        img_in = self.img_in.split([self.reads, self.act_dim])
         obs_out = self.obs_out.split([self.deter_dim, self.embed_dim])
         first = self.initial(len(embed))
         keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
-        deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
+        deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first[:2])  # (B, T, .)
         action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
         embed = obs_out.project(1, embed)  # (B, T, hidden)
         inputs = keep, deter0, stoch0, action, embed
         if self.has_scan:
             noises = self.noises(is_first.shape[1], carry.deter, generator) if sample else ()
             steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noises)
-            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry)
+            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry[:2])
             deter, stoch, logits = found  # (T, B, .)
             last = Carry(deter[-1], stoch[-1])
             feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
@@ -194,13 +197,27 @@ class Recurrent(Dynamics):
             last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
         return last, feat, post
 
+    def found(
+        self,
+        carry: Carry,
+        feat: Feat,
+        post: tuple[Tensor, ...],
+        is_first: Tensor,
+        generator: torch.Generator | None,
+    ) -> Post:
+        """carry: before the steps; feat (B,T,.); post: posterior logits by level (B,T,S,K)."""
+        return Post(feat, tuple(map(Level, post, self.priors(*feat))))
+
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
         gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
         offset[2 * self.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
         norms = (part.norm for part in (self.img_in, self.cell, self.obs_out))
         img, cell, obs = ((norm.weight, norm.bias) for norm in norms)
         cell = cell[0], cell[1] - offset
-        return CellWeights(img_in.weights[0], *img, gru, *cell, obs_out.weights[0], *obs)
+        of_stoch = img_in.weights[0]
+        if self.reads < self.stoch_dim:  # what the memory does not read has weight zero
+            of_stoch = torch.nn.functional.pad(of_stoch, (0, self.stoch_dim - self.reads))
+        return CellWeights(of_stoch, *img, gru, *cell, obs_out.weights[0], *obs)
 
     @property
     def eps(self) -> float:
@@ -226,7 +243,7 @@ class Recurrent(Dynamics):
         inputs: keep, deter0, stoch0, action, embed, of T steps (B,T,.).
         """
         deters, stochs, logits = [], [], []
-        deter, stoch = carry
+        deter, stoch = carry[:2]
         for *step, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
             deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, noise)
             deters.append(deter)
@@ -258,7 +275,7 @@ class Recurrent(Dynamics):
         """
         deter = torch.addcmul(deter0, deter, keep)  # (B, D)
         stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
-        deter = self.cell(img_in(0, stoch, action), deter)
+        deter = self.cell(img_in(0, stoch[..., : self.reads], action), deter)
         v = obs_out(0, deter, embed)  # (B, hidden)
         return deter, *self.post_step(deter, v, noise)
 
@@ -266,7 +283,8 @@ class Recurrent(Dynamics):
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
-        deter = self.cell(self.img_in(torch.cat([stoch, action], -1)), deter)
+        read = stoch[..., : self.reads]
+        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
         return deter, self.prior_step(deter, noise)
 
     def compile_steps(self) -> None:
@@ -289,7 +307,7 @@ class Recurrent(Dynamics):
         return tuple(onehot.unflatten(-1, shape).argmax(-1) for onehot, shape in levels)
 
     def prior_logits(self, carry: Carry) -> tuple[Tensor, ...]:
-        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry)))
+        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry[:2])))
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)

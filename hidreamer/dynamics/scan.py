@@ -354,7 +354,7 @@ def scan(
     post, dtype = dynamics.post_weights(), autocast_dtype(carry[0].device)
     if dtype is not None:  # once, not at every step
         cell = (w.to(dtype) if w.ndim == 2 else w for w in cell)
-        post = (w.to(dtype) for w in post)
+        post = (w.to(dtype) if w.ndim <= 2 else w for w in post)  # no codebooks
     weights = (*cell, *post)
     if not torch.is_grad_enabled():
         return run_steps(dynamics, weights, inputs, carry, save=False)[:3]
