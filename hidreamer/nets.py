@@ -176,6 +176,12 @@ class MLP(nn.Module):
         return x if self.out is None else self.out(x)
 
 
+def gated(deter: Tensor, reset: Tensor, cand: Tensor, update: Tensor) -> Tensor:
+    """The end of a GRU: old memory and gates (B,D) -> new memory (B,D)."""
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
+
+
 class GRUCell(nn.Module):
     """GRU with one norm over all gates and an update bias of -1 (Hafner et al. 2020, DreamerV2).
 
@@ -190,9 +196,7 @@ class GRUCell(nn.Module):
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         # The memory stays in its own precision: bfloat16 would round away small updates.
         gates = self.norm(self.linear(torch.cat([x, deter], -1))).to(deter.dtype)  # (B, 3D)
-        reset, cand, update = gates.chunk(3, -1)  # (B, D) each
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
-        return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
+        return gated(deter, *gates.chunk(3, -1))
 
 
 class BlockLinear(nn.Module):
@@ -234,9 +238,7 @@ class BlockGRUCell(nn.Module):
         x = torch.cat([own, x.unsqueeze(-2).expand(*own.shape[:-1], -1)], -1)
         x = self.act(self.norm(self.hidden(x).flatten(-2)))  # (B, D)
         gates = self.gates(x.unflatten(-1, (self.blocks, -1))).to(deter.dtype)  # (B, g, 3 D / g)
-        reset, cand, update = (gate.flatten(-2) for gate in gates.chunk(3, -1))  # (B, D) each
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
-        return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
+        return gated(deter, *(gate.flatten(-2) for gate in gates.chunk(3, -1)))
 
 
 class SideBySide(nn.Module):

@@ -176,8 +176,10 @@ class HRVQ(Sequences):
             how = {"all_positions": by_position}
             prior_out, _, ffn_losses = self._remember(carry, known, steps, attention, **how)
         feat = Feat(out[:, :, 0], self._stoch(codes.code.flatten(2)))
-        last = before_each(feat.stoch.detach(), carry.stoch) * ~is_first.unsqueeze(-1)
-        last, levels, coarser = self._last(last), [], known.unbind(2)
+        last, levels, coarser = None, [], known.unbind(2)
+        if self.copy:
+            before = before_each(feat.stoch.detach(), carry.stoch)
+            last = self._last(before * ~is_first.unsqueeze(-1))
         for i, logit in enumerate(codes.logit):
             if self.depth is not None:
                 of_level = self.depth(i, prior_out[:, :, 0], coarser)

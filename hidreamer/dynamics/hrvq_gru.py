@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hidreamer.depth import Depth
-from hidreamer.dynamics.base import Dynamics, Feat, KLConfig, Level, Policy, Post, start_steps
+from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, start_steps
 from hidreamer.dynamics.cell_scan import cell_scan
 from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
 from hidreamer.dynamics.residual_scan import ResidualScan
@@ -159,13 +159,22 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
             trained = torch.is_grad_enabled()
             return self.follow(carry, codes, prev_action, is_first, generator, trained)
         steps = prev_action, is_first
-        last, post = super().observe(carry, embed, *steps, sample, generator)
+        last, feat, logits = self._observe(carry, embed, *steps, sample, generator)
+        post = self._found(carry, feat, tuple(logits), is_first, generator)
         return TokenCarry(*last, post.aux.before[:, -1]), post
 
-    # Its carry holds the state before as well, which ``Recurrent``'s shortcut does not know.
-    observe_features = Dynamics.observe_features
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Feat]:
+        last, post = self.observe(carry, embed, prev_action, is_first, True, generator)
+        return last, post.feat
 
-    def found(
+    def _found(
         self,
         carry: Carry,
         feat: Feat,

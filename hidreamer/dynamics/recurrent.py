@@ -33,7 +33,7 @@ from hidreamer.dynamics.scan import (
     forward_step,
     scan,
 )
-from hidreamer.nets import Block, SplitBlock, make_core
+from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -77,7 +77,8 @@ class Recurrent(Dynamics):
         super().__init__()
         self.deter_dim, self.stoch_dim = deter, stoch_dim
         self.embed_dim, self.act_dim, self.kl_config = embed_dim, act_dim, kl_config
-        self.reads, names = reads or stoch_dim, {"norm": norm, "act": act}
+        names = {"norm": norm, "act": act}
+        self.reads = reads or stoch_dim
         sizes = self.reads, act_dim, hidden, deter
         self.img_in, self.cell = make_core(cell, *sizes, blocks=blocks, **names)
         self.img_out = Block(deter, hidden, **names)
@@ -88,7 +89,9 @@ class Recurrent(Dynamics):
             self.obs_out = Block(deter + embed_dim, hidden, **names)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-        known = (cell, norm, act, prior_layers) == ("gru", "layer", "silu", 1)
+        block = self.obs_out if sees_memory else self.img_out
+        parts = (self.img_out, self.cell, block.norm, block.act)
+        known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
         self.has_scan = known and hasattr(self, "post_forward")
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
@@ -149,8 +152,8 @@ class Recurrent(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
         args = carry, embed, prev_action, is_first, sample, generator
-        last, feat, post = self._observe(*args)
-        return last, self.found(carry, feat, tuple(post), is_first, generator)
+        carry, feat, post = self._observe(*args)
+        return carry, Post(feat, tuple(map(Level, post, self.priors(*feat))))
 
     def observe_features(
         self,
@@ -196,17 +199,6 @@ class Recurrent(Dynamics):
             noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
             last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
         return last, feat, post
-
-    def found(
-        self,
-        carry: Carry,
-        feat: Feat,
-        post: tuple[Tensor, ...],
-        is_first: Tensor,
-        generator: torch.Generator | None,
-    ) -> Post:
-        """carry: before the steps; feat (B,T,.); post: posterior logits by level (B,T,S,K)."""
-        return Post(feat, tuple(map(Level, post, self.priors(*feat))))
 
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
         gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
