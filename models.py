@@ -25,8 +25,8 @@ from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import Harmony, make_objectives
-from hidreamer.optim import joint_name, make_optimizers
-from hidreamer.update import step_together, train_step
+from hidreamer.optim import Optimizer, joint_name, make_optimizers
+from hidreamer.update import behavior_losses, step_together, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -195,10 +195,10 @@ class Agent(nn.Module):
             modules[f"{prefix}critic"] = {"critic": behavior.critic}
         return modules
 
-    def make_optimizers(self) -> None:
+    def make_optimizers(self, cls: type[Optimizer] = Optimizer) -> None:
         """After the agent was moved to its device. One for each loss, or one for all."""
         capturable = next(self.parameters()).is_cuda
-        self.optimizers = make_optimizers(self.trained(), self.config, capturable)
+        self.optimizers = make_optimizers(self.trained(), self.config, capturable, cls)
 
     def make_update(
         self,
@@ -304,10 +304,8 @@ class Agent(nn.Module):
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
         device = next(self.parameters()).device
-        batch = {}
-        for key, x in rows.items():
-            batch[key] = torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        return batch
+        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        return {key: move(x) for key, x in rows.items()}
 
     @torch.no_grad()
     def decode_state(
@@ -332,11 +330,13 @@ class Agent(nn.Module):
         batch: raw (B,T,...), on the device. generator: where all random numbers come from, None
         being torch's default one.
         """
-        with self.autocast():
-            obs = networks.preprocess(batch)
-        metrics = train_step(self, obs, generator)
+        metrics = train_step(self, networks.preprocess(batch), generator)
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
+
+    def each(self, fn: Callable, *args: Any) -> Any:
+        """``fn(*args)``, trees of tensors. A population maps it over its members."""
+        return fn(*args)
 
     def update_behavior(
         self,
@@ -353,12 +353,8 @@ class Agent(nn.Module):
         ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1). With a
         ``model_loss`` () the model is trained as well, along that and the critic's.
         """
-        behavior = self.behaviors()[prefix]
-        with self.autocast():
-            traj = behavior.imagine(self.world_model, start, terminal, generator)
-            with torch.set_grad_enabled(behavior.backprop):
-                rew = reward(traj, self.world_model.reward(traj.x).mode())
-            actor_loss, critic_loss, metrics = behavior.losses(traj, rew, replayed)
+        dream = functools.partial(behavior_losses, self, prefix, reward, generator)
+        actor_loss, critic_loss, metrics = self.each(dream, start, terminal, replayed)
         if model_loss is not None:
             losses = {"actor": actor_loss, "critic": critic_loss, "model": model_loss + critic_loss}
             return metrics | step_together(self, losses)

@@ -27,7 +27,7 @@ from rich.console import Console
 import tools
 from envs import EnvError
 from hidreamer import app
-from hidreamer.provenance import provenance
+from hidreamer.provenance import note_start, provenance
 from tools import Config, ConfigError
 
 try:
@@ -100,10 +100,10 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
     return Plan(compared, stacks, configs, values, differing, counted)
 
 
-def command(plan: Plan, task: str, model: str, seed: int, folder: Path) -> list[str]:
-    """What dreamer.py and a paired-offline job have in common."""
+def command(plan: Plan, task: str, model: str, folder: Path, *seed: str) -> list[str]:
+    """What dreamer.py and a paired-offline job have in common. seed: --seed or --seeds."""
     words = ["--configs", *plan.stacks[task, model], "--task", task]
-    words += ["--seed", str(seed), "--logdir", str(folder)]
+    words += [*seed, "--logdir", str(folder)]
     for key in plan.values | plan.arms[model].values:
         value = plan.configs[task, model].flat()[key]
         words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -120,16 +120,32 @@ def note(plan: Plan, model: str) -> dict[str, Any]:
 
 def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
     """Run all jobs. -> the signal that stopped it, or 0; what there is to report."""
-    jobs = []
-    for seed, task, model in itertools.product(seeds(options), options.task, plan.arms):
-        home = folder / task / model.replace("/", "_") / str(seed)
-        steps = plan.configs[task, model].steps
-        words = [sys.executable, str(app.ROOT / "dreamer.py")]
-        words += command(plan, task, model, seed, home)
-        done = functools.partial(runs.finished, home, steps)
-        jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, note(plan, model)))
+    jobs, homes, numbers = [], [], seeds(options)
+    dreamer = [sys.executable, str(app.ROOT / "dreamer.py")]
+    for task, model in itertools.product(options.task, plan.arms):
+        above, steps = folder / task / model.replace("/", "_"), plan.configs[task, model].steps
+        done = [functools.partial(runs.finished, above / str(seed), steps) for seed in numbers]
+        name, about = f"{task}/{model}", note(plan, model)
+        if options.side_by_side:
+            words = [*dreamer, *command(plan, task, model, above, "--seeds", *map(str, numbers))]
+            whole = lambda done=done: all(finished() for finished in done)
+            for seed, finished in zip(numbers, done, strict=True):
+                if not finished():  # the job's own note is above
+                    (above / str(seed)).mkdir(parents=True, exist_ok=True)
+                    note_start(above / str(seed), about)
+            first = above / str(numbers[0])
+            jobs.append(Job(name, words, above, steps, whole, about, watched=first))
+        for seed, finished in zip(numbers, done, strict=True):
+            homes.append(above / str(seed))
+            if not options.side_by_side:
+                words = [*dreamer, *command(plan, task, model, homes[-1], "--seed", str(seed))]
+                jobs.append(Job(f"{name}/{seed}", words, homes[-1], steps, finished, about))
+    by_seed = lambda home: numbers.index(int(home.name))
+    homes.sort(key=by_seed)
+    if not options.side_by_side:  # the first seed of all models before the second of any
+        jobs.sort(key=lambda job: by_seed(job.folder))
     signum, failed = run(jobs, options, plan, folder)
-    found = [runs.read(job.folder) for job in jobs if (job.folder / "metrics.jsonl").exists()]
+    found = [runs.read(home) for home in homes if (home / "metrics.jsonl").exists()]
     return signum, Content(
         list(plan.arms), found, plan.capacity, options.task[0], plan.differences, failed
     )
@@ -147,7 +163,8 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     offline.check(offline.find(sources), plan.configs[task, compared[0]])
     for seed, model in itertools.product(seeds(options), compared):
         home = folder / task / model.replace("/", "_") / str(seed)
-        words = [sys.executable, "-m", "analysis.offline", *command(plan, task, model, seed, home)]
+        words = [sys.executable, "-m", "analysis.offline"]
+        words += command(plan, task, model, home, "--seed", str(seed))
         words += ["--episodes", *sources, "--updates", str(updates)]
         done = functools.partial(offline.finished, home, updates)
         jobs[model, seed] = Job(

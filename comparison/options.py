@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
         ),
     ),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
+    "side_by_side": (False, "Train all seeds of a model and task in one process, as one job."),
     "backend": ("local", "Who runs them. One of: local ray slurm."),
     "resources": (
         [],

@@ -133,15 +133,15 @@ class Optimizer:
         """
         norms = {}
         for name, group in self.groups.items():
-            norms[name] = nn.utils.get_total_norm([p.grad for p in group.values()])
-        total = torch.stack(list(norms.values())).norm()
+            norms[name] = self.norm([p.grad for p in group.values()])
+        total = torch.stack(list(norms.values())).norm(dim=0)
         metrics = {"grad_norm": total}
         if len(norms) > 1:
             metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
         if self.agc:
-            metrics["agc_clipped"] = self._clip_each()
+            metrics["agc_clipped"] = self.clip_each()
         if self.clip:
-            nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
+            self.rescale(total)
             metrics["clipped"] = (total > self.clip).float()
         if self.warmup:
             self._set_rate()
@@ -149,8 +149,16 @@ class Optimizer:
         self.optim.zero_grad()
         return metrics
 
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        """Of all of them together, ()."""
+        return nn.utils.get_total_norm(grads)
+
+    def rescale(self, total: Tensor) -> None:
+        """Clip the gradients, whose norm is ``total``."""
+        nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
+
     @torch.no_grad()
-    def _clip_each(self) -> Tensor:
+    def clip_each(self) -> Tensor:
         """Adaptive gradient clipping (Brock et al. 2021), by whole parameters as in DreamerV3 of
         2024: no gradient is longer than ``agc`` times its parameter. -> share that was longer, ().
         """
@@ -192,7 +200,12 @@ def like(param: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=x.dtype).copy_(x.detach())
 
 
-def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
+def make_optimizer(
+    kind: str,
+    modules: Mapping[str, nn.Module],
+    cls: type[Optimizer] = Optimizer,
+    **settings: float,
+) -> Optimizer:
     """An ``Optimizer`` whose algorithm is one of OPTIMIZERS; settings as ``Optimizer`` takes them.
 
     Raises ValueError for a name that there is not.
@@ -201,11 +214,14 @@ def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: floa
         raise ValueError(
             f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
         )
-    return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)
+    return cls(modules, algorithm=OPTIMIZERS[kind], **settings)
 
 
 def make_optimizers(
-    modules: Mapping[str, Mapping[str, nn.Module]], config: Any, capturable: bool
+    modules: Mapping[str, Mapping[str, nn.Module]],
+    config: Any,
+    capturable: bool,
+    cls: type[Optimizer] = Optimizer,
 ) -> dict[str, Optimizer]:
     """For {loss: {name: module}}: one for each loss, or for ``optim: joint`` one, "joint", for all.
 
@@ -227,7 +243,7 @@ def make_optimizers(
         block = blocks[name.removeprefix("expl_")]
         settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
         settings |= {"agc": block.agc, "warmup": block.warmup, "capturable": capturable}
-        optimizers[name] = make_optimizer(block.algorithm, group, **settings)
+        optimizers[name] = make_optimizer(block.algorithm, group, cls, **settings)
     return optimizers
 
 

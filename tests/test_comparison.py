@@ -121,6 +121,18 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert report["capacity"]["tiny_hdreamer"]["bits"] == 60.0
 
 
+def test_seeds_side_by_side_are_runs_like_any_other(tmp_path, capsys):
+    words = ["--models", *MODELS[:2], "--seeds", 2, "--steps", 40, "--logdir", tmp_path]
+    assert compare(*words, "--side-by-side") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = {(run["model"], run["seed"]) for run in summary["runs"]}
+    assert found == {(model, seed) for model in MODELS[:2] for seed in (0, 1)}
+    for model in MODELS[:2]:
+        log = (tmp_path / "dummy_vector" / f"{model}.log").read_text()
+        assert log.count("$ ") == 1 and "--seeds 0 1" in log
+    assert compare("--from", tmp_path) == 0
+
+
 def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path):
     """The last evaluation falls on the last step, and no checkpoint does."""
     folder = tmp_path / "matrix"

@@ -11,12 +11,13 @@ from conftest import ROOT
 
 # A room is a file or folder that stands here; what else is in a folder belongs to its room.
 FLOORS = {
-    "benchmarks": 13,
-    "pipeline": 12,
+    "benchmarks": 14,
+    "pipeline": 13,
     "run_comparison": 11,
     "simple_test": 11,
-    "dreamer": 11,
-    "demo": 12,
+    "dreamer": 12,
+    "population": 11,
+    "demo": 13,
     "doctor": 11,
     "training": 10,
     "analysis.evaluate": 11,
@@ -26,8 +27,10 @@ FLOORS = {
     "comparison": 9,
     "legacy.check": 9,
     "run_state": 9,
+    "run_setup": 9,
     "models": 8,
     "networks": 7,
+    "seeds": 7,
     "legacy": 6,
     "tools": 6,
     "envs": 5,

@@ -311,7 +311,7 @@ def test_a_varied_key_is_compared_and_named(tmp_path):
     given = options("--vary", "replay.ratio", "1", "2", "--task", "dummy_vector")
     plan = run_comparison.make_plan(given, ["debug"], {})
     assert plan.differences == {}  # although outside the latent state
-    words = run_comparison.command(plan, "dummy_vector", "replay.ratio=2", 0, tmp_path)
+    words = run_comparison.command(plan, "dummy_vector", "replay.ratio=2", tmp_path, "--seed", "0")
     assert words[words.index("--replay.ratio") + 1] == "2"
 
 

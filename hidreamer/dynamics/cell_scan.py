@@ -28,6 +28,8 @@ from hidreamer.dynamics.scan import (
 class CellScan(torch.autograd.Function):
     """``cell_scan`` with a gradient. Outputs: deter (T,B,D), then what is saved."""
 
+    generate_vmap_rule = True  # for several members at once
+
     @staticmethod
     def forward(
         given: Tensor,

@@ -137,7 +137,7 @@ class HRVQ(Sequences):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
         codes = self.encode(embed, sample, generator)
-        return self.follow(carry, codes, prev_action, is_first, generator)
+        return self.follow(carry, codes, prev_action, is_first, generator, torch.is_grad_enabled())
 
     def follow(
         self,
@@ -146,10 +146,12 @@ class HRVQ(Sequences):
         prev_action: Tensor,
         is_first: Tensor,
         generator: torch.Generator | None = None,
+        trained: bool | None = None,
     ) -> tuple[Carry, Post]:
         """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
 
-        prev_action (B,T,A) and is_first (B,T) as of ``observe``.
+        prev_action (B,T,A) and is_first (B,T) as of ``observe``. trained: whether codes have a
+        gradient; None looks, which ``torch.func.vmap`` hides.
         """
         self.check_steps(carry, prev_action, is_first)
         expected = *is_first.shape, self.levels, *self.code_shape
@@ -164,7 +166,8 @@ class HRVQ(Sequences):
         # priors must not make them easier to predict. So where codes have a gradient (in training)
         # the priors come from a second pass, with the same numbers, over detached codes. Auxiliary
         # losses are taken from that pass alone, to be counted once.
-        detached_pass, by_position = flat.requires_grad, self.chain and self.depth is None
+        detached_pass = flat.requires_grad if trained is None else trained
+        by_position = self.chain and self.depth is None
         how = {"all_positions": by_position and not detached_pass}
         out, own, ffn_losses = self._remember(carry, flat, steps, attention, **how)
         prior_out, known = out, flat.detach()

@@ -156,7 +156,8 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
     ) -> tuple[TokenCarry, Post]:
         if not self.sees_memory:
             codes = self.encode(embed, sample, generator)
-            return self.follow(carry, codes, prev_action, is_first, generator)
+            trained = torch.is_grad_enabled()
+            return self.follow(carry, codes, prev_action, is_first, generator, trained)
         steps = prev_action, is_first
         last, feat, logits = self._observe(carry, embed, *steps, sample, generator)
         post = self._found(carry, feat, tuple(logits), is_first, generator)
@@ -198,17 +199,19 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         prev_action: Tensor,
         is_first: Tensor,
         generator: torch.Generator | None = None,
+        trained: bool | None = None,
     ) -> tuple[TokenCarry, Post]:
         """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
 
-        prev_action (B,T,A) and is_first (B,T) as of ``observe``.
+        prev_action (B,T,A) and is_first (B,T) as of ``observe``. trained: whether codes have a
+        gradient; None looks, which ``torch.func.vmap`` hides.
         """
         self.check_steps(carry, prev_action, is_first)
         stoch = self._stoch(codes.code.flatten(2))  # (B, T, Z)
         known = codes.code.detach()
         # As with a transformer: priors from a memory of detached codes, so that no code learns to
         # be easy to predict. Both memories are computed at once, as twice as many sequences.
-        detached_pass = stoch.requires_grad
+        detached_pass = stoch.requires_grad if trained is None else trained
         if detached_pass:
             known = self._exchanged(known, generator)
             both = torch.cat([stoch, self._stoch(known.flatten(2))])

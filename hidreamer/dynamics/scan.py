@@ -256,6 +256,8 @@ def gate_slopes(saved: CellSaved) -> Tensors:
 class Scan(torch.autograd.Function):
     """``scan`` with a gradient. Outputs: deter, stoch, logits by level, then what is saved."""
 
+    generate_vmap_rule = True  # for several members at once
+
     @staticmethod
     def forward(dynamics: ScanDynamics, noise: Tensors, count: int, *tensors: Tensor) -> Tensors:
         inputs, carry, weights = StepInputs(*tensors[:5], noise), tensors[5:7], tensors[7:]
