@@ -134,9 +134,8 @@ def test_a_damaged_checkpoint_is_passed_over(tiny):
     latest_path = tiny / "checkpoints" / "latest.pt"
     before = latest(tiny)["step"]
     latest_path.write_bytes(latest_path.read_bytes()[:-300])
-    with pytest.warns(
-        RuntimeWarning, match=r"latest\.pt is damaged.*; reading .*previous\.pt"
-    ) as said:
+    says = r"latest\.pt is damaged.*; reading .*previous\.pt"
+    with pytest.warns(RuntimeWarning, match=says) as said:
         step = hidreamer.load(tiny).facts["step"]
     assert step < before and f"at step {step} instead" in str(said[0].message)
     (found,) = runs.find([tiny])
