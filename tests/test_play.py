@@ -335,7 +335,7 @@ def test_a_film_has_the_returns_of_episodes_that_ended_alone(trained, tmp_path):
     film = record(session, tmp_path / "a.mp4", 30)
     session.close()
     ended = [moment.total for moment in seen if moment.over]
-    assert film.returns == ended and 0 < len(ended) and not seen[-1].over
+    assert film.returns == ended and len(ended) > 0 and not seen[-1].over
     assert film.rewards == pytest.approx(sum(moment.reward for moment in seen if moment.step))
     assert f"{len(ended)} episode" in film.line(False)
     assert "no episode ended" in Film(3, [], 1.0).line(False)
