@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.longest < SHORTEST:
         raise app.UsageError(f"--longest is {args.longest}; it must be at least {SHORTEST}")
     for folder in args.logdirs:
-        if problem := app.missing(folder):
+        if problem := app.missing(folder, "a run, or one with runs below it"):
             raise app.UsageError(problem)
     if args.out and args.out.exists() and not args.out.is_dir():
         raise app.UsageError(f"--out is {args.out}, a file: name a folder")

@@ -107,6 +107,8 @@ def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
     """
     name, shape = f"observation {key!r}", (*lead, *space.shape)
     x = array(name, value)
+    if x.shape[: len(lead)] != lead:
+        raise ValueError(f"{name} is {x.shape}; {lead[0]} environments have one each: {shape}")
     if x.shape == shape:
         return cast(name, x, space.dtype)
     if space.dtype == np.uint8 and x.dtype == np.uint8 and x.ndim - len(lead) in (2, 3):

@@ -406,8 +406,10 @@ def test_a_recording_has_every_step(material, subjects, tmp_path, monkeypatch):
         def set_time(self, name, sequence):
             clock.append(sequence)
 
-        def log(self, name, value):
-            logged.setdefault(name, {})[clock[-1]] = value
+        def log(self, path, value):
+            assert isinstance(path, list) or path.isidentifier()  # else rerun wants escapes
+            path = path if isinstance(path, str) else "/".join(path)
+            logged.setdefault(path, {})[clock[-1]] = value
 
     rerun = types.SimpleNamespace(RecordingStream=Stream, Scalars=lambda x: x, Image=lambda x: x)
     monkeypatch.setitem(sys.modules, "rerun", rerun)
@@ -441,7 +443,7 @@ def test_what_cannot_be_analysed_is_said_in_one_line(trained, tmp_path, capsys):
         one_line(capsys, *hints)
 
     run = trained / "rssm" / "0"
-    refused(tmp_path / "nowhere", hints=["there is no folder"])
+    refused(tmp_path / "nowhere", hints=["there is no folder", "a run, or one with runs below"])
     refused(hints=["LOGDIR", "--help"])
     (tmp_path / "file").write_text("")
     refused(run, "--out", tmp_path / "file", hints=["--out is", "a file: name a folder"])

@@ -149,6 +149,12 @@ def test_what_is_no_number_is_refused(trained):
             agent.policy(bad)
     with pytest.raises(ValueError, match=r"reset is \(2,\), not \(3,\)"):
         agent.make_policy(3)(np.zeros((3, 4)), reset=[True, False])
+    image = hidreamer.load(trained("rssm", "image"))
+    pictures = np.zeros((2, 32, 32, 3), np.uint8)
+    for one, obs in ((agent, np.zeros((2, 4))), (agent, np.zeros(12)), (image, pictures)):
+        with pytest.raises(ValueError, match="; 3 environments have one each: ") as error:
+            one.make_policy(3)(obs)
+        assert "\n" not in str(error.value)
     for bad in (None, 3, [rows], np.zeros((3, 4))):
         with pytest.raises(ValueError, match="an episode is a dict of arrays, or the path"):
             agent.encode(bad)
