@@ -67,6 +67,11 @@ class Dreams:
             return spaces.Box(-np.inf, np.inf, shape, np.float32)
         decoder = agent.world_model.decoder
         keys = [*decoder.kinds["image"], *decoder.sizes]
+        if not keys:
+            raise ConfigError(
+                f"{agent.folder} decodes nothing: ask for features, or train with"
+                " --decoder.probe true"
+            )
         shown = {key: agent.obs_space[key] for key in keys}
         return spaces.Dict(shown) if len(shown) > 1 else shown[keys[0]]
 

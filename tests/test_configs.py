@@ -1,4 +1,4 @@
-"""Every preset builds, every key is read, and a wrong argument is told in one line."""
+"""Every preset builds, every key is read, and a wrong argument is one clear line."""
 
 import re
 
@@ -143,7 +143,8 @@ SPACES = {  # what tasks of a suite show, and what can be done there
 def networks():
     """{(sizes of all networks, suite): names of the presets and latent states that have them}."""
     found = {}
-    for preset in ["defaults", *PRESETS]:
+    between = {f"size{n}m" for n in (12, 25, 50, 100)}  # the smallest and the largest do
+    for preset in ["defaults", *(name for name in PRESETS if name not in between)]:
         for kind in TYPES:
             config = tools.load_config(
                 [preset] if preset in PRESETS else [], {"dynamics.type": kind}
