@@ -26,6 +26,8 @@ CHANGEABLE_KEYS |= {"replay.store", "replay.keep_episodes"}
 FORMER_KEYS = {f"loss_scales.{key}": f"model.losses.{key}" for key in ("decoder", "reward", "cont")}
 
 
+FEW = 40  # names that a message lists whole
+
 # ---------------------------------------------------------------- config
 
 
@@ -92,11 +94,15 @@ def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest(name: str, names: Any) -> str:
-    """', did you mean x or y?', or the whole list where nothing is near."""
-    close = difflib.get_close_matches(name, list(names), 3, 0.5)
-    return (
-        f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
-    )
+    """ "did you mean x or y?"; where none is near the whole list, or the nearest of a long one."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, 3, 0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if len(names) <= FEW:
+        return f"there are {', '.join(names)}"
+    nearest = difflib.get_close_matches(name, names, 3, 0.0)
+    return f"the nearest of {len(names)} are {', '.join(nearest)}"
 
 
 def sentences() -> dict[str, str]:

@@ -52,12 +52,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def missing(folder: str | os.PathLike) -> str:
-    """One line where a folder that is to be read is none, else ""."""
+def missing(folder: str | os.PathLike, of: str = "a run or of an export") -> str:
+    """One line where a folder that is to be read is none, else "". of: what it is to be of."""
     path = Path(folder).expanduser()
     if not path.exists():
-        return f"there is no folder {path}: name that of a run or of an export"
-    return "" if path.is_dir() else f"{path} is a file: name the folder of a run or of an export"
+        return f"there is no folder {path}: name that of {of}"
+    return "" if path.is_dir() else f"{path} is a file: name the folder of {of}"
 
 
 def missing_agent(where: str) -> str:

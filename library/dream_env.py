@@ -44,6 +44,8 @@ class Dreams:
 
     def __init__(self, logdir: Any, horizon: int, decode: bool, start: str, device: str):
         horizon = whole("horizon", horizon, 1, ConfigError)
+        if not isinstance(decode, bool):
+            raise ConfigError(f"decode is {decode!r}; it can be True, False")
         if start not in ("recorded", "real"):
             raise ConfigError(f"start is {start!r}; it can be recorded, real")
         self.agent = logdir if isinstance(logdir, LoadedAgent) else load(logdir, device=device)

@@ -53,6 +53,7 @@ def test_misspelt_names_are_told_with_the_nearest():
     assert "model.lr" in wrong({"model.lrr": "1"})
     assert "tiny_dreamerv3" in wrong(presets=["tiny_dreamer"])
     assert "defaults" not in wrong(presets=["zzz"]).split(";")[0]
+    assert wrong({"zzzz": "1"}).count(",") == 2 and len(wrong({"zzzz": "1"})) < 150  # not all keys
     assert "dynamics" in wrong({"dynamics": "x"})  # a group is no key
 
 
