@@ -1,12 +1,15 @@
-# Everything starts here: `make demo` trains on real Atari Pong, `make test` runs all tests. Both set up a virtual
-# environment in .venv first; nothing but Python 3.11+ (with venv) and make is needed.
+# Everything starts here: `make demo` trains an agent on MinAtar Breakout until it beats random play, `make test` runs
+# all tests. Both set up a virtual environment in .venv first; nothing but Python 3.11+ (with venv) and make is needed.
+# Keys of a demo go into ARGS: make demo-atari ARGS="--steps 100000".
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint gpu-check setup clean
+ARGS ?=
+
+.PHONY: demo demo-atari docs test lint gpu-check setup clean
 
 setup: $(VENV)/ready-all
 
@@ -19,11 +22,24 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/ready-all: $(VENV)/ready
-	$(PIP) -e ".[dmc,crafter,vizdoom,compare,hub,play,ray,slurm,dev]"
+	$(PIP) -e ".[dmc,crafter,minigrid,popgym,vizdoom,compare,hub,play,ray,slurm,docs,dev]"
 	@touch $@
 
-demo: $(VENV)/ready
-	$(RUN) dreamer.py --configs demo tiny_dreamerv3 --logdir runs/demo
+$(VENV)/ready-demo: $(VENV)/ready
+	$(PIP) -e ".[compare,play]"
+	@touch $@
+
+demo: $(VENV)/ready-demo
+	$(RUN) demo.py $(ARGS)
+
+# Real Atari Pong: the model learns the field and the score in five minutes, a better return than -21 takes far longer.
+demo-atari: $(VENV)/ready-demo
+	$(RUN) demo.py --configs demo_atari tiny_dreamerv3 --logdir runs/demo_atari $(ARGS)
+
+# The documentation as a site, in build/site/index.html; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(RUN) -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html; with its search: $(RUN) -m http.server -d build/site"
 
 # Two processes, a file at a time in each.
 test: setup

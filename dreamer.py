@@ -3,7 +3,8 @@
     python dreamer.py --configs PRESET [PRESET ...] --task SUITE_NAME --logdir FOLDER
         [--key value | --group.key value]
 
-The same command again continues the run.
+The same command again continues the run. --seeds 0 1 2 ... (or --population 3) trains several
+seeds in one process, each in FOLDER/SEED (docs/population.md).
 """
 
 # ruff: noqa: E402  what needs no torch is done before it is loaded
@@ -25,6 +26,7 @@ from typing import Any
 
 import tools
 from hidreamer import app
+from seeds import member_seeds
 from tools import Config, ConfigError
 
 
@@ -38,6 +40,7 @@ def answer(argv: list[str]) -> int | None:
         return 0 if argv else 2
     try:
         args = tools.parse(argv)
+        member_seeds(args.overrides)
         for name in args.capacity or args.presets[-1:] or ["defaults"]:
             tools.load_config([*args.presets[:-1], name], args.overrides)
     except ConfigError as error:
@@ -215,10 +218,65 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
     poll()
 
 
+def train_population(args: tools.Args, seeds: list[int], signals: Signals) -> int:
+    """Train a run of every seed, in LOGDIR/SEED, all at once. -> exit status."""
+    import population
+
+    if args.resume and "logdir" not in args.overrides:
+        raise ConfigError("--resume with several seeds needs a --logdir for their folders")
+    plans = []
+    for seed in seeds:
+        values = args.overrides | {"seed": seed}
+        if "logdir" in values:
+            values["logdir"] = str(Path(str(values["logdir"])) / str(seed))
+        plans.append(prepare(args._replace(overrides=values)))
+    folders = [logdir for _, logdir, _ in plans]
+    screen = Screen(plans[0][0].steps)
+    screen.console.on_broken_pipe = functools.partial(hide_output, screen)
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(checkpoint.locked(folder))
+        population.roll_back(folders)
+        runs = []
+        for seed, (config, logdir, source) in zip(seeds, plans, strict=True):
+            report = lambda text, seed=seed: screen.line(f"{seed}: {text}")
+            runs.append(Run(config, logdir, source, models.pick_device(config), report))
+            stack.callback(runs[-1].close)
+        members = population.Population(runs, screen.line)
+        screen.rates = Rates(*members.totals()[:2])
+
+        def poll() -> None:
+            signals.check()
+            if screen.due():
+                step, updates, score = members.totals()
+                screen.update(step, updates, {}, score)
+
+        members.poll = poll
+        try:
+            signals.defer()
+            with screen:
+                members.train()
+        except Stop as stop:
+            name = signal.Signals(stop.signum).name
+            screen.line(f"{name}: writing {len(members.active)} checkpoints; Ctrl-C ends at once")
+            members.save()
+            screen.line(f"stopped by {name}; the same command continues")
+            return 128 + stop.signum
+        screen.line(
+            "\n".join(f"{run.logdir}: {run.step} steps, {run.updates} updates" for run in runs)
+        )
+        if members.failed:
+            first = next(iter(members.failed.values()))
+            raise Failure(f"{len(members.failed)} of {len(runs)} seeds failed, the first: {first}")
+        return 0
+
+
 def start(argv: list[str], signals: Signals) -> int:
     """Train as the command line says. -> exit status. Raises what ``main`` turns into a line."""
     process.keep_freed_memory()
     args = tools.parse(argv)
+    if seeds := member_seeds(args.overrides):
+        return train_population(args, seeds, signals)
     if args.capacity:
         print(capacity(args))
         return 0

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 import networks
 from hidreamer import precision
-from hidreamer.behavior import Behavior
+from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
 from hidreamer.dynamics.base import Feat, Post, start_steps
 from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
-from hidreamer.objectives import Continue, Objective, Reconstruction, Reward
-from hidreamer.optim import joint_name, make_optimizers
+from hidreamer.objectives import Harmony, make_objectives
+from hidreamer.optim import Optimizer, joint_name, make_optimizers
+from hidreamer.update import behavior_losses, step_together, train_step
 from hidreamer.weights import load_state
 from tools import Config, ConfigError
 
@@ -48,15 +49,18 @@ class WorldModel(nn.Module):
         embed, positions = self.encoder.dim, self.encoder.map_positions
         self.dynamics = make_dynamics(config.dynamics, embed, act_dim, positions)
         self.feat_dim = self.dynamics.feat_dim
-        self.decoder = networks.Decoder(self.feat_dim, obs_space, **config.decoder)
+        weights, block = config.model.losses, dict(config.decoder)
+        self.probed = block.pop("probe") and not weights.decoder
+        make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
+        self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
-        self.objectives: dict[str, Objective] = {
-            "decoder": Reconstruction(self.decoder, self.dynamics),
-            "reward": Reward(self.reward),
-            "cont": Continue(self.cont),
-        }
-        self.scales = {name: config.loss_scales[name] for name in self.objectives}
+        self.objectives = make_objectives(self, config)
+        for name, objective in self.objectives.items():
+            if isinstance(objective, nn.Module):
+                self.add_module(name, objective)
+        self.scales = {name: weights[name] for name in self.objectives}
+        self.harmony = Harmony(weights.harmony) if weights.harmony else None
 
     def observe(
         self,
@@ -81,10 +85,16 @@ class WorldModel(nn.Module):
         """
         carry, post, embed = self.observe(obs, generator=generator)
         losses, metrics = self.dynamics.loss(post)
+        groups = dict.fromkeys(losses, "dynamics")  # for ``Harmony``
         for name, objective in self.objectives.items():
-            found = objective.loss(post, embed, obs, generator)
+            found, more = objective.loss(post, embed, obs, generator)
             assert not found.keys() & losses.keys(), (name, found.keys())
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
+            groups |= dict.fromkeys(found, name if name in ("reward", "cont") else "observation")
+            metrics |= more
+        if self.harmony is not None:
+            losses, more = self.harmony.balance(losses, groups)
+            metrics |= more
         for name, loss in losses.items():
             assert loss.shape == embed.shape[:2], (name, loss.shape)
         return losses, carry, post, embed, metrics
@@ -174,8 +184,10 @@ class Agent(nn.Module):
     def trained(self) -> dict[str, dict[str, nn.Module]]:
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
-        names = ("encoder", "dynamics", *wm.objectives)
+        names = ["encoder", "dynamics", *wm.objectives, *(["harmony"] if wm.harmony else [])]
         modules = {"model": {name: getattr(wm, name) for name in names}}
+        if wm.probed:
+            modules["probe"] = {"decoder": wm.decoder}
         for prefix, behavior in self.behaviors().items():
             if prefix:
                 modules["expl_model"] = {"ensemble": self.explorer.ensemble}
@@ -183,10 +195,10 @@ class Agent(nn.Module):
             modules[f"{prefix}critic"] = {"critic": behavior.critic}
         return modules
 
-    def make_optimizers(self) -> None:
+    def make_optimizers(self, cls: type[Optimizer] = Optimizer) -> None:
         """After the agent was moved to its device. One for each loss, or one for all."""
         capturable = next(self.parameters()).is_cuda
-        self.optimizers = make_optimizers(self.trained(), self.config, capturable)
+        self.optimizers = make_optimizers(self.trained(), self.config, capturable, cls)
 
     def make_update(
         self,
@@ -292,10 +304,8 @@ class Agent(nn.Module):
     def tensors(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Arrays on the agent's device."""
         device = next(self.parameters()).device
-        batch = {}
-        for key, x in rows.items():
-            batch[key] = torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        return batch
+        move = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        return {key: move(x) for key, x in rows.items()}
 
     @torch.no_grad()
     def decode_state(
@@ -320,62 +330,48 @@ class Agent(nn.Module):
         batch: raw (B,T,...), on the device. generator: where all random numbers come from, None
         being torch's default one.
         """
-        with self.autocast():
-            obs = networks.preprocess(batch)
-            losses, carry, post, embed, mets = self.world_model.loss(obs, generator)
-        loss = sum(losses.values()).mean()
-        metrics = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
-        metrics |= {"model_loss": loss.detach()} | mets | self._step("model", loss)
-        self.world_model.dynamics.update_codebook(post, generator)
-
-        starts = self.config.imag.starts
-        terminal = obs["is_terminal"][:, start_steps(embed.shape[1], starts)].flatten()
-        with torch.no_grad():
-            start = self.world_model.dynamics.starts(carry, post, starts)
-        extrinsic = lambda traj, rew: rew
-        metrics |= self._update_behavior("", start, terminal, extrinsic, generator)
-        if self.explorer:
-            with self.autocast():
-                loss = self.explorer.loss(post, embed, obs["prev_action"])
-            metrics |= {"expl_model_loss": loss.detach()} | self._step("expl_model", loss)
-            bonus = self.explorer.reward
-            metrics |= self._update_behavior("expl_", start, terminal, bonus, generator)
-        if self.config.optim == "joint":
-            metrics |= prefixed("joint_", self.optimizers["joint"].apply())
-        for behavior in self.behaviors().values():
-            behavior.update_slow()
+        metrics = train_step(self, networks.preprocess(batch), generator)
         self.metric_names = tuple(metrics)
         return torch.stack([m.float() for m in metrics.values()])
 
-    def _update_behavior(
+    def each(self, fn: Callable, *args: Any) -> Any:
+        """``fn(*args)``, trees of tensors. A population maps it over its members."""
+        return fn(*args)
+
+    def update_behavior(
         self,
         prefix: str,
         start: Any,
         terminal: Tensor,
         reward: Callable,
         generator: torch.Generator | None = None,
+        replayed: Replayed | None = None,
+        model_loss: Tensor | None = None,
     ) -> Metrics:
         """Imagine from N starts, terminal (N,), and train one behavior on the trajectories.
 
-        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1).
+        ``reward`` maps (traj, predicted reward (N,H+1)) to the behavior's reward, (N,H+1). With a
+        ``model_loss`` () the model is trained as well, along that and the critic's.
         """
-        behavior = self.behaviors()[prefix]
-        with self.autocast():
-            traj = behavior.imagine(self.world_model, start, terminal, generator)
-            with torch.set_grad_enabled(behavior.backprop):
-                rew = reward(traj, self.world_model.reward(traj.x).mode())
-            actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
-        steps = self._step(f"{prefix}actor", actor_loss)
-        steps |= self._step(f"{prefix}critic", critic_loss)
-        return prefixed(prefix, metrics) | steps
+        dream = functools.partial(behavior_losses, self, prefix, reward, generator)
+        actor_loss, critic_loss, metrics = self.each(dream, start, terminal, replayed)
+        if model_loss is not None:
+            losses = {"actor": actor_loss, "critic": critic_loss, "model": model_loss + critic_loss}
+            return metrics | step_together(self, losses)
+        metrics = prefixed(prefix, metrics) | self.step(f"{prefix}actor", actor_loss)
+        return metrics | self.step(f"{prefix}critic", critic_loss)
 
-    def _step(self, name: str, loss: Tensor) -> Metrics:
+    def step(self, name: str, loss: Tensor) -> Metrics:
         """Train what ``loss`` is to train: now, or jointly at the end of the update."""
-        if self.config.optim == "joint":
-            modules = [joint_name(name, module) for module in self.trained()[name]]
-            self.optimizers["joint"].gather(loss, modules)
-            return {}
-        return prefixed(f"{name}_", self.optimizers[name].step(loss))
+        if name in self.optimizers:
+            return prefixed(f"{name}_", self.optimizers[name].step(loss))
+        return self.gather_joint(name, loss)
+
+    def gather_joint(self, name: str, loss: Tensor, retain: bool = False) -> Metrics:
+        """Add what ``loss`` is to train to the joint step; ``retain`` its graph. -> no metrics."""
+        modules = [joint_name(name, module) for module in self.trained()[name]]
+        self.optimizers["joint"].gather(loss, modules, retain)
+        return {}
 
 
 def pick_device(config: Config) -> torch.device:

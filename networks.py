@@ -24,6 +24,7 @@ from hidreamer.nets import (
     EPS,
     MLP,
     Block,
+    RMSNorm,
     by_name,
     init_trunc,
     init_uniform,
@@ -89,7 +90,17 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-CHANNEL_NORMS = {"layer": ChannelNorm}  # each: channels -> module over (B, C, H, W)
+class ChannelRMSNorm(RMSNorm):
+    """``RMSNorm`` over the channels of each pixel, (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+CHANNEL_NORMS = {
+    "layer": ChannelNorm,
+    "rms": ChannelRMSNorm,
+}  # each: channels -> module over (B, C, H, W)
 
 
 def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> nn.Module:
@@ -289,14 +300,32 @@ class Decoder(nn.Module):
         return out
 
 
-class TwoHotHead(MLP):
-    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero: it predicts 0."""
+class NoDecoder(nn.Module):
+    """In the place of a ``Decoder``, whose arguments it takes, for a model that decodes nothing."""
 
-    def __init__(self, feat_dim: int, *, layers: int, units: int, **names: str):
+    def __init__(self, *args: object, **sizes: object):
+        super().__init__()
+        self.kinds: dict[str, dict[str, Shape]] = {"image": {}, "grid": {}, "vector": {}}
+        self.sizes: dict[str, int] = {}
+
+    def forward(self, x: Tensor) -> dict[str, dists.MSE | dists.Bernoulli]:
+        return {}
+
+
+class TwoHotHead(MLP):
+    """Reward or value, (..., F) -> TwoHot (...). Its last layer starts at zero: it predicts 0.
+
+    bins: a name of ``distributions.TWO_HOTS``.
+    """
+
+    def __init__(
+        self, feat_dim: int, *, layers: int, units: int, bins: str = "symlog", **names: str
+    ):
         super().__init__(feat_dim, layers, units, dists.BINS, outscale=0.0, **names)
+        self.dist = by_name(dists.TWO_HOTS, bins, "bins")
 
     def forward(self, x: Tensor) -> dists.TwoHot:
-        return dists.TwoHot(super().forward(x))
+        return self.dist(super().forward(x))
 
 
 class BinaryHead(MLP):

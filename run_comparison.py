@@ -4,6 +4,7 @@ and reports what the data support.
     python run_comparison.py --steps 50000 --seeds 3        train, then report
     python run_comparison.py --from FOLDER [FOLDER ...]     report on runs that exist
     python run_comparison.py --paired-offline FOLDER        world models on the same episodes
+    python run_comparison.py --vary KEY VALUE VALUE ...     values of a config key
 
 The same command again continues: finished runs are kept, interrupted ones resume, failed ones get
 another try.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,19 +23,18 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 import tools
 from envs import EnvError
 from hidreamer import app
-from hidreamer.provenance import provenance
+from hidreamer.provenance import note_start, provenance
 from tools import Config, ConfigError
 
 try:
     from analysis import heldout, offline, probes
-    from comparison import backends, fairness, page, runs, summary
+    from comparison import backends, fairness, page, runs, scores, summary
     from comparison.matrix import Job, Matrix
+    from comparison.options import OPTIONS, Arm, arms_of, help_text, parse, resources, seeds
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -46,120 +47,7 @@ except ModuleNotFoundError as error:
 # What a suite needs to be itself; the models' presets are stacked on it. Atari's is the 100k
 # benchmark.
 SUITES = {"atari": "atari100k", "dmc": "dmc_vision", "crafter": "crafter", "vizdoom": "vizdoom"}
-SUITES |= {"minatar": "minatar", "gym": "gym"}
-
-# {option: (default, its sentence)}; anything else on the command line is a config key, for all
-# runs.
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "models": (
-        ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"],
-        "Presets to compare; the first is the baseline.",
-    ),
-    "task": (
-        ["minatar_breakout"],
-        "Tasks that every model is trained on, each with its suite's preset.",
-    ),
-    "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1."),
-    "seed_list": ([], "The seeds by name, instead."),
-    "logdir": (
-        "runs/comparison",
-        "Folder of runs and report (in its offline/ with --paired-offline, in --from with that).",
-    ),
-    "jobs": (
-        0,
-        (
-            "Runs at a time; 0 means half the cores, --per-gpu on each GPU, or all on a cluster. "
-            "At least 0."
-        ),
-    ),
-    "per_gpu": (1, "Runs that share a GPU. At least 1."),
-    "backend": ("local", "Who runs them. One of: local ray slurm."),
-    "resources": (
-        [],
-        (
-            "KEY=VALUE ... for each run on a cluster: num_cpus, memory (ray), slurm_partition "
-            "(slurm), ..."
-        ),
-    ),
-    "allow_differences": (
-        False,
-        "Compare although configs differ outside the latent state; the report says so.",
-    ),
-    "paired_offline": (
-        [],
-        "Folders of recorded episodes (a run's): trains world models only, on the same batches.",
-    ),
-    "updates": (2000, "Updates of each world model, for --paired-offline. At least 1."),
-    "from": ([], "Folders with runs to report on, of any machine; trains nothing."),
-}
-
-
-# ---------------------------------------------------------------- command line
-
-
-def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
-    """-> options, presets for all runs, config values for all runs. Raises ConfigError."""
-    args = tools.parse(argv)
-    values, options = dict(args.overrides), {}
-    if args.resume or args.capacity:
-        raise ConfigError(
-            "--resume and --capacity belong to dreamer.py; here the same command again continues"
-        )
-    for key, (default, sentence) in OPTIONS.items():
-        options[key] = default
-        if key in values:
-            given, like = values.pop(key), default
-            if isinstance(default, list):
-                given, like = given if isinstance(given, list) else [given], default or [""]
-            switched_on = given is True and default is False
-            options[key] = switched_on or tools.coerce(key, given, like, sentence)
-    if options["from"] and options["paired_offline"]:
-        raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
-    known = tools.load_config([], {}).flat()
-    for key in values:
-        if key == "seed":
-            raise ConfigError("--seed is one run's; write --seeds 3 or --seed-list 7 11 13")
-        if key not in known:
-            raise ConfigError(
-                f"there is no option {key!r}; {tools.nearest(key, [*known, *OPTIONS])}"
-            )
-    return SimpleNamespace(**options), args.presets, values
-
-
-def seeds(options: SimpleNamespace) -> list[int]:
-    found = [tools.coerce("seed_list", x, 0, "At least 0.") for x in options.seed_list]
-    found = found or list(range(options.seeds))
-    if len(set(found)) < len(found):
-        raise ConfigError(f"--seed-list names a seed twice: {' '.join(map(str, found))}")
-    return found
-
-
-def resources(options: SimpleNamespace) -> dict[str, Any]:
-    """{"num_cpus": 2} of ["num_cpus=2"]."""
-    found = {}
-    for word in options.resources:
-        key, _, value = word.partition("=")
-        try:
-            found[key] = YAML(typ="safe").load(value)
-        except YAMLError:
-            value = ""
-        if not value:
-            raise ConfigError(f"--resources has {word!r}; write KEY=VALUE ...")
-    return found
-
-
-def help_text() -> str:
-    train, ours = (" ".join(app.command(module)) for module in ("dreamer", "run_comparison"))
-    lines = [__doc__.strip().replace("python run_comparison.py", ours), ""]
-    for key, (default, sentence) in OPTIONS.items():
-        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
-        lines.append(f"  --{key.replace('_', '-'):<18} {sentence} [{shown}]")
-    lines += [
-        "  --configs NAME ...   Presets stacked on the suite's for all runs, below the model's.",
-        f"  --key value          Any config key ({train} --help), for all runs.",
-    ]
-    return "\n".join(lines)
-
+SUITES |= {suite: suite for suite in ("minatar", "gym", "minigrid", "pinpad", "popgym")}
 
 # ---------------------------------------------------------------- the matrix
 
@@ -177,8 +65,11 @@ class Content(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be run, once it is known to be fair and possible."""
+    """What is to be run, once it is known to be fair and possible. What is called a model is an
+    arm, by its name: a model, with its value of --vary where there is one.
+    """
 
+    arms: dict[str, Arm]
     stacks: dict[tuple[str, str], list[str]]  # presets, by task and model
     configs: dict[tuple[str, str], Config]
     values: dict[str, Any]  # config values for all
@@ -190,44 +81,73 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
     for key in ("models", "task"):
         if len(set(names := getattr(options, key))) < len(names):
             raise ConfigError(f"--{key} names one twice: {' '.join(names)}")
+    compared = arms_of(options)
     stacks, configs, differing = {}, {}, {}
     for task in options.task:
         suite = [SUITES[kind]] if (kind := task.partition("_")[0]) in SUITES else []
-        for model in options.models:
-            stacks[task, model] = [*suite, *presets, model]
-            configs[task, model] = tools.load_config(stacks[task, model], {**values, "task": task})
-        differing |= fairness.unfair(
-            {model: configs[task, model].flat() for model in options.models}
-        )
+        for model, arm in compared.items():
+            stacks[task, model] = [*suite, *presets, arm.preset]
+            own = {**values, **arm.values, "task": task}
+            configs[task, model] = tools.load_config(stacks[task, model], own)
+        flat = {model: configs[task, model].flat() for model in compared}
+        if options.vary:
+            key, *given = options.vary
+            if len({str(config[key]) for config in flat.values()}) < len(given):
+                raise ConfigError(f"--vary names one value twice: {' '.join(given)}")
+        differing |= fairness.unfair(flat, options.vary[:1])
     refuse(differing, options)
-    counted = {
-        model: fairness.capacity(configs[options.task[0], model]) for model in options.models
-    }
-    return Plan(stacks, configs, values, differing, counted)
+    counted = {model: fairness.capacity(configs[options.task[0], model]) for model in compared}
+    return Plan(compared, stacks, configs, values, differing, counted)
 
 
-def command(plan: Plan, task: str, model: str, seed: int, folder: Path) -> list[str]:
-    """What dreamer.py and a paired-offline job have in common."""
+def command(plan: Plan, task: str, model: str, folder: Path, *seed: str) -> list[str]:
+    """What dreamer.py and a paired-offline job have in common. seed: --seed or --seeds."""
     words = ["--configs", *plan.stacks[task, model], "--task", task]
-    words += ["--seed", str(seed), "--logdir", str(folder)]
-    for key, value in plan.values.items():
+    words += [*seed, "--logdir", str(folder)]
+    for key in plan.values | plan.arms[model].values:
+        value = plan.configs[task, model].flat()[key]
         words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 
+def note(plan: Plan, model: str) -> dict[str, Any]:
+    """What a run's folder says of its place in the comparison."""
+    varied = plan.arms[model].values
+    if not varied:
+        return {"model": model}
+    return {"model": model, "varied": next(iter(varied)), "arm": list(plan.arms).index(model)}
+
+
 def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
     """Run all jobs. -> the signal that stopped it, or 0; what there is to report."""
-    jobs = []
-    for seed, task, model in itertools.product(seeds(options), options.task, options.models):
-        home, steps = folder / task / model / str(seed), plan.configs[task, model].steps
-        words = [sys.executable, str(app.ROOT / "dreamer.py")]
-        words += command(plan, task, model, seed, home)
-        done = functools.partial(runs.finished, home, steps)
-        jobs.append(Job(f"{task}/{model}/{seed}", words, home, steps, done, {"model": model}))
+    jobs, homes, numbers = [], [], seeds(options)
+    dreamer = [sys.executable, str(app.ROOT / "dreamer.py")]
+    for task, model in itertools.product(options.task, plan.arms):
+        above, steps = folder / task / model.replace("/", "_"), plan.configs[task, model].steps
+        done = [functools.partial(runs.finished, above / str(seed), steps) for seed in numbers]
+        name, about = f"{task}/{model}", note(plan, model)
+        if options.side_by_side:
+            words = [*dreamer, *command(plan, task, model, above, "--seeds", *map(str, numbers))]
+            whole = lambda done=done: all(finished() for finished in done)
+            for seed, finished in zip(numbers, done, strict=True):
+                if not finished():  # the job's own note is above
+                    (above / str(seed)).mkdir(parents=True, exist_ok=True)
+                    note_start(above / str(seed), about)
+            first = above / str(numbers[0])
+            jobs.append(Job(name, words, above, steps, whole, about, watched=first))
+        for seed, finished in zip(numbers, done, strict=True):
+            homes.append(above / str(seed))
+            if not options.side_by_side:
+                words = [*dreamer, *command(plan, task, model, homes[-1], "--seed", str(seed))]
+                jobs.append(Job(f"{name}/{seed}", words, homes[-1], steps, finished, about))
+    by_seed = lambda home: numbers.index(int(home.name))
+    homes.sort(key=by_seed)
+    if not options.side_by_side:  # the first seed of all models before the second of any
+        jobs.sort(key=lambda job: by_seed(job.folder))
     signum, failed = run(jobs, options, plan, folder)
-    found = [runs.read(job.folder) for job in jobs if (job.folder / "metrics.jsonl").exists()]
+    found = [runs.read(home) for home in homes if (home / "metrics.jsonl").exists()]
     return signum, Content(
-        options.models, found, plan.capacity, options.task[0], plan.differences, failed
+        list(plan.arms), found, plan.capacity, options.task[0], plan.differences, failed
     )
 
 
@@ -238,36 +158,40 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     if len(options.task) > 1:
         raise ConfigError("--paired-offline compares on one --task, that of the episodes")
     jobs, (task,), updates = {}, options.task, options.updates
+    compared = list(plan.arms)
     sources = [str(Path(source).expanduser().resolve()) for source in options.paired_offline]
-    offline.check(offline.find(sources), plan.configs[task, options.models[0]])
-    for seed, model in itertools.product(seeds(options), options.models):
-        home = folder / task / model / str(seed)
-        words = [sys.executable, "-m", "analysis.offline", *command(plan, task, model, seed, home)]
+    offline.check(offline.find(sources), plan.configs[task, compared[0]])
+    for seed, model in itertools.product(seeds(options), compared):
+        home = folder / task / model.replace("/", "_") / str(seed)
+        words = [sys.executable, "-m", "analysis.offline"]
+        words += command(plan, task, model, home, "--seed", str(seed))
         words += ["--episodes", *sources, "--updates", str(updates)]
         done = functools.partial(offline.finished, home, updates)
         jobs[model, seed] = Job(
-            f"{task}/{model}/{seed}", words, home, updates, done, {"model": model}, "updates"
+            f"{task}/{model}/{seed}", words, home, updates, done, note(plan, model), "updates"
         )
     signum, failed = run(list(jobs.values()), options, plan, folder)
-    results = {model: [] for model in options.models}
+    results = {model: [] for model in compared}
     for seed in seeds(options):
-        of_seed = [jobs[model, seed] for model in options.models]
+        of_seed = [jobs[model, seed] for model in compared]
         if all(job.finished() for job in of_seed):
-            for job, model in zip(of_seed, options.models, strict=True):
+            for job, model in zip(of_seed, compared, strict=True):
                 results[model].append(offline.read(job.folder))
     note = heldout.NOTE
-    if probes.possible(plan.configs[task, options.models[0]]):
+    if probes.possible(plan.configs[task, compared[0]]):
         note += f" {probes.NOTE}"
     about = {"sceptic": heldout.BASELINE, "note": note, "task": task, "sources": sources}
     found = summary.paired(results, about) if any(results.values()) else None
-    return signum, Content(options.models, [], plan.capacity, task, plan.differences, failed, found)
+    return signum, Content(compared, [], plan.capacity, task, plan.differences, failed, found)
 
 
 def run(
     jobs: list[Job], options: SimpleNamespace, plan: Plan, folder: Path
 ) -> tuple[int, list[dict[str, str]]]:
     """-> the signal that stopped it, or 0; what failed."""
-    backend = make_backend(options, plan.configs[options.task[0], options.models[0]].device, folder)
+    backend = make_backend(
+        options, plan.configs[options.task[0], next(iter(plan.arms))].device, folder
+    )
     signum = Matrix(jobs, backend, Console()).run()
     failed = []
     for job in jobs:
@@ -302,9 +226,11 @@ def refuse(differing: fairness.Differences, options: SimpleNamespace) -> None:
 
 def collect(options: SimpleNamespace) -> Content:
     """Runs that exist; unless --models says otherwise the flat state is the baseline."""
-    found = runs.find(map(Path, getattr(options, "from")))
+    found = scores.find(Path(path).expanduser() for path in getattr(options, "from"))
     kinds = {run.model: run.config["dynamics.type"] for run in found}
-    order = sorted(kinds, key=lambda model: (kinds[model] != "rssm", kinds[model], model))
+    arms = {run.model: run.start.get("arm", 0) for run in found}  # values of --vary, as given
+    key = lambda model: (arms[model], kinds[model] != "rssm", kinds[model], model)
+    order = sorted(kinds, key=key)
     if options.models != OPTIONS["models"][0]:
         if missing := [model for model in options.models if model not in kinds]:
             raise ConfigError(
@@ -312,12 +238,15 @@ def collect(options: SimpleNamespace) -> Content:
             )
         order = options.models
     found = [run for run in found if run.model in order]
-    differing = fairness.unfair_runs(found)
+    differing = fairness.unfair_runs([run for run in found if run.known])
     refuse(differing, options)
     task = found[0].task
     counted = {}
     for run in found:
         if run.task == task and run.model not in counted:
+            if not run.known:
+                counted[run.model] = {"error": "only scores are known, not what it is made of"}
+                continue
             try:
                 counted[run.model] = fairness.capacity(Config(tools.unflatten(run.config)))
             # a game, a structure, a key that this machine does not have
@@ -329,6 +258,8 @@ def collect(options: SimpleNamespace) -> Content:
 def write(what: Content, folder: Path, argv: list[str]) -> None:
     """summary.json, report.md, report.html and curves.png."""
     report = summary.summarise(what.runs, what.models)
+    for row in report["runs"]:  # no machine's path in what may be published
+        row["folder"] = os.path.relpath(row["folder"], folder)
     known = {model: what.capacity.get(model, {}) | report["costs"][model] for model in what.models}
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "rliable")
@@ -346,6 +277,7 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
         "counted_on": what.task,
         "warnings": warnings,
         "offline": what.offline,
+        "varied": ", ".join(sorted({x.start["varied"] for x in what.runs if "varied" in x.start})),
     }
     page.write(
         summary.plain(report | {"differences": what.differences, "failed": what.failed}), folder
@@ -360,7 +292,7 @@ def main(argv: list[str]) -> int:
     128 + signal after a signal.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text())
+        print(help_text(__doc__))
         return 0
     try:
         options, presets, values = parse(argv)
@@ -368,7 +300,8 @@ def main(argv: list[str]) -> int:
         if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
             if options.logdir == OPTIONS["logdir"][0]:
-                folder = Path(sources[0]).resolve()
+                folder = Path(sources[0]).expanduser().resolve()
+                folder = folder.with_name(f"{folder.stem}-report") if folder.is_file() else folder
         elif options.paired_offline:
             folder /= "offline"
             signum, what = train_offline(options, make_plan(options, presets, values), folder)
@@ -383,6 +316,9 @@ def main(argv: list[str]) -> int:
         for failed in what.failed:
             print(f"\n{failed['name']}: {failed['reason']}\n{failed['log']}\n", file=sys.stderr)
         write(what, folder, argv)
+        if options.export:
+            scores.write(what.runs, Path(options.export).expanduser())
+            print(f"scores: {options.export}")
         print(f"report: {folder / 'report.html'}")
         return 1 if what.failed else 0
     except (ConfigError, EnvError) as error:

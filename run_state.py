@@ -75,6 +75,7 @@ def snapshot(run: Any) -> dict[str, Any]:
         "log_size": run.logger.flush(),
         "wandb_id": run.logger.wandb_id,
         "copy_from": run.copy_from,
+        "moment": run.moment,
     }
 
 
@@ -113,7 +114,7 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
 def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
     _restore_counters(run, state)
     run.running_files = [state["running_file"]]
-    run.copy_from = state.get("copy_from", "")
+    run.copy_from, run.moment = state.get("copy_from", ""), state.get("moment", 0)
     rng = np.random.default_rng()
     rng.bit_generator.state = state["replay_rng"]
     run.replay = run.make_replay(state["episodes"], rng)

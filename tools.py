@@ -18,17 +18,15 @@ from ruamel.yaml.error import YAMLError
 CONFIGS = Path(__file__).parent / "configs.yaml"
 # What a run may change when it is continued; everything else makes it another run.
 CHANGEABLE_KEYS = {"steps", "device", "compile", "precision", "logger", "logdir", "video"}
-CHANGEABLE_KEYS |= {
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "eval_episodes",
-    "eval_greedy",
-    "eval_time_limit",
-}
-CHANGEABLE_KEYS |= {"decode_levels", "env.invalid", "threads"}
-CHANGEABLE_KEYS |= {"env.parallel", "env.timeout", "replay.store", "replay.keep_episodes"}
+CHANGEABLE_KEYS |= {f"{name}_every" for name in ("log", "eval", "checkpoint")}
+CHANGEABLE_KEYS |= {f"eval_{name}" for name in ("episodes", "greedy", "time_limit")}
+CHANGEABLE_KEYS |= {"decode_levels", "env.invalid", "env.parallel", "env.timeout", "threads"}
+CHANGEABLE_KEYS |= {"replay.store", "replay.keep_episodes"}
+# {former name: name} of keys of older runs, which are accepted as well.
+FORMER_KEYS = {f"loss_scales.{key}": f"model.losses.{key}" for key in ("decoder", "reward", "cont")}
 
+
+FEW = 40  # names that a message lists whole
 
 # ---------------------------------------------------------------- config
 
@@ -90,12 +88,21 @@ def flatten(tree: Mapping, path: str = "") -> dict[str, Any]:
     return out
 
 
+def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"group.key": value} with present names for FORMER_KEYS."""
+    return {FORMER_KEYS.get(key, key): value for key, value in flat.items()}
+
+
 def nearest(name: str, names: Any) -> str:
-    """', did you mean x or y?', or the whole list where nothing is near."""
-    close = difflib.get_close_matches(name, list(names), 3, 0.5)
-    return (
-        f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names))}"
-    )
+    """ "did you mean x or y?"; where none is near the whole list, or the nearest of a long one."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, 3, 0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if len(names) <= FEW:
+        return f"there are {', '.join(names)}"
+    nearest = difflib.get_close_matches(name, names, 3, 0.0)
+    return f"the nearest of {len(names)} are {', '.join(nearest)}"
 
 
 def sentences() -> dict[str, str]:
@@ -160,7 +167,7 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
         if name not in blocks:
             raise ConfigError(f"there is no preset {name!r}; {nearest(name, blocks)}")
         layers.append((f" (in preset {name})", flatten(blocks[name] if name != "defaults" else {})))
-    for where, layer in [*layers, ("", overrides)]:
+    for where, layer in [*layers, ("", current_names(overrides))]:
         for key, value in layer.items():
             if key not in flat:
                 raise ConfigError(f"there is no config key {key!r}{where}; {nearest(key, flat)}")
@@ -169,12 +176,12 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """{"group.key": value} of a run's config.yaml, as it was written. Raises ConfigError."""
+    """{"group.key": value} of a run's config.yaml, by present names. Raises ConfigError."""
     try:
         tree = YAML(typ="safe").load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(tree, Mapping):
             raise ValueError("it has no keys")
-        return flatten(tree)
+        return current_names(flatten(tree))
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if mark := getattr(error, "problem_mark", None):
@@ -189,7 +196,7 @@ def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
     """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be
     continued as ``new``.
     """
-    before, now = flatten(old), new.flat()
+    before, now = current_names(flatten(old)), new.flat()
     # A key that the old config lacks is younger than the run.
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
     if changed:

@@ -16,9 +16,7 @@ import torch
 import models
 import run_state
 import tools
-from envs import make_env
-from envs.base import Env
-from envs.vector import Envs
+from envs.errors import ActionError
 from hidreamer import checkpoint, cost, evaluation, precision, process
 from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.feed import Feed
@@ -27,47 +25,12 @@ from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import note_start, provenance
 from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_action
+from run_setup import evaluation_generator, make_envs, make_generator
 from tools import Config, ConfigError
 
 
 class Failure(Exception):
     """One line: the run cannot continue, and why."""
-
-
-def make_envs(
-    config: Config, count: int, role: int, generation: int, error_log: Path | None = None
-) -> Envs:
-    """A run's environments, seeded by all of these numbers.
-
-    role: 0 for training, 1 for an evaluation. generation: how often the run was continued, or the
-    step of the evaluation. Raises EnvError.
-    """
-    task, block, seed = config.task, config.env.tree(), config.seed
-    if role == 1:
-        block["time_limit"] = evaluation.time_limit(config)
-
-    def make(index: int, restart: int) -> Env:
-        entropy = [seed, role, generation, index, restart]
-        number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-        return make_env(task, block, number, index=index, evaluation=role == 1)
-
-    return Envs(make, count, config.env.parallel, config.env.timeout, error_log)
-
-
-def evaluation_generator(config: Config, step: int, device: torch.device) -> torch.Generator:
-    """The random numbers of a run's evaluation at ``step``."""
-    number = np.random.SeedSequence([config.seed, 1, step]).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(number))
-
-
-def make_generator(device: torch.device) -> torch.Generator:
-    """The random numbers of a run: on the CPU those that torch's default generator would go on
-    with.
-    """
-    generator = torch.Generator(device)
-    if device.type == "cpu":
-        return generator.set_state(torch.get_rng_state())
-    return generator.manual_seed(torch.initial_seed())
 
 
 class Run:
@@ -126,6 +89,7 @@ class Run:
         self.pending_updates = 0.0  # that the replay ratio asks for by now
         self.started = False  # whether there was enough data for a first update
         self.restarts = 0  # of environments, before this process
+        self.moment = 0  # of the last checkpoint that a population's members wrote together
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
         self.scores = EpisodeScores(n, self.envs.log_keys)
@@ -206,25 +170,42 @@ class Run:
         if self.unsaved:
             self.save()
 
-    def _run_due(self) -> None:
+    @property
+    def update_due(self) -> bool:
         # A replay that lost its episodes is not ready.
-        while self.pending_updates >= 1.0 and self.replay.ready():
+        return self.pending_updates >= 1.0 and self.replay.ready()
+
+    def _run_due(self) -> None:
+        while self.update_due:
             self.poll()
-            self._update()
+            self.learn()
+        self.run_periodic(self.save)
+
+    def run_periodic(self, save: Callable[[], None]) -> None:
+        """The log, the checkpoint (``save``) and the evaluation that are due."""
         if self.every["log"].due(self.step):
             self.log()
         # Before the evaluation, so that a kill during it costs no more than it.
         if self.every["checkpoint"].due(self.step):
-            self.save()
+            save()
         if self.every["eval"].due(self.step):
             self.unsaved = True
             self.evaluate()
 
     def _collect(self) -> None:
         """One step of every environment into the replay."""
-        config = self.config
         action = None if self.obs is None else self._policy()
-        self.obs = obs = self.envs.step(action)
+        self.envs.send(action)
+        self.store(action)
+
+    def store(self, action: np.ndarray | None) -> None:
+        """The step of every environment that ``action`` began, into the replay."""
+        config = self.config
+        try:
+            self.obs = obs = self.envs.receive()
+        except ActionError:
+            self.metrics()  # of an agent that became NaN actions are invalid as well
+            raise
         self.unsaved = True
         first = obs["is_first"]
         prev = np.zeros((len(first), self.envs.act_dim), np.float32) if action is None else action
@@ -265,6 +246,18 @@ class Run:
 
     def _policy(self) -> np.ndarray:
         """(count, A) actions for the last observations."""
+        inputs = self.policy_inputs()
+        if isinstance(inputs, np.ndarray):
+            return inputs
+        return self.choose(*inputs)
+
+    def choose(self, state: models.ActState, obs: dict[str, np.ndarray], mode: str) -> np.ndarray:
+        """Follow ``obs`` (count, ...). -> the agent's actions (count, A)."""
+        self.act = self.agent.act(state, self.agent.tensors(obs), mode, self.generator)
+        return self.act.action.cpu().numpy()
+
+    def policy_inputs(self) -> np.ndarray | tuple[models.ActState, dict[str, np.ndarray], str]:
+        """Random actions (count, A), or what ``Agent.act`` is to be given: state, obs, mode."""
         expl = self.config.expl
         exploring = expl.behavior != "greedy" and (expl.until == 0 or self.step < expl.until)
         if not self._prefilled() or (exploring and expl.behavior == "random"):
@@ -275,14 +268,17 @@ class Run:
             # The state of the earlier steps is unknown: start as a replayed chunk starts.
             self.act = self.agent.initial(self.envs.count)
             obs["is_first"] = np.ones_like(obs["is_first"])
-        mode = "explore" if exploring else "train"
-        self.act = self.agent.act(self.act, self.agent.tensors(obs), mode, self.generator)
-        return self.act.action.cpu().numpy()
+        return self.act, obs, "explore" if exploring else "train"
 
-    def _update(self) -> None:
+    def learn(self) -> None:
+        """One update, which ``update_due`` asked for."""
         batch = self.feed.send(self.replay.sample(out=self.feed.rows()))
         del batch["is_last"]
-        self.window.add(self.update(batch))
+        self.count_update(self.update(batch))
+
+    def count_update(self, metrics: torch.Tensor) -> None:
+        """An update was made; its metrics (M,)."""
+        self.window.add(metrics)
         self.updates += 1
         self.pending_updates -= 1.0
         self.unsaved = True
@@ -318,6 +314,7 @@ class Run:
         rates = {
             "perf/frames_per_s": frames,
             "perf/updates_per_s": updates,
+            "perf/cpu_s": self.rates.cpu_s,
             "perf/peak_mb": cost.peak_mb(self.device),
         }
         self.logger.scalars(self.step, self.logged | counts | rates)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.longest < SHORTEST:
         raise app.UsageError(f"--longest is {args.longest}; it must be at least {SHORTEST}")
     for folder in args.logdirs:
-        if problem := app.missing(folder):
+        if problem := app.missing(folder, "a run, or one with runs below it"):
             raise app.UsageError(problem)
     if args.out and args.out.exists() and not args.out.is_dir():
         raise app.UsageError(f"--out is {args.out}, a file: name a folder")
@@ -82,4 +83,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     sys.exit(app.run(main))

@@ -47,7 +47,7 @@ def look(model: WorldModel, obs: Mapping[str, Tensor]) -> Attention | None:
     finally:
         for layer in layers:
             del layer.project  # the class's own again
-    length, levels, window = obs["reward"].shape[1], dynamics.levels, dynamics.window
+    length, levels, window = obs["reward"].shape[1], dynamics.positions, dynamics.window
     place = Layout.of(length, levels, 1, caught[0][0].device)
     rows = place.time, place.level
     mask = attn_mask(dynamics.level_mask, rows, rows, window)  # (Q, Q)

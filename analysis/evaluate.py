@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,4 +123,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     sys.exit(app.run(main))

@@ -17,8 +17,8 @@ import tools
 from analysis import factors
 from comparison import runs
 from envs import make_env
-from hidreamer.checkpoint import load_checkpoint
 from hidreamer.replay import Rows
+from library import source
 from tools import Config, ConfigError
 
 # Settings of environments that change neither what is seen nor what may be done.
@@ -61,7 +61,7 @@ def load(run: runs.Run) -> Subject:
         config = tools.load_config([], saved)
     except ConfigError as error:
         raise ConfigError(f"{where}, it is a run of another version: {error}") from None
-    state = load_checkpoint(run.folder / "checkpoints" / "latest.pt", {"agent": dict})
+    state = source.newest(source.checkpoints_of(run.folder))
     env = make_env(config.task, config.env.tree(), 0)
     try:
         tools.seed_all(config.seed)  # the parameters that training began from

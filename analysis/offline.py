@@ -33,6 +33,7 @@ from hidreamer.checkpoint import READ_ERRORS, CheckpointError
 from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
 from hidreamer.replay import Replay, Rows, Spec, row_spec
+from hidreamer.update import probe_step
 from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out
@@ -136,6 +137,11 @@ class Trainer:
                 f"a sequence needs {config.replay.length}"
             )
         decoder = self.agent.world_model.decoder
+        if not any(decoder.kinds.values()):
+            raise ConfigError(
+                "models are judged by what they decode, and this one decodes nothing: add"
+                " --decoder.probe true"
+            )
         rows = self.replay.streams[0].slice(0, total)
         self.baseline = heldout.Baseline(rows, [*decoder.kinds["image"], *decoder.sizes])
         self.update, self.signal = 0, 0
@@ -181,6 +187,8 @@ class Trainer:
         loss = sum(losses.values()).mean()
         self.agent.optimizers["model"].step(loss)
         self.agent.world_model.dynamics.update_codebook(post)
+        if self.agent.world_model.probed:
+            probe_step(self.agent, post, obs)
         self.update += 1
         return loss.detach()
 

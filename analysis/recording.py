@@ -37,7 +37,7 @@ def write(
     stream = rerun.RecordingStream("hidreamer")
     stream.save(path)
     for subject, found in read:
-        name, scene, drawn = subject.name, pictures.follow(subject, episode, index), {}
+        name, scene, drawn = subject.name.split("/"), pictures.follow(subject, episode, index), {}
         if pictures.drawable(subject):
             feat = scene.post.feat
             coarse = subject.agent.world_model.dynamics.coarse_features(feat)
@@ -45,14 +45,14 @@ def write(
             drawn = {"seen": pictures.truth(scene, slice(None))}
             drawn |= dict(zip(["all", *coarse], frames, strict=True))
         levels = latents.names(subject.agent.world_model.dynamics)
-        for t in range(len(episode)):
+        for t in range(len(episode)):  # paths by their parts: names hold spaces
             stream.set_time("step", sequence=t)
             for key, frames in drawn.items():
-                stream.log(f"{name}/pictures/{key}", rerun.Image(frames[t]))
+                stream.log([*name, "pictures", key], rerun.Image(frames[t]))
             for level, nats in zip(levels, found[index].kl[t], strict=True):
-                stream.log(f"{name}/kl/{level}", rerun.Scalars(float(nats)))
+                stream.log([*name, "kl", level], rerun.Scalars(float(nats)))
             stream.log("reward", rerun.Scalars(float(episode.rows["reward"][t])))
             for factor, values in episode.factors.items():
-                stream.log(f"factors/{factor}", rerun.Scalars(float(values[t])))
+                stream.log(["factors", factor], rerun.Scalars(float(values[t])))
     stream.flush()
     stream.disconnect()

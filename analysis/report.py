@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis import drawings, information, readout, summary
 from analysis.latents import CONTEXT, HORIZONS
-from analysis.summary import Report, estimate, listed, mean_score, score
+from analysis.summary import UNTRAINED, Report, estimate, listed, mean_score, score
 from comparison import figures, parts
 from comparison.parts import Section, Strip, Table
 from comparison.words import count, number
@@ -83,13 +83,18 @@ def compared(report: Report) -> Section:
     header = ["", *(f"{model}, {kinds[kind]}" for model, kind in columns)]
     base = report["baseline"]["0"]
     rows = [["raw observation", *(score(mean_score(base[kind])) for _, kind in columns)]]
-    rows.append(["untrained model", *(estimate(known[m]["untrained"][k]) for m, k in columns)])
+    for name in UNTRAINED:
+        rows.append([name, *(estimate(known[m]["untrained"][name][k]) for m, k in columns)])
+    best = [summary.strongest(summary.baselines(report, m, k)) for m, k in columns]
+    whole = [mean_score({f: x for f, (_, x) in each.items()}) for each in best]
+    rows.append(["strongest baseline of each factor", *map(score, whole)])
     wanted = dict.fromkeys(part for entry in known.values() for part in entry["means"]["linear"])
     for part in ordered(list(wanted)):
         rows.append([part, *(estimate(known[m]["means"][k].get(part)) for m, k in columns)])
     rows.append(["seeds", *(str(known[model]["seeds"]) for model, _ in columns)])
     note = (
-        "Mean R² over factors on held-out episodes; in brackets the 95% t interval over seeds."
+        "Mean R² over factors on held-out episodes; in brackets the 95% t interval over seeds. The"
+        " first rows are baselines; the untrained ones are of each model's own shape."
         " deter is the memory, L0 the coarsest level, all is everything that the heads read."
     )
     return Section("The models side by side", tables=[Table(header, rows, note)])
@@ -121,9 +126,6 @@ def probes(report: Report) -> Section:
         )
         drawn.append(figures.picture(draw, 1.2 + 0.27 * len(names)))
     return Section("How well can factors be read?", [text], figures=drawn)
-
-
-UNTRAINED = {"untrained model": "all", "untrained encoder": "encoder"}
 
 
 def own_parts(cells: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,8 @@ from analysis.latents import HORIZONS
 
 Report = Mapping[str, Any]
 Cell = dict[str, float | None]  # value, low, high over seeds
+# of the same shape before training: {baseline: the part of it that is read}
+UNTRAINED = {"untrained model": "all", "untrained encoder": "encoder"}
 
 
 def over_seeds(values: Sequence[float | None]) -> Cell:
@@ -60,6 +62,28 @@ def means(runs: Sequence[Mapping[str, Any]], who: str, part: str, kind: str, hor
     return over_seeds([mean_score(run["probes"][who][str(horizon)][part][kind]) for run in runs])
 
 
+def baselines(report: Report, model: str, kind: str) -> dict[str, dict[str, float | None]]:
+    """{baseline: {factor: R2}} that the observed states of a model are judged beside."""
+    cells = report["models"][model]["probes"][kind]
+    found = {"raw observation": dict(report["baseline"]["0"][kind])}
+    for name, part in UNTRAINED.items():
+        found[name] = {f: cell["value"] for f, cell in cells[f"untrained {part}"].items()}
+    return found
+
+
+def strongest(found: Mapping[str, Mapping[str, float | None]]) -> dict[str, tuple[str, float]]:
+    """{factor: (baseline, R2)}: the best of each; "the mean" where none explains anything."""
+    best: dict[str, tuple[str, float]] = {}
+    for name, scores in found.items():
+        for factor, x in scores.items():
+            if x is None:
+                continue
+            before = best.setdefault(factor, ("the mean", 0.0))
+            if x > before[1]:
+                best[factor] = name, x
+    return best
+
+
 def models(report: Report) -> dict[str, Any]:
     """What the tables and curves show: {model: {"seeds", "probes", "open loop"}}."""
     out = {}
@@ -77,7 +101,8 @@ def models(report: Report) -> dict[str, Any]:
                 for kind in ("linear", "mlp")
             }
             entry["untrained"] = {
-                kind: means(runs, "untrained", "all", kind, 0) for kind in ("linear", "mlp")
+                name: {kind: means(runs, "untrained", part, kind, 0) for kind in ("linear", "mlp")}
+                for name, part in UNTRAINED.items()
             }
         out[model] = entry
     return out
@@ -105,25 +130,34 @@ def estimate(cell: Mapping[str, Any] | None) -> str:
 
 
 def read_lines(report: Report) -> list[str]:
-    """What can be read, beside the raw observation and the untrained model."""
-    lines, base = [], report["baseline"]["0"]["linear"]
+    """What can be read, for how many factors each baseline is beaten, and where the strongest is
+    not.
+    """
+    lines = []
     for model, entry in report["models"].items():
-        cells = entry["probes"]["linear"]
-        known = [f for f, x in cells["all"].items() if x["value"] is not None]
-        over = [f for f in known if cells["all"][f]["value"] > max(base[f] or 0.0, 0.0)]
-        better = [
-            f
-            for f in known
-            if cells["all"][f]["value"] > max(cells["untrained all"][f]["value"] or 0, 0)
-        ]
-        whole = mean_score(cells["all"])
+        trained = {f: x["value"] for f, x in entry["probes"]["linear"]["all"].items()}
+        compared = baselines(report, model, "linear")
+        best = strongest(compared)
+        known = [f for f in best if trained[f] is not None]
+        above = lambda x, floor: max(x, 0.0) > max(floor or 0.0, 0.0)
+        beside = []
+        for name, scores in compared.items():
+            behind = [f for f in known if not above(trained[f], scores[f])]
+            which = f" (not for {listed(behind)})" if 0 < len(behind) < len(known) else ""
+            beside.append(
+                f"more than from the {name}, {mean_score(scores) or 0:.0%}, for"
+                f" {len(known) - len(behind)} of {len(known)} factors{which}"
+            )
         lines.append(
-            f"{model}: a line reads {whole or 0:.0%} of the factors' variance from the whole state"
-            f" (raw observation {mean_score(base) or 0:.0%}, untrained model"
-            f" {mean_score(cells['untrained all']) or 0:.0%}): more than from the raw"
-            f" observation for {len(over)} of {len(known)} factors, more than from the untrained"
-            f" model for {len(better)}."
+            f"{model}: a line reads {mean_score(trained) or 0:.0%} of the factors' variance from"
+            f" the whole state: {'; '.join(beside)}."
         )
+        behind = [f for f in known if not above(trained[f], best[f][1])]
+        if behind:
+            pairs = [f"{f} {score(trained[f])} ({best[f][0]} {score(best[f][1])})" for f in behind]
+            lines.append(
+                f"{model}: the strongest baseline of the factor is not beaten on {listed(pairs)}."
+            )
     return lines
 
 

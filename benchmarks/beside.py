@@ -2,13 +2,15 @@
 dreamerv3-torch if it is at hand.
 
     python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer
-        [--upstream FOLDER] [--device auto] [--precision tf32] [--repeats 7] [--out F]
+        [--upstream FOLDER] [--arms ac_cpc barlow] [--device auto] [--precision tf32]
+        [--repeats 7] [--out F]
 
 FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's
-sizes. Images of 64x64, 6 actions, random data. Kernels and FLOPs are counted of the eager update;
-timed is the one that training uses, on CUDA compiled and captured. imagine: one step of imagination
-from every replayed state (16 x 64), policy and all. The replay's part: seconds to draw a batch
-from 100,000 steps, and the memory they take.
+sizes. --arms: the first preset with other objectives as well (``objectives.ARMS``). Images of
+64x64, 6 actions, random data. Kernels and FLOPs are counted of the eager update; timed is the one
+that training uses, on CUDA compiled and captured. imagine: one step of imagination from every
+replayed state (16 x 64), policy and all. The replay's part: seconds to draw a batch from 100,000
+steps, and the memory they take.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import measure
 import numpy as np
 import torch
 from gymnasium import spaces
+from objectives import ARMS
 from ruamel.yaml import YAML
 
 import models
@@ -175,6 +178,7 @@ def main() -> int:
     )
     parser.add_argument("presets", nargs="+")
     parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=[])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -183,12 +187,15 @@ def main() -> int:
     try:
         keys = {"device": args.device, "precision": args.precision}
         configs = {preset: tools.load_config([preset], keys) for preset in args.presets}
+        first = args.presets[0]
+        for arm in args.arms:
+            configs[f"{first}, {arm}"] = tools.load_config([first], keys | ARMS[arm])
         device = models.pick_device(configs[args.presets[0]])
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     process.keep_freed_memory()  # as a run does; for all of them
-    first, cuda = args.presets[0], device.type == "cuda"
+    cuda = device.type == "cuda"
     report = (
         provenance()
         | {"device": device.type, "precision": args.precision}

@@ -3,6 +3,7 @@ trained on it, MIG and DCI by level beside a permutation null.
 
     python benchmarks/factors.py [--dynamics rssm hrssm hrvq] [--predictable 0.9] [--updates 2000]
         [--seeds 0] [--out results/analysis/factors.json]
+    python benchmarks/factors.py --reword results/analysis/factors.json  # measures nothing
 
 Coarse factors are slow and scene-like: half of all cells change with them. Fine ones are fast and
 sprite-like: one cell of a hundred. ``predictable`` is the dial: the probability that a fine factor
@@ -190,13 +191,33 @@ def sentences(found: dict[str, Any]) -> list[str]:
         if contrast["divided"]:
             lines.append(f"divided: {top} holds more of {way[0]}, {bottom} of {way[1]} {value}")
         elif contrast["supported"]:
-            lines.append(f"{top} leans to {way[0]}, the levels do not divide the factors {value}")
+            what = holds_more(contrast, top, bottom)
+            lines.append(f"{what}, the levels do not divide the factors {value}")
         else:
             lines.append(f"no division of coarse and fine is shown {value}")
     for kind, coarse in (("coarse", True), ("fine", False)):
         if anywhere and coarse not in anywhere:
             lines.append(f"no level holds anything {kind}")
     return lines
+
+
+def holds_more(contrast: dict[str, Any], top: str, bottom: str) -> str:
+    """Which of two levels is shown to hold more of which kind, where they divide nothing.
+
+    A contrast alone does not say: it is as negative where the bottom holds more of the coarse
+    factors as where the top holds more of the fine ones.
+    """
+    more: dict[tuple[str, str], list[str]] = {(top, bottom): [], (bottom, top): []}
+    for kind in ("coarse", "fine"):
+        _, low, high = contrast[kind]
+        if low > 0.0 or high < 0.0:
+            more[(top, bottom) if low > 0.0 else (bottom, top)].append(kind)
+    for (one, other), kinds in more.items():
+        if kinds:
+            above = max(kinds, key=lambda kind: abs(contrast[kind][0]))
+            most = f", most of {above}" if len(kinds) > 1 else ""
+            return f"{one} holds more of {' and of '.join(kinds)} than {other}{most}"
+    return f"{top} and {bottom} differ, neither is shown to hold more of coarse or of fine"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -220,8 +241,27 @@ def table(report: dict[str, Any]) -> str:
             row += ["; ".join(gaps), "; ".join(read), "; ".join(found["says"])]
             lines.append(f"| {' | '.join(row)} |")
     made = report["made"]
-    lines += ["", f"`{made['command']}`, commit {made['commit']}, {made['hardware']}.", ""]
+    lines += ["", f"`{made['command']}`, commit {made['commit']}, {made['hardware']}."]
+    if worded := report.get("worded"):
+        lines[-1] += f" Words by `{worded['command']}`, commit {worded['commit']}."
+    lines.append("")
     return "\n".join(lines)
+
+
+def reword(path: Path) -> None:
+    """What is said of the figures in ``path`` anew, there and in the table beside it."""
+    report = json.loads(path.read_text())
+    for run in report["runs"]:
+        for who in ("trained", "untrained"):
+            run[who]["says"] = sentences(run[who])
+    report["worded"] = provenance()
+    save(report, path)
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1))
+    path.with_suffix(".md").write_text(table(report))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,7 +275,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="write the figures here, and a table as .md beside"
     )
+    parser.add_argument("--reword", type=Path, help="a file of figures: only its sentences anew")
     args = parser.parse_args(argv)
+    if args.reword:
+        reword(args.reword)
+        return 0
     report: dict[str, Any] = {"made": provenance(), "updates": args.updates, "runs": []}
     for predictable in args.predictable:
         rng = np.random.default_rng(0)
@@ -251,9 +295,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(dynamics, predictable, seed, who, "; ".join(run[who]["says"]), flush=True)
                 report["runs"].append(run)
                 if args.out:  # after each, so that nothing is lost
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(report, indent=1))
-                    args.out.with_suffix(".md").write_text(table(report))
+                    save(report, args.out)
     return 0
 
 

@@ -3,7 +3,7 @@ first.
 
     python benchmarks/gpu_check.py [--seconds 900] [--out runs/gpu_check] [--only WORD] [--dry]
 
-One JSON line an item, a table at the end. It stops itself; what failed or was wrong is told in
+One JSON line an item, a table at the end. It stops itself; what failed or was wrong is listed in
 errors.txt of the folder --out, and the next item begins. --dry runs every item at debug sizes on
 the CPU, where an update is not captured and compiled code is not generated.
 """
@@ -161,6 +161,21 @@ def command(words: list[str], seconds: float) -> dict[str, Any]:
     return {"wall_s": round(time.time() - start, 1), "last": last}
 
 
+def members(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
+    """An update of P members beside one of a single run; then a short training of four seeds."""
+    found, begun = out / "population.json", time.time()
+    counts, steps = (["2"], "60") if dry else (["2", "4", "8", "16", "32"], "4000")
+    config = ["--configs", "minatar", *(["debug"] if dry else [])]
+    words = [sys.executable, "benchmarks/members.py", *config, "--members", *counts]
+    command([*words, "--device", "cpu" if dry else "cuda", "--out", str(found)], seconds)
+    words = [sys.executable, "dreamer.py", *config, "--seeds", "0", "1", "2", "3", "--steps", steps]
+    words += ["--device", "cpu" if dry else "cuda", "--eval_episodes", "0", "--video", "false"]
+    words += ["--logdir", str(out / "members")]
+    report = command(words, seconds - (time.time() - begun))
+    updates = json.loads(found.read_text())["updates"]
+    return {f"P={count} ms": round(1000 * x["wall_s"], 2) for count, x in updates.items()} | report
+
+
 def train(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
     """The whole command; ratio 1024 on Pong."""
     logdir, size = out / "run", ["--configs", "atari100k", "tiny_dreamerv3"]
@@ -231,6 +246,7 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
     for precision in ("bfloat16", "tf32"):
         words = ["debug"] if dry else ["hidreamer"]
         yield timed(f"captured {precision}, hidreamer", 20, words, precision=precision, **hrvq)
+    yield Item("population", 120, lambda: members(out, dry, left()))
     yield Item("training", 60, lambda: train(out, dry, left()))
     yield Item("pytest -m gpu", 40, lambda: tests(dry, left()))
 

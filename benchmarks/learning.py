@@ -143,7 +143,7 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
     ``copy`` is what the ball's last seen cell would score.
     """
     state = checkpoint.load_checkpoint(folder / "checkpoints" / "latest.pt")
-    config = tools.Config(state["config"])
+    config = tools.load_config([], tools.flatten(state["config"]))
     env = make_env(config.task, config.env.tree(), 987_654_321)
     agent = dreamer.models.Agent(env.obs_space, env.act_space, env.act_dim, config)
     agent.load_state_dict(state["agent"]["params"])

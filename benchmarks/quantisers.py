@@ -9,7 +9,8 @@ all are trained on the same batches of recorded episodes.
 Judged on held-out episodes, whole episodes apart. The number that ranks is the open loop: what is
 right 1, 3, 7 and 15 steps after the last observation. On Atari also what a ridge regression finds
 of the console's memory in the features.
-Trainings go to runs/quantisers/ and continue where they stopped. --out writes the figures, and
+Trainings go to runs/quantisers/ (or --runs) and continue where they stopped, as does the judging:
+the same command again takes up what is missing. --out writes the figures, and
 tables of them beside it; --returns adds those that agents with the same choice had in whole runs
 (benchmarks/learning.py), with --from to what an earlier call judged; --picture shows frames of a
 held-out episode as the first row has them.
@@ -63,6 +64,28 @@ WHOLE |= {"tiny_hidreamer": WHOLE["whole image"] | {"hrvq.groups": 4, "hrvq.code
 PLACES = {"dynamics.hrvq.spatial": True, "dynamics.hrvq.groups": 16, "dynamics.hrvq.code_dim": 16}
 
 
+# The memories, what the posterior sees, and what the levels code; "flat" stands beside all of them.
+GRU = {"hrvq.memory": "gru"}
+SEEN = GRU | {"hrvq.posterior_sees": "memory", "hidden": 128}
+MEMORIES = {
+    "stacked": {"hrvq.memory": "stacked"},
+    "gru": GRU,
+    "gru, memory seen": SEEN,
+    "stacked, one level": {"hrvq.memory": "stacked", "hrvq.levels": 1},
+    "gru, memory seen, one level": SEEN | {"hrvq.levels": 1},
+    "gru, memory seen, two levels": SEEN | {"hrvq.levels": 2, "hrvq.groups": 6},
+    "stacked, coarse": {"hrvq.memory": "stacked", "hrvq.memory_reads": "coarse"},
+    "gru, memory seen, coarse": SEEN | {"hrvq.memory_reads": "coarse"},
+    "gru, memory seen, expected": SEEN | {"hrvq.residual": "expected"},
+    "gru, memory seen, innovation": SEEN | {"hrvq.residual": "innovation"},
+    "gru, memory seen, copy": SEEN | {"hrvq.copy": True},
+    "gru, memory seen, noise": SEEN | {"hrvq.noise": 0.1},
+    "stacked, copy": {"hrvq.memory": "stacked", "hrvq.copy": True},
+    "stacked, noise": {"hrvq.memory": "stacked", "hrvq.noise": 0.1},
+    "noise": {"hrvq.noise": 0.1},
+}
+
+
 class World(NamedTuple):
     """What all trainings on a game have in common, and the rows of its table."""
 
@@ -72,9 +95,9 @@ class World(NamedTuple):
 
 
 WORLDS = {
-    "minatar": World(["minatar"], THREE, ROWS | TWO),
+    "minatar": World(["minatar"], THREE, ROWS | TWO | MEMORIES),
     # Small objects want many updates rather than large ones: one sequence a batch.
-    "pong": World(["demo", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
+    "pong": World(["demo_atari", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
 # Other temperatures to imagine a trained row at: the row, and the codes' temperature by level.
 DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
@@ -100,7 +123,7 @@ def row_settings(world: str, row: str) -> dict[str, Any]:
         return row_settings(world, base) | {"hrvq.temperature": temperature}
     presets, settings, rows = WORLDS[world]
     values = {"type": "hrvq"} | rows[row]
-    if row == "flat":
+    if row == "flat" or row.endswith("one level"):
         block = tools.load_config(presets, settings).dynamics.hrvq
         values["hrvq.groups"] = block.levels * block.groups
         if block.spatial:  # a map has no more positions
@@ -309,7 +332,7 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
     found: Found = {}
     for seed in map(str, args.seeds):
         for row in rows:
-            folder = ROOT / "runs" / "quantisers" / args.world / row / seed
+            folder = args.runs / args.world / row / seed
             trainer = offline.Trainer(
                 make_config(args.world, row, int(seed), folder), files, folder, torch.device("cpu")
             )
@@ -318,7 +341,12 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
             if args.picture and not found:
                 args.picture.parent.mkdir(parents=True, exist_ok=True)
                 iio.imwrite(args.picture, picture(trainer))
-            found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
+            kept = folder / f"judged_{args.updates}.json"  # a later call does not judge again
+            if kept.exists():
+                found.setdefault(row, {})[seed] = json.loads(kept.read_text())
+            else:
+                found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
+                kept.write_text(json.dumps(found[row][seed]))
             rounded = {key: np.round(x, 4).tolist() for key, x in found[row][seed].items()}
             print(row, seed, rounded, flush=True)
             for name, (base, temperature) in DREAMS.items():
@@ -403,7 +431,7 @@ def main() -> int:
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=ROWS | TWO | WHOLE,
+        choices=ROWS | TWO | WHOLE | MEMORIES,
         help="all of the world's, if none are named",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1, if none are named")
@@ -414,6 +442,7 @@ def main() -> int:
     parser.add_argument(
         "--returns", type=Path, nargs="+", default=[], help="learning.py's reports of whole runs"
     )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quantisers")
     parser.add_argument(
         "--picture", type=Path, help="write frames, the same decoded, and the open loop"
     )

@@ -5,7 +5,7 @@ of and costs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tools import Config, ConfigError
 
 MATCHED = 0.05  # relative difference of capacity above which models are not "matched"
 SIZES = {"bits": "bits", "feature": "feature size", "parameters": "world-model parameters"}
+UNMATCHED = "Capacity is not matched"  # the first words of a report that has to say so
 COSTS = {"flops": "FLOPs per update", "updates_per_s": "updates/s", "peak_mb": "memory"}
 
 Differences = dict[str, dict[str, Any]]  # {config key: {who: value}}
@@ -40,10 +41,12 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
     return differing
 
 
-def unfair(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
-    """Differences between models that are not the latent state's."""
+def unfair(configs: Mapping[str, Mapping[str, Any]], varied: Collection[str] = ()) -> Differences:
+    """Differences between models that are neither the latent state's nor of ``varied`` keys."""
     return {
-        key: found for key, found in differences(configs).items() if not key.startswith("dynamics.")
+        key: found
+        for key, found in differences(configs).items()
+        if not key.startswith("dynamics.") and key not in varied
     }
 
 
@@ -54,7 +57,8 @@ def unfair_runs(runs: list[Run]) -> Differences:
     found: Differences = {}
     for task in sorted({run.task for run in runs}):
         of_task = [run for run in runs if run.task == task]
-        found |= unfair({run.name: run.config for run in of_task})
+        varied = {run.start["varied"] for run in of_task if "varied" in run.start}
+        found |= unfair({run.name: run.config for run in of_task}, varied)
         for model in sorted({run.model for run in of_task}):
             found |= differences({run.name: run.config for run in of_task if run.model == model})
     return found
@@ -95,16 +99,18 @@ def capacity(config: Config) -> dict[str, Any]:
 
 def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where a model is more than 5% from the first one, from the columns of the capacity table."""
+    if not columns:
+        return []
     (first, base), *others = columns.items()
     lines = []
-    for kind, names in (("Capacity is not matched", SIZES), ("Costs differ", COSTS)):
+    for kind, names in ((UNMATCHED, SIZES), ("Costs differ", COSTS)):
         for name, column in others:
             far = []
             for key, label in names.items():
                 if base.get(key) and column.get(key):
                     ratio = column[key] / base[key] - 1.0
                     if abs(ratio) > MATCHED:
-                        far.append(f"{label} {ratio:+.0%}".replace("-", "−"))
+                        far.append(f"{label} {f'{ratio:+.0%}'.replace('-', '−')}")
             if far:
                 lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
     return lines

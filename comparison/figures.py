@@ -142,12 +142,39 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     )
 
 
+def seconds_curves(ax: Axes, summary: Mapping[str, Any], task: str = "") -> None:
+    """Return by seconds up to the budget: of one task in raw returns, every seed thin; of all
+    tasks in normalised scores.
+    """
+    colour = colours(summary["models"])
+    if not task:
+        for model, found in summary["seconds"]["curves"].items():
+            band(ax, 100.0 * stats.part_ends(1), found, colour[model])
+        label = "% of the seconds"
+        ax.set(title=f"all {len(summary['tasks'])} tasks", ylabel="normalised score (IQM)")
+    else:
+        facts = summary["tasks"][task]
+        x = stats.part_ends(facts["budget"])
+        for row in summary["runs"]:
+            if row["task"] == task and "curve_s" in row:
+                values = np.array(row["curve_s"], float)
+                ax.plot(x, values, color=colour[row["model"]], lw=0.8, alpha=0.45)
+        for model, entry in summary["per_task"][task].items():
+            band(ax, x, entry["curve_s"], colour[model])
+        ax.axhline(facts["random_play"], color=SOFT, lw=0.9, ls=":")
+        label = f"{facts['clock']} seconds"
+        ax.set(title=task, ylabel="training return", xlim=(0, facts["budget"]))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set(xlabel=label)
+
+
 def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
     """When each run reached the threshold; an open triangle at the edge is one that never did."""
     facts = summary["tasks"][task]
     for i, (model, colour) in enumerate(colours(summary["models"]).items()):
         key = (task, model, "complete")
         rows = [r for r in summary["runs"] if (r["task"], r["model"], r["status"]) == key]
+        rows = [r for r in rows if not r["published"]]
         steps_to = [r["steps_to"] for r in rows]
         times = np.array([np.inf if step is None else step for step in steps_to], float)
         shift = np.zeros(len(times))

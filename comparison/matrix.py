@@ -48,6 +48,7 @@ class Job:
     finished: Callable[[], bool]
     note: dict[str, Any]
     unit: str = "frames"
+    watched: Path | None = None  # whose log says how far it is, if not ``folder``
     state: str = "waiting"
     attempts: int = 0
     handle: Handle | None = None
@@ -62,7 +63,7 @@ class Job:
     def look(self) -> None:
         """Read how far the job is."""
         names = {f"perf/{self.unit}_per_s": "rate", "train_return": "return"}
-        for record in records(self.folder / "metrics.jsonl", last=65536):
+        for record in records((self.watched or self.folder) / "metrics.jsonl", last=65536):
             self.seen["step"] = record["step"]
             # the speed of acting at random does not predict the rest
             training = record.get("perf/updates_per_s", 1.0) > 0.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from comparison import fairness, figures, parts, stats, words
+from comparison import fairness, figures, page_seconds, parts, stats, words
 from comparison.parts import Section, Table
 from comparison.words import estimate, number
 from hidreamer import checkpoint
@@ -32,12 +32,12 @@ def write(report: Report, folder: Path) -> None:
         checkpoint.replace_file(
             folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
         )
-    if report["runs"]:
+    if not all(row["published"] for row in report["runs"]):
         figures.save_curves(report, folder / "curves.png")
 
 
 def headline(report: Report) -> str:
-    facts = []
+    facts = [line for line in report["warnings"] if line.startswith(fairness.UNMATCHED)]
     if report["runs"]:
         done = sum(row["status"] == "complete" for row in report["runs"])
         lengths = sorted({f"{task['steps']:,}" for task in report["tasks"].values()})
@@ -60,6 +60,7 @@ def sections(report: Report) -> list[Section]:
     online: list[Callable[[Report], Section | None]] = [
         support,
         learning,
+        page_seconds.section,
         aggregate,
         speed,
         tasks,
@@ -106,8 +107,20 @@ def fairness_section(report: Report) -> Section:
         header = ["config key", "differs besides the latent state (allowed on the command line)"]
         rows = [[key, fairness.describe({key: by})] for key, by in report["differences"].items()]
         section.tables.append(Table(header, rows))
-    elif report["runs"] or report["offline"]:
+    elif report["varied"]:
+        section.text.append(
+            f"What is compared are values of {report['varied']}. The configs are the same in"
+            " everything else but the latent state."
+        )
+    elif (report["runs"] or report["offline"]) and not any(
+        row["published"] for row in report["runs"]
+    ):
         section.text.append("The configs are the same in everything but the latent state.")
+    if scored := sorted({row["model"] for row in report["runs"] if row["published"]}):
+        section.warnings.append(
+            f"Of {', '.join(scored)} only scores are known: whether configs, protocols and sizes"
+            " are the same was not checked."
+        )
     return section
 
 
@@ -217,6 +230,7 @@ def support(report: Report) -> Section:
     )
     lists = {
         "Is there a difference?": words.verdicts(report),
+        "How probably is a run better?": words.improvements(report),
         "What this cannot show": words.limits(report),
     }
     return Section(
@@ -224,7 +238,9 @@ def support(report: Report) -> Section:
     )
 
 
-def learning(report: Report) -> Section:
+def learning(report: Report) -> Section | None:
+    if all(row["published"] for row in report["runs"]):
+        return None
     text = [
         "Thin lines are single seeds, dashed where a run is incomplete; "
         "thick ones their IQM with its 95% band."
@@ -262,16 +278,19 @@ def aggregate(report: Report) -> Section | None:
 
 
 def speed(report: Report) -> Section | None:
-    timed = [task for task, facts in report["tasks"].items() if facts["threshold"] is not None]
+    timed = []
+    for task, by_model in report["per_task"].items():
+        timed += [task] if any("reached" in entry for entry in by_model.values()) else []
     if not timed:
         return None
     rows = []
     for task in timed:
         facts, steps = report["tasks"][task], report["tasks"][task]["steps"]
-        for model, entry in report["per_task"][task].items():
+        timed_models = {m: e for m, e in report["per_task"][task].items() if "reached" in e}
+        for model, entry in timed_models.items():
             reached = f"{entry['reached']} of {entry['runs']}"
             rows.append([f"{task}, {model}", reached, median(entry["steps_to"], steps)])
-        rows[-len(report["per_task"][task])][0] += f" (threshold {number(facts['threshold'])})"
+        rows[-len(timed_models)][0] += f" (threshold {number(facts['threshold'])})"
     text = [
         "Frames until a part of the run first averages the threshold, half way from random play to"
         " the mean final return of all runs. An open triangle at the edge is a run that never"
@@ -304,13 +323,15 @@ def tasks(report: Report) -> Section:
             difference = entry.get("difference")
             shown = "" if difference is None else estimate(difference, sign=True)
             normal = number(entry["normalised"]) + (" human" if human else "")
-            cells = [str(entry["runs"]), estimate(entry["final"]), normal]
+            cells = [str(entry["runs"]), estimate(entry["final"]), estimate(entry["iqm"]), normal]
             cells += [estimate(entry["last_evaluation"]), shown]
             rows.append([f"{task}, {model}", *cells])
         facts = report["tasks"][task]
-        cells = [f"{facts['random_episodes']} episodes", number(facts["random_play"]), "", "", ""]
+        episodes = facts["random_episodes"]
+        cells = [f"{episodes} episodes" if episodes else "published", number(facts["random_play"])]
+        cells += ["", "", "", ""]
         rows.append([f"{task}, random play", *cells])
-    header = ["", "runs", "final return", "normalised", "last evaluation"]
+    header = ["", "runs", "final return", "its IQM", "normalised", "last evaluation"]
     header += [f"normalised, minus {base}"]
     note = (
         "Raw returns, mean over seeds. The last column has 95% t intervals of its own, not"

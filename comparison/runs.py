@@ -49,6 +49,16 @@ class Run:
     def name(self) -> str:
         return f"{self.task}/{self.model}/{self.seed}"
 
+    @property
+    def published(self) -> bool:
+        """Whether all that is known of it is its score at the end."""
+        return "score" in self.series
+
+    @property
+    def known(self) -> bool:
+        """Whether its config is known: not of a file that holds scores alone."""
+        return "dynamics.hrvq.levels" in self.config
+
     def get(self, name: str) -> np.ndarray:
         """(n, 2): step, value; (0, 2) where the run never logged it."""
         return self.series.get(name, np.zeros((0, 2)))
@@ -138,15 +148,20 @@ def find(folders: Iterable[Path]) -> list[Run]:
             )
         runs |= {path.resolve(): read(path) for path in inside}
     named = name_models(list(runs.values()))
+    refuse_twins(named)
+    return named
+
+
+def refuse_twins(runs: Iterable[Run]) -> None:
+    """Raises ConfigError where two runs have one name."""
     seen: dict[str, Run] = {}
-    for run in named:
+    for run in runs:
         if run.name in seen:
             raise ConfigError(
                 f"{run.folder} and {seen[run.name].folder} are both {run.name}: "
                 "leave one of them out"
             )
         seen[run.name] = run
-    return named
 
 
 def name_models(runs: list[Run]) -> list[Run]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from comparison import stats
+from comparison import seconds, stats
 from comparison.runs import Run, config_hash, levels
 
 # Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's
@@ -67,9 +67,14 @@ def summarise(runs: Sequence[Run], models: Sequence[str]) -> dict[str, Any]:
     for task in tasks:
         of_task = [row for row in complete if row["task"] == task]
         scales[task] = scale(task, steps[task], of_task, runs)
+        names = {run.name: run for run in runs if run.task == task}
+        here = [row for row in rows if row["task"] == task]
+        paired_runs = [names[f"{task}/{row['model']}/{row['seed']}"] for row in here]
+        seconds.add(here, paired_runs, scales[task])
     for row in rows:
         rate(row, scales[row["task"]])
     out = {"models": list(models), "tasks": scales, "runs": rows} | aggregates(done, models)
+    out["seconds"] = by_seconds(done, models) if seconds.known(scales) else None
     return out | {"per_task": per_task(done, models, scales), "costs": costs(rows, models)}
 
 
@@ -80,7 +85,7 @@ def record(run: Run, steps: int) -> dict[str, Any]:
     """The entry of one run in summary.json, the comparison being over ``steps`` frames."""
     episodes = run.get("train_return")
     curve = stats.curve(episodes, steps)
-    final = stats.final_return(episodes, steps)
+    final = stats.final_return(run.get("score") if run.published else episodes, steps)
     status = "complete" if run.complete else "incomplete"
     if run.complete and math.isnan(final):
         status = "no episode ended"
@@ -101,6 +106,7 @@ def record(run: Run, steps: int) -> dict[str, Any]:
         "hardware": run.start.get("hardware", "unknown"),
         "folder": str(run.folder),
         "final_return": final,
+        "published": run.published,
         "random_until": random_until(run),
         "area": float(curve.mean()),
         "curve": curve.tolist(),
@@ -130,8 +136,11 @@ def rate(row: dict, scale: Mapping[str, Any]) -> None:
     curve, threshold = np.array(row["curve"], float), scale["threshold"]
     row["normalised"] = float((row["final_return"] - scale["zero"]) / scale["unit"])
     row["normalised_curve"] = ((curve - scale["zero"]) / scale["unit"]).tolist()
+    for name, normal in (("final_s", "normalised_s"), ("curve_s", "normalised_curve_s")):
+        if name in row:
+            row[normal] = ((np.array(row[name]) - scale["zero"]) / scale["unit"]).tolist()
     row["steps_to"] = None
-    if threshold is not None:
+    if threshold is not None and not row["published"]:
         row["steps_to"] = stats.steps_to(curve, threshold, scale["steps"], row["random_until"])
 
 
@@ -140,7 +149,8 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     learning speed.
     """
     at_random = np.concatenate(
-        [random_returns(run) for run in runs if run.task == task] or [np.zeros(0)]
+        [random_returns(run) for run in runs if run.task == task and not run.published]
+        or [np.zeros(0)]
     )
     finals = np.array([row["final_return"] for row in rows])
     chance = float(at_random.mean()) if len(at_random) else 0.0
@@ -148,6 +158,7 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     if task.removeprefix("atari_") in HUMAN and task.startswith("atari_"):
         zero, human = HUMAN[task.removeprefix("atari_")]
         unit, how = human - zero, "human"
+        chance = chance if len(at_random) else zero
     mean = float(finals.mean()) if len(finals) else chance
     threshold = (chance + mean) / 2.0 if mean > chance else None
     facts = {"steps": steps, "random_play": chance, "random_episodes": len(at_random)}
@@ -222,21 +233,43 @@ def span(scores: list[np.ndarray]) -> tuple[float, float]:
     return low - 0.05 * (high - low or 1.0), high + 0.02 * (high - low or 1.0)
 
 
-def comparison(done: Matrix, model: str, base: str, comparisons: int) -> dict[str, Any]:
+def by_seconds(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
+    """Over all tasks: what is returned within the seconds of each task's budget."""
+    out: dict[str, Any] = {"aggregates": {}, "curves": {}, "comparisons": {}}
+    scores = {model: x for model in models if len(x := matrix(done, model, "normalised_s"))}
+    base = models[0]
+    for model, x in scores.items():
+        curves = matrix(done, model, "normalised_curve_s")
+        estimates = {name: stats.estimate(x, fn) for name, fn in stats.AGGREGATES.items()}
+        area = stats.estimate(curves.mean(-1), stats.AGGREGATES["IQM"])
+        used = stats.estimate(matrix(done, model, "seconds"), stats.AGGREGATES["mean"])
+        estimates |= {"area under the curve (IQM)": area, "seconds of a whole run (mean)": used}
+        out["aggregates"][model] = estimates
+        out["curves"][model] = stats.bands(curves)
+        if model != base and base in scores:
+            entry = comparison(done, model, base, len(models) - 1, "normalised_s")
+            entry["improvement"] = stats.improvement(x, scores[base])
+            out["comparisons"][model] = entry
+    return out
+
+
+def comparison(
+    done: Matrix, model: str, base: str, comparisons: int, key: str = "normalised"
+) -> dict[str, Any]:
     """Final normalised scores of a model against the baseline, with every finished run of every
-    task.
+    task. key: which of a row's scores.
     """
-    scores, base_scores = normalised(done, model), normalised(done, base)
+    scores, base_scores = normalised(done, model, key), normalised(done, base, key)
     found = stats.compare(scores, base_scores, comparisons)
     mean = float(np.mean([x.mean() for x in base_scores]))
     return found._asdict() | {"claimed": found.claimed, "baseline": mean, "method": stats.TEST}
 
 
-def normalised(done: Matrix, model: str) -> list[np.ndarray]:
+def normalised(done: Matrix, model: str, key: str) -> list[np.ndarray]:
     """By task: the final normalised scores (runs,) of a model's finished runs."""
     scores = []
     for by_model in done.values():
-        scores.append(np.array([row["normalised"] for row in by_model[model]]))
+        scores.append(np.array([row[key] for row in by_model[model]]))
     return scores
 
 
@@ -287,7 +320,15 @@ def task_entry(rows: list[dict], scale: Mapping[str, Any]) -> dict[str, Any]:
     entry["last_evaluation"] = None
     if evals:
         entry["last_evaluation"] = stats.estimate(np.array(evals)[:, None], np.mean)
-    if scale["threshold"] is not None:
+    entry["iqm"] = stats.estimate(finals, stats.AGGREGATES["IQM"])
+    if scale["clock"]:
+        entry["curve_s"] = stats.bands(np.array([[row["curve_s"]] for row in rows]))
+        within = np.array([[row["final_s"]] for row in rows])
+        entry["final_s"] = stats.estimate(within, stats.AGGREGATES["mean"])
+        areas = np.array([[row["area_s"]] for row in rows])
+        entry["area_s"] = stats.estimate(areas, stats.AGGREGATES["mean"])
+        entry["seconds"] = float(np.mean([row["seconds"] for row in rows]))
+    if scale["threshold"] is not None and not any(row["published"] for row in rows):
         times = np.array([row["steps_to"] for row in rows])
         entry["reached"] = int(np.isfinite(times).sum())
         entry["steps_to"] = stats.median_steps(times, scale["steps"])

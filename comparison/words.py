@@ -43,44 +43,66 @@ def count(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
-def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """One sentence per model: whether a difference from the baseline is shown."""
+def verdicts(
+    summary: Mapping[str, Any], what: str = "normalised final returns", within: str = ""
+) -> list[str]:
+    """One sentence per model: whether a difference from the baseline is shown. The comparisons are
+    those of `summary`, or of a part of it that has comparisons of its own.
+
+    within: what the scores are limited by, the first words of each sentence.
+    """
     base, lines = summary["models"][0], []
     for model in summary["models"][1:]:
-        found = summary["comparisons"].get(model)
-        if found is None:
-            lines.append(
-                f"Nothing can be said about {model}: no seed of it, or of {base}, "
-                "finished every task."
-            )
-            continue
-        value, between = found["value"], interval(found["low"], found["high"], sign=True)
-        share = (
-            f", {percent(abs(value) / found['baseline'])} of the baseline's score"
-            if found["baseline"] > 0
-            else ""
+        line = verdict(model, base, summary["comparisons"].get(model), what)
+        lines.append(
+            f"{within}{line[0].lower() if within and line[0] in 'N' else line[0]}{line[1:]}"
         )
-        if found["claimed"]:
-            word = "higher" if value > 0 else "lower"
-            lines.append(
-                f"{model} scores {word} than {base}: the difference of normalised final returns is "
-                f"{number(value, sign=True)} {between}{share}."
-            )
-        elif found["low"] is None:
-            lines.append(
-                f"Nothing can be concluded about {model} and {base}: single runs have no interval."
-            )
-        elif found["low"] <= 0 <= found["high"]:
-            lines.append(
-                f"No difference between {model} and {base} is shown: it lies in {between}, "
-                "which includes 0."
-            )
-        else:
-            lines.append(
-                f"No difference between {model} and {base} is shown: its interval {between} leaves"
-                " out 0, but runs that change places at random differ as much with probability"
-                f" {number(found['p'])}; {number(found['alpha'])} is asked for."
-            )
+    return lines
+
+
+def verdict(model: str, base: str, found: Mapping[str, Any] | None, what: str) -> str:
+    """Whether a difference between two models is shown."""
+    if found is None:
+        return (
+            f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task."
+        )
+    value, between = found["value"], interval(found["low"], found["high"], sign=True)
+    if found["claimed"]:
+        share = ""
+        if found["baseline"] > 0:
+            share = f", {percent(abs(value) / found['baseline'])} of the baseline's score"
+        return (
+            f"{model} scores {'higher' if value > 0 else 'lower'} than {base}: the difference of"
+            f" {what} is {number(value, sign=True)} {between}{share}."
+        )
+    if found["low"] is None:
+        return f"Nothing can be concluded about {model} and {base}: single runs have no interval."
+    if found["low"] <= 0 <= found["high"]:
+        return (
+            f"No difference between {model} and {base} is shown: it lies in {between}, "
+            "which includes 0."
+        )
+    return (
+        f"No difference between {model} and {base} is shown: its interval {between} leaves"
+        " out 0, but runs that change places at random differ as much with probability"
+        f" {number(found['p'])}; {number(found['alpha'])} is asked for."
+    )
+
+
+def improvements(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence per model: how probably a run of it scores more than one of the baseline."""
+    base, lines = summary["models"][0], []
+    for model, entry in summary["comparisons"].items():
+        found = entry["improvement"]
+        line = f"A run of {model} scores more than one of {base} with probability"
+        if found["low"] is None:
+            lines.append(f"{line} {number(found['value'])}; single runs have no interval.")
+            continue
+        half = "includes" if found["low"] <= 0.5 <= found["high"] else "leaves out"
+        lines.append(
+            f"{line} {estimate(found)}; the interval {half} one half. It describes these runs and"
+            " claims nothing: with few seeds it is too narrow."
+        )
     return lines
 
 

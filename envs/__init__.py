@@ -19,9 +19,18 @@ SUITES = {
     "dummy": "Dummy",
     "gym": "Gym",
     "minatar": "MinAtar",
+    "minigrid": "MiniGrid",
+    "pinpad": "PinPad",
+    "popgym": "POPGym",
     "vizdoom": "ViZDoom",
 }
-EXTRAS = ("crafter", "dmc", "vizdoom")  # suites whose library is not in the base install
+EXTRAS = (
+    "crafter",
+    "dmc",
+    "minigrid",
+    "popgym",
+    "vizdoom",
+)  # suites whose library is not in the base install
 
 
 def make_env(

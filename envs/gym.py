@@ -21,13 +21,14 @@ from gymnasium.envs.classic_control import (
     MountainCarEnv,
     PendulumEnv,
 )
-from gymnasium.spaces import Dict
+from gymnasium.spaces import Box, Dict
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from envs import pickled
 from envs.base import Suite
 from envs.errors import BadValue, EnvError, one_line, unknown
-from envs.spaces import kind, readable, reader
+from envs.spaces import Leaf, Reader, at, count, is_text, leaves, readable, reader
 
 # pictures only: pygame need not look for a display
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -46,30 +47,33 @@ STEP = "step must return (observation, reward, terminated, truncated, info)"
 
 
 class Gym(Suite):
-    """One Gymnasium id. Observations: the keys of a Dict space, else one key,
-    `image`, `grid` or `vector`.
+    """One Gymnasium id. Observations: the leaves of a Dict or Tuple space, by name (`a`, `0`, or
+    `a/b` where they are nested), else one, `image`, `grid` or `vector`.
 
     A leaf is a picture, resized to `size`, if its bounds are [0, 255] (or [0, 1], of floats) and
     its shape is (H, W), (H, W, C), (C, H, W) or a stack of those (see `spaces.layout`); a grid if
     it is a bool Box of rank 2 or 3. All other Boxes, of any number type and rank, MultiBinary, and
-    Discrete (one-hot) are flat vectors. Values that are not of their space, other spaces and an
-    old API raise EnvError, in one line. States are exact for classic control.
+    Discrete and MultiDiscrete (one-hot) are flat vectors. Text is left out, with a warning. Values
+    that are not of their space, other spaces and an old API raise EnvError, in one line. States
+    are exact for classic control.
 
     kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular
-    expression; observations whose whole key does not match are left out.
+    expression; observations whose whole name does not match are left out.
     """
+
+    suite = "gym"
+    pickled = False  # whether all of its states are attributes that can be pickled
 
     def __init__(
         self, name: str, size: tuple[int, int], repeat: int, kwargs: str = "", keys: str = ".*"
     ):
-        self._name, self._repeat = f"gym_{name}", repeat
-        self._env = _make(name, _mapping(kwargs))
+        self._name, self._repeat = f"{self.suite}_{name}", repeat
+        self._env = _make(name, _mapping(kwargs, self.suite), self.suite)
         space, self.action_space = self._space("observation_space"), self._space("action_space")
-        self._nested = isinstance(space, Dict)
-        leaves = self._chosen(space.spaces if self._nested else {kind(space): space}, keys)
-        readers = {key: reader(key, leaf, size) for key, leaf in leaves.items()}
+        chosen = self._chosen(self._leaves(space), keys)
+        readers = {key: self._reader(key, leaf.space, size) for key, leaf in chosen.items()}
         self.observation_space = Dict({key: box for key, (box, _) in readers.items()})
-        self._read = {key: read for key, (_, read) in readers.items()}
+        self._read = {key: (chosen[key].path, read) for key, (_, read) in readers.items()}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         try:
@@ -83,7 +87,7 @@ class Gym(Suite):
                 ) from error
             raise
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-            raise self._mistake(f"reset must return (observation, info), not {_count(result)}")
+            raise self._mistake(f"reset must return (observation, info), not {count(result)}")
         return self._observe(result[0]), {}
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
@@ -117,21 +121,43 @@ class Gym(Suite):
 
     def get_state(self) -> dict[str, Any] | None:
         inner = self._env.unwrapped
+        state = {"elapsed": self._env.get_wrapper_attr("_elapsed_steps")} if self._limited else {}
+        if self.pickled:
+            frozen = pickled.freeze(inner)
+            return None if frozen is None else state | {"pickled": frozen}
         if type(inner) not in STATES:
             return None
-        return {
+        return state | {
             "attributes": {key: getattr(inner, key) for key in STATES[type(inner)]},
-            "elapsed": self._env.get_wrapper_attr("_elapsed_steps"),
             "random": inner.np_random.bit_generator.state,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         inner = self._env.unwrapped
         self._env.reset()  # Gymnasium refuses to step what it has not seen reset
-        for key, value in state["attributes"].items():
-            setattr(inner, key, value)
-        self._env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
-        inner.np_random.bit_generator.state = state["random"]
+        if self.pickled:
+            pickled.thaw(inner, state["pickled"])
+        else:
+            for key, value in state["attributes"].items():
+                setattr(inner, key, value)
+            inner.np_random.bit_generator.state = state["random"]
+        if self._limited:
+            self._env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
+
+    @property
+    def _limited(self) -> bool:
+        """Whether a wrapper of Gymnasium's counts steps."""
+        return self._env.has_wrapper_attr("_elapsed_steps")
+
+    def _leaves(self, space: gymnasium.Space) -> dict[str, Leaf]:
+        """What there is to observe, by the agent's names."""
+        return leaves(space)
+
+    def _reader(
+        self, key: str, space: gymnasium.Space, size: tuple[int, int]
+    ) -> tuple[Box, Reader]:
+        """The agent's space of a leaf, and the function that reads its values."""
+        return reader(key, space, size)
 
     def _frame(self, action: Any) -> tuple[Any, float, bool, bool]:
         """One step of the environment. -> observation, reward, terminated,
@@ -146,7 +172,7 @@ class Gym(Suite):
                 raise self._mistake(f"{STEP} ({one_line(error)})") from error
             raise
         if not (isinstance(result, tuple) and len(result) == 5):
-            raise self._mistake(f"{STEP}, not {_count(result)}")
+            raise self._mistake(f"{STEP}, not {count(result)}")
         obs, *scalars, _ = result
         for i, (name, value) in enumerate(
             zip(("reward", "terminated", "truncated"), scalars, strict=True)
@@ -162,17 +188,8 @@ class Gym(Suite):
 
     def _observe(self, obs: Any) -> dict[str, np.ndarray]:
         """The agent's observation. Raises EnvError, BadValue for one that is not of its space."""
-        if self._nested:
-            if not isinstance(obs, dict):
-                raise self._mistake(
-                    f"the observation must be a dict as its space is, not {_count(obs)}"
-                )
-            if missing := sorted(self._read.keys() - obs.keys()):
-                raise self._mistake(f"the observation lacks {missing[0]!r}, which its space has")
         try:
-            return {
-                key: read(obs[key] if self._nested else obs) for key, read in self._read.items()
-            }
+            return {key: read(at(path, obs)) for key, (path, read) in self._read.items()}
         except BadValue:
             raise  # `Env` knows what to do
         except EnvError as error:
@@ -186,58 +203,66 @@ class Gym(Suite):
             )
         return space
 
-    def _chosen(
-        self, leaves: dict[str, gymnasium.Space], pattern: str
-    ) -> dict[str, gymnasium.Space]:
-        """Those whose key matches. Raises EnvError for none, or one that cannot be read."""
+    def _chosen(self, found: dict[str, Leaf], pattern: str) -> dict[str, Leaf]:
+        """Those whose name matches, without text. Raises EnvError for none, or one that cannot be
+        read.
+        """
+        option = f"env.{self.suite}.keys"
         try:
-            chosen = {key: leaf for key, leaf in leaves.items() if re.fullmatch(pattern, str(key))}
+            chosen = {key: leaf for key, leaf in found.items() if re.fullmatch(pattern, key)}
         except re.error as error:
             raise EnvError(
-                f"env.gym.keys is {pattern!r}, which is no regular expression: {error}"
+                f"{option} is {pattern!r}, which is no regular expression: {error}"
             ) from error
         if not chosen:
             raise EnvError(
-                f"no observation matches env.gym.keys {pattern!r}; "
-                f"{self._name} has {', '.join(map(str, leaves))}"
+                f"no observation matches {option} {pattern!r}; {self._name} has {', '.join(found)}"
             )
+        good = {key: leaf for key, leaf in chosen.items() if self._readable(key, leaf.space)}
+        remedy = f"--{option} '{'|'.join(map(re.escape, good))}'"
         for key, leaf in chosen.items():
-            if readable(leaf):
+            if key in good:
                 continue
-            good = [re.escape(other) for other, space in chosen.items() if readable(space)]
-            remedy = (
-                f"leave it out by --env.gym.keys '{'|'.join(good)}', or translate"
-                if good
-                else "translate"
-            )
+            if good and is_text(leaf.space):
+                warnings.warn(
+                    f"{self._name}: observation {key!r} is text, which is left out"
+                    f" ({remedy} does so without this line)",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                continue
+            advice = f"leave it out by {remedy}, or translate" if good else "translate"
             raise EnvError(
-                f"{self._name}: observation {key!r} is {one_line(leaf)}, which cannot be read:"
-                f" {remedy} it in a wrapper (docs/own_environment.md)"
+                f"{self._name}: observation {key!r} is {one_line(leaf.space)}, which cannot be"
+                f" read: {advice} it in a wrapper (docs/own_environment.md)"
             )
-        return chosen
+        return good
+
+    def _readable(self, key: str, space: gymnasium.Space) -> bool:
+        return readable(space)
 
     def _mistake(self, line: str) -> EnvError:
         """Of the environment's author: no restart would help."""
         return EnvError(f"{self._name}: {line} ({PAGE})")
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(text: str, suite: str) -> dict[str, Any]:
     """The constructor's arguments. Raises EnvError."""
     try:
         mapping = YAML(typ="safe").load(text) if text.strip() else {}
     except YAMLError as error:
         raise EnvError(
-            f"env.gym.kwargs is {text!r}, which is no YAML: {one_line(error)}"
+            f"env.{suite}.kwargs is {text!r}, which is no YAML: {one_line(error)}"
         ) from error
     if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
         raise EnvError(
-            f"env.gym.kwargs is {text!r}; it must be names and values, as '{{size: 5, slippery: "
-            f"false}}'"
+            f"env.{suite}.kwargs is {text!r}; it must be names and values, as '{{size: 5, "
+            "slippery: false}'"
         )
     return mapping
 
 
-def _import(module: str) -> None:
+def _import(module: str, suite: str) -> None:
     """Imports the module that registers an id. Raises EnvError."""
     try:
         importlib.import_module(module)
@@ -248,8 +273,9 @@ def _import(module: str) -> None:
                 f"module {module!r} needs the package {missing!r}: install it"
             ) from error
         raise EnvError(
-            f"there is no module {module!r} for the task gym_{module}:ID: install it, or put the"
-            " folder that it lies in on PYTHONPATH, as in PYTHONPATH=FOLDER python dreamer.py ..."
+            f"there is no module {module!r} for the task {suite}_{module}:ID: install it, or put"
+            " the folder that it lies in on PYTHONPATH, as in"
+            " PYTHONPATH=FOLDER python dreamer.py ..."
         ) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -263,10 +289,10 @@ def _import(module: str) -> None:
         raise EnvError(f"module {module!r} cannot be imported: {cause}") from error
 
 
-def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
+def _make(name: str, kwargs: dict[str, Any], suite: str) -> gymnasium.Env:
     module, _, short = name.rpartition(":")
     if module:
-        _import(module)
+        _import(module, suite)
     make = functools.partial(gymnasium.make, disable_env_checker=True)
     try:
         with warnings.catch_warnings():
@@ -280,12 +306,8 @@ def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
         hint = f"; {module!r} was imported but did not register it" if module else ""
         raise EnvError(f"{unknown('Gymnasium id', short, gymnasium.registry)}{hint}") from error
     except TypeError as error:
-        given = f" with env.gym.kwargs {one_line(kwargs)}" if kwargs else ""
+        given = f" with env.{suite}.kwargs {one_line(kwargs)}" if kwargs else ""
         cause = one_line(str(error).split(" was raised from the environment creator")[0])
-        raise EnvError(f"gym_{name} cannot be built{given}: {cause}") from error
-    except (gymnasium.error.Error, ImportError) as error:
-        raise EnvError(f"gym_{name}: {one_line(error)}") from error
-
-
-def _count(value: Any) -> str:
-    return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
+        raise EnvError(f"{suite}_{name} cannot be built{given}: {cause}") from error
+    except (gymnasium.error.Error, ImportError, OSError) as error:
+        raise EnvError(f"{suite}_{name}: {one_line(error)}") from error

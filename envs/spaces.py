@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 
 from envs.base import check_finite, resize
 from envs.errors import EnvError, one_line
@@ -20,6 +20,70 @@ LARGEST = 2**20  # numbers of a vector
 SLACK = 1e-3  # how far, as a share of its range, a float picture may leave its bounds
 
 Reader = Callable[[Any], np.ndarray]
+
+
+class Leaf(NamedTuple):
+    """A part of an observation that has no parts: where it is in the Dicts and Tuples around it,
+    from the outside in, and its space.
+    """
+
+    path: tuple[str | int, ...]
+    space: gymnasium.Space
+
+
+def leaves(space: gymnasium.Space) -> dict[str, Leaf]:
+    """{name: leaf}: of a Dict, a Tuple, or one within another, `a`, `0`, `a/b`, `a/0`; a space
+    without parts has its kind for a name. Raises EnvError for two leaves of one name.
+    """
+    if not isinstance(space, Dict | Tuple):
+        return {kind(space): Leaf((), space)}
+    if not any(_parts((), space)):
+        raise EnvError(f"the observation is {one_line(space)}, which has no parts")
+    found: dict[str, Leaf] = {}
+    for leaf in _parts((), space):
+        name = "/".join(map(str, leaf.path))
+        if name in found:
+            raise EnvError(
+                f"two observations are called {name!r}: rename one (docs/own_environment.md)"
+            )
+        found[name] = leaf
+    return found
+
+
+def _parts(path: tuple, space: gymnasium.Space) -> Iterator[Leaf]:
+    if isinstance(space, Dict):
+        parts = space.spaces.items()
+        if nameless := [key for key in space.spaces if not isinstance(key, str) or not key]:
+            raise EnvError(
+                f"observation {nameless[0]!r} has no name: the keys of a Dict space must be text"
+            )
+    elif isinstance(space, Tuple):
+        parts = enumerate(space.spaces)
+    else:
+        yield Leaf(path, space)
+        return
+    for key, part in parts:
+        yield from _parts((*path, key), part)
+
+
+def at(path: Sequence[str | int], value: Any) -> Any:
+    """The part of an observation that `path` leads to. Raises EnvError where there is none."""
+    for depth, key in enumerate(path):
+        here = f"observation {'/'.join(map(str, path[:depth]))!r}" if depth else "the observation"
+        if isinstance(key, int):
+            if not isinstance(value, tuple | list) or key >= len(value):
+                raise EnvError(f"{here} must be a tuple as its space is, not {count(value)}")
+        elif not isinstance(value, Mapping):
+            raise EnvError(f"{here} must be a dict as its space is, not {count(value)}")
+        elif key not in value:
+            raise EnvError(f"{here} lacks {key!r}, which its space has")
+        value = value[key]
+    return value
+
+
+def count(value: Any) -> str:
+    """What something is that should be something else."""
+    return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
 
 
 class Layout(NamedTuple):
@@ -62,7 +126,12 @@ def kind(space: gymnasium.Space) -> str:
 
 def readable(space: gymnasium.Space) -> bool:
     """Whether `reader` knows the type of space."""
-    return isinstance(space, Box | Discrete | MultiBinary)
+    return isinstance(space, Box | Discrete | MultiBinary | MultiDiscrete)
+
+
+def is_text(space: gymnasium.Space) -> bool:
+    """Whether its values are words: Gymnasium's Text, or a space of its own such as MiniGrid's."""
+    return isinstance(space, Text) or space.dtype == np.dtype(str)
 
 
 def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box, Reader]:
@@ -99,6 +168,8 @@ def reader(key: str, space: gymnasium.Space, size: tuple[int, int]) -> tuple[Box
     box = Box(-np.inf, np.inf, (width,))
     if isinstance(space, Discrete):
         return box, functools.partial(_read_choice, key, space)
+    if isinstance(space, MultiDiscrete):
+        return box, functools.partial(_read_choices, key, space)
     return box, functools.partial(_read_vector, key, space)
 
 
@@ -144,6 +215,19 @@ def _read_choice(key: str, space: Discrete, value: Any) -> np.ndarray:
     one_hot = np.zeros(space.n, np.float32)
     one_hot[int(array.item()) - space.start] = 1
     return one_hot
+
+
+def _read_choices(key: str, space: MultiDiscrete, value: Any) -> np.ndarray:
+    """-> one-hots side by side (sum(nvec),)"""
+    array = _array(key, space, value)
+    chosen, sizes = (array - space.start).ravel(), space.nvec.ravel()
+    if array.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= sizes).any():
+        raise EnvError(
+            f"observation {key!r} is {one_line(array, 80)}, its space says {one_line(space)}"
+        )
+    one_hots = np.zeros(sizes.sum(), np.float32)
+    one_hots[np.cumsum(sizes) - sizes + chosen] = 1
+    return one_hots
 
 
 def _read_vector(key: str, space: Box | MultiBinary, value: Any) -> np.ndarray:

@@ -64,6 +64,7 @@ class Envs:
         self._logged: set[tuple[str, str]] = set()
         # the last of each; None: not started
         self._outputs: list[dict[str, Any] | None] = [None] * count
+        self._resets: list[bool] = []  # which are reset in the step that was begun
         self._workers: list[Inside | Outside] = []
         # also at the interpreter's exit
         self._finalizer = weakref.finalize(self, close, self._workers)
@@ -93,6 +94,11 @@ class Envs:
         Raises ValueError for an invalid action; environments with a valid one may have taken their
         step by then.
         """
+        self.send(action)
+        return self.receive()
+
+    def send(self, action: np.ndarray | None) -> None:
+        """Begin a `step`, which `receive` ends: other environments may be stepped in between."""
         resets = [output is None or bool(output["is_last"]) for output in self._outputs]
         if action is None and not all(resets):
             raise ValueError("an action is needed: environments are in mid-episode")
@@ -102,6 +108,11 @@ class Envs:
             )
         for index, worker in enumerate(self._workers):
             worker.send("reset") if resets[index] else worker.send("step", action[index])
+        self._resets = resets
+
+    def receive(self) -> dict[str, np.ndarray]:
+        """What `step` returns, of the step that `send` began."""
+        resets = self._resets
         # All replies before any is examined: none may stay in its pipe.
         replies = [worker.answer() for worker in self._workers]
         for index, reset in enumerate(resets):

@@ -6,13 +6,14 @@ is the one door upwards, to what stands above this library (docs/library.md); it
 of ``LIBRARY`` is asked for. All else here imports downwards only.
 
 Floors (a file imports only from lower ones):
-0 ``nets distributions returns optim replay spaces`` and more; 1 ``quantizer transformer mask``;
-2 ``dynamics.base``; 3 ``dynamics.rssm hrssm hrvq``; 4 ``dynamics``.
+0 ``nets distributions returns optim replay spaces`` and more; 1 ``quantizer transformer mask
+depth``, ``dynamics.base scan``; 2 ``dynamics.recurrent tokens``; 3 ``dynamics.rssm hrssm
+sequences``; 4 ``dynamics.hrvq hrvq_gru``; 5 ``dynamics``.
 """
 
 import gymnasium
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 LIBRARY = ("DreamEnv", "LoadedAgent", "VectorDreamEnv", "export", "load", "push")
 LIBRARY += ("ConfigError", "EnvError", "FolderError")
 _library = None  # the module, once it has been asked for

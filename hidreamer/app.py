@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,7 @@ by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set b
 
 # {command: (module in ROOT that is run as a script, its sentence)}
 COMMANDS = {
+    "demo": ("demo", "Five minutes: an agent that beats random play, with videos of both."),
     "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
     "evaluate": (
@@ -31,6 +33,7 @@ COMMANDS = {
     "play": ("play", "Look inside a trained agent and play in its dream, on a local page."),
     "analyse": ("analysis", "Look inside trained agents: what do their levels hold?"),
     "pipeline": ("pipeline", "Train in stages: frames, encoder, tokens, world model, policy."),
+    "doctor": ("doctor", "What is installed, which device and threads, which suites work."),
 }
 
 
@@ -49,12 +52,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def missing(folder: str | os.PathLike) -> str:
-    """One line where a folder that is to be read is none, else ""."""
+def missing(folder: str | os.PathLike, of: str = "a run or of an export") -> str:
+    """One line where a folder that is to be read is none, else "". of: what it is to be of."""
     path = Path(folder).expanduser()
     if not path.exists():
-        return f"there is no folder {path}: name that of a run or of an export"
-    return "" if path.is_dir() else f"{path} is a file: name the folder of a run or of an export"
+        return f"there is no folder {path}: name that of {of}"
+    return "" if path.is_dir() else f"{path} is a file: name the folder of {of}"
 
 
 def missing_agent(where: str) -> str:
@@ -113,6 +116,17 @@ def command(module: str) -> list[str]:
     if (ROOT / f"{module}.py").exists():
         return ["python", f"{module}.py"]
     return ["python", "-m", module]
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an extra of this project, as it was installed itself."""
+    what = f"'hidreamer[{extra}]'" if ROOT == INSTALLED else f"-e '.[{extra}]'"
+    return f"pip install {what}"
+
+
+def plain_warnings() -> None:
+    """Warnings of this process are one line each."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 
 
 def python_path() -> str:

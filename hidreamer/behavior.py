@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import TwoHot
 from hidreamer.dynamics.base import Feat
-from hidreamer.losses import imag_loss, reinforce_gain, scaled
+from hidreamer.losses import imag_loss, reinforce_gain, replay_returns, scaled
 from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
@@ -27,6 +27,16 @@ class Trajectory(NamedTuple):
     disc: Tensor  # (N, H+1) gamma times the probability that the episode continues after it
 
 
+class Replayed(NamedTuple):
+    """What the critic learns from replayed steps (B,T)."""
+
+    x: Tensor  # (B, T, F) features
+    reward: Tensor  # for arriving
+    is_first: Tensor  # bool
+    terminal: Tensor
+    starts: slice  # of T, the steps that dreams began from
+
+
 class Behavior(nn.Module):
     """Actor and critic, trained on imagined trajectories.
 
@@ -40,6 +50,7 @@ class Behavior(nn.Module):
         self.slow = copy.deepcopy(critic).requires_grad_(False)
         self.norm = ReturnNorm()
         self.imag, self.slow_rate = config.imag, config.critic.slow_rate
+        self.replay_weight, self.replay_grad = config.critic.replay_loss, config.critic.replay_grad
         self.entropy, self.scales = config.actor.entropy, config.loss_scales
         self.backprop = backprop
 
@@ -55,7 +66,10 @@ class Behavior(nn.Module):
             policy = functools.partial(self.policy, generator=generator)
             _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
             x = feat.cat()
-            cont = torch.cat([1.0 - terminal.unsqueeze(1), model.cont(x[:, 1:]).mean()], 1)
+            cont = model.cont(x[:, 1:]).mean()
+            if self.imag.contdisc:  # it was taught with the discount
+                cont = cont / self.imag.discount
+            cont = torch.cat([1.0 - terminal.unsqueeze(1), cont], 1)
             return Trajectory(feat, x, action, self.imag.discount * cont)
 
     def policy(self, feat: Feat, generator: torch.Generator | None) -> Tensor:
@@ -66,8 +80,13 @@ class Behavior(nn.Module):
         """What the actor maximises, of its actions' log-probabilities and advantages, (N, H)."""
         return reinforce_gain(log_prob, adv)
 
-    def losses(self, traj: Trajectory, rew: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-        """Weighted actor and critic loss, () each. rew: (N, H+1), for arriving in each state."""
+    def losses(
+        self, traj: Trajectory, rew: Tensor, replayed: Replayed | None = None
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """Weighted actor and critic loss, () each. rew: (N, H+1), for arriving in each state.
+
+        With ``replayed`` the critic learns from these steps as well.
+        """
         x = traj.x.detach()
         value_dist = self.critic(x[:, :-1])
         # Backpropagating through the dynamics, returns depend on the features; for REINFORCE they
@@ -91,7 +110,33 @@ class Behavior(nn.Module):
         actor_loss = scaled(loss.actor.mean(), self.scales.actor)
         critic_loss = scaled(loss.critic.mean(), self.scales.critic)
         metrics = {"actor_loss": actor_loss.detach(), "critic_loss": critic_loss.detach()}
+        if replayed is not None:
+            replay_loss = self.replay_weight * self.replay_loss(replayed, loss.returns[:, 0])
+            metrics["replay_critic_loss"] = replay_loss.detach()
+            critic_loss = critic_loss + scaled(replay_loss, self.scales.critic)
         return actor_loss, critic_loss, metrics | loss.metrics
+
+    def replay_loss(self, replayed: Replayed, imagined: Tensor) -> Tensor:
+        """The critic's loss on returns of replayed steps, (), a mean over B x (T - 1) steps.
+
+        imagined (N,): the returns of the dreams from ``replayed.starts``, by sequence, which stand
+        for what follows a step; at other steps that is the critic's value. The last step of an
+        episode, which nothing follows, does not count.
+        """
+        x, length = replayed.x if self.replay_grad else replayed.x.detach(), replayed.x.shape[1]
+        ends = torch.zeros_like(replayed.is_first)
+        ends[:, :-1] = replayed.is_first[:, 1:]  # (B, T); unknown of the last one, and unused
+        dist = self.critic(x)
+        with torch.no_grad():
+            boot = dist.mode()
+            boot[:, replayed.starts] = imagined.view(len(boot), -1).to(boot.dtype)
+            settings = {"discount": self.imag.discount, "lam": self.imag.lam}
+            where = replayed.terminal, ends.to(boot.dtype), boot
+            returns = replay_returns(replayed.reward, *where, **settings)  # (B, T - 1)
+            pad = torch.cat([returns, torch.zeros_like(returns[:, :1])], 1)
+            slow = self.slow(x).mode()
+        counts = ~ends & (torch.arange(length, device=x.device) < length - 1)
+        return torch.where(counts, -dist.log_prob(pad, slow), 0.0)[:, :-1].mean()
 
     @torch.no_grad()
     def _values(self, known: TwoHot, x: Tensor) -> Tensor:

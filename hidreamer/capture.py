@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,18 @@ class Captured:
     recorded after ``warmup`` ordinary calls, then replayed.
 
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
+    generator: whose numbers it draws, several where they are several; None is torch's default one.
     """
 
-    def __init__(self, fn: Update, warmup: int = WARMUP, generator: torch.Generator | None = None):
-        self.fn, self.warmup, self.calls, self.generator = fn, warmup, 0, generator
+    def __init__(
+        self,
+        fn: Update,
+        warmup: int = WARMUP,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ):
+        self.fn, self.warmup, self.calls = fn, warmup, 0
+        one = generator is None or isinstance(generator, torch.Generator)
+        self.generators = [generator] if one else list(generator)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -49,8 +57,9 @@ class Captured:
         if self.graph is None:
             self.inputs = {key: x.clone() for key, x in batch.items()}
             graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:  # every graph knows the default one
-                graph.register_generator_state(self.generator)
+            for generator in self.generators:
+                if generator is not None:  # every graph knows the default one
+                    graph.register_generator_state(generator)
             # other threads of this process may do as they like, such as train another seed
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.out = self.fn(self.inputs)

@@ -178,15 +178,18 @@ class TwoHot:
         self.logit = at_least_float32(logit)
 
     def mode(self) -> Tensor:
-        # Bins come in pairs of opposite sign: pair by pair, a uniform output decodes to exactly 0.
-        probs = torch.softmax(self.logit, -1)
         half = BINS // 2
-        where = {"device": probs.device, "dtype": probs.dtype}
-        bins = torch.linspace(0.0, MAX_BIN, half + 1, **where)[1:]  # (127,)
-        pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
-        return symexp((pairs * bins).sum(-1))  # no matrix product: autocast would round it
+        where = {"device": self.logit.device, "dtype": self.logit.dtype}
+        return symexp(self._expected(torch.linspace(0.0, MAX_BIN, half + 1, **where)[1:]))
 
     mean = mode
+
+    def _expected(self, bins: Tensor) -> Tensor:
+        """bins: the positive ones (127,). -> (...)."""
+        # Bins come in pairs of opposite sign: pair by pair, a uniform output decodes to exactly 0.
+        probs, half = torch.softmax(self.logit, -1), BINS // 2
+        pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)  # (..., 127)
+        return (pairs * bins).sum(-1)  # no matrix product: autocast would round it
 
     def log_prob(self, *targets: Tensor) -> Tensor:
         """Summed log-likelihood of one or more targets (...), which share one log-softmax."""
@@ -199,9 +202,45 @@ class TwoHot:
             below = position.floor().clamp(max=BINS - 2)
             # A NaN stays one, but not as an index.
             index = below.nan_to_num().long().unsqueeze(-1)  # (..., 1)
-            pair = logp.gather(-1, torch.cat([index, index + 1], -1))  # (..., 2)
-            total = total + torch.lerp(pair[..., 0], pair[..., 1], position - below)
+            index = torch.cat([index, index + 1], -1)  # (..., 2)
+            pair = logp.gather(-1, index)  # (..., 2)
+            share = self._share(target, position - below, index)
+            total = total + torch.lerp(pair[..., 0], pair[..., 1], share)
         return total
+
+    def _share(self, target: Tensor, way: Tensor, index: Tensor) -> Tensor:
+        """How much of a target (...) is the upper one's of the bins ``index`` (...,2) around it.
+
+        way: how far it is from the lower one to the upper one in symlog space, 0 to 1 (...).
+        """
+        return way
+
+
+class SymexpTwoHot(TwoHot):
+    """A categorical over the 255 bins symexp(-20) .. symexp(20), trained with two-hot targets
+    between the numbers themselves (Hafner et al. 2024, eq. 9-10).
+
+    ``mode`` and ``mean`` are the expected bin: a mean of numbers, not of their logarithms.
+    """
+
+    def mode(self) -> Tensor:
+        return self._expected(self._bins()[BINS // 2 + 1 :])
+
+    mean = mode
+
+    def _bins(self) -> Tensor:
+        """(255,), of which opposite ones are equal but for their sign."""
+        where = {"device": self.logit.device, "dtype": self.logit.dtype}
+        half = symexp(torch.linspace(0.0, MAX_BIN, BINS // 2 + 1, **where))  # (128,)
+        return torch.cat([-half[1:].flip(0), half])
+
+    def _share(self, target: Tensor, way: Tensor, index: Tensor) -> Tensor:
+        low, high = self._bins()[index].unbind(-1)  # (...) each
+        return ((target.to(low.dtype) - low) / (high - low)).clamp(0.0, 1.0)
+
+
+# {name: class of logits (..., 255)}: what an expected bin is the mean of.
+TWO_HOTS = {"symlog": TwoHot, "symexp": SymexpTwoHot}
 
 
 class Bernoulli:

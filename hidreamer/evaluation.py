@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from hidreamer.metrics import EpisodeScores
+from hidreamer.spaces import random_action
 
 Frames = list[np.ndarray]  # (H,W,3) uint8 each
 LONGEST = 1000  # frames of a video
@@ -25,6 +27,33 @@ class Played(NamedTuple):
     episodes: list[dict[str, float]]
     videos: dict[str, Frames]  # environment 0's first episode, as "agent" and "levels"
     problem: Exception | None  # why the video is not whole
+
+
+class Chosen(NamedTuple):
+    """A state of ``RandomAgent``."""
+
+    action: torch.Tensor  # (N,A)
+
+
+class RandomAgent:
+    """What ``play`` asks of an agent, acting at random.
+
+    act_space: of the environments. seed: of its actions.
+    """
+
+    def __init__(self, act_space: spaces.Space, seed: int):
+        self.act_space, self.rng = act_space, np.random.default_rng(seed)
+
+    def initial(self, count: int) -> Chosen:
+        return Chosen(torch.from_numpy(random_action(self.act_space, count, self.rng)))
+
+    def tensors(self, rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return rows
+
+    def act(
+        self, state: Chosen, obs: Mapping[str, np.ndarray], mode: str, generator: Any = None
+    ) -> Chosen:
+        return self.initial(len(state.action))
 
 
 def time_limit(config: Any) -> int:

@@ -30,6 +30,8 @@ REMEDIES = {
     TRACKIO: "--logger tensorboard does without",
 }
 
+UNITS = {"model": " nats", "critic": " nats"}  # of losses on the screen; the actor's has none
+
 
 class BestEffort:
     """Runs what must not end a training: pictures and copies of the log.
@@ -159,20 +161,7 @@ class Logger:
             return
         path = self.logdir / "videos" / f"{step:09d}-{name}.mp4"
         path.parent.mkdir(exist_ok=True)
-        height, width = movie.shape[1:3]
-        # the codec needs even sides
-        even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-        # In memory: a codec that cannot write its file says so in a traceback of its own, and
-        # leaves half a video.
-        data = iio.imwrite(
-            "<bytes>", even, extension=".mp4", plugin="pyav", codec="libx264", fps=fps
-        )
-        temporary = path.with_suffix(".tmp")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_video(path, movie, fps)
         if self.board:
             self.best_effort(TENSORBOARD, self.board.video, step, name, movie[:300], fps)
         if self.run:
@@ -181,6 +170,24 @@ class Logger:
     def _service_video(self, step: int, name: str, path: Path) -> None:
         module = service_module(self.module)
         self.run.log({name: module.Video(str(path))}, step=step)
+
+
+def write_video(path: Path, movie: np.ndarray, fps: int = 15) -> None:
+    """movie (T,H,W,3) uint8 -> an H.264 video at ``path``, whole or not at all. Raises OSError and
+    what the codec raises.
+    """
+    height, width = movie.shape[1:3]
+    # the codec needs even sides
+    even = np.pad(movie, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    # In memory: a codec that cannot write its file says so in a traceback of its own, and leaves
+    # half a video.
+    data = iio.imwrite("<bytes>", even, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def service_module(name: str) -> Any:
@@ -268,14 +275,20 @@ class EventFile:
 
 
 class Rates:
-    """Frames and updates per second since the last call."""
+    """Frames and updates per second since the last call.
+
+    cpu_s: CPU seconds of this process, all threads together, between the last two calls.
+    """
 
     def __init__(self, frames: int = 0, updates: int = 0):
         self.last = (time.monotonic(), frames, updates)
+        self._cpu, self.cpu_s = time.process_time(), 0.0
 
     def __call__(self, frames: int, updates: int) -> tuple[float, float]:
         (then, f, u), self.last = self.last, (time.monotonic(), frames, updates)
         took = max(self.last[0] - then, 1e-9)
+        now = time.process_time()
+        self.cpu_s, self._cpu = now - self._cpu, now
         return (frames - f) / took, (updates - u) / took
 
 
@@ -337,9 +350,10 @@ class Screen:
     ) -> None:
         self.shown, self.latest = time.monotonic(), None
         frames, ups = self.rates(step, updates)
-        shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
+        parts = [f"{name} {x:.2f}{UNITS.get(name, '')}" for name, x in losses.items()]
+        shown = "loss: " + ", ".join(parts) if parts else ""
         rates = f"{frames:.0f} frames/s {ups:.2f} updates/s"
-        last = "-" if score is None else f"{score:.1f}"
+        last = "-" if score is None else f"{score:.1f} points"
         self.bar.update(self.task, completed=step, rates=rates, losses=shown, score=last)
         if self.bar.disable:
             self.line(f"[{step}/{self.total}] {rates} {shown} return {last}")

@@ -1,7 +1,8 @@
 """Losses as free functions of distributions and tensors.
 
 Shapes: N imagined trajectories of H steps, A action. Entry t of an (N, H+1) tensor belongs to state
-t, the first of which is the replayed one that the trajectory starts from.
+t, the first of which is the replayed one that the trajectory starts from. B replayed sequences of T
+steps, U numbers of a projection.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from hidreamer.distributions import at_least_float32
 from hidreamer.returns import lambda_return
 
 
@@ -114,3 +117,99 @@ def imag_loss(
 def scaled(loss: Tensor, scale: float) -> Tensor:
     """``loss`` times its weight; a weight of 1 costs nothing."""
     return loss if scale == 1.0 else scale * loss
+
+
+# ---------------------------------------------------------------- of replayed steps
+
+
+def one_episode(is_first: Tensor, steps: int) -> Tensor:
+    """(B, T - steps) bool: whether the action before step t, step t and step t + ``steps`` are of
+    one episode. is_first: (B,T) bool.
+    """
+    length = is_first.shape[1] - steps
+    episode = is_first.long().cumsum(1)  # (B, T)
+    return ~is_first[:, :length] & (episode[:, :length] == episode[:, steps:])
+
+
+def mean_where(x: Tensor, valid: Tensor) -> Tensor:
+    """The mean of ``x`` where ``valid`` (bool, same shape), (); 0 where it nowhere is."""
+    return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def replay_returns(
+    rew: Tensor, terminal: Tensor, ends: Tensor, boot: Tensor, discount: float, lam: float
+) -> Tensor:
+    """Lambda-returns of replayed steps 0 .. T-2 (Hafner et al. 2024, replay critic loss), (B, T-1).
+
+        R_t = rew_{t+1} + disc_{t+1} ((1 - lam_{t+1}) boot_{t+1} + lam_{t+1} R_{t+1})
+        R_{T-1} = boot_{T-1}
+
+    with disc = ``discount`` where the episode goes on and 0 at a ``terminal`` step, lam = ``lam``
+    but 0 at the ``ends`` of episodes, terminal or cut. boot: values of all steps. All (B,T). The
+    return of an episode's last step is of another episode: it is not to be used.
+    """
+    disc, lam = discount * (1.0 - terminal), lam * (1.0 - ends)
+    last, returns = boot[:, -1], []
+    for t in reversed(range(1, rew.shape[1])):
+        ahead = torch.lerp(boot[:, t], last, lam[:, t])
+        last = rew[:, t] + disc[:, t] * ahead
+        returns.append(last)
+    return torch.stack(returns[::-1], 1)
+
+
+def contrastive_loss(
+    queries: list[Tensor], keys: Tensor, is_first: Tensor, decay: float
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE over batch and time (van den Oord et al. 2018): which of all B * T observations is
+    the one k steps on?
+
+    queries: for k = 0, 1, .. (B,T-k,U), what step t predicts of step t + k; keys (B,T,U) of all
+    observations. The score of a pair is its product over sqrt(U). Pairs across the end of an
+    episode do not count, also those whose query is an episode's first step: it was predicted from
+    the episode before. Lag k has the weight ``decay`` ** k, all together 1.
+
+    -> loss (), and the share of right guesses at each lag (K,), without gradient.
+    """
+    batch, length = is_first.shape
+    flat = keys.flatten(0, 1)  # (B * T, U)
+    index = torch.arange(batch * length, device=keys.device).view(batch, length)
+    weights = [decay**k for k in range(len(queries))]
+    loss, right = 0.0, []
+    for k, query in enumerate(queries):
+        scores = query.flatten(0, 1) @ flat.t()  # (B * (T-k), B * T)
+        scores = at_least_float32(scores) * keys.shape[-1] ** -0.5
+        positive, valid = index[:, k:].flatten(), one_episode(is_first, k).flatten()
+        nats = F.cross_entropy(scores, positive, reduction="none")
+        loss = loss + weights[k] / sum(weights) * mean_where(nats, valid)
+        right.append(mean_where((scores.detach().argmax(1) == positive).float(), valid))
+    return loss, torch.stack(right)
+
+
+def redundancy_loss(x: Tensor, y: Tensor, valid: Tensor, weight: float) -> Tensor:
+    """Barlow Twins (Zbontar et al. 2021, eq. 1): the correlation of every number of x with its own
+    of y shall be 1, with all others of y 0.
+
+    x, y: (R,U), of which the ``valid`` (R,) bool rows count. weight: of the others' squares. -> (),
+    summed over the (U,U) correlations. A number that never changes has the correlation 0.
+    """
+    x, y = (standardised(at_least_float32(z), valid) for z in (x, y))
+    with torch.autocast(x.device.type, enabled=False):
+        corr = x.t() @ y / valid.sum().clamp(min=1)  # (U, U)
+    own = corr.diagonal()
+    others = corr.square().sum() - own.square().sum()
+    return (own - 1.0).square().sum() + weight * others
+
+
+def standardised(x: Tensor, valid: Tensor) -> Tensor:
+    """Every column of (R,U) with mean 0 and deviation 1 over the ``valid`` rows; others are 0."""
+    mask, count = valid.unsqueeze(1), valid.sum().clamp(min=1)
+    x = torch.where(mask, x, 0.0)
+    x = torch.where(mask, x - x.sum(0) / count, 0.0)
+    return x * torch.rsqrt(x.square().sum(0) / count + 1e-8)
+
+
+def balanced(loss: Tensor, log_sigma: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """A loss divided by its learned scale, and what keeps the scale from growing (HarmonyDream, Ma
+    et al. 2024, eq. 6): L / sigma and ``weight`` * ln(1 + sigma). log_sigma: ().
+    """
+    return loss * torch.exp(-log_sigma), weight * F.softplus(log_sigma)

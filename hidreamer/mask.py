@@ -41,6 +41,16 @@ def make_level_mask(kind: str, levels: int) -> Tensor:
     return torch.stack([past, earlier & past if kind == "barrier" else earlier])
 
 
+def read_levels(kind: str, levels: int, chain: bool) -> int:
+    """How many of the coarsest levels need a position at all: the others' rows no one reads.
+
+    Read are rows that others may look at, and with ``chain`` those that predict the next level.
+    """
+    if kind != "barrier":
+        return levels
+    return max(1, levels - 1) if chain else 1
+
+
 def attn_mask(
     level_mask: Tensor, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor], window: int = 0
 ) -> Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from hidreamer.distributions import at_least_float32
 
 EPS = 1e-3  # of every LayerNorm, as upstream
 T = TypeVar("T")
@@ -29,7 +31,19 @@ def layer_norm(size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=EPS)
 
 
-NORMS = {"layer": layer_norm}  # each: size -> module over the last axis
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + 1e-4) times a weight (Zhang and Sennrich 2019; DreamerV3 of 2024), over
+    the last axis (..., size), in float32 at least.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size, eps=1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(at_least_float32(x))
+
+
+NORMS = {"layer": layer_norm, "rms": RMSNorm}  # each: size -> module over the last axis
 ACTIVATIONS = {"silu": nn.SiLU}  # each: () -> module
 
 
@@ -162,6 +176,12 @@ class MLP(nn.Module):
         return x if self.out is None else self.out(x)
 
 
+def gated(deter: Tensor, reset: Tensor, cand: Tensor, update: Tensor) -> Tensor:
+    """The end of a GRU: old memory and gates (B,D) -> new memory (B,D)."""
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
+
+
 class GRUCell(nn.Module):
     """GRU with one norm over all gates and an update bias of -1 (Hafner et al. 2020, DreamerV2).
 
@@ -176,9 +196,102 @@ class GRUCell(nn.Module):
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         # The memory stays in its own precision: bfloat16 would round away small updates.
         gates = self.norm(self.linear(torch.cat([x, deter], -1))).to(deter.dtype)  # (B, 3D)
-        reset, cand, update = gates.chunk(3, -1)  # (B, D) each
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
-        return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))
+        return gated(deter, *gates.chunk(3, -1))
+
+
+class BlockLinear(nn.Module):
+    """``blocks`` linear layers side by side: (..., g, inp) -> (..., g, out)."""
+
+    def __init__(self, blocks: int, inp: int, out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, inp, out))
+        self.bias = nn.Parameter(torch.zeros(blocks, out))
+        init_trunc(self.weight, inp, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...gi,gio->...go", x, self.weight) + self.bias
+
+
+class BlockGRUCell(nn.Module):
+    """The GRU of DreamerV3 of 2024 (arXiv 2301.04104v2, appendix), whose memory is in blocks.
+
+    Each block reads itself, a hidden layer of the whole memory, and the input; a layer of deter
+    numbers, then the gates, with an update bias of -1. (B, inp), (B, deter) -> (B, deter). Raises
+    ValueError where ``blocks`` do not divide deter.
+    """
+
+    def __init__(
+        self, inp: int, deter: int, hidden: int, blocks: int, *, norm: str, act: str = "silu"
+    ):
+        super().__init__()
+        if deter % blocks:
+            raise ValueError(f"dynamics.deter {deter} is no multiple of the {blocks} blocks")
+        self.blocks, size = blocks, deter // blocks
+        self.whole = Block(deter, hidden, norm=norm, act=act)
+        self.hidden = BlockLinear(blocks, size + hidden + inp, size)
+        self.norm, self.act = make_norm(norm, deter), make_activation(act)
+        self.gates = BlockLinear(blocks, size, 3 * size)
+
+    def forward(self, x: Tensor, deter: Tensor) -> Tensor:
+        own = deter.unflatten(-1, (self.blocks, -1))  # (B, g, D / g)
+        x = torch.cat([self.whole(deter), x.to(deter.dtype)], -1)  # (B, hidden + inp)
+        x = torch.cat([own, x.unsqueeze(-2).expand(*own.shape[:-1], -1)], -1)
+        x = self.act(self.norm(self.hidden(x).flatten(-2)))  # (B, D)
+        gates = self.gates(x.unflatten(-1, (self.blocks, -1))).to(deter.dtype)  # (B, g, 3 D / g)
+        return gated(deter, *(gate.flatten(-2) for gate in gates.chunk(3, -1)))
+
+
+class SideBySide(nn.Module):
+    """A block for each of two inputs side by side: (..., inp1 + inp2) -> (..., 2 out).
+
+    It is split as ``Block`` is: the second input's block does not wait for the first's.
+    """
+
+    def __init__(self, sizes: tuple[int, int], out: int, *, norm: str, act: str):
+        super().__init__()
+        self.sizes = sizes
+        self.parts = nn.ModuleList(Block(size, out, norm=norm, act=act) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = x.split(self.sizes, -1)
+        return torch.cat([self.parts[0](one), self.parts[1](two)], -1)
+
+    def split(self, sizes: Sequence[int]) -> SideBySide:
+        assert tuple(sizes) == self.sizes, (sizes, self.sizes)
+        return self
+
+    def project(self, i: int, x: Tensor) -> Tensor:
+        """The block of the second input (..., inp2) -> (..., out)."""
+        assert i == 1
+        return self.parts[1](x)
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Of both inputs side by side, or of (0, the first, ``project`` of the second)."""
+        if len(args) == 1:
+            return super().__call__(*args)
+        _, x, others = args
+        return torch.cat([self.parts[0](x), others], -1)
+
+
+def make_core(
+    name: str,
+    stoch: int,
+    act_dim: int,
+    hidden: int,
+    deter: int,
+    *,
+    blocks: int,
+    norm: str,
+    act: str,
+) -> tuple[nn.Module, nn.Module]:
+    """The layer of state and action (..., stoch + act_dim), and the cell that reads it: "block_gru"
+    or one of ``CELLS``.
+    """
+    names = {"norm": norm, "act": act}
+    if name == "block_gru":
+        cell = BlockGRUCell(2 * hidden, deter, hidden, blocks, **names)
+        return SideBySide((stoch, act_dim), hidden, **names), cell
+    return Block(stoch + act_dim, hidden, **names), make_cell(name, hidden, deter, norm=norm)
 
 
 # Each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter).
@@ -187,4 +300,5 @@ CELLS = {"gru": GRUCell}
 
 def make_cell(name: str, inp: int, deter: int, *, norm: str = "layer") -> nn.Module:
     """The recurrent cell ``name`` of ``CELLS``."""
-    return by_name(CELLS, name, "cell")(inp, deter, norm=norm)
+    by_name({**CELLS, "block_gru": BlockGRUCell}, name, "cell")
+    return CELLS[name](inp, deter, norm=norm)

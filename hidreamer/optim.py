@@ -15,7 +15,55 @@ def adam(
     return torch.optim.Adam(params, lr=lr, eps=eps, fused=True, capturable=capturable)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": adam}
+class LaProp(torch.optim.Optimizer):
+    """LaProp (Ziyin et al. 2020): momentum of normalised gradients, where Adam normalises the
+    momentum. Counters stay on the device, whatever ``capturable`` says.
+
+        v = b2 v + (1 - b2) g^2;  m = b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
+        p = p - lr m / (1 - b1^t)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float | Tensor,
+        eps: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        capturable: bool = False,
+    ):
+        super().__init__(params, {"lr": lr, "eps": eps, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    step = torch.zeros((), dtype=torch.float32, device=p.device)
+                    moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": step} | moments
+            self._update(params, group["lr"], group["eps"], *group["betas"])
+
+    def _update(
+        self, params: list[Tensor], lr: float | Tensor, eps: float, beta1: float, beta2: float
+    ) -> None:
+        keys = "step", "exp_avg", "exp_avg_sq"
+        steps, mean, square = ([self.state[p][key] for p in params] for key in keys)
+        grads = [p.grad for p in params]
+        torch._foreach_add_(steps, 1.0)
+        count = steps[0]  # all parameters are stepped together
+        torch._foreach_mul_(square, beta2)
+        torch._foreach_addcmul_(square, grads, grads, 1.0 - beta2)
+        root = torch._foreach_sqrt(square)
+        torch._foreach_mul_(root, torch.rsqrt(1.0 - beta2**count))
+        torch._foreach_add_(root, eps)
+        torch._foreach_lerp_(mean, torch._foreach_div(grads, root), 1.0 - beta1)
+        torch._foreach_sub_(params, torch._foreach_mul(mean, lr / (1.0 - beta1**count)))
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": adam, "laprop": LaProp}
+PMIN = 1e-3  # the norm that AGC takes smaller parameters to have
 
 
 class Optimizer:
@@ -25,7 +73,9 @@ class Optimizer:
     touches these parameters only, whatever else a loss depends on, and reads nothing on the host.
 
     algorithm: makes the optimiser of parameters, as those of OPTIMIZERS do. ``clip`` 0 means no
-    clipping. ``capturable`` keeps the step counters on the device, as a CUDA graph needs.
+    clipping, ``agc`` 0 none by each parameter's own norm. warmup: steps over which the learning
+    rate grows from 0 (the first step has none, as in DreamerV3 of 2024). ``capturable`` keeps the
+    step counters on the device, as a CUDA graph needs.
     """
 
     def __init__(
@@ -35,6 +85,8 @@ class Optimizer:
         lr: float,
         eps: float,
         clip: float,
+        agc: float = 0.0,
+        warmup: int = 0,
         capturable: bool = False,
         algorithm: Callable[..., torch.optim.Optimizer] = adam,
     ):
@@ -44,7 +96,9 @@ class Optimizer:
             named = module.named_parameters()
             self.groups[name] = {f"{name}.{key}": p for key, p in named if p.requires_grad}
             self.params |= self.groups[name]
-        self.clip = clip
+        self.clip, self.agc, self.warmup, self.lr = clip, agc, warmup, lr
+        if warmup:  # changed in place, so that a recorded graph sees it
+            lr = torch.zeros((), device=next(iter(self.params.values())).device)
         self.optim = algorithm(self.params.values(), lr=lr, eps=eps, capturable=capturable)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
@@ -52,12 +106,18 @@ class Optimizer:
         self.gather(loss)
         return self.apply()
 
-    def gather(self, loss: Tensor, modules: Iterable[str] | None = None) -> None:
-        """Add the gradient of ``loss`` (), for these modules (None: all), to the next step's."""
+    def gather(
+        self, loss: Tensor, modules: Iterable[str] | None = None, retain: bool = False
+    ) -> None:
+        """Add the gradient of ``loss`` (), for these modules (None: all), to the next step's.
+
+        retain: keep the graph, for another loss that shares a part of it.
+        """
         params = []
         for name in modules or self.groups:
             params += self.groups[name].values()
-        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        options = {"allow_unused": True, "materialize_grads": True, "retain_graph": retain}
+        grads = torch.autograd.grad(loss, params, **options)
         for param, grad in zip(params, grads, strict=True):
             grad = grad if param.grad is None else param.grad + grad
             # The fused kernel walks through memory. A gradient that lies there in another order
@@ -73,17 +133,48 @@ class Optimizer:
         """
         norms = {}
         for name, group in self.groups.items():
-            norms[name] = nn.utils.get_total_norm([p.grad for p in group.values()])
-        total = torch.stack(list(norms.values())).norm()
+            norms[name] = self.norm([p.grad for p in group.values()])
+        total = torch.stack(list(norms.values())).norm(dim=0)
         metrics = {"grad_norm": total}
         if len(norms) > 1:
             metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
+        if self.agc:
+            metrics["agc_clipped"] = self.clip_each()
         if self.clip:
-            nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
+            self.rescale(total)
             metrics["clipped"] = (total > self.clip).float()
+        if self.warmup:
+            self._set_rate()
         self._move()
         self.optim.zero_grad()
         return metrics
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        """Of all of them together, ()."""
+        return nn.utils.get_total_norm(grads)
+
+    def rescale(self, total: Tensor) -> None:
+        """Clip the gradients, whose norm is ``total``."""
+        nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
+
+    @torch.no_grad()
+    def clip_each(self) -> Tensor:
+        """Adaptive gradient clipping (Brock et al. 2021), by whole parameters as in DreamerV3 of
+        2024: no gradient is longer than ``agc`` times its parameter. -> share that was longer, ().
+        """
+        params = list(self.params.values())
+        grads = [p.grad for p in params]
+        upper = torch.stack(torch._foreach_norm(params)).clamp(min=PMIN) * self.agc
+        ratio = torch.stack(torch._foreach_norm(grads)) / upper
+        torch._foreach_div_(grads, ratio.clamp(min=1.0).unbind())
+        return (ratio > 1.0).float().mean()
+
+    def _set_rate(self) -> None:
+        """Of the next step, from the steps that were made, so that it continues after a resume."""
+        state = self.optim.state.get(next(iter(self.params.values())))
+        rate = self.optim.param_groups[0]["lr"]
+        if state:
+            rate.copy_((state["step"] / self.warmup).clamp(max=1.0) * self.lr)
 
     def _move(self) -> None:
         self.optim.step()
@@ -109,7 +200,12 @@ def like(param: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=x.dtype).copy_(x.detach())
 
 
-def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: float) -> Optimizer:
+def make_optimizer(
+    kind: str,
+    modules: Mapping[str, nn.Module],
+    cls: type[Optimizer] = Optimizer,
+    **settings: float,
+) -> Optimizer:
     """An ``Optimizer`` whose algorithm is one of OPTIMIZERS; settings as ``Optimizer`` takes them.
 
     Raises ValueError for a name that there is not.
@@ -118,28 +214,36 @@ def make_optimizer(kind: str, modules: Mapping[str, nn.Module], **settings: floa
         raise ValueError(
             f"there is no optimiser {kind!r}; there are {', '.join(sorted(OPTIMIZERS))}"
         )
-    return Optimizer(modules, algorithm=OPTIMIZERS[kind], **settings)
+    return cls(modules, algorithm=OPTIMIZERS[kind], **settings)
 
 
 def make_optimizers(
-    modules: Mapping[str, Mapping[str, nn.Module]], config: Any, capturable: bool
+    modules: Mapping[str, Mapping[str, nn.Module]],
+    config: Any,
+    capturable: bool,
+    cls: type[Optimizer] = Optimizer,
 ) -> dict[str, Optimizer]:
     """For {loss: {name: module}}: one for each loss, or for ``optim: joint`` one, "joint", for all.
 
-    config: of all keys; the explorer's losses have the settings of the others. capturable: whether
-    steps can be recorded in a CUDA graph.
+    A "probe" always has its own: its gradient has no part in the others' norm. config: of all keys;
+    the explorer's losses have the settings of the others. capturable: whether steps can be recorded
+    in a CUDA graph.
     """
     blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
+    blocks |= {"joint": config.model, "probe": config.model}
     if config.optim == "joint":
         joint: dict[str, nn.Module] = {}
         for loss, group in modules.items():
-            joint |= {joint_name(loss, name): module for name, module in group.items()}
-        modules, blocks = {"joint": joint}, {"joint": config.model}
+            if loss != "probe":
+                joint |= {joint_name(loss, name): module for name, module in group.items()}
+        modules = {name: group for name, group in modules.items() if name == "probe"}
+        modules |= {"joint": joint}
     optimizers = {}
     for name, group in modules.items():
         block = blocks[name.removeprefix("expl_")]
         settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
-        optimizers[name] = make_optimizer("adam", group, **settings, capturable=capturable)
+        settings |= {"agc": block.agc, "warmup": block.warmup, "capturable": capturable}
+        optimizers[name] = make_optimizer(block.algorithm, group, cls, **settings)
     return optimizers
 
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, command and hardware, without which it is a rumour."""
+"""Where a number comes from: commit, command and hardware, without which it cannot be checked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """Residual quantisation: G groups of d numbers become L levels of codes, each near the residual.
 
 Level l sees the residual r_l = z - sum of the codes of the levels before it, the codes detached:
-attached, they would cancel its loss's gradient at the encoder. Four ways to choose and learn codes:
+attached, they would cancel its loss's gradient at the encoder. In place of the codes that were
+drawn it can be those that were expected, so that no level undoes the draws of coarser ones
+(``RESIDUALS``), and with "innovation" the code that its prior expects is taken off as well. Four
+ways to choose and learn codes:
 
 - ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by
   gradient. A level is then a categorical like any other of Dreamer's, and can be trained to be
@@ -18,6 +21,7 @@ Shapes: (..., G, d) numbers, (..., G, K) per code, L levels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +32,7 @@ from hidreamer.metrics import weighted_mean
 from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
+RESIDUALS = ("drawn", "expected", "innovation")
 SCALES = (1.0, 0.7, 0.5)  # deviation of the first codes by level; the last also for all finer ones
 HARD_LOGIT = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
 
@@ -128,22 +133,40 @@ class Quantizer(nn.Module):
             self.register_buffer("total", book.clone())
 
     def encode(
-        self, z: Tensor, sample: bool = True, generator: torch.Generator | None = None
+        self,
+        z: Tensor,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        residual: str = "drawn",
+        expected: Callable[[int, list[Tensor]], Tensor] | None = None,
     ) -> Codes:
         """z (..., G, d) -> Codes.
 
-        ``sample`` and ``generator`` concern ``sampled`` only; without ``sample`` the likeliest
-        code is taken.
+        ``sample``, ``generator`` and ``noise`` concern ``sampled`` only; without ``sample`` the
+        likeliest code is taken. noise: by level, uniform (..., G, 1) that was drawn before.
+        residual: what a finer level codes, one of RESIDUALS. expected: for "innovation", a level
+        and the codes (..., G * d) of coarser ones -> the code (..., G, d) that is expected there.
         """
-        residual = z
+        left = z  # what the codes before leave
         codes, indices, logits, residuals = [], [], [], []
         for level in range(self.levels):
-            code, index, logit = self._encode_level(level, residual, sample, generator)
+            given = left
+            if residual == "innovation":
+                given = left - expected(level, [code.flatten(-2) for code in codes]).detach()
+            if noise is not None:
+                drawn = noise[level]
+            else:
+                sampled = sample and self.kind == "sampled"
+                like, shape = given, (*given.shape[:-1], 1)
+                drawn = dists.uniform(shape, like, generator) if sampled else None
+            code, index, logit = self._encode_level(level, given, drawn)
             codes.append(code)
             indices.append(index)
             logits.append(logit)
-            residuals.append(residual)
-            residual = residual - code.detach()
+            residuals.append(given)
+            taken = code if residual == "drawn" else self.expected(level, logit)
+            left = left - taken.detach()
         return Codes(
             torch.stack(codes, -3),
             torch.stack(indices, -2),
@@ -151,8 +174,29 @@ class Quantizer(nn.Module):
             torch.stack(residuals, -3),
         )
 
+    def expected(self, level: int, logit: Tensor) -> Tensor:
+        """The mean (..., G, d) of codes that logits (..., G, K) are of."""
+        probs = dists.unimix_probs(logit, self.unimix if self.kind == "sampled" else 0.0)
+        return self.decode(level, probs.to(self._dtype()))
+
+    def _dtype(self) -> torch.dtype:
+        return (self.up[0].weight if self.kind == "fsq" else self.book).dtype
+
+    def index(self, codes: Tensor) -> Tensor:
+        """Which codes (..., L, G, d) are, (..., L, G) int64: the nearest."""
+        every = torch.eye(self.codes, dtype=codes.dtype, device=codes.device)
+        found = []
+        for level in range(self.levels):
+            if self.kind == "fsq":
+                book = self.decode(level, every)  # (K, d)
+                distance = torch.cdist(codes[..., level, :, :], book)
+            else:
+                distance = self.distance(level, codes[..., level, :, :])
+            found.append(distance.argmin(-1))
+        return torch.stack(found, -2)
+
     def _encode_level(
-        self, level: int, residual: Tensor, sample: bool, generator: torch.Generator | None
+        self, level: int, residual: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(..., G, d) -> code (..., G, d), straight-through, index (..., G), logits (..., G, K)."""
         if self.kind == "fsq":
@@ -160,7 +204,6 @@ class Quantizer(nn.Module):
         distance = self.distance(level, residual)
         if self.kind == "sampled":
             logit = -distance / self.log_tau[level].exp()
-            noise = dists.uniform((*logit.shape[:-1], 1), logit, generator) if sample else None
             onehot = dists.sample_onehot(dists.unimix_probs(logit, self.unimix), noise)
             return self.decode(level, onehot.to(residual.dtype)), onehot.argmax(-1), logit
         index = distance.argmin(-1)

@@ -228,16 +228,25 @@ class Rollout:
         x = torch.stack(self.queue, 1).unflatten(0, self.shape)  # (B, n, Q, W)
         rows = slice(self.length, self.length + count)
         kv = mask = None
-        if self.origin.segment.shape[1]:
+        if self.origin.segment.shape[1] and self.time < self.window:
             kv, visible, age = self._prefix(rows)
             mask = visible & (age < self.window - self.time)
-        own_mask, last = self.own_mask[rows, : rows.stop], slice(count - 1, None)
+        own_mask = self.own_mask[rows, self._first_seen() : rows.stop]
+        last = slice(count - 1, None)
         rope, level = self.rope[:, :, rows], self.own.level[rows]
         out, _ = self.transformer(x, rope, level, self.own_kv, own_mask, kv, mask, last)
         self.queue, self.length, self.level = [], rows.stop, self.level + count
         if self.level > self.levels:  # that was an action, the last row of its time
             self.time, self.level = self.time + 1, 0
         return out.flatten(0, 2)
+
+    def _first_seen(self) -> int:
+        """The first imagined position within the window of rows of this time.
+
+        Levels of a time lie before its action, the last position of the step before.
+        """
+        first = self.time - self.window + 1
+        return 0 if first < 1 else (first - 1) * (self.levels + 1) + 1
 
     def _prefix(self, rows: slice) -> Prefix:
         """What ``rows`` see of the cached steps: the same at every time, since these lie behind.

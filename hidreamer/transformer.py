@@ -241,8 +241,9 @@ class Transformer(nn.Module):
         """x (B,n,Q,W) -> outputs (B,n,R,W) of the R positions ``out_index``, sum of layers' losses.
 
         rope (..,Q,2,d) and level (Q,) are the new positions' rotations and levels. own_mask
-        (..,Q,O) is about the branches' positions, the new ones last, prefix_mask (B,n,Q,P) about
-        the prefix. ``own`` grows by all Q.
+        (..,Q,O) is about the branches' last O positions, the new ones among them: no row sees those
+        before, and they are not multiplied. prefix_mask (B,n,Q,P) is about the prefix. ``own``
+        grows by all Q.
         """
         losses: FFNLosses = {}
         in_place, bias = prefix is not None and not torch.is_grad_enabled(), None
@@ -251,6 +252,7 @@ class Transformer(nn.Module):
             if in_place and bias is None:
                 bias = score_bias(own_mask, prefix_mask, q.dtype)
             kv = own[i].add(k, v)
+            kv = KV(*(part[..., -own_mask.shape[-1] :, :] for part in kv))
             if layer is self.layers[-1]:  # of the other positions only keys and values are needed
                 # contiguous: what is compiled is compiled anew for every other order in memory
                 x, level = x[:, :, out_index].contiguous(), level[out_index].contiguous()

@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+# What may start afresh where nothing of it is there: younger or other parts than the source's.
+OPTIONAL = ("explorer.", *(f"world_model.{name}." for name in ("ac_cpc", "barlow", "next_embed")))
+OPTIONAL += ("world_model.harmony.", "world_model.decoder.")
+
 
 def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
     """``state`` with new names for the parameters {old: new} below ``prefix``."""
@@ -23,7 +27,7 @@ def match(
     own: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
     given: Mapping[str, Any],
-    may_be_fresh: str,
+    may_be_fresh: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``own`` with the values of ``params``, and {module: "mapped" | "split" | "fresh"}.
 
@@ -56,7 +60,9 @@ def load_params(agent: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             params[name] = x
     params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
-    matched, report = match(agent.state_dict(), params, given, may_be_fresh="explorer.")
+    there = {prefix for prefix in OPTIONAL for name in given if name.startswith(prefix)}
+    fresh = tuple(prefix for prefix in OPTIONAL if prefix not in there)
+    matched, report = match(agent.state_dict(), params, given, fresh)
     agent.load_state_dict(matched)
     return report
 

@@ -30,6 +30,7 @@ from library.policy import Policy
 from tools import ConfigError
 
 CHUNK = 256  # steps of an episode that are encoded at once
+HORIZON = 15  # steps that are imagined where nothing says how many
 
 Actor = Callable[[Feat], Tensor]  # states (N,.) -> actions (N,A)
 
@@ -124,14 +125,21 @@ class LoadedAgent:
 
     # ------------------------------------------------------------ acting
 
-    def make_policy(self, count: int | None = None, *, greedy: bool = True) -> Policy:
+    def make_policy(
+        self,
+        count: int | None = None,
+        *,
+        greedy: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Policy:
         """A policy with a memory of its own; for ``count`` environments side by side if given.
 
-        greedy: take the likeliest action instead of sampling one. Raises ValueError.
+        greedy: take the likeliest action instead of sampling one. generator: of random numbers.
+        Raises ValueError.
         """
         if count is not None:
             count = whole("count", count, 1)
-        return Policy(self, count, greedy)
+        return Policy(self, count, greedy, generator)
 
     def make_env(self) -> gymnasium.Env:
         """The real environment of the task, with the run's settings; ``render()`` is RGB."""
@@ -184,12 +192,17 @@ class LoadedAgent:
         """One episode of this agent in the real environment, of at most ``steps`` agent steps.
 
         -> {key: (T, ...)}: observations, ``prev_action`` (T,A), ``reward``, ``is_first``,
-        ``is_last``, ``is_terminal`` (T,), as ``encode`` takes them.
+        ``is_last``, ``is_terminal`` (T,), as ``encode`` takes them. seed: of the environment and of
+        the agent's random numbers, so that it fixes the episode; without one the environment has
+        the run's, and the agent torch's default numbers.
         Raises ValueError, EnvError.
         """
         limit = evaluation.time_limit(self.config) // self.config.env.action_repeat
         limit = limit if steps is None else whole("steps", steps, 1)
-        env, policy = self.real_env(seed), self.make_policy(greedy=greedy)
+        env, generator = self.real_env(seed), None
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(int(seed))
+        policy = self.make_policy(greedy=greedy, generator=generator)
         rows, obs, action = [], env.reset(), np.zeros(self.act_dim, np.float32)
         try:
             while True:
@@ -266,14 +279,14 @@ class LoadedAgent:
         self,
         latents: Latents | Dream,
         actor: Any = None,
-        horizon: int = 15,
+        horizon: int | None = None,
         *,
         start: int | Sequence[int] = -1,
         count: int = 1,
         sample: bool = True,
         generator: torch.Generator | None = None,
     ) -> Dream:
-        """Imagine H = ``horizon`` steps.
+        """Imagine H = ``horizon`` steps; None is as many as there are given actions, or else 15.
 
         latents: of ``encode``; or a ``Dream`` of N, which goes on, each from where it ended.
         actor: actions (H,A) or (N,H,A), for choices also their numbers, as ``action_vector`` takes
@@ -282,7 +295,8 @@ class LoadedAgent:
         sample: draw the imagined states instead of taking the likeliest.
         Raises ValueError, IndexError.
         """
-        horizon, count = whole("horizon", horizon, 1), whole("count", count, 1)
+        horizon = None if horizon is None else whole("horizon", horizon, 1)
+        count = whole("count", count, 1)
         self._check(latents, Latents, Dream)
         if isinstance(latents, Dream) and start != -1:
             raise ValueError("a dream goes on from where it ended: start is of latents alone")
@@ -291,7 +305,7 @@ class LoadedAgent:
         if count > 1:
             index = torch.arange(total, device=self.device).repeat_interleave(count)
             carry, total = self.dynamics.select(carry, index), total * count
-        actor = self.policy_of(actor, total, horizon, generator)
+        actor, horizon = self.policy_of(actor, total, horizon, generator)
         with self.model.autocast():
             carry, feat, action = self.dynamics.imagine(carry, actor, horizon, sample, generator)
         feat = feat.map(Tensor.float)
@@ -329,20 +343,21 @@ class LoadedAgent:
         return carries[0] if len(carries) == 1 else self.dynamics.join(carries)
 
     def policy_of(
-        self, actor: Any, count: int, horizon: int, generator: torch.Generator | None
-    ) -> Actor | Tensor:
-        """``actor`` of ``dream`` as ``Dynamics.imagine`` takes it."""
+        self, actor: Any, count: int, horizon: int | None, generator: torch.Generator | None
+    ) -> tuple[Actor | Tensor, int]:
+        """``actor`` and ``horizon`` of ``dream`` as ``Dynamics.imagine`` takes them."""
         if actor is None:
-            return lambda feat: self.model.choose(feat, generator=generator)
+            return lambda feat: self.model.choose(feat, generator=generator), horizon or HORIZON
         if callable(actor):
-            return lambda feat: self._acted(actor, feat.map(Tensor.float))
+            return lambda feat: self._acted(actor, feat.map(Tensor.float)), horizon or HORIZON
         action = self.action_vector(actor)
+        horizon = horizon or (action.shape[-2] if action.ndim > 1 else 0) or HORIZON
         if action.ndim == 2:
             action = action.expand(count, -1, -1)
         if action.shape != (count, horizon, self.act_dim):
             expected = f"({horizon}, {self.act_dim}) or ({count}, {horizon}, {self.act_dim})"
             raise ValueError(f"actions are {tuple(action.shape)}, not {expected}")
-        return action
+        return action, horizon
 
     def _acted(self, actor: Actor, feat: Feat) -> Tensor:
         """Actions (N,A) of a function of states (N,.). Raises ValueError."""
@@ -356,26 +371,24 @@ class LoadedAgent:
         self,
         latents: Latents | Dream | Feat,
         *,
-        levels: bool = False,
+        levels: bool | int | str | Sequence[int | str] = False,
         generator: torch.Generator | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """The observations that states stand for: {"all": {key: (T, ...) or (N, H+1, ...)}}.
 
         Images are in [0, 1], grids probabilities, vectors as they are. levels: first also what the
-        coarse levels alone say, by their names, such as "top" or "L0" and "L0+L1".
+        coarse levels alone say, by their names, such as "top" or "L0" and "L0+L1": True for all of
+        them, or the levels up to which to decode, such as 0, "L1" or ["L0", "L1"].
         Raises ValueError.
         """
         self._check(latents, Latents, Dream, Feat)
-        if not isinstance(levels, bool):
-            raise ValueError(f"levels is {levels!r}; it can be True or False, for all or none")
         feat = latents if isinstance(latents, Feat) else latents.feat
         flat = feat.deter.ndim == 2
         feat = feat.map(lambda x: x.unsqueeze(0)) if flat else feat
         with self.model.autocast():
-            whole, *coarse = self.world_model.decode(feat, levels, generator)
-            names = list(self.dynamics.coarse_features(feat)) if levels else []
-        found = dict(zip([*names, "all"], [*coarse, whole], strict=True))
-        out = {}
-        for name, obs in found.items():
-            out[name] = {key: (x[0] if flat else x).float() for key, x in obs.items()}
+            coarse = {} if levels is False else self.dynamics.coarse_features(feat, generator)
+            states, out = coarse | {"all": feat}, {}
+            for name in dict.fromkeys([*checks.levels(levels, list(coarse)), "all"]):
+                (obs,) = self.world_model.decode(states[name])
+                out[name] = {key: (x[0] if flat else x).float() for key, x in obs.items()}
         return out

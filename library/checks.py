@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,26 @@ def whole(name: str, value: Any, least: int, error: type[Exception] = ValueError
     if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least:
         return int(value)
     raise error(f"{name} is {value!r}; it must be a whole number, at least {least}")
+
+
+def levels(value: Any, coarse: Sequence[str]) -> list[str]:
+    """``levels`` of ``LoadedAgent.decode`` as names in ``coarse``, the levels up to each but the
+    last; "all" for that. Raises ValueError.
+    """
+    if isinstance(value, bool):
+        return list(coarse) if value else []
+    known: dict[int | str, str] = {}
+    for i, name in enumerate([*coarse, "all"]):
+        both = "+".join(f"L{j}" for j in range(i + 1))
+        known |= dict.fromkeys((i, f"L{i}", both, name), name)
+    wanted = value if isinstance(value, list | tuple) else [value]
+    for one in wanted:
+        whole = isinstance(one, int | np.integer) and not isinstance(one, bool)
+        if not (whole or isinstance(one, str)) or one not in known:
+            some = ", ".join(repr(key) for key in known)
+            raise ValueError(f"levels is {value!r}; it can be True, False, or some of {some}")
+    chosen = {known[one] for one in wanted}
+    return [name for name in [*coarse, "all"] if name in chosen]
 
 
 def array(name: str, value: Any) -> np.ndarray:

@@ -44,6 +44,8 @@ class Dreams:
 
     def __init__(self, logdir: Any, horizon: int, decode: bool, start: str, device: str):
         horizon = whole("horizon", horizon, 1, ConfigError)
+        if not isinstance(decode, bool):
+            raise ConfigError(f"decode is {decode!r}; it can be True, False")
         if start not in ("recorded", "real"):
             raise ConfigError(f"start is {start!r}; it can be recorded, real")
         self.agent = logdir if isinstance(logdir, LoadedAgent) else load(logdir, device=device)
@@ -65,6 +67,11 @@ class Dreams:
             return spaces.Box(-np.inf, np.inf, shape, np.float32)
         decoder = agent.world_model.decoder
         keys = [*decoder.kinds["image"], *decoder.sizes]
+        if not keys:
+            raise ConfigError(
+                f"{agent.folder} decodes nothing: ask for features, or train with"
+                " --decoder.probe true"
+            )
         shown = {key: agent.obs_space[key] for key in keys}
         return spaces.Dict(shown) if len(shown) > 1 else shown[keys[0]]
 

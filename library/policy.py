@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 
 from envs.base import resize
@@ -24,12 +25,19 @@ class Policy:
 
     agent: a ``LoadedAgent``. count: of environments stepped together, whose observations and
     actions are then stacked (count, ...). greedy: the likeliest action instead of a sampled one.
+    generator: of random numbers, for the states are drawn in any case; None is torch's default one.
     state: of ``models.Agent``, with the last ``action`` (N,A). post: what the world model found
     at the last observation, (N,1,...).
     """
 
-    def __init__(self, agent: Any, count: int | None = None, greedy: bool = True):
-        self.agent, self.count, self.greedy = agent, count, greedy
+    def __init__(
+        self,
+        agent: Any,
+        count: int | None = None,
+        greedy: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        self.agent, self.count, self.greedy, self.generator = agent, count, greedy, generator
         self.post: Post | None = None
         self.reset()
 
@@ -63,7 +71,7 @@ class Policy:
         first = np.broadcast_to(flags, self.first.shape) | self.first
         rows = {key: x if self.count else x[None] for key, x in self.read(obs).items()}
         inputs = self.agent.model.tensors(rows | {"is_first": first})
-        carry, self.post = self.agent.model.follow(self.state, inputs)
+        carry, self.post = self.agent.model.follow(self.state, inputs, self.generator)
         self.state = self.state._replace(carry=carry)
         self.first = np.zeros_like(first)
 
@@ -71,7 +79,8 @@ class Policy:
         """Choose, or accept ``action`` as taken. -> the agent's vector, (A,) or (count,A)."""
         if action is None:
             feat = self.post.feat.map(lambda x: x[:, 0])
-            chosen = self.agent.model.choose(feat, "greedy" if self.greedy else "train")
+            mode = "greedy" if self.greedy else "train"
+            chosen = self.agent.model.choose(feat, mode, self.generator)
         else:
             chosen = self.agent.action_vector(action).reshape(self.state.action.shape)
         self.state = self.state._replace(action=chosen)
@@ -98,6 +107,8 @@ def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
     """
     name, shape = f"observation {key!r}", (*lead, *space.shape)
     x = array(name, value)
+    if x.shape[: len(lead)] != lead:
+        raise ValueError(f"{name} is {x.shape}; {lead[0]} environments have one each: {shape}")
     if x.shape == shape:
         return cast(name, x, space.dtype)
     if space.dtype == np.uint8 and x.dtype == np.uint8 and x.ndim - len(lead) in (2, 3):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def read(where: str | os.PathLike) -> Source:
         return read_run(path.parent.parent, [path])
     if problem := app.missing(path):
         raise FolderError(problem)
-    checkpoints = [path / "checkpoints" / name for name in ("latest.pt", "previous.pt")]
+    checkpoints = checkpoints_of(path)
     if not any(os.path.lexists(checkpoint) for checkpoint in checkpoints):
         what = f"neither checkpoints/latest.pt nor {WEIGHTS}"
         others = [*path.glob("latest.pt"), *path.glob("*/checkpoints/latest.pt")]
@@ -74,6 +75,11 @@ def path_of(where: str | os.PathLike) -> Path:
         return Path(where).expanduser()
     found = "''" if where == "" else type(where).__name__
     raise FolderError(f"the path of a folder is needed, not {found}")
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Of a run, newest first; they need not be there."""
+    return [folder / "checkpoints" / name for name in ("latest.pt", "previous.pt")]
 
 
 def read_config(folder: Path) -> Config:
@@ -94,24 +100,33 @@ def read_config(folder: Path) -> Config:
 def read_run(folder: Path, checkpoints: list[Path]) -> Source:
     """The first of ``checkpoints`` that is whole. Its environment is built once, for its spaces."""
     config = read_config(folder)
-    problem: CheckpointError | None = None
-    for path in checkpoints:
-        try:
-            state = load_checkpoint(path, {"agent": dict, "step": int})
-            params = state["agent"]["params"]
-            break
-        except CheckpointError as error:
-            problem = problem or error
-        except (KeyError, TypeError):
-            error = CheckpointError(f"{path} is no checkpoint of a run: it has no parameters")
-            problem = problem or error
-    else:
-        raise problem
+    state = newest(checkpoints)
+    params = state["agent"]["params"]
     facts = {"task": config.task, "seed": config.seed, "step": state["step"]}
     facts |= {"commit": last_commit(folder), "scores": last_scores(folder)}
     env = make_env(config.task, config.env.tree(), config.seed)
     env.close()
     return Source(folder, config, params, *spaces_of(env), facts)
+
+
+def newest(checkpoints: Sequence[Path]) -> dict[str, Any]:
+    """The state in the first of ``checkpoints`` that is whole; one warning says which were not.
+    Raises CheckpointError, about the first, where none is.
+    """
+    problems: list[CheckpointError] = []
+    for path in checkpoints:
+        try:
+            state = load_checkpoint(path, {"agent": dict, "step": int})
+            if "params" not in state["agent"]:
+                raise CheckpointError(f"{path} is no checkpoint of a run: it has no parameters")
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        if problems:
+            text = f"{problems[0]}; reading {path} at step {state['step']} instead"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return state
+    raise problems[0]
 
 
 def spaces_of(env: Any) -> tuple[spaces.Dict, gymnasium.Space]:

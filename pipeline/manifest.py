@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tools
 from hidreamer import checkpoint
 from hidreamer.checkpoint import FolderError
 
@@ -43,6 +44,7 @@ def relevant(flat: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """'key old -> new' of the first three keys of ``before`` that differ; "" if none does."""
+    before = tools.current_names(before)
     changed = [key for key in before if before[key] != now.get(key)]
     shown = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
     return shown + (", ..." if len(changed) > 3 else "")

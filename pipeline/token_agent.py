@@ -123,12 +123,12 @@ class TokenAgent(models.Agent):
             start = model.dynamics.starts(carry, post, starts)
         terminal = obs["is_terminal"][:, which].flatten()
         extrinsic = lambda traj, rew: rew
-        metrics = self._update_behavior("", start, terminal, extrinsic, generator)
+        metrics = self.update_behavior("", start, terminal, extrinsic, generator)
         self.behavior.update_slow()
         self.metric_names = tuple(metrics)
         return torch.stack([metric.float() for metric in metrics.values()])
 
-    def _update_behavior(
+    def update_behavior(
         self,
         prefix: str,
         start: Any,
@@ -143,5 +143,5 @@ class TokenAgent(models.Agent):
         for _ in range(self.passes):
             with self.autocast():
                 actor_loss, critic_loss, metrics = behavior.losses(traj, rew)
-            steps = self._step("actor", actor_loss) | self._step("critic", critic_loss)
+            steps = self.step("actor", actor_loss) | self.step("critic", critic_loss)
         return metrics | steps

@@ -121,7 +121,8 @@ class TokenWorldModel(models.WorldModel):
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
         self.objectives = {"reward": Reward(self.reward), "cont": Continue(self.cont)}
-        self.scales = {name: config.loss_scales[name] for name in self.objectives}
+        self.scales = {name: config.model.losses[name] for name in self.objectives}
+        self.harmony, self.probed = None, False
 
     def observe(
         self,

@@ -44,7 +44,7 @@ class WorldModel(Stage):
     name = "world_model"
     needs = ("collect", "encoder", "tokenizer")
     keys = ("pipeline.world_model", "pipeline.probe_steps", "dynamics", "reward", "cont")
-    keys += ("loss_scales.reward", "loss_scales.cont", "precision")
+    keys += ("model.losses.reward", "model.losses.cont", "precision")
 
     def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
         super().__init__(config, root, device, report)

@@ -24,7 +24,7 @@ def parser() -> app.Parser:
     found = app.Parser(" ".join(app.command("play")), description=__doc__.splitlines()[0])
     found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
     found.add_argument("--port", type=int, default=8765, help="of the page, on 127.0.0.1 [8765]")
-    found.add_argument("--seed", type=int, help="of the environment [the run's]")
+    found.add_argument("--seed", type=int, help="fixes what happens [the environment's: the run's]")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--record", type=Path, metavar="OUT.mp4", help="write a video, no page")
     found.add_argument("--steps", type=int, help="of the video [200]")
@@ -88,8 +88,8 @@ def video(args: argparse.Namespace) -> int:
 
     steps = 200 if args.steps is None else args.steps
     with contextlib.closing(make_session(args)) as session:
-        record(session, args.record, steps)
-        print(f"{args.record}: {steps} steps, return {session.now.total:.2f}")
+        film = record(session, args.record, steps)
+        print(f"{args.record}: {film.line(session.now.dreaming)}")
         if session.message:
             print(f"note: {session.message}", file=sys.stderr)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import imageio.v3 as iio
@@ -86,13 +86,37 @@ class Movie:
             self.temporary.unlink(missing_ok=True)
 
 
-def record(session: Session, path: Path, steps: int) -> None:
-    """``steps`` steps of a session without a page. Raises OSError."""
-    movie = Movie(path)
+class Film(NamedTuple):
+    """What was recorded."""
+
+    frames: int
+    returns: list[float]  # of the episodes, or dreams, that ended in it
+    rewards: float  # the sum of all of its rewards, predicted ones in a dream
+
+    def line(self, dream: bool) -> str:
+        """What a reader may conclude: an episode that did not end has no return."""
+        kind = "dream" if dream else "episode"
+        ended = f"no {kind} ended"
+        if count := len(self.returns):
+            shown = ", ".join(f"{x:.2f}" for x in self.returns)
+            ended = f"{count} {kind}{'s' * (count > 1)} ended, return{'s' * (count > 1)} {shown}"
+        which = "predicted rewards" if dream else "rewards"
+        return f"{self.frames} frames, sum of {which} {self.rewards:.2f}, {ended}"
+
+
+def record(session: Session, path: Path, frames: int) -> Film:
+    """A session without a page, a step a frame. Raises OSError."""
+    movie, returns, rewards = Movie(path), [], 0.0
     try:
-        for step in range(steps):
-            if step:
+        for frame in range(frames):
+            if frame:
+                before = session.now
                 session.step()
+                now = session.now
+                if now.step > before.step:  # not where it began anew, or the environment failed
+                    rewards += now.reward
+                    returns += [now.total] if now.over else []
             movie.add(compose(session.view(), session.now.action, session.hand))
     finally:
         movie.close()
+    return Film(frames, returns, rewards)

@@ -64,15 +64,22 @@ class View(NamedTuple):
 class Session:
     """One agent in its environment, or in its dream.
 
-    hand: whether keys act instead of the agent. held: those that are down. message: the last
-    thing to tell the user. Raises EnvError where the environment cannot be built.
+    seed: of the environment and of all random numbers here, so that it fixes what is shown;
+    without one the environment has the run's. hand: whether keys act instead of the agent. held:
+    those that are down. message: the last thing to tell the user. Raises EnvError where the
+    environment cannot be built.
     """
 
     def __init__(self, agent: LoadedAgent, seed: int | None = None):
         self.agent, self.hand, self.held, self.message = agent, False, set(), ""
         self.env = agent.real_env(seed)
         self.controls = Controls(self.env)
-        self.policy = agent.make_policy()
+        self.generator = torch.Generator(agent.device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+        self.policy = agent.make_policy(generator=self.generator)
         self.past: deque[Moment] = deque(maxlen=BACK)
         self.drawable = True
         self.now = self._begin()
@@ -124,7 +131,7 @@ class Session:
     def _choose(self) -> np.ndarray:
         """The policy's action (A,) in the state that is shown."""
         mode = "greedy" if self.policy.greedy else "train"
-        return self.agent.model.choose(self.feat(), mode)[0].cpu().numpy()
+        return self.agent.model.choose(self.feat(), mode, self.generator)[0].cpu().numpy()
 
     def _begin(self) -> Moment:
         """An episode of the real environment."""
@@ -183,7 +190,7 @@ class Session:
     def _imagine(self, carry: Any, vector: np.ndarray) -> Any:
         action = torch.from_numpy(vector).to(self.agent.device).view(1, 1, -1)
         with self.agent.model.autocast():
-            return self.agent.dynamics.imagine(carry, action, 1)[0]
+            return self.agent.dynamics.imagine(carry, action, 1, generator=self.generator)[0]
 
     # ------------------------------------------------------------ looking
 
@@ -194,7 +201,7 @@ class Session:
 
     def view(self) -> View:
         now, feat = self.now, self.feat()
-        decoded = self.agent.decode(feat, levels=True)
+        decoded = self.agent.decode(feat, levels=True, generator=self.generator)
         pictures = {"real": ("real, paused" if now.dreaming else "real", self._real_picture())}
         seen = self.agent.world_model.encoder.kinds
         keys = [key for kind in seen.values() for key in kind]
@@ -204,7 +211,8 @@ class Session:
         else:
             carry = self.agent.dynamics.feat(now.imagined).map(Tensor.float)
             imagined = self.agent.decode(carry)["all"]
-            title = f"imagined, {now.ahead} ahead" if now.ahead else "imagined"
+            ago = f"{now.ahead} step{'s' * (now.ahead != 1)} ago"
+            title = f"imagined from {ago}" if now.ahead else "imagined"
         pictures["imagined"] = (title, self._draw(imagined))
         for name, obs in decoded.items():
             title = name if "+" in name else f"{name} alone"
@@ -259,7 +267,7 @@ class Session:
         actions = vectors.to(self.agent.device).unsqueeze(1).expand(-1, horizon, -1)
         with torch.no_grad(), self.agent.model.autocast():
             start = dynamics.select(carry, index)
-            _, feat, _ = dynamics.imagine(start, actions, horizon)
+            _, feat, _ = dynamics.imagine(start, actions, horizon, generator=self.generator)
         feat = feat.map(Tensor.float)
         reward, cont, value = self.agent.heads(feat)
         decoded, found = self.agent.decode(feat)["all"], []

@@ -20,7 +20,16 @@ import torch  # noqa: E402
 # there for its GPU.
 COMPARE = ("rliable", "pandas", "scipy", "matplotlib", "jinja2", "sklearn")
 ABSENT = [name for name in COMPARE if importlib.util.find_spec(name) is None]
-NEED_COMPARE = ("backends", "comparison", "inside", "offline", "probes", "report", "pipeline")
+NEED_COMPARE = (
+    "backends",
+    "comparison",
+    "demo",
+    "inside",
+    "offline",
+    "probes",
+    "report",
+    "pipeline",
+)
 NEED_COMPARE += tuple(f"pipeline_{name}" for name in ("encoder", "policy", "report", "tokenizer"))
 NEED_COMPARE += ("pipeline_world_model",)
 collect_ignore = [f"test_{name}.py" for name in NEED_COMPARE] if ABSENT else []

@@ -90,10 +90,10 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert [failed["name"] for failed in report["failed"]] == ["dummy_vector/tiny_hidreamer/0"]
     assert report["failed"][0]["reason"] == "exit status 7"
     assert report["failed"][0]["log"].endswith("the planted fault")
-    told, err = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert "dummy_vector/tiny_hidreamer/0: exit status 7" in err and "the planted fault" in err
-    assert "dummy_vector/tiny_hdreamer/0: waiting (killed by SIGKILL)" in told
-    assert "dummy_vector/tiny_hidreamer/0: failed (exit status 7)" in told
+    assert "dummy_vector/tiny_hdreamer/0: waiting (killed by SIGKILL)" in out
+    assert "dummy_vector/tiny_hidreamer/0: failed (exit status 7)" in out
     for name in ("report.md", "report.html"):
         assert "the planted fault" in (folder / name).read_text()
 
@@ -119,6 +119,18 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
             and row["eval_returns"][-1][0] == 160
         )
     assert report["capacity"]["tiny_hdreamer"]["bits"] == 60.0
+
+
+def test_seeds_side_by_side_are_runs_like_any_other(tmp_path, capsys):
+    words = ["--models", *MODELS[:2], "--seeds", 2, "--steps", 40, "--logdir", tmp_path]
+    assert compare(*words, "--side-by-side") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = {(run["model"], run["seed"]) for run in summary["runs"]}
+    assert found == {(model, seed) for model in MODELS[:2] for seed in (0, 1)}
+    for model in MODELS[:2]:
+        log = (tmp_path / "dummy_vector" / f"{model}.log").read_text()
+        assert log.count("$ ") == 1 and "--seeds 0 1" in log
+    assert compare("--from", tmp_path) == 0
 
 
 def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path):

@@ -223,6 +223,7 @@ def test_an_agent_learns_in_the_dream(kind, trained):
     [
         ({"horizon": 0}, "horizon is 0"),
         ({"start": "middle"}, "start is 'middle'; it can be recorded, real"),
+        ({"decode": "yes"}, "decode is 'yes'; it can be True, False"),
         ({"num_envs": 0}, "num_envs is 0"),
         ({"device": "tpu"}, "device is 'tpu'"),
     ],

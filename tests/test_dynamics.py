@@ -54,9 +54,10 @@ def close(xs, ys):
     return all(torch.allclose(x, y, rtol=0, atol=1e-10) for x, y in zip(xs, ys, strict=True))
 
 
-@pytest.fixture(params=sorted(TYPES))
+@pytest.fixture(params=["hrssm", "hrvq", "rssm", "stacked", "gru", "gru, memory seen"])
 def dynamics(request):
-    return build(request.param)
+    kind, overrides = KINDS[request.param]
+    return build(kind, **overrides)
 
 
 def observe(dynamics, embed, action, is_first, carry=None):
@@ -132,7 +133,7 @@ def test_memory_reaches_across_steps(dynamics):
     embed, action, is_first = inputs()
     _, post = observe(dynamics, embed, action, is_first)
     embed = embed.clone()
-    embed[0, 2] += 3.0
+    embed[0, 2] *= -3.0
     _, changed = observe(dynamics, embed, action, is_first)
     assert (post.feat.deter[0, 3:] - changed.feat.deter[0, 3:]).abs().amax(-1).min() > 1e-6
     assert close([x[0, :2] for x in flat(post)], [x[0, :2] for x in flat(changed)])
@@ -179,6 +180,7 @@ def test_law_purity(dynamics):
     )
 
 
+GRU = {"memory": "gru", "posterior_sees": "memory"}
 VARIANTS = {
     "rssm": ("rssm", {}),
     "hrssm": ("hrssm", {}),
@@ -193,7 +195,21 @@ VARIANTS = {
     "nearest": ("hrvq", {"posterior": "nearest"}),
     "fsq": ("hrvq", {"posterior": "fsq", "codes": 12}),
     "frozen": ("hrvq", {"posterior": "frozen"}),
+    "stacked": ("hrvq", {"memory": "stacked"}),
+    "stacked, coarse": ("hrvq", {"memory": "stacked", "memory_reads": "coarse", "copy": True}),
+    "stacked, no chain": ("hrvq", {"memory": "stacked", "chain": False}),
+    "gru": ("hrvq", {"memory": "gru"}),
+    "gru, coarse, nearest": (
+        "hrvq",
+        {"memory": "gru", "memory_reads": "coarse", "posterior": "nearest", "copy": True},
+    ),
+    "gru, memory seen": ("hrvq", GRU | {"residual": "expected", "copy": True}),
+    "gru, innovation": ("hrvq", GRU | {"residual": "innovation", "memory_reads": "coarse"}),
+    "copy": ("hrvq", {"copy": True}),
 }
+# All kinds, for the laws of ``observe`` alone.
+KINDS = {kind: (kind, {}) for kind in sorted(TYPES)}
+KINDS |= {"stacked": VARIANTS["stacked"], "gru": VARIANTS["gru"], "gru, memory seen": ("hrvq", GRU)}
 
 
 @pytest.fixture(params=VARIANTS)

@@ -505,7 +505,7 @@ def test_a_run_with_a_broken_environment_ends_with_one_line(tmp_path, fault, wor
     _, error = run.communicate(timeout=120)
     *warned, last = error.splitlines()
     assert run.returncode == status and last.startswith("error: ") and line in last, error
-    assert all(told.startswith("warning: environment 0 crashed and is replaced") for told in warned)
+    assert all(line.startswith("warning: environment 0 crashed and is replaced") for line in warned)
     if "hang" not in fault:
         assert "faultyenv.py" in (tmp_path / "run" / "env_errors.txt").read_text()
 

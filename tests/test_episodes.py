@@ -1,4 +1,4 @@
-"""Episodes on disk: what was saved comes back exactly, what is wrong is told,
+"""Episodes on disk: what was saved comes back exactly, what is wrong is reported,
 and nothing is deleted that is needed.
 """
 
@@ -177,8 +177,8 @@ def test_a_wrong_file_is_told_and_no_row_of_it_is_added(kind, tmp_path):
     (problem,) = Episodes(tmp_path, 1).restore(other, state, {})
     assert str(victim) in problem and problem.count("\n") == 0
     imported, fresh = make(streams=1), Episodes(tmp_path / "ours", 1)
-    (told,) = fresh.load(imported, sorted(tmp_path.glob("*.npz")))
-    assert told == problem
+    (message,) = fresh.load(imported, sorted(tmp_path.glob("*.npz")))
+    assert message == problem
     with pytest.raises(EpisodeError, match=says):
         load_episode(victim, SPEC, 7)
     for ring in (other, imported):

@@ -161,6 +161,8 @@ ABSENT += (
     "vector_quantize_pytorch",
     "dm_control",
     "crafter",
+    "minigrid",
+    "popgym",
     "vizdoom",
 )
 BLOCK = f"""

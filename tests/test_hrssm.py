@@ -182,17 +182,17 @@ def test_conversion_changes_nothing_until_training_does():
     for p in (flat.behavior.critic.out.weight, flat.world_model.reward.out.weight):
         torch.nn.init.normal_(p, std=0.1)
     split, _ = make(EVERYTHING, **SPLIT)
-    told = split.load_state(copy.deepcopy(flat.save_state()))
+    mapping = split.load_state(copy.deepcopy(flat.save_state()))
     before = outputs(flat, batch)
     for ours, theirs in zip(outputs(split, batch), before, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
     assert (
-        told["world_model.dynamics.prior_bottom"] == "split"
-        and told["world_model.dynamics.cell.linear"] == "mapped"
+        mapping["world_model.dynamics.prior_bottom"] == "split"
+        and mapping["world_model.dynamics.cell.linear"] == "mapped"
     )
     assert (
-        told["model optimiser, dynamics.delta"] == "fresh"
-        and "model optimiser, dynamics.cell.linear" not in told
+        mapping["model optimiser, dynamics.delta"] == "fresh"
+        and "model optimiser, dynamics.cell.linear" not in mapping
     )
     # The moments of what carried over came along, and training goes on.
     assert torch.equal(

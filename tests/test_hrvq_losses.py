@@ -1,4 +1,4 @@
-"""What tokens are trained by and what is told of them: losses, codebooks, metrics,
+"""What tokens are trained by and what is reported of them: losses, codebooks, metrics,
 what heads and decoder read.
 """
 
@@ -143,18 +143,32 @@ def test_level_dropout_hides_fine_codes_from_the_decoder_alone():
     assert build(level_dropout=0.0).decoder_features(post) is post.feat
 
 
-def test_matched_capacity_and_size():
-    space = {"image": models.spaces.Box(0, 255, (64, 64, 3), "uint8")}
+TASK_KINDS = {
+    "image": models.spaces.Box(0, 255, (64, 64, 3), "uint8"),
+    "grid": models.spaces.Box(0, 1, (10, 10, 4), bool),
+    "vector": models.spaces.Box(-1.0, 1.0, (4,), "float32"),
+}
+MATCHED = ("tiny_hidreamer", "tiny_hidreamer_stacked", "tiny_hidreamer_gru")
+
+
+@pytest.mark.parametrize("kind", TASK_KINDS)
+def test_matched_capacity(kind):
+    """World models within 5% of the flat one's parameters, on every kind of observation."""
     count = {}
-    for preset in ("tiny_dreamerv3", "tiny_hidreamer", "hidreamer"):
-        agent = models.Agent(space, models.spaces.Discrete(6), 6, tools.load_config([preset], {}))
-        dyn = agent.world_model.dynamics
-        count[preset] = sum(p.numel() for p in agent.world_model.parameters())
-        if preset == "tiny_hidreamer":
-            assert (dyn.bits, dyn.stoch_dim, dyn.deter_dim, dyn.feat_dim) == (60, 384, 256, 640)
-        if preset == "hidreamer":
-            assert 10.5e6 < sum(p.numel() for p in dyn.transformer.parameters()) < 11.5e6
-    assert 0.95 < count["tiny_hidreamer"] / count["tiny_dreamerv3"] < 1.05
+    for preset in ("tiny_dreamerv3", *MATCHED):
+        model = models.WorldModel({kind: TASK_KINDS[kind]}, 6, tools.load_config([preset], {}))
+        dyn = model.dynamics
+        count[preset] = sum(p.numel() for p in model.parameters())
+        assert (dyn.bits, dyn.stoch_dim, dyn.deter_dim, dyn.feat_dim) == (60, 384, 256, 640)
+    for preset in MATCHED:
+        assert 0.95 < count[preset] / count["tiny_dreamerv3"] < 1.05, (preset, count)
+
+
+def test_the_lineages_size():
+    agent = models.WorldModel(
+        {"image": TASK_KINDS["image"]}, 6, tools.load_config(["hidreamer"], {})
+    )
+    assert 10.5e6 < sum(p.numel() for p in agent.dynamics.transformer.parameters()) < 11.5e6
 
 
 @pytest.mark.parametrize("variant", [{}, *POSTERIORS], ids=str)

@@ -406,8 +406,10 @@ def test_a_recording_has_every_step(material, subjects, tmp_path, monkeypatch):
         def set_time(self, name, sequence):
             clock.append(sequence)
 
-        def log(self, name, value):
-            logged.setdefault(name, {})[clock[-1]] = value
+        def log(self, path, value):
+            assert isinstance(path, list) or path.isidentifier()  # else rerun wants escapes
+            path = path if isinstance(path, str) else "/".join(path)
+            logged.setdefault(path, {})[clock[-1]] = value
 
     rerun = types.SimpleNamespace(RecordingStream=Stream, Scalars=lambda x: x, Image=lambda x: x)
     monkeypatch.setitem(sys.modules, "rerun", rerun)
@@ -441,7 +443,7 @@ def test_what_cannot_be_analysed_is_said_in_one_line(trained, tmp_path, capsys):
         one_line(capsys, *hints)
 
     run = trained / "rssm" / "0"
-    refused(tmp_path / "nowhere", hints=["there is no folder"])
+    refused(tmp_path / "nowhere", hints=["there is no folder", "a run, or one with runs below"])
     refused(hints=["LOGDIR", "--help"])
     (tmp_path / "file").write_text("")
     refused(run, "--out", tmp_path / "file", hints=["--out is", "a file: name a folder"])
@@ -505,6 +507,25 @@ def test_intervals_are_over_seeds():
     assert cell["value"] == pytest.approx(0.5)
     assert cell["high"] - cell["value"] == pytest.approx(12.706 * 0.1, abs=1e-3)  # t of one degree
     assert summary.over_seeds([None, float("nan")])["value"] is None
+
+
+def test_the_strongest_baseline_of_each_factor_is_named():
+    cells = lambda *values: {f: {"value": x} for f, x in zip("abc", values, strict=True)}
+    probes = {"all": cells(0.77, 0.9, None), "untrained all": cells(0.3, 0.6, None)}
+    probes["untrained encoder"] = cells(0.85, 0.7, None)
+    report = {"models": {"m": {"probes": {"linear": probes}}}}
+    report["baseline"] = {"0": {"linear": {"a": 0.5, "b": 0.8, "c": None}}}
+    first, second = summary.read_lines(report)
+    assert "untrained encoder, 77%, for 1 of 2 factors (not for a)" in first
+    assert "raw observation, 65%, for 2 of 2 factors." in first.replace(";", ".")
+    assert second.endswith("factor is not beaten on a 0.77 (untrained encoder 0.85).")
+    probes["all"] = cells(0.86, 0.9, None)
+    (line,) = summary.read_lines(report)
+    assert line.count("for 2 of 2 factors") == 3
+    probes["all"], probes["untrained encoder"] = cells(-0.1, 0.9, None), cells(-0.5, 0.7, None)
+    report["baseline"]["0"]["linear"]["a"] = -1.0
+    probes["untrained all"] = cells(-0.2, 0.6, None)
+    assert "a −0.10 (the mean 0.00)" in summary.read_lines(report)[1]
 
 
 def test_words_say_what_is_not_supported():

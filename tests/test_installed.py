@@ -137,8 +137,10 @@ sys.exit(main(["train", "--help"]))
         "nothing": ([], 2, "hidreamer COMMAND"),
         "help": (["--help"], 0, "  compare "),
         "version": (["--version"], 0, "hidreamer 0."),
-        "unknown": (["trian"], 2, "error: there is no command 'trian'; there are train, compare"),
+        "unknown": (["trian"], 2, "error: there is no command 'trian'; there are demo, train"),
         "help of compare": (["compare", "--help"], 0, "hidreamer compare --steps 50000"),
+        "doctor": (["doctor", "--help"], 0, "hidreamer doctor"),
+        "demo": (["demo", "--help"], 0, "hidreamer demo"),
         "wrong arguments": (["train", "--stepz", "3"], 2, "error: "),
     }.values(),
 )

@@ -108,7 +108,7 @@ def test_levels_that_hold_everything_are_not_said_to_divide_it(world):
 
 
 def test_more_of_one_kind_in_the_same_level_is_no_division(world):
-    """L0 holds everything, L1 a little of the fine factors: it leans, and they divide nothing."""
+    """L0 holds everything, L1 a little of the fine factors: they divide nothing."""
     known, episode = world
     rng = np.random.default_rng(5)
     vague = {
@@ -117,7 +117,30 @@ def test_more_of_one_kind_in_the_same_level_is_no_division(world):
     codes = {"L0": noise(known, list(known), 1), "L1": noise(vague, FINE, 2)}
     found = judged(codes, known, episode)
     json.dumps(found)
-    assert found["says"][-1].startswith("L0 leans to coarse, the levels do not divide the factors")
+    assert found["says"][-1].startswith(
+        "L0 holds more of coarse and of fine than L1, most of coarse,"
+        " the levels do not divide the factors"
+    )
+
+
+def test_a_negative_contrast_says_which_level_holds_more(tmp_path):
+    """More of the coarse in L1 is not more of the fine in L0; stored figures are reworded so."""
+    cell = {"R2": 0.9, "p": 0.01}
+    contrast = {"value": -0.13, "supported": True, "divided": False}
+    contrast |= {"coarse": [-0.13, -0.15, -0.11], "fine": [0.0, 0.0, 0.0002]}
+    levels = {name: {"holds": {"scene": cell}} for name in ("L0", "L1")}
+    found = {"levels": levels, "factors": {}, "contrast": contrast, "says": ["L0 leans to fine"]}
+    run = {"dynamics": "hrssm", "predictable": 0.5, "seed": 0}
+    report = {"made": {"command": "a", "commit": "b", "hardware": "c"}, "runs": [run]}
+    run |= {"trained": found, "untrained": found}
+    path = tmp_path / "factors.json"
+    path.write_text(json.dumps(report))
+    assert benchmark.main(["--reword", str(path)]) == 0
+    text = path.with_suffix(".md").read_text()
+    assert "L1 holds more of coarse than L0, the levels do not divide the factors" in text
+    assert "leans" not in text and "a`, commit b" in text
+    contrast |= {"coarse": [0.0, -0.01, 0.01], "fine": [0.13, 0.11, 0.15]}
+    assert "L0 holds more of fine than L1, the levels" in benchmark.sentences(found)[2]
 
 
 def test_codes_that_only_drift_hold_nothing(world):

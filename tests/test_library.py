@@ -149,6 +149,12 @@ def test_what_is_no_number_is_refused(trained):
             agent.policy(bad)
     with pytest.raises(ValueError, match=r"reset is \(2,\), not \(3,\)"):
         agent.make_policy(3)(np.zeros((3, 4)), reset=[True, False])
+    image = hidreamer.load(trained("rssm", "image"))
+    pictures = np.zeros((2, 32, 32, 3), np.uint8)
+    for one, obs in ((agent, np.zeros((2, 4))), (agent, np.zeros(12)), (image, pictures)):
+        with pytest.raises(ValueError, match="; 3 environments have one each: ") as error:
+            one.make_policy(3)(obs)
+        assert "\n" not in str(error.value)
     for bad in (None, 3, [rows], np.zeros((3, 4))):
         with pytest.raises(ValueError, match="an episode is a dict of arrays, or the path"):
             agent.encode(bad)
@@ -180,7 +186,11 @@ def test_what_is_no_state_or_action_is_one_line(trained):
         (lambda: agent.dream(None), "a NoneType is no Latents or Dream"),
         (lambda: agent.dream(latents.feat), "a Feat is no Latents or Dream"),
         (lambda: agent.decode(latents.stoch), "a Tensor is no Latents or Dream or Feat"),
-        (lambda: agent.decode(latents, levels="L0"), "levels is 'L0'"),
+        (lambda: agent.decode(latents, levels="L7"), "levels is 'L7'; it can be True, False, or"),
+        (lambda: agent.decode(latents, levels=[True]), "levels is"),
+        (lambda: agent.decode(latents, levels=-1), "levels is -1"),
+        (lambda: agent.decode(latents, levels=None), "levels is None"),
+        (lambda: agent.dream(latents, torch.eye(4)[0]), r"actions are \(4,\), not"),
         (lambda: other.dream(latents), "of another agent"),
         (lambda: other.decode(latents), "of another agent"),
         (lambda: agent.dream(dream, start=3), "a dream goes on from where it ended"),
@@ -261,6 +271,14 @@ def test_numbers_of_choices_are_actions(trained):
     assert several.action_vector([2, 3]).tolist() == [0, 0, 1, 0, 0, 0, 1]
 
 
+def test_a_seed_fixes_the_episode(agent):
+    for greedy in (True, False):
+        first, again = (agent.collect(seed=1, greedy=greedy, steps=15) for _ in range(2))
+        assert first.keys() == again.keys()
+        for key, x in first.items():
+            np.testing.assert_array_equal(x, again[key], key)
+
+
 def test_decoding(agent, episode):
     latents = agent.encode(episode)
     decoded = agent.decode(latents, levels=True)
@@ -272,6 +290,15 @@ def test_decoding(agent, episode):
             assert x.shape == episode[key].shape
             if agent.obs_space[key].dtype != np.float32:
                 assert x.min() >= 0.0 and x.max() <= 1.0
+    count = len(agent.dynamics.shapes)
+    for i, name in enumerate([*coarse, "all"]):
+        for one in (i, f"L{i}", name, [i]):
+            assert list(agent.decode(latents, levels=one)) == list(dict.fromkeys([name, "all"]))
+    everything = agent.decode(latents, levels=[f"L{i}" for i in reversed(range(count))])
+    assert list(everything) == [*coarse, "all"]
+    actions = random_actions(agent, 4)
+    assert agent.dream(latents, actions).action.shape[1] == 5  # as many as there are actions
+    assert agent.dream(latents).action.shape[1] == 16
     dream = agent.dream(latents, None, 2, count=3)
     for key, x in agent.decode(dream)["all"].items():
         assert x.shape == (3, 3, *agent.obs_space[key].shape)

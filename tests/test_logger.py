@@ -336,7 +336,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_the_last(clock, capsys)
             clock[0] += 10.0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["[70/1000]", "[120/1000]"]
-    assert out[-1] == "[120/1000] 1 frames/s 0.08 updates/s model 1.00 return -"
+    assert out[-1] == "[120/1000] 1 frames/s 0.08 updates/s loss: model 1.00 nats return -"
     screen.update(1000, 100, {}, 2.0)
     assert capsys.readouterr().out == ""
 

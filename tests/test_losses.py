@@ -65,7 +65,7 @@ def test_imagination_losses_need_no_networks(reinforce):
 @pytest.mark.parametrize("name", ["decoder", "reward", "cont"])
 def test_weights_scale_the_models_losses(name):
     agent, batch = make(EVERYTHING)
-    other, _ = make(EVERYTHING, **{f"loss_scales.{name}": 3.0})
+    other, _ = make(EVERYTHING, **{f"model.losses.{name}": 3.0})
     other.load_state(agent.save_state())
     found = []
     for each in (agent, other):
@@ -103,7 +103,9 @@ class Guess(torch.nn.Module):
         self.layer = torch.nn.Linear(inp, out)
 
     def loss(self, post, embed, obs, generator):
-        return {"guess": (self.layer(post.feat.cat()) - embed.detach()).square().mean(-1)}
+        error = self.layer(post.feat.cat()) - embed.detach()
+        metrics = {"guess_size": error.detach().abs().max()}
+        return {"guess": error.square().mean(-1)}, metrics
 
 
 def test_an_objective_more_is_a_module_and_an_entry():
@@ -115,18 +117,20 @@ def test_an_objective_more_is_a_module_and_an_entry():
     before = copy.deepcopy(agent.state_dict())
     metrics = dict(zip(agent.metric_names, agent.update(batch), strict=False))
     metrics = dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=True)) | metrics
-    assert metrics["guess_loss"] > 0 and metrics["model_grad_norm_guess"] > 0
+    assert metrics["guess_loss"] > 0 and metrics["guess_size"] > 0
+    assert metrics["model_grad_norm_guess"] > 0
     assert "world_model.guess.layer.weight" in changed(before, agent.state_dict())
 
 
 def test_objectives_add_no_names_and_survive_a_copy():
     agent, _ = make()
     assert not [name for name in agent.state_dict() if "objective" in name]
-    twin = copy.deepcopy(agent.world_model)
-    assert twin.objectives["decoder"].decoder is twin.decoder
-    assert twin.objectives["decoder"].dynamics is twin.dynamics
+    copied = copy.deepcopy(agent.world_model)
+    assert copied.objectives["decoder"].decoder is copied.decoder
+    assert copied.objectives["decoder"].dynamics is copied.dynamics
     assert (
-        twin.objectives["reward"].head is twin.reward and twin.objectives["cont"].head is twin.cont
+        copied.objectives["reward"].head is copied.reward
+        and copied.objectives["cont"].head is copied.cont
     )
 
 

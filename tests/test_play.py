@@ -18,7 +18,7 @@ from conftest import ROOT
 from envs import make_env
 from play.__main__ import main
 from play.controls import Controls
-from play.movie import compose
+from play.movie import Film, compose, record
 from play.session import AHEAD, Session
 
 CASES = [("rssm", "image"), ("hrssm", "grid"), ("hrvq", "vector"), ("hrvq", "multi")]
@@ -227,7 +227,8 @@ def test_the_hand_acts_in_the_dream(trained):
     session = Session(agent)
     session.hand, session.held = True, {"4"}
     session.switch()
-    agent.dynamics.imagine = lambda *args, imagine=agent.dynamics.imagine: imagine(*args, False)
+    imagine = agent.dynamics.imagine
+    agent.dynamics.imagine = lambda *args, generator=None: imagine(*args, False)
     session.step()
     expected = agent.dynamics.imagine(session.past[0].acting.carry, agent.action_vector([[3]]), 1)
     assert torch.equal(session.feat().deter, expected[1].deter[:, 1])
@@ -323,7 +324,39 @@ def test_a_video_without_a_page(case, how, trained, tmp_path, capsys):
     movie = iio.imread(out)
     assert len(movie) == 24 and movie.std(0).max() > 10  # something moves
     assert [path.name for path in out.parent.iterdir()] == ["a.mp4"]
-    assert "24 steps, return" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ("24 frames, sum of predicted rewards" if how else "24 frames, sum of rewards") in said
+
+
+def test_a_film_has_the_returns_of_episodes_that_ended_alone(trained, tmp_path):
+    session = Session(hidreamer.load(trained("rssm", "vector")), seed=1)
+    seen, step = [], session.step
+    session.step = lambda: (step(), seen.append(session.now))
+    film = record(session, tmp_path / "a.mp4", 30)
+    session.close()
+    ended = [moment.total for moment in seen if moment.over]
+    assert film.returns == ended and len(ended) > 0 and not seen[-1].over
+    assert film.rewards == pytest.approx(sum(moment.reward for moment in seen if moment.step))
+    assert f"{len(ended)} episode" in film.line(False)
+    assert "no episode ended" in Film(3, [], 1.0).line(False)
+
+
+def test_a_seed_fixes_what_is_played(trained):
+    def played(dreaming):
+        session = Session(hidreamer.load(trained("hrssm", "grid")), seed=3)
+        if dreaming:
+            session.switch()
+        for _ in range(6):
+            session.step()
+        found = session.view()
+        session.close()
+        return found
+
+    for dreaming in (False, True):
+        first, again = played(dreaming), played(dreaming)
+        assert first.numbers == again.numbers
+        for name, (_, picture) in first.pictures.items():
+            np.testing.assert_array_equal(picture, again.pictures[name][1], name)
 
 
 @pytest.mark.parametrize(

@@ -294,19 +294,20 @@ def test_available_memory_is_what_the_group_allows(kind, tmp_path):
     assert memory.available_memory(tmp_path / "nothing") is None
 
 
-def test_memory_is_told_before_it_is_spent(monkeypatch, tmp_path):
+def test_memory_is_message_before_it_is_spent(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "available_memory", lambda: memory.Capacity(16 * GB, 8 * GB))
     assert memory.check(1000, 12_000, None) == "replay: up to 1,000 steps of 12 kB, 12 MB of memory"
-    told = memory.check(600_000, 12_000, None)  # 7.2 of 8 GB
+    message = memory.check(600_000, 12_000, None)  # 7.2 of 8 GB
     assert re.search(
-        r"7\.2 GB of memory, of which 8 GB are free.*replay\.capacity.*env\.size.*store disk", told
+        r"7\.2 GB of memory, of which 8 GB are free.*replay\.capacity.*env\.size.*store disk",
+        message,
     )
     with pytest.raises(
         MemoryError,
         match=r"18 GB of memory, but there are only 16 GB.*replay\.capacity.*store disk",
     ):
         memory.check(1_500_000, 12_000, None)
-    assert "\n" not in told and "on the disk of" in memory.check(1000, 12_000, tmp_path)
+    assert "\n" not in message and "on the disk of" in memory.check(1000, 12_000, tmp_path)
     with pytest.raises(MemoryError, match=r"on the disk.*only.*replay\.capacity") as error:
         memory.check(10**9, 10**9, tmp_path)
     assert "store disk" not in str(error.value)

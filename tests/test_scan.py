@@ -6,18 +6,28 @@ from test_agent import EVERYTHING, make
 from torch import nn
 
 import networks
+import tools
 from hidreamer import cost, distributions, nets
-from hidreamer.dynamics import TYPES
+from hidreamer.dynamics import MEMORIES, TYPES
 from hidreamer.dynamics.base import KLConfig
 from hidreamer.dynamics.hrssm import HRSSM
+from hidreamer.dynamics.hrvq_gru import RecurrentHRVQ
 from hidreamer.dynamics.rssm import RSSM
 
 KL = KLConfig(0.5, 0.1, 1.0, 0.1)
 KINDS = ("rssm", "hrssm")
+TOKENS = ("gru", "gru expected", "gru innovation", "gru frame")
 
 
 def small(kind, **names):
     sizes = {"deter": 4, "hidden": 5}
+    if kind.startswith("gru"):
+        codes = {"levels": 2, "groups": 2, "codes": 3, "code_dim": 2, "depth_units": 4}
+        which = kind.removeprefix("gru ") if kind.endswith(("ed", "on")) else "drawn"
+        sees = "frame" if kind == "gru frame" else "memory"
+        block = tools.load_config([], {"dynamics.type": "hrvq"}).dynamics.hrvq.tree() | codes
+        block |= {"memory": "gru", "posterior_sees": sees, "residual": which}
+        return RecurrentHRVQ(3, 2, KL, **sizes, **block, **names)
     if kind == "rssm":
         return RSSM(3, 2, KL, stoch=2, classes=3, **sizes, **names)
     return HRSSM(3, 2, KL, stoch=[1, 2], classes=[3, 2], **sizes, **names)
@@ -28,7 +38,8 @@ def inputs(dynamics, batch=2, length=4):
     make = lambda *shape: torch.randn(batch, *shape, dtype=torch.float64)
     first = torch.zeros(batch, length, dtype=torch.bool)
     first[0, 0] = first[1, 2] = True
-    carry = type(dynamics.initial(1))(make(dynamics.deter_dim), make(dynamics.stoch_dim))
+    carry = dynamics.initial(batch)
+    carry = carry._replace(deter=make(dynamics.deter_dim), stoch=make(dynamics.stoch_dim))
     return carry, make(length, dynamics.embed_dim), make(length, dynamics.act_dim), first
 
 
@@ -57,7 +68,7 @@ def test_the_gradient_against_finite_differences(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("sample", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *TOKENS])
 def test_the_gradient_is_autograds(kind, sample):
     """With samples, straight-through, of the losses and of what an episode leaves behind."""
     dynamics, found = small(kind).double(), []
@@ -76,7 +87,7 @@ def test_the_gradient_is_autograds(kind, sample):
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         found.append([loss, *post.feat, *last, *grads])
     assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-12) for x, y in zip(*found, strict=True))
-    if sample:  # one drawn state more or less would show
+    if sample and kind in KINDS:  # one drawn state more or less would show
         assert found[0][2].unique().tolist() == [0.0, 1.0]
 
 
@@ -157,3 +168,4 @@ def test_kernels_of_a_step(kind, forward, both):
 
 def test_all_states_with_a_scan_are_tested():
     assert {kind for kind in TYPES if hasattr(TYPES[kind], "post_forward")} == set(KINDS)
+    assert [kind for kind in MEMORIES if hasattr(MEMORIES[kind], "post_forward")] == ["gru"]

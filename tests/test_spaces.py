@@ -1,6 +1,7 @@
 """What Gymnasium's spaces are read as, and the lines for what is not of its space."""
 
 import re
+import warnings
 
 import gymnasium
 import numpy as np
@@ -226,6 +227,17 @@ WRONG = {  # name -> space, value, a part of the line
         "must be a dict as its space is, not a ndarray",
     ),
     "key missing": (Dict(a=Box(-1, 1, (2,)), b=Discrete(2)), {"a": np.zeros(2)}, "lacks 'b'"),
+    "no tuple": (Tuple([Discrete(2)]), 1, "the observation must be a tuple as its space is, not a"),
+    "short tuple": (
+        Tuple([Discrete(2)] * 2),
+        (1,),
+        "must be a tuple as its space is, not 1 values",
+    ),
+    "no dict inside": (Dict(a=Dict(b=Discrete(2))), {"a": 1}, "observation 'a' must be a dict"),
+    "lacks a part": (Dict(a=Dict(b=Discrete(2))), {"a": {}}, "observation 'a' lacks 'b'"),
+    "wrong choice": (MultiDiscrete([2, 3]), np.int64([1, 3]), "is [1 3], its space says Multi"),
+    "choice below": (MultiDiscrete([2], start=[4]), np.int64([3]), "is [3], its space says Multi"),
+    "choice of floats": (MultiDiscrete([2, 3]), np.zeros(2), "its space says MultiDiscrete"),
 }
 
 
@@ -256,13 +268,12 @@ def test_a_nan_in_a_picture_is_a_bad_value(shows):
 
 UNREAD = {
     "text": (Text(5), "'vector' is Text("),
-    "tuple": (Tuple([Discrete(2), Discrete(3)]), "'vector' is Tuple("),
-    "several choices": (MultiDiscrete([2, 3]), "'vector' is MultiDiscrete("),
     "sequence": (Sequence(Discrete(2)), "'vector' is Sequence("),
-    "nested": (Dict(a=Dict(b=Discrete(2))), "'a' is Dict("),
-    "mission": (
-        Dict(image=Box(0, 255, (9, 9, 3), np.uint8), mission=Text(9)),
-        "'mission' is Text(",
+    "in a tuple": (Tuple([Sequence(Discrete(2)), Text(3)]), "'0' is Sequence("),
+    "nested": (Dict(a=Dict(b=Sequence(Discrete(2)))), "'a/b' is Sequence("),
+    "one of several": (
+        Dict(image=Box(0, 255, (9, 9, 3), np.uint8), rest=Sequence(Discrete(2))),
+        "'rest' is Sequence(",
     ),
 }
 
@@ -274,11 +285,74 @@ def test_spaces_that_are_not_read_say_what_to_do(name, shows):
         shows(space)
     line = str(caught.value)
     assert expected in line and "\n" not in line and "wrapper (docs/own_environment.md)" in line
-    assert ("--env.gym.keys 'image'" in line) == (name == "mission")
+    assert ("--env.gym.keys 'image'" in line) == (name == "one of several")
+
+
+def bits(sizes, indices):
+    return np.concatenate([np.eye(n, dtype=FLOAT)[i] for n, i in zip(sizes, indices, strict=True)])
+
+
+PARTS = {  # name -> space, value, {name: what is seen}
+    "tuple": (
+        Tuple([Discrete(2), Discrete(3, start=5)]),
+        (1, 7),
+        {"0": bits([2], [1]), "1": bits([3], [2])},
+    ),
+    "list for a tuple": (Tuple([Discrete(2)]), [1], {"0": bits([2], [1])}),
+    "nested": (
+        Dict(a=Dict(b=Discrete(2), c=Tuple([Box(-9, 9, (2,)), Discrete(2)])), d=MultiBinary(2)),
+        {"a": {"b": 0, "c": (FLOAT([3, 4]), 1)}, "d": np.int8([1, 0])},
+        {"a/b": FLOAT([1, 0]), "a/c/0": FLOAT([3, 4]), "a/c/1": FLOAT([0, 1]), "d": FLOAT([1, 0])},
+    ),
+    "several choices": (
+        MultiDiscrete([2, 3]),
+        np.int64([1, 0]),
+        {"vector": bits([2, 3], [1, 0])},
+    ),
+    "several choices of rank 2 from elsewhere": (
+        MultiDiscrete([[2, 3], [4, 2]], start=[[0, -1], [7, 0]]),
+        np.int64([[0, 1], [9, 1]]),
+        {"vector": bits([2, 3, 4, 2], [0, 2, 2, 1])},
+    ),
+    "one choice from elsewhere": (Discrete(3, start=-1), -1, {"vector": bits([3], [0])}),
+    "an empty part": (Dict(a=Tuple([]), b=Discrete(1)), {"a": (), "b": 0}, {"b": FLOAT([1])}),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_an_observation_have_names(name, shows):
+    space, value, expected = PARTS[name]
+    env = shows(space, value)
+    output = env.reset()
+    assert set(env.obs_space) == set(expected)
+    for key, seen in expected.items():
+        assert env.obs_space[key].shape == seen.shape and np.array_equal(output[key], seen)
+
+
+def test_text_is_left_out_with_one_line(shows):
+    space = Dict(image=Box(0, 255, (9, 9, 3), np.uint8), mission=Text(9), said=Tuple([Text(3)]))
+    value = {"image": np.zeros((9, 9, 3), np.uint8), "mission": "go", "said": ("a",)}
+    with pytest.warns(RuntimeWarning) as caught:
+        env = shows(space, value)
+    assert set(env.obs_space) == {"image"} == {*env.reset()} & {"image", "mission", "said/0"}
+    lines = [str(warning.message) for warning in caught]
+    assert len(lines) == 2 and "'mission' is text" in lines[0] and "keys 'image'" in lines[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shows(space, value, gym={"keys": "image"})
+
+
+def test_two_observations_of_one_name_are_refused(shows):
+    with pytest.raises(EnvError, match=r"^two observations are called 'a/b': rename one"):
+        shows(Dict({"a/b": Discrete(2), "a": Dict(b=Discrete(2))}))
+    with pytest.raises(EnvError, match="keys of a Dict space must be text"):
+        shows(Dict({"a": Dict({3: Discrete(2)})}))
+    with pytest.raises(EnvError, match=r"is Dict\(\), which has no parts"):
+        shows(Dict())
 
 
 def test_observations_can_be_left_out(shows):
-    """So that MiniGrid's text need not be read."""
+    """So that a text is neither read nor warned of."""
     space = Dict(
         {"image": Box(0, 255, (9, 9, 3), np.uint8), "mission": Text(9), "direction": Discrete(4)}
     )

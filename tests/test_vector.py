@@ -329,7 +329,7 @@ def test_processes_end_with_their_parent_and_in_silence(end, tmp_path):
     if end.startswith("SIG"):
         if end == "SIGINT":
             for pid in workers:
-                os.kill(pid, signal.SIGINT)  # they do not heed it
+                os.kill(pid, signal.SIGINT)  # they ignore it
             time.sleep(0.1)
             assert all(alive(pid) for pid in workers)
         parent.send_signal(signal.Signals[end])

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from hidreamer.dynamics.base import Dynamics, KLConfig
 from hidreamer.dynamics.hrssm import HRSSM
 from hidreamer.dynamics.hrvq import HRVQ
+from hidreamer.dynamics.hrvq_gru import RecurrentHRVQ
 from hidreamer.dynamics.rssm import RSSM
+from hidreamer.nets import by_name
 
 TYPES = {"rssm": RSSM, "hrssm": HRSSM, "hrvq": HRVQ}
+MEMORIES = {"interleaved": HRVQ, "stacked": HRVQ, "gru": RecurrentHRVQ}  # of hrvq
 
 
 def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int = 0) -> Dynamics:
@@ -23,7 +26,10 @@ def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int 
     kl_config = KLConfig(config["dyn"], config["rep"], config["free"], config["unimix"])
     sizes = {"deter": config["deter"], "hidden": config["hidden"]}
     own = config[config["type"]]  # this type's block
-    dynamics = TYPES[config["type"]](embed_dim, act_dim, kl_config, **sizes, **own)
+    make = TYPES[config["type"]]
+    if config["type"] == "hrvq":
+        make = by_name(MEMORIES, own["memory"], "dynamics.hrvq.memory")
+    dynamics = make(embed_dim, act_dim, kl_config, **sizes, **own)
     needed = dynamics.map_positions
     if needed and positions not in (0, needed):
         raise ValueError(

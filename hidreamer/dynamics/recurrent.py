@@ -33,7 +33,7 @@ from hidreamer.dynamics.scan import (
     forward_step,
     scan,
 )
-from hidreamer.nets import Block, GRUCell, SplitBlock, make_cell
+from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -49,8 +49,10 @@ class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
-    scan, what ``scan.ScanDynamics`` asks for. ``cell``, ``norm`` and ``act`` are names of
-    ``nets.CELLS``, ``NORMS`` and ``ACTIVATIONS``.
+    scan, what ``scan.ScanDynamics`` asks for. reads: how many numbers of stoch, the first ones, go
+    into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``, ``norm`` and
+    ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
+    ``ACTIVATIONS``; ``prior_layers`` are the hidden layers of the prior.
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
@@ -64,21 +66,32 @@ class Recurrent(Dynamics):
         stoch_dim: int,
         kl_config: KLConfig,
         *,
+        reads: int = 0,
+        sees_memory: bool = True,
         cell: str = "gru",
+        blocks: int = 8,
+        prior_layers: int = 1,
         norm: str = "layer",
         act: str = "silu",
     ):
         super().__init__()
         self.deter_dim, self.stoch_dim = deter, stoch_dim
         self.embed_dim, self.act_dim, self.kl_config = embed_dim, act_dim, kl_config
-        self.img_in = Block(stoch_dim + act_dim, hidden, norm=norm, act=act)
-        self.cell = make_cell(cell, hidden, deter, norm=norm)
-        self.img_out = Block(deter, hidden, norm=norm, act=act)
-        self.obs_out = Block(deter + embed_dim, hidden, norm=norm, act=act)
+        names = {"norm": norm, "act": act}
+        self.reads = reads or stoch_dim
+        sizes = self.reads, act_dim, hidden, deter
+        self.img_in, self.cell = make_core(cell, *sizes, blocks=blocks, **names)
+        self.img_out = Block(deter, hidden, **names)
+        if prior_layers > 1:
+            more = (Block(hidden, hidden, **names) for _ in range(prior_layers - 1))
+            self.img_out = nn.Sequential(self.img_out, *more)
+        if sees_memory:
+            self.obs_out = Block(deter + embed_dim, hidden, **names)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-        parts = (self.cell, self.img_in.norm, self.img_in.act)
-        known = tuple(map(type, parts)) == (GRUCell, nn.LayerNorm, nn.SiLU)
+        block = self.obs_out if sees_memory else self.img_out
+        parts = (self.img_out, self.cell, block.norm, block.act)
+        known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
         self.has_scan = known and hasattr(self, "post_forward")
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
@@ -166,18 +179,18 @@ class Recurrent(Dynamics):
         assert embed.shape == (*is_first.shape, self.embed_dim), embed.shape
         # All that does not wait for the recurrence is done for T steps at once: what actions and
         # embeddings add to the two input layers, and where episodes start.
-        img_in = self.img_in.split([self.stoch_dim, self.act_dim])
+        img_in = self.img_in.split([self.reads, self.act_dim])
         obs_out = self.obs_out.split([self.deter_dim, self.embed_dim])
         first = self.initial(len(embed))
         keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
-        deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first)  # (B, T, .)
+        deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first[:2])  # (B, T, .)
         action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
         embed = obs_out.project(1, embed)  # (B, T, hidden)
         inputs = keep, deter0, stoch0, action, embed
         if self.has_scan:
             noises = self.noises(is_first.shape[1], carry.deter, generator) if sample else ()
             steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noises)
-            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry)
+            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry[:2])
             deter, stoch, logits = found  # (T, B, .)
             last = Carry(deter[-1], stoch[-1])
             feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
@@ -193,7 +206,10 @@ class Recurrent(Dynamics):
         norms = (part.norm for part in (self.img_in, self.cell, self.obs_out))
         img, cell, obs = ((norm.weight, norm.bias) for norm in norms)
         cell = cell[0], cell[1] - offset
-        return CellWeights(img_in.weights[0], *img, gru, *cell, obs_out.weights[0], *obs)
+        of_stoch = img_in.weights[0]
+        if self.reads < self.stoch_dim:  # what the memory does not read has weight zero
+            of_stoch = torch.nn.functional.pad(of_stoch, (0, self.stoch_dim - self.reads))
+        return CellWeights(of_stoch, *img, gru, *cell, obs_out.weights[0], *obs)
 
     @property
     def eps(self) -> float:
@@ -219,7 +235,7 @@ class Recurrent(Dynamics):
         inputs: keep, deter0, stoch0, action, embed, of T steps (B,T,.).
         """
         deters, stochs, logits = [], [], []
-        deter, stoch = carry
+        deter, stoch = carry[:2]
         for *step, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
             deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, noise)
             deters.append(deter)
@@ -251,7 +267,7 @@ class Recurrent(Dynamics):
         """
         deter = torch.addcmul(deter0, deter, keep)  # (B, D)
         stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
-        deter = self.cell(img_in(0, stoch, action), deter)
+        deter = self.cell(img_in(0, stoch[..., : self.reads], action), deter)
         v = obs_out(0, deter, embed)  # (B, hidden)
         return deter, *self.post_step(deter, v, noise)
 
@@ -259,7 +275,8 @@ class Recurrent(Dynamics):
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
-        deter = self.cell(self.img_in(torch.cat([stoch, action], -1)), deter)
+        read = stoch[..., : self.reads]
+        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
         return deter, self.prior_step(deter, noise)
 
     def compile_steps(self) -> None:
@@ -282,7 +299,7 @@ class Recurrent(Dynamics):
         return tuple(onehot.unflatten(-1, shape).argmax(-1) for onehot, shape in levels)
 
     def prior_logits(self, carry: Carry) -> tuple[Tensor, ...]:
-        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry)))
+        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry[:2])))
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)

@@ -256,6 +256,8 @@ def gate_slopes(saved: CellSaved) -> Tensors:
 class Scan(torch.autograd.Function):
     """``scan`` with a gradient. Outputs: deter, stoch, logits by level, then what is saved."""
 
+    generate_vmap_rule = True  # for several members at once
+
     @staticmethod
     def forward(dynamics: ScanDynamics, noise: Tensors, count: int, *tensors: Tensor) -> Tensors:
         inputs, carry, weights = StepInputs(*tensors[:5], noise), tensors[5:7], tensors[7:]
@@ -352,7 +354,7 @@ def scan(
     post, dtype = dynamics.post_weights(), autocast_dtype(carry[0].device)
     if dtype is not None:  # once, not at every step
         cell = (w.to(dtype) if w.ndim == 2 else w for w in cell)
-        post = (w.to(dtype) for w in post)
+        post = (w.to(dtype) if w.ndim <= 2 else w for w in post)  # no codebooks
     weights = (*cell, *post)
     if not torch.is_grad_enabled():
         return run_steps(dynamics, weights, inputs, carry, save=False)[:3]

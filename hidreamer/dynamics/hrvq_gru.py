@@ -1,0 +1,273 @@
+"""hrvq with ``memory: gru``: residual-VQ codes as the state, rssm's recurrence as the memory.
+
+``posterior_sees: memory`` is rssm with other states: the posterior is the quantiser's, of v, the
+hidden layer of memory and embedding. With ``frame`` it sees the embedding alone, as those of the
+transformers do: codes are known before the recurrence, which then is the cell alone. The levels of
+a step come from a depth network on u, the hidden layer of the memory.
+
+Shapes: B sequences, T steps, N imagined states, L levels, G groups, K codes of d numbers, D deter,
+Z stoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hidreamer.depth import Depth
+from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, start_steps
+from hidreamer.dynamics.cell_scan import cell_scan
+from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
+from hidreamer.dynamics.residual_scan import ResidualScan
+from hidreamer.dynamics.scan import Tensors
+from hidreamer.dynamics.tokens import before_each
+from hidreamer.precision import autocast_dtype
+from hidreamer.quantizer import Codes
+
+
+class TokenCarry(NamedTuple):
+    """State of a recurrence over codes."""
+
+    deter: Tensor  # (B, D)
+    stoch: Tensor  # (B, Z)
+    before: Tensor  # (B, Z) the state before, zero at an episode's start
+
+
+class Aux(NamedTuple):
+    """What ``loss``, ``starts`` and ``update_codebook`` need of a pass over (B, T)."""
+
+    codes: Codes
+    is_first: Tensor  # (B, T)
+    before: Tensor  # (B, T, Z) the states before, zero at an episode's start
+
+
+class RecurrentHRVQ(ResidualScan, Recurrent):
+    """options: those of ``Tokens.make_codes``; those of the transformers are unused."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        act_dim: int,
+        kl_config: KLConfig,
+        *,
+        deter: int,
+        hidden: int,
+        levels: int,
+        groups: int,
+        code_dim: int,
+        chain: bool,
+        memory_reads: str,
+        depth_units: int,
+        copy: bool,
+        posterior: str,
+        posterior_sees: str = "frame",
+        cell: str = "gru",
+        norm: str = "layer",
+        act: str = "silu",
+        **options: Any,
+    ):
+        names, sees_memory = {"norm": norm, "act": act}, posterior_sees == "memory"
+        if sees_memory and (posterior != "sampled" or options["spatial"]):
+            raise ValueError(
+                "dynamics.hrvq.posterior_sees memory is for posterior sampled, without spatial:"
+                " codes that are learned from frames, or places of one, need posterior_sees frame"
+            )
+        if copy and options["residual"] == "innovation":
+            raise ValueError(
+                "dynamics.hrvq.copy does not go with residual innovation, which takes off what the"
+                " prior expects: choose one"
+            )
+        size = groups * code_dim
+        sizes = embed_dim, act_dim, deter, hidden, levels * size, kl_config
+        reads = size if memory_reads == "coarse" else 0
+        Recurrent.__init__(self, *sizes, reads=reads, sees_memory=sees_memory, cell=cell, **names)
+        own = ("residual", "noise", "commitment", "level_weights", "temperature", "codes")
+        own = {key: options[key] for key in (*own, "level_dropout", "spatial")}
+        own |= {"levels": levels, "groups": groups, "code_dim": code_dim, "chain": chain}
+        own |= {"posterior": posterior, "posterior_sees": posterior_sees}
+        self.make_codes(hidden if sees_memory else embed_dim, kl_config, **own)
+        self.depth = Depth(hidden, size, levels, depth_units, chain, **names)
+        self.make_priors(self.depth.widths, copy)
+
+    # ------------------------------------------------------------ states, as Recurrent asks
+
+    def imagine_step(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        read = stoch[..., : self.reads]
+        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
+        return deter, self._sample_levels(deter, noise, self._last(stoch))
+
+    def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
+        return self._sample_levels(deter, noise, None)
+
+    def _sample_levels(self, deter: Tensor, noise: Noise, last: Tensor | None) -> Tensor:
+        """Memory (N,D), noise (N,G,1) by level -> an imagined stoch (N,Z)."""
+        u, codes = self.img_out(deter), []
+        for level in range(self.levels):
+            logit = self._logit(level, self.depth(level, u, codes), last)  # (N, G, K)
+            codes.append(self._draw(level, logit, noise[level], deter.dtype)[0])  # (N, G * d)
+        return self._stoch(torch.cat(codes, -1))
+
+    def post_step(self, deter: Tensor, v: Tensor, noise: Noise) -> tuple[Tensor, Tensors]:
+        codes = self.quantizer.encode(
+            self._project(v), noise=noise, residual=self.residual, expected=self._expected(deter)
+        )
+        return self._stoch(codes.code.flatten(-3)), codes.logit
+
+    def _expected(self, deter: Tensor) -> Any:
+        """What ``Quantizer.encode`` asks for "innovation": the codes that the priors expect."""
+        if self.residual != "innovation":
+            return None
+        with torch.no_grad():
+            u = self.img_out(deter)
+
+        @torch.no_grad()
+        def expected(level: int, coarser: list[Tensor]) -> Tensor:
+            logit = self._logit(level, self.depth(level, u, coarser))
+            return self.quantizer.expected(level, logit)
+
+        return expected
+
+    def _priors(self, deter: Tensor, codes: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        """(...,D), codes (..., L, G * d), states before (...,Z) -> logits by level (...,G,K)."""
+        u, coarser, last = self.img_out(deter), codes.unbind(-2), self._last(before)
+        found = []
+        for level in range(self.levels):
+            found.append(self._logit(level, self.depth(level, u, coarser), last))
+        return tuple(found)
+
+    # ------------------------------------------------------------ the interface
+
+    def initial(self, batch: int) -> TokenCarry:
+        carry = super().initial(batch)
+        return TokenCarry(*carry, torch.zeros_like(carry.stoch))
+
+    def observe(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Post]:
+        if not self.sees_memory:
+            codes = self.encode(embed, sample, generator)
+            trained = torch.is_grad_enabled()
+            return self.follow(carry, codes, prev_action, is_first, generator, trained)
+        steps = prev_action, is_first
+        last, feat, logits = self._observe(carry, embed, *steps, sample, generator)
+        post = self._found(carry, feat, tuple(logits), is_first, generator)
+        return TokenCarry(*last, post.aux.before[:, -1]), post
+
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Feat]:
+        last, post = self.observe(carry, embed, prev_action, is_first, True, generator)
+        return last, post.feat
+
+    def _found(
+        self,
+        carry: Carry,
+        feat: Feat,
+        post: tuple[Tensor, ...],
+        is_first: Tensor,
+        generator: torch.Generator | None,
+    ) -> Post:
+        code = self._codes(feat.stoch)  # (B, T, L, G * d)
+        before = before_each(feat.stoch.detach(), carry.stoch) * ~is_first.unsqueeze(-1)
+        by_group = code.detach().unflatten(-1, self.code_shape)  # (B, T, L, G, d)
+        known = self._exchanged(by_group, generator).flatten(-2)
+        priors = self._priors(feat.deter, known, before)
+        with torch.no_grad():
+            index = self.quantizer.index(by_group)
+        aux = Aux(Codes(by_group, index, post, by_group), is_first, before)
+        return Post(feat, tuple(map(Level, post, priors)), aux)
+
+    def follow(
+        self,
+        carry: Any,
+        codes: Codes,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+        trained: bool | None = None,
+    ) -> tuple[TokenCarry, Post]:
+        """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
+
+        prev_action (B,T,A) and is_first (B,T) as of ``observe``. trained: whether codes have a
+        gradient; None looks, which ``torch.func.vmap`` hides.
+        """
+        self.check_steps(carry, prev_action, is_first)
+        stoch = self._stoch(codes.code.flatten(2))  # (B, T, Z)
+        known = codes.code.detach()
+        # As with a transformer: priors from a memory of detached codes, so that no code learns to
+        # be easy to predict. Both memories are computed at once, as twice as many sequences.
+        detached_pass = stoch.requires_grad if trained is None else trained
+        if detached_pass:
+            known = self._exchanged(known, generator)
+            both = torch.cat([stoch, self._stoch(known.flatten(2))])
+            deter, prior_deter = self._memory(carry, both, prev_action, is_first).chunk(2)
+        else:
+            deter = prior_deter = self._memory(carry, stoch, prev_action, is_first)
+        before = before_each(stoch.detach(), carry.stoch) * ~is_first.unsqueeze(-1)
+        priors = self._priors(prior_deter, known.flatten(-2), before)
+        last = TokenCarry(deter[:, -1], stoch[:, -1], before[:, -1])
+        levels = tuple(map(Level, codes.logit, priors))
+        return last, Post(Feat(deter, stoch), levels, Aux(codes, is_first, before))
+
+    def _memory(self, carry: Any, stoch: Tensor, action: Tensor, is_first: Tensor) -> Tensor:
+        """States (M,T,Z) -> memories (M,T,D); M is B, or 2 B: then the others are used twice."""
+        times = len(stoch) // len(is_first)
+        first, keep = self.initial(len(is_first)), (~is_first).to(stoch.dtype).unsqueeze(-1)
+        twice = lambda x: x.repeat(times, *(1,) * (x.ndim - 1))
+        before = before_each(stoch, twice(carry.stoch))[..., : self.reads]
+        start = first.stoch[:, : self.reads].unsqueeze(1) * (1.0 - keep)
+        before = torch.addcmul(twice(start), before, twice(keep))
+        x = self.img_in(torch.cat([before, twice(action * keep)], -1))  # (M, T, hidden)
+        deter0 = twice(first.deter.unsqueeze(1) * (1.0 - keep))
+        deter, keep = twice(carry.deter), twice(keep)
+        if not self.has_scan:
+            found = []
+            for t in range(x.shape[1]):
+                deter = self.cell(x[:, t], torch.addcmul(deter0[:, t], deter, keep[:, t]))
+                found.append(deter)
+            return torch.stack(found, 1)
+        offset = torch.zeros_like(self.cell.norm.bias)
+        offset[2 * self.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
+        weight, dtype = self.cell.linear.weight, autocast_dtype(x.device)
+        weight = weight if dtype is None else weight.to(dtype)
+        of_input, of_deter = weight.split([x.shape[-1], self.deter_dim], 1)
+        weights = of_deter, self.cell.norm.weight, self.cell.norm.bias - offset
+        given = (x.to(weight.dtype) @ of_input.t()).transpose(0, 1)  # (T, M, 3D)
+        steps = given, keep.transpose(0, 1), deter0.transpose(0, 1)
+        return cell_scan(*steps, deter, weights, self.eps).transpose(0, 1)
+
+    def prior_logits(self, carry: TokenCarry) -> tuple[Tensor, ...]:
+        codes = self._codes(carry.stoch)
+        logits = self._priors(carry.deter, codes, carry.before)
+        return tuple(x / heat for x, heat in zip(logits, self.temperature, strict=True))
+
+    def starts(self, carry: TokenCarry, post: Post, n: int) -> TokenCarry:
+        where = start_steps(post.feat.deter.shape[1], n)
+        before = post.aux.before[:, where].flatten(0, 1)
+        return TokenCarry(*super().starts(carry, post, n), before)
+
+    def imagine(
+        self,
+        carry: TokenCarry,
+        actor: Policy | Tensor,
+        horizon: int,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Feat, Tensor]:
+        last, feat, action = super().imagine(carry, actor, horizon, sample, generator)
+        return TokenCarry(*last, feat.stoch[:, -2]), feat, action

@@ -1,0 +1,346 @@
+"""Objectives of the world model: worked out by hand, learning, and blind across episodes' ends."""
+
+import copy
+import math
+
+import pytest
+import torch
+from test_agent import EVERYTHING, VECTOR, changed, make
+from torch.nn import functional as F
+
+import networks
+import tools
+from hidreamer import losses, views
+from hidreamer.behavior import Replayed
+from hidreamer.dynamics import TYPES
+from hidreamer.objectives import Harmony
+
+NEW = ("ac_cpc", "barlow", "next_embed", "harmony")
+FREE = {"model.losses.decoder": 0}
+SMALL = {"model.ac_cpc.units": 16, "model.ac_cpc.steps": 3, "model.next_embed.units": 16}
+
+
+def on(*names, **more):
+    weights = {f"model.losses.{name}": 1.0 for name in names}
+    return SMALL | weights | {f"model.{key}": x for key, x in more.items()}
+
+
+def test_contrastive_loss_by_hand():
+    """Two sequences of two steps; in the second one, step 1 begins an episode."""
+    first = torch.tensor([[False, False], [False, True]])
+    keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
+    queries = [torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [9.0, 9.0]]])]
+    queries.append(torch.tensor([[[0.0, 4.0]], [[7.0, 7.0]]]))
+    loss, right = losses.contrastive_loss(queries, keys, first, 0.5)
+    r = math.sqrt(0.5)
+    nats = lambda scores, i: math.log(sum(math.exp(r * s) for s in scores)) - r * scores[i]
+    now = [nats([2, 0, -2, 0], 0), nats([0, 0, 0, 0], 1), nats([0, 2, 0, -2], 2)]
+    ahead = nats([0, 4, 0, -4], 1)
+    assert loss.item() == pytest.approx((sum(now) / 3 + 0.5 * ahead) / 1.5)
+    assert right.tolist() == pytest.approx([1 / 3, 1.0])
+
+
+def test_one_episode_by_hand():
+    first = torch.tensor([[True, False, False, True, False]])
+    assert losses.one_episode(first, 0).tolist() == [[False, True, True, False, True]]
+    assert losses.one_episode(first, 1).tolist() == [[False, True, False, False]]
+    assert losses.one_episode(first, 2).tolist() == [[False, False, False]]
+
+
+def test_redundancy_loss_by_hand():
+    """Columns of -1 and 1: x's first is y's first, its second is against y's second in one of four
+    rows; a row that does not count changes nothing.
+    """
+    x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [50.0, math.inf]])
+    y = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0], [9.0, 9.0]])
+    valid = torch.tensor([True, True, True, True, False])
+    scaled = x * torch.tensor([3.0, 0.5]) + 7.0
+    # y's second column: mean 1/2, deviation sqrt(3)/2
+    z = [(v - 0.5) / math.sqrt(0.75) for v in (1, -1, 1, 1)]
+    other = (z[0] + z[1] - z[2] - z[3]) / 4
+    own = (z[0] - z[1] + z[2] - z[3]) / 4
+    expected = (own - 1) ** 2 + 0.1 * other**2
+    assert losses.redundancy_loss(scaled, y, valid, 0.1).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_harmony_by_hand():
+    harmony = Harmony(0.5)
+    harmony.log_sigma.data = torch.tensor([0.0, math.log(2.0), math.log(4.0)])
+    given = {"dyn": torch.tensor([[8.0]]), "rep": torch.tensor([[4.0]])}
+    given |= {"image": torch.tensor([[3.0]]), "cont": torch.tensor([[5.0]])}
+    groups = {"dyn": "dynamics", "rep": "dynamics", "image": "observation", "cont": "cont"}
+    found, metrics = harmony.balance(given, groups)
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(
+        # no loss of the reward, so its sigma has no part
+        {"dyn": 2, "rep": 1, "image": 3, "cont": 5, "harmony": 0.5 * (math.log(2) + math.log(5))}
+    )
+    assert metrics["harmony_dynamics"].item() == pytest.approx(0.25)
+    # The best sigma is where L / sigma^2 = weight / (1 + sigma).
+    (grad,) = torch.autograd.grad(sum(x.sum() for x in found.values()), harmony.log_sigma)
+    assert grad.tolist() == pytest.approx([-3 + 0.25, 0.0, -3 + 0.5 * 4 / 5])
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_every_objective_trains_with_every_latent_state(kind):
+    agent, batch = make(EVERYTHING, **on(*NEW), **{"dynamics.type": kind, "dynamics.free": 0})
+    before = copy.deepcopy(agent.state_dict())
+    for _ in range(3):
+        values = dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False))
+    values = dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=True))
+    assert all(math.isfinite(x) for x in values.values())
+    assert {f"{name}_loss" for name in NEW} | {"ac_cpc_accuracy_1", "harmony_reward"} < set(values)
+    still = set(before) - changed(before, agent.state_dict())
+    assert not still, still
+    other, _ = make(EVERYTHING, **on(*NEW), **{"dynamics.type": kind, "dynamics.free": 0})
+    assert "fresh" not in other.load_state(copy.deepcopy(agent.save_state())).values()
+    torch.manual_seed(1)
+    expected = agent.update(batch)
+    torch.manual_seed(1)
+    assert torch.equal(expected, other.update(batch))
+
+
+def test_without_a_weight_there_is_no_module():
+    names = lambda agent: {key.split(".")[1] for key in agent.state_dict() if "model" in key}
+    usual = {"encoder", "dynamics", "decoder", "reward", "cont"}
+    assert names(make()[0]) == usual
+    free, batch = make(**FREE, **on("barlow"))
+    assert names(free) == usual - {"decoder"} | {"barlow"}
+    free.update(batch)
+    assert "vector_loss" not in free.metric_names
+    assert free.world_model.open_loop(batch, 3)[1] == {}
+
+
+@pytest.mark.parametrize("name", ["ac_cpc", "next_embed"])
+def test_no_pair_crosses_an_episodes_end(name):
+    """What was seen before an episode began changes no loss whose targets are all after it, and
+    with every step an episode of its own there is no pair at all.
+    """
+    agent, batch = make(**on(name), length=6)
+    obs = networks.preprocess(batch)
+    obs["is_first"][:] = 1.0
+    found = agent.world_model.loss(obs)[0][name]
+    assert name == "next_embed" or (found == 0).all()
+    objective = agent.world_model.objectives[name]
+    for at in (2, 3):
+        obs["is_first"] = torch.zeros(2, 6)
+        obs["is_first"][:, [0, at]] = 1.0
+        _, post, embed = agent.world_model.observe(obs)
+        post = post._replace(feat=post.feat.map(lambda x: x.detach().requires_grad_()))
+        embed = embed.detach().requires_grad_()
+        loss = objective.loss(post, embed, obs)[0][name].mean()
+        (grad,) = torch.autograd.grad(loss, [post.feat.deter])
+        used = grad.abs().sum((0, 2)) > 0
+        # the step before an end predicts nothing of what follows; with AC-CPC a state counts as
+        # its own prior, which an episode's first one has of another episode
+        without = {"ac_cpc": {0, at}, "next_embed": {at - 1, 5}}[name]
+        assert {t for t in range(6) if not used[t]} == without
+
+
+def clips(steps=8, batch=4):
+    """A vector that says the last two actions, so that the actions tell what comes."""
+    agent, rows = make(
+        batch=batch,
+        length=steps,
+        **on("ac_cpc"),
+        **FREE,
+        **{"model.lr": 3e-3, "dynamics.dyn": 0, "dynamics.rep": 0},
+    )
+    return agent, rows
+
+
+def draw(batch, generator, shuffled=False):
+    """New rows: vector t is a code of the actions before t and t - 1."""
+    steps = torch.randint(3, batch["reward"].shape, generator=generator)
+    action = F.one_hot(steps, 3).float()
+    rows = dict(batch)
+    rows["is_first"] = torch.zeros_like(batch["is_first"])
+    rows["is_first"][:, 0] = True
+    rows["vector"] = torch.cat([3.0 * action, action.roll(1, 1)[..., :2]], -1)
+    if shuffled:
+        action = F.one_hot(torch.randint(3, steps.shape, generator=generator), 3).float()
+    rows["prev_action"] = action
+    return rows
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_ac_cpc_learns_what_follows_from_actions(shuffled):
+    """The action alone tells the observation that it leads to; the negative control has others."""
+    agent, batch = clips()
+    generator, right = torch.Generator().manual_seed(0), []
+    for _ in range(150):
+        obs = networks.preprocess(draw(batch, generator, shuffled))
+        found, _, _, _, metrics = agent.world_model.loss(obs)
+        agent.optimizers["model"].step(found["ac_cpc"].mean())
+        right.append(metrics["ac_cpc_accuracy_1"].item())
+    # of 32 observations there are 9 kinds; known, it is one of those 3 or 4 that are equal
+    late = sum(right[-30:]) / 30
+    assert late < 0.12 if shuffled else late > 0.18
+
+
+@pytest.mark.parametrize("name", ["barlow", "next_embed"])
+def test_correlations_are_learned_without_collapse(name):
+    """On new batches: near the floor, and the embedding still varies."""
+    other, batch = make(batch=4, length=8, **on(name), **FREE, **{"model.lr": 3e-3})
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(150):
+        obs = networks.preprocess(draw(batch, generator))
+        loss, _, _, embed, _ = other.world_model.loss(obs)
+        found.append(loss[name].mean().item())
+        other.optimizers["model"].step(sum(loss.values()).mean())
+    assert sum(found[-20:]) / 20 < 0.6 * found[0], (found[0], found[-1])
+    assert embed.flatten(0, 1).std(0).mean() > 0.05
+
+
+@pytest.mark.parametrize("optim", ["separate", "joint"])
+@pytest.mark.parametrize("kind", ["rssm", "hrvq"])
+def test_a_probe_learns_to_draw_and_changes_nothing_else(kind, optim):
+    settings = {"dynamics.type": kind, "optim": optim, "model.clip": 0.1, "model.lr": 3e-3}
+    agent, batch = make(**settings, **FREE)
+    probed, _ = make(**settings, **FREE, **{"decoder.probe": True})
+    params = agent.state_dict()
+    assert probed.load_state({"params": params, "optim": {}})["world_model.decoder.vector.out"]
+    errors = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        agent.update(batch)
+        torch.manual_seed(seed)
+        values = dict(zip(probed.metric_names, probed.update(batch).tolist(), strict=False))
+        errors.append(values.get("probe_vector_loss", math.inf))
+    decoder = "world_model.decoder."
+    own = {key: x for key, x in probed.state_dict().items() if not key.startswith(decoder)}
+    assert not changed(own, agent.state_dict())
+    assert errors[-1] < 0.9 * errors[1]
+    assert probed.world_model.open_loop(batch, 3)[1].keys() == {"vector"}
+
+
+@pytest.mark.parametrize("kind", ["crop", "shift"])
+def test_views_move_images_alike_within_a_step(kind):
+    agent, batch = make(EVERYTHING, **on("ac_cpc", **{"ac_cpc.augment": kind}))
+    obs = networks.preprocess(batch)
+    obs["image"] = torch.linspace(0, 1, 16).view(16, 1, 1).expand(2, 8, 16, 16, 3).contiguous()
+    obs["wide"] = obs["image"][..., :1].clone()
+    view = agent.world_model.ac_cpc.view
+    one = view(obs, torch.Generator().manual_seed(0))
+    two = view(obs, torch.Generator().manual_seed(0))
+    assert all(torch.equal(one[key], two[key]) for key in obs)
+    assert torch.equal(one["grid"], obs["grid"]) and not torch.equal(one["image"], obs["image"])
+    assert torch.allclose(one["wide"], one["image"][..., :1])  # one place for all of a step
+    assert one["image"].flatten(2).std(1).max() > 0  # and another for every step
+    before = obs["image"].clone()
+    assert torch.equal(obs["image"], before)
+    agent.update(batch)
+
+
+def test_a_resampled_image_by_hand():
+    """The middle half of a ramp, and a shift by one of four pixels to the right."""
+    ramp = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 1, 4, 1).expand(1, 4, 4, 1)
+    half = views.resample(ramp, torch.tensor([[0.5, 1.0, 0.0, 0.0]]))
+    assert half[0, 0, :, 0].tolist() == pytest.approx([0.75, 1.25, 1.75, 2.25])
+    moved = views.resample(ramp, torch.tensor([[1.0, 1.0, 0.5, 0.0]]))
+    assert moved[0, 0, :, 0].tolist() == pytest.approx([1.0, 2.0, 3.0, 3.0])
+    sides = views.crops(torch.rand(500, 4))
+    area = sides[:, 0] * sides[:, 1] / 1.0
+    assert area.min() > 0.2 and area.max() <= 1.0
+    assert ((sides[:, 2:].abs() + sides[:, :2]) <= 1.0 + 1e-6).all()
+
+
+def test_augmenting_needs_images():
+    with pytest.raises(ValueError, match=r"model\.ac_cpc\.augment crop is for images"):
+        make(VECTOR, **on("ac_cpc", **{"ac_cpc.augment": "crop"}))
+
+
+def test_former_names_of_weights():
+    """Of a command and of an older run's config."""
+    config = tools.load_config([], {"loss_scales.decoder": "0.5"})
+    assert config.model.losses.decoder == 0.5
+    old = config.tree()
+    weights = old["model"].pop("losses")
+    old["loss_scales"] |= {key: weights[key] for key in ("decoder", "reward", "cont")}
+    del old["model"]["barlow"], old["decoder"]["probe"]
+    tools.check_same_run("folder", old, config)
+    with pytest.raises(tools.ConfigError, match=r"model\.losses\.decoder 0\.5 -> 1\.0"):
+        tools.check_same_run("folder", old, tools.load_config([], {}))
+
+
+def test_replay_returns_by_hand():
+    """One sequence: step 2 is cut (its return is not used), step 4 terminal."""
+    rew = torch.tensor([[9.0, 1.0, 2.0, 9.0, 3.0, 9.0]])
+    terminal = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
+    ends = torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0, 0.0]])
+    boot = torch.tensor([[10.0, 20.0, 30.0, 40.0, 50.0, 60.0]])
+    found = losses.replay_returns(rew, terminal, ends, boot, 0.5, 0.8)[0].tolist()
+    three = 3.0  # the terminal step's reward, and nothing after it
+    one = 2.0 + 0.5 * 30.0  # cut: what follows is its value alone
+    zero = 1.0 + 0.5 * (0.2 * 20.0 + 0.8 * one)
+    assert [found[0], found[1], found[3]] == pytest.approx([zero, one, three])
+
+
+@pytest.mark.parametrize("starts", [0, 3])
+def test_the_critic_learns_from_replayed_steps(starts):
+    """The loss of every step but the last ones, against the formula, from the dreams' returns."""
+    settings = {"critic.replay_loss": 0.5, "imag.starts": starts, "imag.discount": 0.9}
+    agent, batch = make(batch=2, length=6, **settings)
+    behavior, model = agent.behavior, agent.world_model
+    for head in (behavior.critic, behavior.slow):
+        torch.nn.init.normal_(head.out.weight, std=0.5)
+    obs = networks.preprocess(batch)
+    obs["is_first"] = torch.zeros(2, 6)
+    obs["is_first"][:, 0] = obs["is_first"][1, 3] = 1.0
+    obs["is_terminal"] = torch.zeros(2, 6)
+    obs["is_terminal"][1, 2] = 1.0
+    _, post, _ = model.observe(obs)
+    where = slice(0, None) if starts == 0 else slice(1, 6, 2)
+    imagined = torch.randn(2 * len(range(6)[where]))
+    steps = obs["reward"], obs["is_first"].bool(), obs["is_terminal"]
+    found = behavior.replay_loss(Replayed(post.feat.cat(), *steps, where), imagined).item()
+    values = behavior.critic(post.feat.cat()).mode().detach()
+    values[:, where] = imagined.view(2, -1)
+    total = 0.0
+    for b in range(2):
+        ahead = values[b, 5]
+        for t in reversed(range(5)):
+            ends = b == 1 and t + 1 == 2
+            value = values[b, t + 1] if ends else 0.05 * values[b, t + 1] + 0.95 * ahead
+            going_on = 0.0 if obs["is_terminal"][b, t + 1] else 0.9
+            ahead = obs["reward"][b, t + 1] + going_on * value
+            if not (b == 1 and t == 2):
+                x = post.feat.cat()[b, t]
+                target = ahead, behavior.slow(x).mode()
+                total -= behavior.critic(x).log_prob(*target).item()
+    assert found == pytest.approx(total / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("optim", ["separate", "joint"])
+@pytest.mark.parametrize("act", ["discrete", "continuous"])
+def test_the_replay_loss_reaches_the_model_only_by_its_key(act, optim):
+    """Without the gradient the model's step is that of no replay loss at all, and the critic's is
+    the same either way.
+    """
+    moments = {}
+    for name, settings in {
+        "none": {},
+        "critic": {"critic.replay_loss": 0.3},
+        "model": {"critic.replay_loss": 0.3, "critic.replay_grad": True},
+    }.items():
+        torch.manual_seed(0)
+        zero = {"model.lr": 0, "model.clip": 0, "actor.clip": 0, "critic.clip": 0}
+        agent, batch = make(act=act, optim=optim, **zero, **settings)
+        torch.nn.init.normal_(agent.behavior.critic.out.weight, std=0.5)
+        torch.manual_seed(1)
+        agent.update(batch)
+        found = {}
+        for optimizer in agent.optimizers.values():
+            found |= {key: x["exp_avg"] for key, x in optimizer.state_dict().items()}
+        moments[name] = found
+    same = lambda a, b, key: torch.allclose(moments[a][key], moments[b][key], atol=1e-7)
+    of_critic = {key for key in moments["none"] if key.startswith("critic")}
+    of_actor = {key for key in moments["none"] if key.startswith("actor")}
+    others = set(moments["none"]) - of_critic - of_actor
+    assert all(same("none", "critic", key) for key in others | of_actor)
+    assert not all(same("none", "critic", key) for key in of_critic)
+    assert all(same("critic", "model", key) for key in of_critic | of_actor)
+    moved = {key for key in others if not same("critic", "model", key)}
+    assert any(key.startswith("encoder") for key in moved)
+    assert any(key.startswith("dynamics") for key in moved)
+    heads = ("decoder", "reward", "cont")
+    assert not [key for key in moved if key.startswith(heads)]

@@ -1,0 +1,180 @@
+"""Several seeds in one process: folders, ends, failures, kills."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small_runs import TINY, latest, one_line, records, run
+
+import dreamer
+import hidreamer
+import population
+from conftest import ROOT
+from envs.errors import ActionError
+from hidreamer import checkpoint
+from training import Failure, Run
+
+STEPS = ("--steps", 60, "--checkpoint_every", 45)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Seeds 0, 1 and 2; ``made`` is 0 alone."""
+    folder = tmp_path_factory.mktemp("three")
+    assert run(folder, *STEPS, "--seeds", 0, 1, 2) == 0
+    return folder
+
+
+def same(found, expected):
+    """Records that are equal but for rounding."""
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def exactly_the_same(folder, expected):
+    for member in sorted(path.name for path in expected.iterdir()):
+        assert records(folder / member) == records(expected / member)
+        ours, theirs = (latest(path / member) for path in (folder, expected))
+        for name, x in theirs["agent"]["params"].items():
+            assert torch.equal(ours["agent"]["params"][name], x), (member, name)
+        episodes = [sorted(os.listdir(path / member / "train_eps")) for path in (folder, expected)]
+        assert episodes[0] == episodes[1]
+
+
+def test_a_member_s_folder_is_that_of_its_seed_alone(three, made):
+    same(records(three / "0"), records(made))
+    assert records(three / "1") != records(three / "0")
+    assert sorted(os.listdir(three / "0" / "train_eps")) == sorted(os.listdir(made / "train_eps"))
+    for part in ("config.yaml", "metrics.jsonl", "starts.jsonl", "checkpoints/latest.pt"):
+        assert (three / "0" / part).exists() and (made / part).exists()
+    alone, member = latest(made), latest(three / "0")
+    assert torch.equal(alone["torch_rng"], member["torch_rng"])
+    for name, moments in alone["agent"]["optim"].items():
+        for key, state in moments.items():
+            for what, x in state.items():
+                found = member["agent"]["optim"][name][key][what]
+                assert torch.allclose(found, x, atol=1e-4), (name, key, what)
+    assert hidreamer.load(three / "2").config.seed == 2
+
+
+def test_a_member_goes_on_alone_and_the_others_without_it(three, tmp_path):
+    shutil.copytree(three, tmp_path / "runs")
+    assert run(tmp_path / "runs" / "1", "--steps", 90, "--seed", 1) == 0
+    assert latest(tmp_path / "runs" / "1")["step"] == 90
+    more = ("--steps", 120, "--checkpoint_every", 45)
+    assert run(tmp_path / "runs", *more, "--seeds", 0, 1, 2) == 0
+    for seed in (0, 1, 2):
+        assert latest(tmp_path / "runs" / str(seed))["step"] == 120
+
+
+KILL = """
+import os, signal, sys
+import dreamer, population
+from hidreamer import checkpoint
+save, count = checkpoint.save_checkpoint, [0]
+def killed(path, state):
+    count[0] += 1
+    if count[0] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, state)
+checkpoint.save_checkpoint = killed
+dreamer.main(sys.argv[2:])
+"""
+
+
+def test_a_kill_between_two_members_checkpoints_loses_no_step(three, tmp_path):
+    """Three first checkpoints, then those of step 45: the second member's never comes to be."""
+    words = [*TINY, *map(str, STEPS), "--seeds", "0", "1", "2", "--logdir", str(tmp_path / "runs")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", KILL, "5", *words], env=env, timeout=300)
+    assert result.returncode == -signal.SIGKILL
+    moments = [latest(tmp_path / "runs" / seed)["moment"] for seed in "012"]
+    assert moments == [1, 0, 0]
+    assert dreamer.main(words) == 0
+    exactly_the_same(tmp_path / "runs", three)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_is_broken_off_goes_on_exactly(three, tmp_path, monkeypatch):
+    learn, count = population.Population._learn, [0]
+
+    def break_off(self):
+        count[0] += 1
+        if count[0] == 3:
+            raise Killed
+        learn(self)
+
+    monkeypatch.setattr(population.Population, "_learn", break_off)
+    with pytest.raises(Killed):
+        run(tmp_path, *STEPS, "--seeds", 0, 1, 2)
+    assert run(tmp_path, *STEPS, "--seeds", 0, 1, 2) == 0
+    exactly_the_same(tmp_path, three)
+
+
+def test_a_member_that_fails_takes_no_other_down(made, tmp_path, monkeypatch, capsys):
+    learn = population.Population._learn
+
+    def poison(self):
+        if self.active[-1].updates == 2:
+            with torch.no_grad():
+                self.active[-1].agent.world_model.reward.out.bias[0] = float("nan")
+        learn(self)
+
+    monkeypatch.setattr(population.Population, "_learn", poison)
+    assert run(tmp_path, *STEPS, "--seeds", 0, 1) == 1
+    one_line(capsys, "1 of 2 seeds", "reward_loss", str(tmp_path / "1"))
+    same(records(tmp_path / "0"), records(made))
+    assert all(np.isfinite(x) for line in records(tmp_path / "1") for x in line.values())
+    state = checkpoint.load_checkpoint(tmp_path / "1" / "checkpoints" / "latest.pt")
+    assert all(x.isfinite().all() for x in state["agent"]["params"].values())
+
+
+def test_a_nan_names_itself_where_it_becomes_an_action():
+    broken = object.__new__(Run)
+    broken.config, broken.envs = None, SimpleNamespace(receive=raiser(ActionError("nan")))
+    broken.metrics = raiser(Failure("model_loss became nan"))
+    with pytest.raises(Failure, match="model_loss"):
+        broken.store(np.full((1, 2), np.nan))
+    broken.metrics = dict
+    with pytest.raises(ActionError):
+        broken.store(np.full((1, 2), 9.0))
+
+
+def raiser(error):
+    def fn():
+        raise error
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("--seeds 0 0", "twice"),
+        ("--seeds a", "seeds"),
+        ("--seeds", "seeds"),
+        ("--population 0", "at least 1"),
+        ("--population 2 --seeds 1", "leave out"),
+        ("--seeds 1 --seed 2", "leave out"),
+    ],
+)
+def test_wrong_seeds_are_one_line(words, hint, tmp_path, capsys):
+    assert run(tmp_path / "runs", *words.split()) == 2
+    one_line(capsys, hint)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_population_counts_from_its_seed(tmp_path):
+    assert run(tmp_path, "--steps", 10, "--population", 2, "--seed", 5) == 0
+    assert sorted(os.listdir(tmp_path)) == ["5", "6"]
+    assert latest(tmp_path / "6")["config"]["seed"] == 6
