@@ -31,6 +31,11 @@ from pipeline.gate import Gate, Row, Table
 from pipeline.stage import Stage
 from tools import Config, ConfigError
 
+NOTE = (
+    "Returns are of episodes as far as they were recorded: env.time_limit cuts them, and the last"
+    " one of each game ends with the steps asked for. No measure of a policy."
+)
+
 
 class Played(NamedTuple):
     """An episode's rows {key: (T, ...)} and its return."""
@@ -164,7 +169,7 @@ class Collect(Stage):
             outputs += [data.folder(self.root, game) / name for name in names]
             rows.append(Row(f"{game}: mean return", float(np.mean(returns))))
             rows.append(Row(f"{game}: episodes", len(names)))
-        tables = [Table("Recorded", rows)]
+        tables = [Table("Recorded", rows, NOTE)]
         if not block.agent and not block.from_minari:
             from pipeline import speed
 
