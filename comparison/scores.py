@@ -109,7 +109,7 @@ def read(path: Path) -> list[Run]:
         return [restored(row, None, path) for row in published(content, path.stem)]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
-            f"{path} holds no scores as docs/comparison.md describes them: "
+            f"{path} holds no scores as docs/comparing.md describes them: "
             f"{type(error).__name__} {error}"
         ) from error
 

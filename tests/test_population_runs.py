@@ -159,14 +159,14 @@ def raiser(error):
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    {
+    [
         ("--seeds 0 0", "twice"),
         ("--seeds a", "seeds"),
         ("--seeds", "seeds"),
         ("--population 0", "at least 1"),
         ("--population 2 --seeds 1", "leave out"),
         ("--seeds 1 --seed 2", "leave out"),
-    },
+    ],
 )
 def test_wrong_seeds_are_one_line(words, hint, tmp_path, capsys):
     assert run(tmp_path / "runs", *words.split()) == 2
