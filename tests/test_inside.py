@@ -475,6 +475,7 @@ def test_runs_of_another_version_or_without_weights(trained, tmp_path, capsys):
     (bare / "checkpoints" / "previous.pt").unlink(missing_ok=True)
     broken = changed(run, tmp_path / "broken", "seed: 0", "seed: 6")
     (broken / "checkpoints" / "latest.pt").write_bytes(b"PK nothing")
+    (broken / "checkpoints" / "previous.pt").unlink(missing_ok=True)
     seen = changed(run, tmp_path / "seen", "sticky: 0.1", "sticky: 0.2")
     capsys.readouterr()
     for folder, hint in (
