@@ -28,6 +28,9 @@ SUITES = {
     "DeepMind Control, camera": ("dmc_cartpole_balance", "dmc"),
     "Crafter": ("crafter_reward", "crafter"),
     "ViZDoom": ("vizdoom_basic", "vizdoom"),
+    "MiniGrid": ("minigrid_MemoryS7", "minigrid"),
+    "POPGym": ("popgym_RepeatPreviousEasy", "popgym"),
+    "Pin Pad": ("pinpad_three", ""),
 }
 CAMERA = "DeepMind Control, camera"
 # {extra: (a module that it brings, what it is for)}

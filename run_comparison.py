@@ -177,10 +177,10 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
         if all(job.finished() for job in of_seed):
             for job, model in zip(of_seed, compared, strict=True):
                 results[model].append(offline.read(job.folder))
-    note = heldout.NOTE
+    notes = heldout.NOTE
     if probes.possible(plan.configs[task, compared[0]]):
-        note += f" {probes.NOTE}"
-    about = {"sceptic": heldout.BASELINE, "note": note, "task": task, "sources": sources}
+        notes += f" {probes.NOTE}"
+    about = {"sceptic": heldout.BASELINE, "note": notes, "task": task, "sources": sources}
     found = summary.paired(results, about) if any(results.values()) else None
     return signum, Content(compared, [], plan.capacity, task, plan.differences, failed, found)
 

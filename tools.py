@@ -53,10 +53,8 @@ class Config(Mapping):
         return value
 
     def __getattr__(self, key: str) -> Any:
-        if key.startswith("_"):  # a copy asks for some before it has its tree
-            raise AttributeError(key)
-        if key not in self._tree:
-            raise AttributeError(f"no config key {self._path}{key}")
+        if key.startswith("_") or key not in self._tree:  # a copy asks before it has its tree
+            raise AttributeError(f"no config key {vars(self).get('_path', '')}{key}")
         return self[key]
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -80,11 +78,8 @@ class Config(Mapping):
 def flatten(tree: Mapping, path: str = "") -> dict[str, Any]:
     out = {}
     for key, value in tree.items():
-        out |= (
-            flatten(value, f"{path}{key}.")
-            if isinstance(value, Mapping)
-            else {path + str(key): value}
-        )
+        here = path + str(key)
+        out |= flatten(value, f"{here}.") if isinstance(value, Mapping) else {here: value}
     return out
 
 
@@ -96,13 +91,12 @@ def current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
 def nearest(name: str, names: Any) -> str:
     """ "did you mean x or y?"; where none is near the whole list, or the nearest of a long one."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, 3, 0.5)
-    if close:
+    if close := difflib.get_close_matches(name, names, 3, 0.5):
         return f"did you mean {' or '.join(close)}?"
     if len(names) <= FEW:
         return f"there are {', '.join(names)}"
-    nearest = difflib.get_close_matches(name, names, 3, 0.0)
-    return f"the nearest of {len(names)} are {', '.join(nearest)}"
+    close = difflib.get_close_matches(name, names, 3, 0.0)
+    return f"the nearest of {len(names)} are {', '.join(close)}"
 
 
 def sentences() -> dict[str, str]:

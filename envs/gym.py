@@ -309,5 +309,5 @@ def _make(name: str, kwargs: dict[str, Any], suite: str) -> gymnasium.Env:
         given = f" with env.{suite}.kwargs {one_line(kwargs)}" if kwargs else ""
         cause = one_line(str(error).split(" was raised from the environment creator")[0])
         raise EnvError(f"{suite}_{name} cannot be built{given}: {cause}") from error
-    except (gymnasium.error.Error, ImportError, OSError) as error:
+    except (gymnasium.error.Error, ImportError, FileNotFoundError) as error:
         raise EnvError(f"{suite}_{name}: {one_line(error)}") from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import models
 import networks
-from hidreamer.behavior import Behavior, Trajectory
+from hidreamer.behavior import Behavior, Replayed, Trajectory
 from hidreamer.dynamics.base import start_steps
 from hidreamer.losses import clipped_gain
 from hidreamer.returns import ReturnNorm
@@ -64,6 +64,8 @@ class TokenAgent(models.Agent):
     def __init__(self, model: TokenWorldModel, act_space: spaces.Space, config: Config):
         nn.Module.__init__(self)
         self.block, self.config = config.pipeline.policy, config
+        if config.critic.replay_loss:
+            raise ConfigError("critic.replay_loss is for dreamer.py: set it to 0 for the pipeline")
         try:
             start_steps(self.block.length, config.imag.starts)
         except ValueError as error:
@@ -135,7 +137,10 @@ class TokenAgent(models.Agent):
         terminal: Tensor,
         reward: Callable,
         generator: torch.Generator | None = None,
+        replayed: Replayed | None = None,
+        model_loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        assert replayed is None and model_loss is None  # ``__init__`` refuses what needs them
         behavior = self.behavior
         with self.autocast(), torch.no_grad():
             traj = behavior.imagine(self.world_model, start, terminal, generator)

@@ -279,7 +279,7 @@ def test_inputs_of_the_actor_critic_in_an_update(starts, monkeypatch):
     monkeypatch.setattr(
         behavior,
         "losses",
-        lambda traj, rew: found.update(used=traj, rew=rew) or losses(traj, rew),
+        lambda traj, rew, _: found.update(used=traj, rew=rew) or losses(traj, rew),
     )
     assert not torch.equal(batch["is_first"], batch["is_terminal"])
     agent.update(batch)
@@ -307,7 +307,7 @@ def test_rewards_have_a_gradient_only_through_the_dynamics(gradient, explorer, m
     behavior = agent.explorer.behavior if explorer else agent.behavior
     losses, found = behavior.losses, []
 
-    def look(traj, rew):
+    def look(traj, rew, _):
         through = rew.requires_grad and traj.x.requires_grad
         grads = (
             torch.autograd.grad(rew.sum(), [traj.x], allow_unused=True, retain_graph=True)

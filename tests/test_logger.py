@@ -79,7 +79,7 @@ def test_readers_skip_null_and_the_nan_of_older_logs(tmp_path):
     assert (
         run.step == 30 and run.get("x").tolist() == [[10.0, 1.0]] and run.get("y").shape == (0, 2)
     )
-    seen = types.SimpleNamespace(folder=tmp_path, unit="frames", seen={})
+    seen = types.SimpleNamespace(folder=tmp_path, unit="frames", seen={}, watched=None)
     matrix.Job.look(seen)
     assert seen.seen == {"step": 30, "return": 5.0}
 

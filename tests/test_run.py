@@ -14,6 +14,7 @@ from small_runs import TINY, latest, one_line, records, run, steps_of
 
 import dreamer
 import models
+import run_setup
 import tools
 import training
 from conftest import ROOT
@@ -266,14 +267,14 @@ def test_a_signal_while_the_disk_is_full_is_one_line(tmp_path, capsys, monkeypat
 
 def test_a_signal_while_a_metric_is_nan_is_one_line(tmp_path, capsys, monkeypatch):
     signalled(monkeypatch, signal.SIGTERM, 45)
-    original = training.Run._update
+    original = training.Run.learn
 
     def update(self):
         original(self)
         if self.step > 40:
             self.window.add(torch.full_like(self.window.sums, float("nan")))
 
-    monkeypatch.setattr(training.Run, "_update", update)
+    monkeypatch.setattr(training.Run, "learn", update)
     assert run(tmp_path, "--steps", 60, "--checkpoint_every", 20, "--replay.ratio", 16) == 1
     one_line(capsys, "became nan", "latest.pt")
     assert latest(tmp_path)["step"] == 40
@@ -286,7 +287,7 @@ def test_a_signal_while_it_is_set_up_ends_it_cleanly(signum, tmp_path, capsys, m
         time.sleep(10)
 
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(training, "make_env", slow)
+    monkeypatch.setattr(run_setup, "make_env", slow)
     assert run(tmp_path / "run", "--steps", 60) == 128 + signum
     out, err = capsys.readouterr()
     assert signal.Signals(signum).name in out and not err
@@ -375,14 +376,14 @@ def test_exploring_ends_at_expl_until(tmp_path, monkeypatch):
 
 
 def test_every_evaluation_has_seeds_of_its_own(tmp_path, monkeypatch):
-    seeds, make_env = [], training.make_env
+    seeds, make_env = [], run_setup.make_env
 
     def spy(task, env, seed, **kwargs):
         if kwargs["evaluation"]:
             seeds.append(seed)
         return make_env(task, env, seed, **kwargs)
 
-    monkeypatch.setattr(training, "make_env", spy)
+    monkeypatch.setattr(run_setup, "make_env", spy)
     drawn, play = [], evaluation.play
 
     def first_draw(*args, generator, **kwargs):

@@ -132,17 +132,21 @@ MODES = ("train", "greedy", "explore")
 
 def test_acting_uses_the_last_action_and_the_carry():
     agent, batch = make()
-    seen, observe = [], agent.world_model.observe
-    agent.world_model.observe = lambda obs, carry, generator: (
-        seen.append((obs, carry)) or observe(obs, carry)
+    seen, one_step = [], agent._one_step
+    dynamics = agent.world_model.dynamics
+    carries, observe = [], dynamics.observe_features
+    agent._one_step = lambda *args: seen.append(one_step(*args)) or seen[-1]
+    dynamics.observe_features = lambda carry, embed, action, is_first, generator: (
+        carries.append((carry, action, is_first))
+        or observe(carry, embed, action, is_first, generator)
     )
     state = agent.initial(2)
     for t in range(3):
         now = agent.act(state, {key: batch[key][:, t] for key in ("vector", "is_first")})
-        obs, carry = seen[-1]
-        assert torch.equal(obs["prev_action"][:, 0], state.action) and carry is state.carry
-        assert torch.equal(obs["vector"][:, 0], batch["vector"][:, t])
-        assert torch.equal(obs["is_first"][:, 0].bool(), batch["is_first"][:, t])
+        carry, action, is_first = carries[-1]
+        assert torch.equal(action[:, 0], state.action) and carry is state.carry
+        assert torch.equal(seen[-1]["vector"][:, 0], batch["vector"][:, t])
+        assert torch.equal(is_first[:, 0], batch["is_first"][:, t])
         state = now
     assert state.action.sum() == 2
 
@@ -252,7 +256,7 @@ def test_bfloat16_is_for_products_alone():
             lambda module, inputs, out, name=name: seen.update({name: out.dtype})
         )
     behavior, losses = agent.behavior, agent.behavior.losses
-    behavior.losses = lambda found, rew: (
+    behavior.losses = lambda found, rew, _: (
         seen.update(rew=rew.dtype, disc=found.disc.dtype) or losses(found, rew)
     )
     agent.update(batch)
