@@ -121,6 +121,7 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert report["capacity"]["tiny_hdreamer"]["bits"] == 60.0
 
 
+@pytest.mark.slow  # half a minute; tests/test_population_runs.py has the parts
 def test_seeds_side_by_side_are_runs_like_any_other(tmp_path, capsys):
     words = ["--models", *MODELS[:2], "--seeds", 2, "--steps", 40, "--logdir", tmp_path]
     assert compare(*words, "--side-by-side") == 0

@@ -157,7 +157,7 @@ def test_what_works_is_not_copied_again(monkeypatch):
         fast(batch)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_run_compiles_every_piece_it_needs_and_then_no_more(kind, precision, monkeypatch):
     """In the order of a run, which acts first. Past its limit torch would give up a piece."""

@@ -117,7 +117,9 @@ def test_a_toy_task_is_learned(kind, tmp_path):
 
 
 @pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
-@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize(
+    "kind", ["rssm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hrssm", "hrvq"))]
+)
 def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeypatch):
     """The same run, but for the order in which a batch's rewards come:
     two of four cues may be answered by luck.
