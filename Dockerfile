@@ -1,6 +1,6 @@
 # CPU:  docker build -t hidreamer .
 # CUDA: docker build -t hidreamer --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-#       docker run --gpus all -v $PWD/runs:/work/runs hidreamer train --configs minatar
+#       docker run --gpus all -v $PWD/runs:/workspace/runs hidreamer train --configs minatar
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=compare,play
@@ -11,6 +11,6 @@ WORKDIR /src
 COPY . .
 RUN pip install --no-cache-dir "torch==2.13.*" --index-url ${TORCH_INDEX} \
  && pip install --no-cache-dir ".[${EXTRAS}]" -c constraints.txt
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["hidreamer"]
 CMD ["doctor"]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -227,11 +226,7 @@ def main() -> int:
     report["replay_share"] = round(
         report["replay_sample_cpu_s"] / report["updates"][first]["cpu_s"], 4
     )
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    measure.write(report, args.out)
     return 0
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 from equality import make_agent
 from torch import nn
@@ -158,11 +158,7 @@ def main() -> int:
             found = kernels([preset], not args.eager, precision=precision)
             report[preset][precision] = found
             print(preset, precision, found, file=sys.stderr, flush=True)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    measure.write(report, args.out)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import statistics
 import sys
@@ -46,3 +47,12 @@ def page_faults(fn: Callable[[], object]) -> int:
 
 def median(values: list[float]) -> float:
     return round(statistics.median(values), 4)
+
+
+def write(report: Mapping, out: Path | None) -> None:
+    """Print a benchmark's report as JSON, and keep it in a file if there is to be one."""
+    text = json.dumps(report, indent=1)
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")

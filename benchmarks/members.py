@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -77,11 +76,7 @@ def main() -> int:
             pairs = zip(found, times["1"], strict=True)
             line[f"{unit}_ratio"] = measure.median([a[i] / b[i] / int(count) for a, b in pairs])
     report["peak_mb"] = cost.peak_mb(device)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    measure.write(report, args.out)
     return 0
 
 

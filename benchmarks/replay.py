@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import mmap
 import multiprocessing
 import os
@@ -151,11 +150,7 @@ def main() -> int:
         fresh = multiprocessing.get_context("spawn").Pool(1)
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, fresh as pool:
             report[store] = pool.apply(figures, (store, args.steps, Path(folder)))
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    measure.write(report, args.out)
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ import tools
 from envs import make_env
 from envs.vector import Envs
 from hidreamer import checkpoint, evaluation
-from hidreamer.spaces import random_action
 from pipeline import data, tokenizer, training, world_model
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 from pipeline.manifest import InputError
@@ -58,7 +57,8 @@ class Policy(Stage):
         model = world_model.load(root, config, device, index)
         env = make_env(f"atari_{self.game}", config.env.tree(), 0)
         env.close()
-        self.agent = TokenAgent(model, env.act_space, config).to(device)
+        self.act_space = env.act_space
+        self.agent = TokenAgent(model, self.act_space, config).to(device)
         self.agent.make_optimizers()
         recording = data.load(root, config, self.game)
         rows = token_rows(recording, tokenizer.load_tokens(root, recording), None)
@@ -78,7 +78,9 @@ class Policy(Stage):
     def finish(self) -> tuple[Gate, list[Path]]:
         outputs = [training.save_params(self.folder / "agent.pt", self.agent)]
         scores = {"here": self._evaluate(self.agent, EVALUATION)}
-        scores["random play"] = self._evaluate(RandomAgent(self.config, self.game), RANDOM)
+        scores["random play"] = self._evaluate(
+            evaluation.RandomAgent(self.act_space, self.config.seed), RANDOM
+        )
         if self.block.online:
             scores["online"] = self._online()
         returns = {who: [x["return"] for x in episodes] for who, episodes in scores.items()}
@@ -190,29 +192,3 @@ def online_config(config: Config, game: str) -> Config:
         "dynamics.hrvq.level_weights": [1.0],
     }
     return tools.load_config([], config.flat() | changes)
-
-
-class Chosen(NamedTuple):
-    """A state of ``RandomAgent``."""
-
-    action: Tensor  # (N, A)
-
-
-class RandomAgent:
-    """What ``evaluation.play`` asks of an agent, playing at random."""
-
-    def __init__(self, config: Config, game: str):
-        env = make_env(f"atari_{game}", config.env.tree(), 0)
-        env.close()
-        self.space, self.rng = env.act_space, np.random.default_rng(config.seed)
-
-    def initial(self, n: int) -> Chosen:
-        return Chosen(torch.from_numpy(random_action(self.space, n, self.rng)))
-
-    def tensors(self, rows: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return rows
-
-    def act(
-        self, state: Chosen, obs: Mapping[str, np.ndarray], mode: str, generator: Any = None
-    ) -> Chosen:
-        return self.initial(len(state.action))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hidreamer.depth import Depth
-from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, start_steps
+from hidreamer.dynamics.base import Dynamics, Feat, KLConfig, Level, Policy, Post, start_steps
 from hidreamer.dynamics.cell_scan import cell_scan
 from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
 from hidreamer.dynamics.residual_scan import ResidualScan
@@ -163,16 +163,8 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         post = self._found(carry, feat, tuple(logits), is_first, generator)
         return TokenCarry(*last, post.aux.before[:, -1]), post
 
-    def observe_features(
-        self,
-        carry: Any,
-        embed: Tensor,
-        prev_action: Tensor,
-        is_first: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> tuple[TokenCarry, Feat]:
-        last, post = self.observe(carry, embed, prev_action, is_first, True, generator)
-        return last, post.feat
+    # ``Recurrent``'s shortcut does not know the state before, which this carry holds as well.
+    observe_features = Dynamics.observe_features
 
     def _found(
         self,
