@@ -1,34 +1,35 @@
 """Updates of several presets in turn in one process, as ratios to the first; beside
-dreamerv3-torch if it is at hand.
+dreamerv3-torch and r2dreamer if they are at hand.
 
     python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer
-        [--upstream FOLDER] [--arms ac_cpc barlow] [--device auto] [--precision tf32]
-        [--repeats 7] [--out F]
+        [--upstream FOLDER] [--r2dreamer FOLDER] [--arms ac_cpc barlow] [--device auto]
+        [--precision tf32] [--repeats 7] [--out F]
 
-FOLDER is a checkout of github.com/NM512/dreamerv3-torch; it is measured at the first preset's
-sizes. --arms: the first preset with other objectives as well (``objectives.ARMS``). Images of
-64x64, 6 actions, random data. Kernels and FLOPs are counted of the eager update; timed is the one
-that training uses, on CUDA compiled and captured. imagine: one step of imagination from every
-replayed state (16 x 64), policy and all. The replay's part: seconds to draw a batch from 100,000
-steps, and the memory they take.
+The FOLDERs are checkouts of github.com/NM512/dreamerv3-torch and github.com/NM512/r2dreamer; they
+are measured at the first preset's sizes. --arms: the first preset with other objectives as well
+(``objectives.ARMS``). Images of 64x64, 6 actions, random data. Kernels and FLOPs are counted of the
+eager update; timed is the one that training uses, on CUDA compiled and captured. imagine: one step
+of imagination from every replayed state (16 x 64), policy and all. The replay's part: seconds to
+draw a batch from 100,000 steps, and the memory they take. dreamerv3-torch moves its batch to the
+device itself; the others have it there.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import measure
 import numpy as np
 import torch
+import upstreams
 from gymnasium import spaces
 from objectives import ARMS
-from ruamel.yaml import YAML
+from upstreams import ACTIONS
 
 import models
 import tools
@@ -39,7 +40,6 @@ from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_rows
 
 OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
-ACTIONS = 6
 
 
 class Measured(NamedTuple):
@@ -59,7 +59,8 @@ def counts(update: Callable[[], object]) -> dict[str, int]:
 
 def ours(config: tools.Config, device: torch.device) -> Measured:
     precision.set_precision(config, device)
-    agent = models.Agent(OBS, spaces.Discrete(ACTIONS), ACTIONS, config).to(device)
+    env = SimpleNamespace(obs_space=OBS, act_space=spaces.Discrete(ACTIONS), act_dim=ACTIONS)
+    agent = models.make_agent(env, config, device)
     agent.make_optimizers()
     batch = agent.tensors(
         random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
@@ -79,68 +80,6 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
     dream = Captured(dream) if device.type == "cuda" else dream
     ends = {"is_terminal": torch.zeros(batch["reward"].numel(), device=device)}
     return Measured(counted, lambda: update(batch), lambda: dream(ends), config.imag.horizon)
-
-
-@contextlib.contextmanager
-def importing(folder: Path) -> Iterator[None]:
-    """Their modules have the names of ours: hide ours while theirs are imported."""
-    hidden = {
-        name: sys.modules.pop(name)
-        for name in ("tools", "networks", "models")
-        if name in sys.modules
-    }
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in ("tools", "networks", "models"):
-            sys.modules.pop(name, None)
-        sys.modules.update(hidden)
-
-
-def upstream(folder: Path, config: tools.Config, device: torch.device) -> Measured:
-    """The same, without the dream, for dreamerv3-torch: its atari100k preset at the sizes of
-    ``config``.
-    """
-    with importing(folder):
-        import models as theirs
-    dyn, units, depth = config.dynamics, config.encoder.units, config.encoder.depth
-    presets = YAML(typ="safe").load((folder / "configs.yaml").read_text())
-    options = presets["defaults"]
-    sizes = {
-        "dyn_hidden": dyn.hidden,
-        "dyn_deter": dyn.deter,
-        "units": units,
-        "num_actions": ACTIONS,
-    }
-    sizes |= {
-        "dyn_stoch": dyn.rssm.stoch,
-        "dyn_discrete": dyn.rssm.classes,
-        "device": device.type,
-        "compile": False,
-    }
-    nested = {"encoder": {"cnn_depth": depth}, "decoder": {"cnn_depth": depth}}
-    for change in (presets["atari100k"], sizes, nested):
-        for key, value in change.items():
-            options[key] = options[key] | value if isinstance(value, dict) else value
-    options = types.SimpleNamespace(**options)
-    world = theirs.WorldModel(types.SimpleNamespace(spaces=OBS), None, 0, options).to(device)
-    behavior = theirs.ImagBehavior(options, world).to(device)
-    # their update turns gradients on where it needs them
-    for module in (world, behavior):
-        module.requires_grad_(False)
-    rows = random_rows(OBS, spaces.Discrete(ACTIONS), config.replay.batch, config.replay.length)
-    batch = {"action": rows.pop("prev_action"), **rows}
-
-    def reward(feat, state, action) -> torch.Tensor:
-        return world.heads["reward"](world.dynamics.get_feat(state)).mode()
-
-    def update() -> None:
-        post, _, _ = world._train(batch)
-        behavior._train(post, reward)
-
-    return Measured(counts(update), update)
 
 
 def replay_figures(
@@ -177,11 +116,14 @@ def main() -> int:
     )
     parser.add_argument("presets", nargs="+")
     parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--r2dreamer", type=Path)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=[])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", default="tf32", help="ours; upstream computes in float32")
+    parser.add_argument(
+        "--precision", default="tf32", help="ours; dreamerv3-torch has float32, r2dreamer float16"
+    )
     args = parser.parse_args()
     try:
         keys = {"device": args.device, "precision": args.precision}
@@ -202,7 +144,11 @@ def main() -> int:
     )
     all_of = {preset: ours(config, device) for preset, config in configs.items()}
     if args.upstream:
-        all_of["dreamerv3-torch"] = upstream(args.upstream, configs[first], device)
+        update = upstreams.dreamerv3_torch(args.upstream, OBS, configs[first], device)
+        all_of["dreamerv3-torch"] = Measured(counts(update), update)
+    if args.r2dreamer:
+        update = upstreams.r2dreamer(args.r2dreamer, OBS, configs[first], device)
+        all_of["r2dreamer"] = Measured({}, update)  # counting would see through its compiler
     fns = {name: one.update for name, one in all_of.items()}
     fns |= {f"{name}, dream": one.dream for name, one in all_of.items() if one.dream}
     for fn in fns.values():

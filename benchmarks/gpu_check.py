@@ -1,7 +1,7 @@
 """Whether the update is right and how fast it is on this machine's GPU: what is worth most comes
 first.
 
-    python benchmarks/gpu_check.py [--seconds 900] [--out runs/gpu_check] [--only WORD] [--dry]
+    python benchmarks/gpu_check.py [--seconds 900] [--out runs/gpu_check] [--only WORD ...] [--dry]
 
 One JSON line an item, a table at the end. It stops itself; what failed or was wrong is listed in
 errors.txt of the folder --out, and the next item begins. --dry runs every item at debug sizes on
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -75,9 +76,17 @@ def copies(device: torch.device) -> dict[str, Any]:
 
 
 def speed(
-    presets: list[str], device: torch.device, compiled: bool = False, repeats: int = 30, **over: Any
+    presets: list[str],
+    device: torch.device,
+    compiled: bool = False,
+    repeats: int = 30,
+    kernels: Path | None = None,
+    **over: Any,
 ) -> dict[str, Any]:
-    """One update, a dream's step from every replayed state, a policy step in one environment."""
+    """One update, a dream's step from every replayed state, a policy step in one environment.
+
+    kernels: a file that gets the update's kernels by name, with how often and how long each ran.
+    """
     torch._dynamo.reset()
     cuda = device.type == "cuda"
     agent, (batch,) = make_agent(presets, device, **over)
@@ -92,7 +101,11 @@ def speed(
     out |= {"peak_mb": round(cost.peak_mb(device)), "imagine_ms": dream_ms(agent, batch, repeats)}
     out |= {"policy_ms": policy_ms(agent, batch, repeats)}
     if cuda:
-        out |= profile(lambda: step(batch))
+        found, names = profile(lambda: step(batch))
+        out |= found
+        if kernels:
+            with kernels.open("a") as file:
+                file.write(f"== {presets} compiled {compiled} {over}\n{names}\n")
     if not metrics.isfinite().all():
         raise Wrong(json.dumps(out | {"finite": False}))
     return out
@@ -131,15 +144,17 @@ def policy_ms(agent: models.Agent, batch: models.Batch, repeats: int) -> float:
     return median_ms(act, batch["reward"].device, repeats)
 
 
-def profile(fn: Callable[[], object], count: int = 3) -> dict[str, Any]:
-    """Kernels of one call, and how long they took together."""
+def profile(fn: Callable[[], object], count: int = 3) -> tuple[dict[str, Any], str]:
+    """-> kernels of one call and how long they took together; a table of ``count`` calls."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(count):
             fn()
         torch.cuda.synchronize()
     events = seen.key_averages()
     ms = sum(event.self_device_time_total for event in events) / 1000 / count
-    return {"kernel_ms": round(ms, 3), "kernels": sum(event.count for event in events) // count}
+    found = {"kernel_ms": round(ms, 3), "kernels": sum(event.count for event in events) // count}
+    order = {"sort_by": "self_device_time_total", "row_limit": 60, "max_name_column_width": 90}
+    return found, events.table(**order)
 
 
 # ---------------------------------------------------------------- whole commands
@@ -201,6 +216,8 @@ def tests(dry: bool, seconds: float) -> dict[str, Any]:
         if "mark.gpu" in file.read_text()
     ]
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    if importlib.util.find_spec("xdist"):  # most of a test is work of the host
+        words += ["-n", str(max(1, (os.cpu_count() or 2) // 2))]
     return command([*words, "--collect-only"] if dry else words, seconds)
 
 
@@ -216,7 +233,7 @@ class Item(NamedTuple):
 def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float]) -> Iterator[Item]:
     """In the order of worth."""
     presets = {kind: ["debug"] if dry else [preset] for kind, preset in TINY.items()}
-    shape = {"repeats": 2} if dry else {}
+    shape: dict[str, Any] = {"repeats": 2} if dry else {"kernels": out / "kernels.txt"}
 
     def timed(
         name: str, needs: float, words: list[str], compiled: bool = False, **over: Any
@@ -291,7 +308,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
-    parser.add_argument("--only", default="", help="items with this word in their name")
+    parser.add_argument("--only", nargs="+", default=[""], help="items with such a name")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
@@ -300,7 +317,7 @@ def main(argv: list[str]) -> int:
     end = time.time() + args.seconds
     out, device = args.out.resolve(), torch.device("cpu" if args.dry else "cuda")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("errors.txt", "lines.jsonl"):
+    for name in ("errors.txt", "lines.jsonl", "kernels.txt"):
         (out / name).unlink(missing_ok=True)
     if args.dry:
         torch.compile = functools.partial(torch.compile, backend="eager")
@@ -315,7 +332,7 @@ def main(argv: list[str]) -> int:
 
         tell(lines[0])
         for item in items(device, out, args.dry, lambda: end - time.time()):
-            if args.only not in item.name:
+            if not any(word in item.name for word in args.only):
                 continue
             late = not args.dry and time.time() + item.needs > end
             lines.append({"item": item.name, "skipped": "time"} if late else attempt(item, out))
