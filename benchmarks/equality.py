@@ -20,7 +20,7 @@ import models
 import tools
 from hidreamer import capture, precision
 from hidreamer.spaces import random_rows
-from hidreamer.transformer import KV, attend
+from hidreamer.transformer import KV, attend, attend_in_place, score_bias
 
 IMAGE = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 SMALL = {
@@ -217,6 +217,29 @@ def attention(device: torch.device) -> dict[str, Any]:
     names = ("value", "query", "keys", "values")
     gaps = {name: gap(*pair) for name, pair in zip(names, zip(*found, strict=True), strict=True)}
     return checked(gaps, 0.1)  # bfloat16 has 3 digits, and these are sums of many
+
+
+def dream_attention(device: torch.device) -> dict[str, Any]:
+    """The attention of dreams, over a shared prefix and own positions, against float64."""
+    torch.manual_seed(0)
+    report: dict[str, float] = {}
+    bounds = {"float32": 1e-5, "tf32": 5e-3, "bfloat16": 0.05}  # numbers of about 1
+    for name, bound in bounds.items():
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        for queries, own in ((1, 5), (2, 37)):
+            q = torch.randn(4, 60, queries, 3, 64, device=device).permute(0, 3, 1, 2, 4)
+            kept = torch.randn(2, 4, 3, 60, own + 8, 64, device=device)[..., :own, :]
+            prefix = KV(*torch.randn(2, 4, 3, 130, 64, device=device))
+            seen = torch.rand(4, 60, queries, 130, device=device) < 0.3
+            mine = torch.ones(queries, own, dtype=torch.bool, device=device).tril(own - queries)
+            dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+            each = [x.to(dtype) for x in (q, *kept, *prefix)]
+            bias = score_bias(mine, seen, dtype)
+            found = attend_in_place(each[0], KV(*each[1:3]), KV(*each[3:]), bias)
+            each = [x.double() for x in each]
+            truth = attend(each[0], KV(*each[1:3]), mine, KV(*each[3:]), seen)
+            report[f"{name}, {own} own"] = gap(found, truth) / bound
+    return checked(report, 1.0)  # of the bounds
 
 
 def checked(gaps: dict[str, float], bound: float) -> dict[str, Any]:

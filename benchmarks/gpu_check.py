@@ -33,6 +33,7 @@ from equality import (
     attention,
     captured,
     compiled_equals_eager,
+    dream_attention,
     log_ndtr,
     make_agent,
     replay_equals_eager,
@@ -194,7 +195,7 @@ def members(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
 def train(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
     """The whole command; ratio 1024 on Pong."""
     logdir, size = out / "run", ["--configs", "atari100k", "tiny_dreamerv3"]
-    length = ["--steps", "16000", "--log_every", "2000", "--replay.prefill", "1000"]
+    length = ["--steps", "10000", "--log_every", "2000", "--replay.prefill", "1000"]
     if dry:
         size = ["--configs", "debug", "--task", "dummy_vector"]
         length = ["--steps", "60", "--log_every", "20", "--replay.ratio", "16"]
@@ -246,6 +247,7 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
         yield Item(f"replay = eager, {kind}", 10, equal(**{"dynamics.type": kind}))
     yield Item("log_ndtr", 5, lambda: log_ndtr(device))
     yield Item("attention in bfloat16", 5, lambda: attention(device))
+    yield Item("attention of dreams", 5, lambda: dream_attention(device))
     yield Item("replay = eager, continuous", 10, equal(act="continuous"))
     hrvq = {"dynamics.type": "hrvq"}
     yield Item("replay = eager, hrvq bfloat16", 10, equal(precision="bfloat16", **hrvq))
@@ -266,9 +268,10 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
     for kind, words in presets.items():
         over = {"precision": "tf32", "dynamics.type": kind}
         yield timed(f"compiled tf32, {TINY[kind]}", 60, words, True, **over)
+    words = ["debug"] if dry else ["hidreamer"]
     for precision in ("bfloat16", "tf32"):
-        words = ["debug"] if dry else ["hidreamer"]
         yield timed(f"captured {precision}, hidreamer", 20, words, precision=precision, **hrvq)
+    yield timed("compiled tf32, hidreamer", 60, words, True, precision="tf32", **hrvq)
     yield Item("population", 120, lambda: members(out, dry, left()))
     yield Item("training", 60, lambda: train(out, dry, left()))
     yield Item("pytest -m gpu", 40, lambda: tests(dry, left()))

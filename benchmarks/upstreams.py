@@ -22,26 +22,33 @@ from tools import Config
 ACTIONS = 6
 
 
-@contextlib.contextmanager
-def importing(folder: Path) -> Iterator[None]:
-    """Their modules have the names of ours: hide ours while theirs are imported."""
-    names = [path.stem for path in folder.glob("*.py")]
-    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(hidden)
+class Modules:
+    """A checkout's modules, which have the names of ours, in their place while a block runs."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.theirs = str(folder), {}
+        self.names = [path.stem for path in folder.glob("*.py")]
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        ours = {name: sys.modules.pop(name) for name in self.names if name in sys.modules}
+        sys.modules.update(self.theirs)
+        sys.path.insert(0, self.folder)
+        try:
+            yield
+        finally:
+            sys.path.remove(self.folder)
+            for name in self.names:
+                if name in sys.modules:
+                    self.theirs[name] = sys.modules.pop(name)
+            sys.modules.update(ours)
 
 
 def dreamerv3_torch(
     folder: Path, obs: dict[str, spaces.Space], config: Config, device: torch.device
 ) -> Callable[[], object]:
     """github.com/NM512/dreamerv3-torch: its atari100k preset, without its torch.compile."""
-    with importing(folder):
+    with Modules(folder)():
         import models as theirs
     dyn, units, depth = config.dynamics, config.encoder.units, config.encoder.depth
     presets = YAML(typ="safe").load((folder / "configs.yaml").read_text())
@@ -102,7 +109,8 @@ def r2dreamer(
     as it is by default. Its block GRU, its loss on replayed returns and its LaProp stay. Its replay
     is left out: a batch lies on the device. Needs tensordict.
     """
-    with importing(folder):
+    modules = Modules(folder)
+    with modules():
         import dreamer as theirs
     from tensordict import TensorDict
 
@@ -135,4 +143,8 @@ def r2dreamer(
         def update(self, index: None, stoch: torch.Tensor, deter: torch.Tensor) -> None:
             pass
 
-    return lambda: agent.update(Rows())
+    def update() -> None:
+        with modules():  # compiling imports them by name
+            agent.update(Rows())
+
+    return update

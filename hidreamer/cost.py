@@ -35,7 +35,15 @@ def attention_backward_flops(grad, q, k, v, *_, **__) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-# torch counts the products inside fused attention on GPUs, but not on CPUs.
+def shared_attention_flops(q, keys, values, own_keys, *_, **__) -> int:
+    """Of shapes, as ``FlopCounterMode`` calls it: every row's products with both kinds of keys, and
+    the values'.
+    """
+    batch, heads, count, rows, dim = q
+    return 4 * batch * heads * count * rows * dim * (keys[2] + own_keys[3])
+
+
+# torch counts the products inside fused attention on GPUs, but neither on CPUs nor inside ours.
 UNCOUNTED = {
     "_scaled_dot_product_flash_attention_for_cpu": attention_flops,
     "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward_flops,
@@ -72,6 +80,8 @@ def kinds(names: Mapping[str, int]) -> dict[str, int]:
 def flops(fn: Callable[[], object]) -> int:
     """Of the matrix products and convolutions in one call of ``fn``, forward and backward."""
     more = {getattr(torch.ops.aten, name): count for name, count in UNCOUNTED.items()}
+    if hasattr(torch.ops.hidreamer, "shared_attention"):  # made when it is first needed
+        more[torch.ops.hidreamer.shared_attention] = shared_attention_flops
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
         fn()
     return counter.get_total_flops()

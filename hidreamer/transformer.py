@@ -9,6 +9,7 @@ branch's own, W width, h heads of d numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -176,6 +177,21 @@ def score_bias(own_mask: Tensor, prefix_mask: Tensor, dtype: torch.dtype) -> Ten
     return torch.where(seen, 0.0, MASKED).to(dtype)
 
 
+def fused_attention(q: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """One kernel for ``attend_in_place`` of queries (..,d) in ``dtype``, where there is one.
+
+    That is on CUDA with Triton, which comes with torch there.
+    """
+    mapped = torch._C._functorch.is_batchedtensor(q)  # by ``vmap``, which knows no such kernel
+    if not q.is_cuda or mapped or dtype == torch.float64:
+        return None
+    try:
+        from hidreamer import fused_attention as fused
+    except ImportError:
+        return None
+    return fused.shared_attention if fused.works(q.device, dtype, q.shape[-1]) else None
+
+
 def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
     """As ``attend``, where no gradient is recorded: products are added to the masks' scores.
 
@@ -183,8 +199,10 @@ def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
     """
     (batch, heads, count, rows, _), size = q.shape, prefix.keys.shape[-2]
     dtype = autocast_dtype(q.device) or q.dtype
-    q, bias = q.contiguous().to(dtype), bias.to(dtype)
     own, prefix = (KV(*(x.to(dtype) for x in kv)) for kv in (own, prefix))
+    if fused := fused_attention(q, dtype):
+        return fused(q.to(dtype), *prefix, *own, bias)
+    q, bias = q.contiguous().to(dtype), bias.to(dtype)
     scale = q.shape[-1] ** -0.5
     by_sequence = lambda x: x.reshape(batch * heads, -1, x.shape[-1])
     by_branch = lambda x: x.flatten(0, 2)

@@ -1,0 +1,132 @@
+"""Attention over a shared prefix and a branch's own positions as one kernel, for dreams on CUDA.
+
+What ``transformer.attend_in_place`` does in a dozen: there the single new position of each of B * n
+branches is multiplied with its own keys by a matrix product of one row, which takes longer than
+all others together (measured on an H200, results/gpu). Softmax is computed tile by tile (Milakov
+and Gimelshein 2018; FlashAttention, Dao et al. 2022).
+
+Shapes as in ``transformer``: B sequences, n branches of each, Q new positions, P prefix positions,
+O of a branch's own, h heads of d numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, OWN, PREFIX = 16, 16, 64  # of a tile; a matrix product has at least 16 rows
+
+
+@triton.jit(do_not_specialize=["count", "queries", "prefix", "own"])
+def kernel(
+    q, pk, pv, ok, ov, bias, out,
+    q_b, q_h, q_n, q_r, pk_b, pk_h, pk_p, pv_b, pv_h, pv_p,
+    ok_b, ok_h, ok_n, ok_o, ov_b, ov_h, ov_n, ov_o, bias_b, bias_n, bias_r,
+    heads, count, queries, prefix, own, scale,
+    DIM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, OWN: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS of the n * Q rows of one head of one sequence. WIDE: d rounded up to a
+    power of two. The numbers of a head, and the columns of bias, lie side by side.
+    """
+    b, h = tl.program_id(0) // heads, tl.program_id(0) % heads
+    index = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = index < count * queries
+    n, r = index // queries, index % queries
+    d = tl.arange(0, WIDE)
+    part = d < DIM
+    mask = inside[:, None] & part[None, :]
+    x = tl.load(q + b * q_b + h * q_h + (n * q_n + r * q_r)[:, None] + d[None, :], mask, 0.0)
+    seen = bias + b * bias_b + (n * bias_n + r * bias_r)[:, None]  # (ROWS, 1)
+    top = tl.full((ROWS,), -1e30, tl.float32)  # largest score so far
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, WIDE), tl.float32)
+    for first in range(0, prefix, PREFIX):
+        p = first + tl.arange(0, PREFIX)
+        there = p < prefix
+        tile = there[:, None] & part[None, :]
+        k = tl.load(pk + b * pk_b + h * pk_h + p[:, None] * pk_p + d[None, :], tile, 0.0)
+        v = tl.load(pv + b * pv_b + h * pv_h + p[:, None] * pv_p + d[None, :], tile, 0.0)
+        score = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale  # (ROWS, PREFIX)
+        given = inside[:, None] & there[None, :]
+        score += tl.load(seen + p[None, :], given, float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
+        product = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        result, top = result * shrink[:, None] + product, higher
+        total = total * shrink + tl.sum(weight, 1)
+    wide = x.to(tl.float32)[:, None, :]
+    for first in range(0, own, OWN):
+        o = first + tl.arange(0, OWN)
+        there = o < own
+        tile = inside[:, None, None] & there[None, :, None] & part[None, None, :]
+        at = (n * ok_n)[:, None, None] + (o * ok_o)[None, :, None] + d[None, None, :]
+        k = tl.load(ok + b * ok_b + h * ok_h + at, tile, 0.0).to(tl.float32)
+        at = (n * ov_n)[:, None, None] + (o * ov_o)[None, :, None] + d[None, None, :]
+        v = tl.load(ov + b * ov_b + h * ov_h + at, tile, 0.0).to(tl.float32)
+        given = inside[:, None] & there[None, :]
+        score = tl.sum(wide * k, 2) * scale  # (ROWS, OWN)
+        score += tl.load(seen + prefix + o[None, :], given, float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
+        result = result * shrink[:, None] + tl.sum(weight[:, :, None] * v, 1)
+        total, top = total * shrink + tl.sum(weight, 1), higher
+    result /= total[:, None]
+    to = out + ((b * heads + h) * count * queries + index) * DIM
+    tl.store(to[:, None] + d[None, :], result.to(out.dtype.element_ty), mask)
+
+
+@torch.library.custom_op("hidreamer::shared_attention", mutates_args=())
+def shared_attention(
+    q: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """q (B,h,n,Q,d), prefix (B,h,P,d), own (B,h,n,O,d), bias (B,1,n,Q,P+O) -> (B,h,n,Q,d)."""
+    batch, heads, count, queries, dim = q.shape
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, prefix_keys, prefix_values)]
+    inputs += [x if x.stride(-1) == 1 else x.contiguous() for x in (own_keys, own_values, bias)]
+    strides = [step for x in inputs[:5] for step in x.stride()[:-1]]
+    strides += [inputs[5].stride(i) for i in (0, 2, 3)]
+    sizes = heads, count, queries, prefix_keys.shape[2], own_keys.shape[3]
+    out = q.new_empty(q.shape)
+    exact = torch.get_float32_matmul_precision() == "highest"
+    grid = batch * heads, triton.cdiv(count * queries, ROWS)
+    kernel[grid](
+        *inputs, out, *strides, *sizes, dim**-0.5,
+        DIM=dim, WIDE=max(16, triton.next_power_of_2(dim)), PRECISION="ieee" if exact else "tf32",
+        ROWS=ROWS, OWN=OWN, PREFIX=PREFIX, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def works(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the kernel can be built here and is right; else one RuntimeWarning names the cause.
+
+    It needs a C compiler, as all of Triton's do.
+    """
+    q = torch.linspace(-1, 1, 4 * dim, device=device).view(1, 1, 2, 2, dim).to(dtype)
+    prefix, own = q[:, :, 0], q.flip(2)
+    bias = torch.zeros(1, 1, 2, 2, 4, device=device, dtype=dtype)
+    keys = torch.cat([prefix.unsqueeze(2).expand(-1, -1, 2, -1, -1), own], 3).float()
+    try:
+        found = shared_attention(q, prefix, prefix, own, own, bias).float()
+        true = torch.softmax(q.float() @ keys.mT * dim**-0.5, -1) @ keys
+        gap = (found - true).abs().max().item()
+        if not gap < 0.05:
+            raise ValueError(f"its result is off by {gap:.2g}")
+    except Exception as error:  # compilers and drivers may raise anything
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"cannot use one kernel for the attention of dreams, which are slower: {cause}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
