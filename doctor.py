@@ -140,7 +140,7 @@ def report(out: Callable[[str], Any] = print) -> bool:
     missing = [row for row in needed if not row[0]]
     out("")
     versions = ", ".join(f"{name} {text}" for there, name, text in needed if there)
-    out(f"packages   {versions or 'not installed as a package: pip install -e .'}")
+    out(f"packages   {versions or f'not installed as a package: {app.install_line()}'}")
     for line in table(missing):
         out(line)
     out("\nsuites (one environment of each, reset and stepped)")

@@ -87,7 +87,7 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger in SERVICES and importlib.util.find_spec(config.logger) is None:
         extra = config.logger
-        raise ConfigError(f"logger {extra} needs its extra: pip install -e '.[{extra}]'")
+        raise ConfigError(f"logger {extra} needs its extra: {app.install_line(extra)}")
     logdir = Path(
         config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
     ).expanduser()
@@ -166,7 +166,7 @@ class Signals:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        worker.Hurry.end()
+        worker.Shutdown.end()
         for signum, handler in self.before.items():
             signal.signal(signum, handler or signal.SIG_DFL)
 
@@ -184,7 +184,7 @@ class Signals:
             text = f"{name}: ending after the running step; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # not print, which may be what was interrupted
                 os.write(1, text.encode())
-            worker.Hurry.begin(GRACE)
+            worker.Shutdown.begin(GRACE)
         self.signum = signum
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.deferred else signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)

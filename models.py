@@ -244,6 +244,7 @@ class Agent(nn.Module):
         return load_state(self, state)
 
     def initial(self, n: int) -> ActState:
+        """The state of ``n`` environments before their first step."""
         action = torch.zeros(n, self.act_dim, device=next(self.parameters()).device)
         with torch.no_grad():
             return ActState(self.world_model.dynamics.initial(n), action)
@@ -266,7 +267,7 @@ class Agent(nn.Module):
     def plain_act(
         self, state: ActState, obs: Batch, mode: str, generator: torch.Generator | None
     ) -> ActState:
-        """``act``, an operation at a time."""
+        """``act`` without compilation or CUDA graph; same arguments."""
         with self.autocast():
             obs, wm = self._one_step(state, obs), self.world_model
             steps = state.carry, wm.encoder(obs), obs["prev_action"], obs["is_first"].bool()

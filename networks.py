@@ -239,6 +239,7 @@ class Encoder(nn.Module):
             self.dim += units
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Preprocessed observations {key: (B, T, ...)} -> embed (B, T, ``dim``)."""
         embeds = []
         for kind, shapes in self.kinds.items():
             if not shapes:

@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
     print(
-        f"error: a comparison needs its extra: pip install -e '.[compare]' ({error})",
+        f"error: a comparison needs its extra: {app.install_line('compare')} ({error})",
         file=sys.stderr,
     )
     sys.exit(2)
@@ -78,6 +78,11 @@ class Plan(NamedTuple):
 
 
 def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, Any]) -> Plan:
+    """What is to be trained, checked: the config of every task and model.
+
+    options: of run_comparison.py. presets, values: of --configs and of config keys, for all runs.
+    Raises ConfigError.
+    """
     for key in ("models", "task"):
         if len(set(names := getattr(options, key))) < len(names):
             raise ConfigError(f"--{key} names one twice: {' '.join(names)}")
@@ -180,7 +185,7 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     notes = heldout.NOTE
     if probes.possible(plan.configs[task, compared[0]]):
         notes += f" {probes.NOTE}"
-    about = {"sceptic": heldout.BASELINE, "note": notes, "task": task, "sources": sources}
+    about = {"baseline": heldout.BASELINE, "note": notes, "task": task, "sources": sources}
     found = summary.paired(results, about) if any(results.values()) else None
     return signum, Content(compared, [], plan.capacity, task, plan.differences, failed, found)
 
@@ -201,6 +206,7 @@ def run(
 
 
 def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
+    """Of --backend, for runs on ``device``. Raises ConfigError."""
     given = resources(options)
     if options.backend == "ray":
         return backends.Ray(options.jobs, device, options.per_gpu, given)

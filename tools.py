@@ -203,6 +203,7 @@ def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
+    """{"group.key": value} -> {"group": {"key": value}}."""
     tree: dict = {}
     for key, value in flat.items():
         *groups, leaf = key.split(".")

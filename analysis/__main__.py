@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        text = f"an analysis needs its extra: pip install -e '.[compare]' ({error})"
+        text = f"an analysis needs its extra: {app.install_line('compare')} ({error})"
         print(f"error: {text}", file=sys.stderr)
         return 2
     return inspection.run(args)

@@ -84,7 +84,10 @@ def open_loop(
 
 
 def differences(ax: Axes, found: Mapping[str, Any], title: str) -> None:
-    """Top minus bottom level of every factor with its interval, ego above world."""
+    """Top minus bottom level of every factor with its interval, ego above world.
+
+    found: what ``study.ego`` measured of one run.
+    """
     order = sorted(found["factors"].items(), key=lambda item: (item[1]["kind"] != "ego", item[0]))
     for i, (_, cell) in enumerate(order):
         value, low, high = cell["difference"]
@@ -102,7 +105,7 @@ def differences(ax: Axes, found: Mapping[str, Any], title: str) -> None:
 
 
 def disagreement(ax: Axes, kl: np.ndarray, names: Sequence[str], colour: str, title: str) -> None:
-    """Nats between posterior and prior along an episode, a line for each level."""
+    """KL of posterior from prior along an episode (T, levels), nats, a line for each level."""
     for i, name in enumerate(names):
         ax.plot(kl[:, i], STYLES[i % len(STYLES)], color=colour, lw=1.2, label=name)
     ax.set(xlabel="step of the episode", ylabel="KL, nats", title=title, ylim=(0, None))
@@ -111,7 +114,10 @@ def disagreement(ax: Axes, kl: np.ndarray, names: Sequence[str], colour: str, ti
 
 
 def attention(ax: Axes, found: Mapping[str, Any], layer: int, title: str) -> None:
-    """Share of attention by the level of row and column; in brackets if all weighed the same."""
+    """Share of attention by the level of row and column; in brackets if all weighed the same.
+
+    found: the report's "attention" of a run. layer: of the transformer, from 0.
+    """
     weight, equal = np.array(found["by level"])[layer], np.array(found["by level, equal weights"])
     names = found["names"]
     ax.pcolormesh(weight, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
@@ -127,7 +133,9 @@ def attention(ax: Axes, found: Mapping[str, Any], layer: int, title: str) -> Non
 
 
 def distance(ax: Axes, found: Mapping[str, Any], layer: int, title: str) -> None:
-    """Share of attention by steps back, a line for each level of position."""
+    """Share of attention by steps back, a line for each level of position. Arguments as of
+    ``attention``.
+    """
     weight, names = np.array(found["by distance"])[layer], found["names"]
     for i, name in enumerate(names):
         ax.plot(

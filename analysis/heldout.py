@@ -93,7 +93,7 @@ class Baseline:
         return Prediction(mean, last, dists.TwoHot(reward), dists.Bernoulli(cont))
 
 
-# ---------------------------------------------------------------- judging
+# ---------------------------------------------------------------- scores
 
 
 def horizons(length: int) -> list[int]:
@@ -104,7 +104,12 @@ def horizons(length: int) -> list[int]:
 def score(
     predicted: Prediction, truth: Mapping[str, Tensor], batch: Mapping[str, Tensor], length: int
 ) -> dict[str, float]:
-    """Means over an episode's chunks; NaN where it is too short, or nothing moves."""
+    """Errors and log-likelihoods, {metric: mean over an episode's chunks}; NaN where it is too
+    short, or nothing moves.
+
+    truth: postprocessed observations (B, T, ...). batch: the rows that they were made of, with
+    reward and is_terminal (B, T). length: of the chunks T, before shorter ones were cut.
+    """
     out = {}
     every = slice(1, None)  # the first step has nothing to have moved from
     out["reconstruction"], moving = errors(predicted.reconstruction, truth, every)

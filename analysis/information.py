@@ -104,15 +104,21 @@ def table(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> Information:
-    """What each level's best variable tells of each factor.
+    """Bits that each level's best variable shares with each factor, beside a permutation test.
 
     codes: {level: (N, V) integers}; factors: {name: (N,), NaN where it has no value}; lengths: of
     the episodes that the N steps are. Factors that hardly vary have zero bits and p 1.
     """
     classes = {name: discretise(x) for name, x in factors.items()}
-    best = lambda which: np.array(
-        [[mutual_information(x, y[which]).max() for y in classes.values()] for x in codes.values()]
-    )
+
+    def best(which: slice | np.ndarray) -> np.ndarray:
+        """(levels, factors) bits, with the factors' steps in the order ``which``."""
+        bits = np.empty((len(codes), len(classes)))
+        for i, x in enumerate(codes.values()):
+            for j, y in enumerate(classes.values()):
+                bits[i, j] = mutual_information(x, y[which]).max()
+        return bits
+
     rng = np.random.default_rng(seed)
     seen = best(slice(None))
     null = np.stack([best(other_episodes(lengths, rng)) for _ in range(permutations)])

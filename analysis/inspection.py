@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def analyse(
         material.factors = {}
     found: dict[str, Any] = {"task": material.task, "made": provenance(), "runs": {}}
     found["factors"], found["dropped"] = dict(material.kinds), material.dropped
-    by = {subject.name: sum(e.by == subject.name for e in episodes) for subject in subjects}
+    counts = collections.Counter(episode.by for episode in episodes)
+    by = {subject.name: counts[subject.name] for subject in subjects}
     found["episodes"] = {
         "count": len(episodes),
         "steps": sum(map(len, episodes)),
@@ -119,7 +121,7 @@ def look(
     if not draw:  # one run of each model: others of it look alike
         return
     index = longest(episodes)
-    entry["kl"] = [[round(float(x), 3) for x in row] for row in trained[index].kl]
+    entry["kl"] = trained[index].kl.astype(float).round(3).tolist()
     scene = pictures.follow(subject, episodes[index], index)
     strips.setdefault("raster", []).append(pictures.code_raster(subject, trained[index]))
     with subject.agent.autocast():

@@ -105,7 +105,8 @@ def open_loop(
     """
     dynamics, length, most = model.dynamics, action.shape[1], max(HORIZONS)
     if length <= CONTEXT:
-        return {h: Feat(*(x[0].float() * math.nan for x in post.feat)) for h in HORIZONS[1:]}
+        nothing = Feat(*(x[0].float() * math.nan for x in post.feat))
+        return dict.fromkeys(HORIZONS[1:], nothing)
     start = dynamics.starts(carry, post, 0)
     padded = torch.cat([action[0], action.new_zeros(most, action.shape[-1])])  # (T + most, A)
     # A start at step t takes the actions that led to t + 1, t + 2, ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import tools
 from analysis import factors
 from comparison import runs
 from envs import make_env
+from hidreamer.episodes import stack_rows
 from hidreamer.replay import Rows
 from library import source
 from tools import Config, ConfigError
@@ -129,7 +130,7 @@ def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episo
         for i in range(count):
             subject = subjects[i % len(subjects)]
             rows, values = play(subject.agent, env, read, longest, random)
-            out.append(Episode(stack(rows), stack(values), subject.name))
+            out.append(Episode(stack_rows(rows), stack_rows(values), subject.name))
     finally:
         env.close()
     return out
@@ -157,11 +158,6 @@ def play(
         state = agent.act(state, inputs, generator=random)
         action = state.action[0].cpu().numpy()
         obs = env.step(action)
-
-
-def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """[{key: x}, ...] -> {key: (T, ...)}."""
-    return {key: np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
 
 
 def preprocessed(agent: models.Agent, rows: Rows) -> dict[str, Tensor]:

@@ -106,9 +106,10 @@ def finished(folder: Path, updates: int) -> bool:
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    """What a finished job measured (``Trainer.judge``), with "updates" and "training" episodes."""
+    """What a finished job measured: ``Trainer.evaluate``, "updates" and "training" episodes."""
     with np.load(folder / RESULTS) as file:
-        return dict(file)
+        # before 0.2.0 the baseline's metrics were "sceptic/..."
+        return {name.replace("sceptic/", "baseline/"): x for name, x in file.items()}
 
 
 class Trainer:
@@ -226,7 +227,7 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
 
-    # ------------------------------------------------------------ judging
+    # ------------------------------------------------------------ evaluating
 
     def held(self) -> dict[Path, Rows]:
         """At most MOST held-out episodes, of all ages of the run."""
@@ -234,8 +235,8 @@ class Trainer:
         picks = np.linspace(0, len(self.held_files) - 1, count).round().astype(int)
         return self.load(self.held_files[i] for i in picks)
 
-    def judge(self) -> dict[str, np.ndarray]:
-        """{"model/METRIC" and "sceptic/METRIC": (held-out episodes,)}.
+    def evaluate(self) -> dict[str, np.ndarray]:
+        """{"model/METRIC" and "baseline/METRIC": (held-out episodes,)}.
         Raises ConfigError where none can be read.
         """
         model, found = self.agent.world_model, []
@@ -246,12 +247,12 @@ class Trainer:
             batch = self.batch(heldout.chunks(rows, self.config.replay.length))
             torch.manual_seed(i)
             truth = model.postprocess(models.networks.preprocess(batch))
-            judge = functools.partial(
+            score = functools.partial(
                 heldout.score, truth=truth, batch=batch, length=self.config.replay.length
             )
             with self.agent.autocast():
                 predicted = heldout.predict(model, batch)
-            by = {"model": judge(predicted), "sceptic": judge(self.baseline.predict(truth))}
+            by = {"model": score(predicted), "baseline": score(self.baseline.predict(truth))}
             scores = {}
             for who, metrics in by.items():
                 scores |= {f"{who}/{name}": x for name, x in metrics.items()}
@@ -262,7 +263,7 @@ class Trainer:
         return scores | probes.compare(self.probe(held))
 
     def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:
-        """``probes.judge`` of this model, its untrained self and raw pixels;
+        """``probes.errors`` of this model, its untrained self and raw pixels;
         empty where there is no RAM.
         """
         empty = {"model": {}}
@@ -293,7 +294,7 @@ class Trainer:
         if not train:
             return empty
         names = probes.BYTES[self.config.task]
-        return probes.judge(encoders, train[: probes.EPISODES], test, names)
+        return probes.errors(encoders, train[: probes.EPISODES], test, names)
 
 
 def main(argv: list[str]) -> int:
@@ -317,7 +318,7 @@ def main(argv: list[str]) -> int:
         trainer.train(updates)
         if trainer.signal:
             return 128 + trainer.signal
-        results: dict[str, Any] = trainer.judge()
+        results: dict[str, Any] = trainer.evaluate()
         results |= {"updates": updates, "training": len(trainer.episodes)}
     except (ArithmeticError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -150,12 +150,10 @@ def code_map(
         if len(steps) < TILES:
             break
         some = rng.choice(steps, min(len(steps), 400), replace=False)
-        batch = {
-            key: torch.from_numpy(
-                np.stack([episodes[where[n][0]].rows[key][where[n][1]] for n in some])
-            )[None]
-            for key in keys
-        }
+        batch = {}
+        for key in keys:
+            frames = [episodes[i].rows[key][t] for i, t in (where[n] for n in some)]
+            batch[key] = torch.from_numpy(np.stack(frames))[None]
         obs = model.postprocess(preprocessed_frames(subject, batch))
         frames = tiles({key: x[:, : TILES - 1] for key, x in obs.items()})
         mean = tiles({key: x.float().mean(1, keepdim=True) for key, x in obs.items()})
@@ -204,6 +202,8 @@ def sequences(act_space: spaces.Space, names: Sequence[str]) -> dict[str, np.nda
 def counterfactual(scene: Scene, act_space: spaces.Space, names: Sequence[str]) -> Strip | None:
     """Dreams from one state, each with an action of its own at every step; None for an episode
     that is too short.
+
+    names: of the actions, as of ``action_names``.
     """
     horizon = max(MOMENTS)
     start = min(max(CONTEXT, scene.length // 3), scene.length - 2 - horizon)

@@ -94,15 +94,16 @@ def pixels(batch: Rows) -> np.ndarray:
     return batch["image"].reshape(-1, np.prod(batch["image"].shape[2:])) / np.float32(255.0)
 
 
-def judge(
+def errors(
     encoders: Mapping[str, Encode],
     train: list[Rows],
     held: list[Rows | None],
     names: Mapping[str, int],
 ) -> dict[str, dict[str, np.ndarray]]:
-    """{who: {byte: (held,)}}: unexplained shares of variance. Episodes are chunks (n, T, ...) with
-    "ram" (n, T, 128).
+    """{encoder: {byte: (held,)}}: mean squared errors of linear probes, as shares of the variance.
 
+    encoders: {name: chunks (n, T, ...) -> features (n * T, .)}. train, held: episodes as chunks
+    (n, T, ...) with "ram" (n, T, 128) uint8. names: {name of a byte: its index}.
     NaN where an episode is None, a ball is never in play, or a byte never changes.
     """
     ram = np.concatenate([x["ram"].reshape(-1, 128) for x in train])
@@ -152,13 +153,13 @@ def mean_errors(
 
 
 def compare(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{"model/RAM BYTE", "sceptic/RAM BYTE": (held,)} of what ``judge`` found; sceptic is whoever
-    else does best.
+    """{"model/RAM BYTE", "baseline/RAM BYTE": (held,)} of what ``errors`` found; the baseline is
+    the best of the other encoders.
     """
     others = [by for who, by in found.items() if who != "model"]
     mean = lambda x: np.nanmean(x) if np.isfinite(x).any() else np.inf
     out = {}
     for name, shares in found["model"].items():
         out[f"model/RAM {name}"] = shares
-        out[f"sceptic/RAM {name}"] = min((by[name] for by in others), key=mean)
+        out[f"baseline/RAM {name}"] = min((by[name] for by in others), key=mean)
     return out

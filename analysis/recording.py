@@ -21,7 +21,7 @@ def needed() -> None:
         import rerun  # noqa: F401
     except ImportError as error:
         raise app.UsageError(
-            f"--rerun needs its extra: pip install -e '.[rerun]' ({error})"
+            f"--rerun needs its extra: {app.install_line('rerun')} ({error})"
         ) from None
 
 

@@ -69,7 +69,7 @@ def sections(report: Report, strips: Strips) -> list[Section]:
 def support(report: Report) -> Section:
     lists = {
         "Read from the state": summary.read_lines(report),
-        "Told by the codes": summary.information_lines(report),
+        "Information in the codes": summary.information_lines(report),
         "What the agent moves, and the rest": summary.contrast_lines(report),
         "What this cannot show": summary.limit_lines(report),
     }
@@ -86,8 +86,10 @@ def compared(report: Report) -> Section:
     for name in UNTRAINED:
         rows.append([name, *(estimate(known[m]["untrained"][name][k]) for m, k in columns)])
     best = [summary.strongest(summary.baselines(report, m, k)) for m, k in columns]
-    whole = [mean_score({f: x for f, (_, x) in each.items()}) for each in best]
-    rows.append(["strongest baseline of each factor", *map(score, whole)])
+    whole = ["strongest baseline of each factor"]
+    for found in best:
+        whole.append(score(mean_score({factor: x for factor, (_, x) in found.items()})))
+    rows.append(whole)
     wanted = dict.fromkeys(part for entry in known.values() for part in entry["means"]["linear"])
     for part in ordered(list(wanted)):
         rows.append([part, *(estimate(known[m]["means"][k].get(part)) for m, k in columns)])
@@ -109,6 +111,7 @@ def ordered(names: Sequence[str]) -> list[str]:
 
 
 def probes(report: Report) -> Section:
+    """A heat map of R2 for each model: factors by parts of the state, baselines on the left."""
     text = (
         "R² on held-out episodes, read by a line from the state after each observation. Left of the"
         " line the baselines: the raw observation, the untrained model of the same shape, and its"
@@ -120,7 +123,9 @@ def probes(report: Report) -> Section:
         columns = {"raw observation": report["baseline"]["0"]["linear"]}
         columns |= {name: cells[f"untrained {key}"] for name, key in UNTRAINED.items()}
         columns |= {part: cells[part] for part in own_parts(cells)}
-        values = np.array([[value(column[f]) for column in columns.values()] for f in names])
+        values = np.empty((len(names), len(columns)))
+        for j, column in enumerate(columns.values()):
+            values[:, j] = [value(column[name]) for name in names]
         draw = functools.partial(
             drawings.heatmap, values=values, rows=names, columns=list(columns), title=model, line=3
         )
@@ -175,12 +180,13 @@ def value(cell: Any) -> float:
 
 
 def open_loop(report: Report) -> Section:
+    """R2 over the length of a dream, a curve for each model, beside the last frame seen."""
     baseline = [mean_score(report["baseline"][str(h)]["linear"]) or 0.0 for h in HORIZONS]
     curves = {model: entry["open loop"] for model, entry in report["models"].items()}
     colours = figures.colours(list(report["models"]))
     draw = functools.partial(drawings.open_loop, models=curves, baseline=baseline, colours=colours)
     text = (
-        "The world model is told what was done, not what was seen. Probes are fitted anew on the"
+        "The world model is given the actions, not the observations. Probes are fitted anew on the"
         f" imagined states, from step {CONTEXT} of an episode on; means over factors. The dashed"
         " line reads the last frame that was seen, as old as the dream is long: what a dream adds"
         " lies above it."
@@ -189,22 +195,26 @@ def open_loop(report: Report) -> Section:
 
 
 def informed(report: Report) -> Section:
+    """A heat map of mutual information for each run: factors by levels."""
     names, drawn = list(report["factors"]), []
     for name, run in report["runs"].items():
         found = run["information"]
-        cells = list(found["levels"].values())
-        bits = np.array([[cell[f]["bits"] for cell in cells] for f in names])
-        silent = np.array([[cell[f]["p"] > information.LEVEL for cell in cells] for f in names])
+        levels = found["levels"]
+        bits, p = np.empty((2, len(names), len(levels)))
+        for j, cells in enumerate(levels.values()):
+            bits[:, j] = [cells[name]["bits"] for name in names]
+            p[:, j] = [cells[name]["p"] for name in names]
+        silent = p > information.LEVEL
         total = np.array([[found["entropy"][f]] for f in names])
         draw = functools.partial(
             drawings.heatmap,
             values=np.concatenate([bits, total], 1),
             rows=names,
-            columns=[*found["levels"], "all there is"],
+            columns=[*levels, "all there is"],
             shade=np.concatenate([bits / np.maximum(total, 1e-9), 0.0 * total], 1),
             faint=np.concatenate([silent, np.zeros_like(silent[:, :1])], 1),
             title=name,
-            line=len(cells),
+            line=len(levels),
         )
         drawn.append(figures.picture(draw, 1.0 + 0.27 * len(names)))
     first = next(iter(report["runs"].values()))["information"]
@@ -220,6 +230,7 @@ def informed(report: Report) -> Section:
 
 
 def ego(report: Report) -> Section:
+    """Top minus bottom level by factor, for each run that has levels."""
     drawn = []
     for name, run in report["runs"].items():
         if found := run["contrast"]:
@@ -283,6 +294,7 @@ def pictures(report: Report, strips: Strips) -> list[Section]:
 
 
 def code_table(report: Report) -> Table:
+    """Use, changes, KL and entropy of each level of each run."""
     header = [
         "",
         "variables",
@@ -309,6 +321,7 @@ def code_table(report: Report) -> Table:
 
 
 def disagreements(report: Report) -> list[str]:
+    """Figures of KL along the longest episode, for the runs that have it."""
     drawn, colours = [], figures.colours(list(report["models"]))
     for name, run in report["runs"].items():
         if "kl" in run:
@@ -324,6 +337,7 @@ def disagreements(report: Report) -> list[str]:
 
 
 def attended(report: Report) -> list[Section]:
+    """A section of attention by level and by distance; none where no run has a transformer."""
     drawn = []
     for name, run in report["runs"].items():
         if found := run.get("attention"):
@@ -345,6 +359,7 @@ def attended(report: Report) -> list[Section]:
 
 
 def provenance(report: Report) -> Section:
+    """Commits, hardware, episodes, definitions, and the command that made the page."""
     made, held = report["made"], report["episodes"]
     rows = [
         [name, f"{run['steps']:,}", run["commit"], run["hardware"]]

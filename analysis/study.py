@@ -63,7 +63,10 @@ def changes(x: np.ndarray) -> bool:
 
 def stacked(found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """[{name: (T, ...)}] of episodes -> {name: (N, ...)}."""
-    return {name: np.concatenate([x[name] for x in found]) for name in (found[0] if found else ())}
+    out = {}
+    for name in found[0] if found else ():
+        out[name] = np.concatenate([x[name] for x in found])
+    return out
 
 
 def read_all(subject: Subject, model: WorldModel, material: Material) -> list[Latents]:
@@ -128,7 +131,11 @@ def probes(
 
 
 def inform(subject: Subject, found: Sequence[Latents], material: Material) -> Found:
-    """Bits of each level about each factor."""
+    """Mutual information of each level's codes and each factor, from a subject's ``found``, the
+    latents of every episode.
+
+    -> {"entropy": {factor: bits}, "levels": {level: {factor: {"bits", "chance", "p"}}}, ...}
+    """
     codes = stacked([one.codes for one in found])
     table = information.table(codes, material.factors, material.lengths)
     out: Found = {"estimator": information.ESTIMATOR, "permutations": information.PERMUTATIONS}
@@ -144,7 +151,10 @@ def inform(subject: Subject, found: Sequence[Latents], material: Material) -> Fo
 
 
 def ego(subject: Subject, found: Sequence[Latents], material: Material) -> Found | None:
-    """Contrast of the coarsest and the finest level; None for a flat state."""
+    """``levels.contrast`` of the coarsest and the finest level of a subject, from ``found``, the
+    latents of every episode: do they differ in what they hold of ego and world? None for a flat
+    state.
+    """
     model = subject.agent.world_model
     level = latents.names(model.dynamics)
     if len(level) < 2:
@@ -152,14 +162,13 @@ def ego(subject: Subject, found: Sequence[Latents], material: Material) -> Found
     parts = features(model, found, 0)
     first = [material.kinds[name] == factors.EGO for name in material.factors]
     got = levels.contrast(parts[level[0]], parts[level[-1]], material.y, first, material.episode)
-    bounds = [[float(x) if math.isfinite(x) else None for x in row] for row in got.difference]
     out: Found = {"top": level[0], "bottom": level[-1]}
-    out["factors"] = {
-        name: {"kind": material.kinds[name], "top": top, "bottom": bottom, "difference": row}
-        for name, top, bottom, row in zip(
-            material.factors, map(float, got.top), map(float, got.bottom), bounds, strict=True
-        )
-    }
+    out["factors"] = {}
+    for i, name in enumerate(material.factors):
+        cell = {"kind": material.kinds[name], "top": float(got.top[i])}
+        cell["bottom"] = float(got.bottom[i])
+        cell["difference"] = [float(x) if math.isfinite(x) else None for x in got.difference[i]]
+        out["factors"][name] = cell
     out["value"] = got.value
     if got.value is not None:
         out |= {"low": got.low, "high": got.high, "control": list(got.control)}

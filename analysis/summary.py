@@ -58,7 +58,11 @@ def mean_score(cells: Mapping[str, Any]) -> float | None:
 
 
 def means(runs: Sequence[Mapping[str, Any]], who: str, part: str, kind: str, horizon: int) -> Cell:
-    """Over factors, then over seeds."""
+    """R2 of a probe, its mean over factors, then over seeds.
+
+    runs: one entry of the report for each seed. who: "trained" or "untrained". part: of the state,
+    such as "deter", "L0" or "all". kind: "linear" or "mlp". horizon: steps imagined.
+    """
     return over_seeds([mean_score(run["probes"][who][str(horizon)][part][kind]) for run in runs])
 
 
@@ -92,18 +96,17 @@ def models(report: Report) -> dict[str, Any]:
         if "probes" in runs[0]:
             entry["probes"] = {kind: probe_table(runs, kind, 0) for kind in ("linear", "mlp")}
             curve = [means(runs, "trained", "all", "linear", h) for h in HORIZONS]
-            entry["open loop"] = {key: [cell[key] for cell in curve] for key in curve[0]}
-            entry["means"] = {
-                kind: {
-                    part: means(runs, "trained", part, kind, 0)
-                    for part in runs[0]["probes"]["trained"]["0"]
+            entry["open loop"] = {}
+            for key in curve[0]:
+                entry["open loop"][key] = [cell[key] for cell in curve]
+            entry["means"], entry["untrained"] = {}, {name: {} for name in UNTRAINED}
+            for kind in ("linear", "mlp"):
+                parts = runs[0]["probes"]["trained"]["0"]
+                entry["means"][kind] = {
+                    part: means(runs, "trained", part, kind, 0) for part in parts
                 }
-                for kind in ("linear", "mlp")
-            }
-            entry["untrained"] = {
-                name: {kind: means(runs, "untrained", part, kind, 0) for kind in ("linear", "mlp")}
-                for name, part in UNTRAINED.items()
-            }
+                for name, part in UNTRAINED.items():
+                    entry["untrained"][name][kind] = means(runs, "untrained", part, kind, 0)
         out[model] = entry
     return out
 
@@ -191,8 +194,8 @@ def contrast_lines(report: Report) -> list[str]:
             continue
         if found["value"] is None:
             lines.append(
-                f"{name}: all factors of this task are of one kind, so ego and world cannot be told"
-                " apart here."
+                f"{name}: all factors of this task are of one kind, so ego and world cannot be"
+                " distinguished here."
             )
             continue
         top, bottom = found["top"], found["bottom"]
@@ -203,21 +206,21 @@ def contrast_lines(report: Report) -> list[str]:
         of = f"{kinds.count('ego')} ego, {kinds.count('world')} world factors"
         first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
         if found["divided"]:
-            says = (
+            finding = (
                 f"supported, the levels divide the factors: {top} alone holds more of {first},"
                 f" {bottom} alone more of {second}"
             )
         elif found["supported"]:
-            says = (
+            finding = (
                 f"supported, {top} is worth more for {first} than for {second}, compared with"
                 f" {bottom}; not supported, that the levels divide them, for it is not shown that"
                 " each holds more of one kind"
             )
         else:
-            says = (
+            finding = (
                 f"not supported, that {top} and {bottom} differ in what they hold of ego and world"
             )
-        lines.append(f"{name}: {says} (contrast {where}; {of}).{both(found)}")
+        lines.append(f"{name}: {finding} (contrast {where}; {of}).{both(found)}")
     return lines
 
 
@@ -253,10 +256,10 @@ def limit_lines(report: Report) -> list[str]:
             ),
         ]
     for model, runs in by_model(report).items():
-        room = [x["variables"] for x in runs[0]["codes"].values()]
-        if len(set(room)) > 1:
+        sizes = [x["variables"] for x in runs[0]["codes"].values()]
+        if len(set(sizes)) > 1:
             lines.append(
-                f"The levels of {model} have {listed([str(n) for n in room])} variables: top minus"
-                " bottom compares what they hold, not how well they use their room."
+                f"The levels of {model} have {listed([str(n) for n in sizes])} variables: top minus"
+                " bottom compares what they hold, not how well they use it."
             )
     return lines

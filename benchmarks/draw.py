@@ -46,17 +46,17 @@ def learning(paths: list[Path], out: Path) -> None:
         of_task = [report for report in reports if report["task"] == task]
         usual = tools.load_config(TASKS[task]["configs"], {}).dynamics.flat()
         for report in of_task:
-            name, control, seeds = report["dynamics"], report["twin"], len(report["runs"])
+            name, seeds = report["dynamics"], len(report["runs"])
             changed = latent(report["more"]).items()
             variant = " ".join(x for key, x in changed if x != str(usual[key]))
             label, dash = f"{name} {variant}".strip() + f", {seeds} seeds", "--" if variant else "-"
-            if control:
+            if report["negative_control"]:
                 label, dash = f"{name}, rewards shuffled", ":"
             style = {"ls": dash, "color": COLOURS[name], "lw": 1.2, "alpha": 0.85}
             for i, run in enumerate(report["runs"].values()):
                 steps, returns = zip(*run["curve"], strict=True)
                 ax.plot(steps, returns, label=None if i else label, **style)
-        for name, least in of_task[0]["bars"].items():
+        for name, least in of_task[0]["thresholds"].items():
             where = [int(word) for word in name.split("_") if word.isdigit()]
             if name.startswith("return_at"):
                 ax.plot(

@@ -37,9 +37,9 @@ TASKS = {
     "minatar": {
         "configs": ["minatar"],
         "steps": 50_000,
-        "bars": {"return_at_20000": 2.0, "return_at_50000": 5.0, "ball_after_3": 0.85},
+        "thresholds": {"return_at_20000": 2.0, "return_at_50000": 5.0, "ball_after_3": 0.85},
     },
-    "cartpole": {"configs": ["gym"], "steps": 20_000, "bars": {"last_10_episodes": 400.0}},
+    "cartpole": {"configs": ["gym"], "steps": 20_000, "thresholds": {"last_10_episodes": 400.0}},
 }
 
 
@@ -72,7 +72,7 @@ def thresholds(task: str, dynamics: str, more: list[str]) -> dict[str, float]:
     """Those that were set before anything was measured: other ones for tokens, and for the
     posterior of ssrhaso/hidreamer (nearest codes).
     """
-    found = dict(TASKS[task]["bars"])
+    found = dict(TASKS[task]["thresholds"])
     if task == "minatar" and dynamics == "hrvq":
         found["ball_after_3"] = 0.75
         if latent(more).get("hrvq.posterior") == "nearest":
@@ -219,7 +219,7 @@ def main() -> int:
     steps = args.steps or TASKS[args.task]["steps"]
     least, runs, passed = thresholds(args.task, args.dynamics, more), {}, True
     for seed in args.seeds:
-        parts = [args.task, args.dynamics, *(["twin"] if args.negative_control else [])]
+        parts = [args.task, args.dynamics, *(["negative_control"] if args.negative_control else [])]
         name = "-".join([*parts, *(word.strip("-") for word in more)])
         folder = ROOT / "runs" / "learning" / name / str(seed)
         words = ["--dynamics.type", args.dynamics, "--seed", str(seed)]
@@ -254,8 +254,8 @@ def main() -> int:
         "more": more,
         "latent": saved_latent(folder),
         "steps": steps,
-        "twin": args.negative_control,
-        "bars": least,
+        "negative_control": args.negative_control,
+        "thresholds": least,
     }
     report |= {"random_return": random_return(args.task), "runs": runs}
     if args.out:

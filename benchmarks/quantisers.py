@@ -214,7 +214,7 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
             report = json.loads(path.read_text())
             scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
             given = tools.parse(report["more"]).overrides
-            kind, control = report["dynamics"], report["twin"]
+            kind, control = report["dynamics"], report["negative_control"]
             # there since the preset has two levels, not three
             latent = dict(report.get("latent", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:

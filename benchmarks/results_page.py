@@ -104,22 +104,23 @@ def origin(content: dict, entry: dict) -> tuple[str, str, str]:
 
 
 def agents(root: Path, path: str, content: dict) -> Iterator[Row]:
-    """Of benchmarks/learning.py: a row for each of its bars that the runs can meet."""
+    """Of benchmarks/learning.py: a row for each threshold that the runs are long enough for."""
     runs = content["runs"]
     more = f" {' '.join(content['more'])}" if content.get("more") else ""
-    twin = ", rewards and ends shuffled" if content["twin"] else ""
-    for bar, level in content["bars"].items():
-        values = [run["figures"][bar] for run in runs.values() if bar in run["figures"]]
+    control = ", rewards and ends shuffled" if content["negative_control"] else ""
+    for name, least in content["thresholds"].items():
+        values = [run["figures"][name] for run in runs.values() if name in run["figures"]]
         if not values:
             continue
-        copies = [run["figures"].get(f"{bar}_copy") for run in runs.values()]
+        copies = [run["figures"].get(f"{name}_copy") for run in runs.values()]
         if None not in copies:
             baseline = f"last seen {shown(copies)}"
         else:
             baseline = f"random play {words.number(content.get('random_return'))}"
-        met = sum(x >= level for x in values)
-        verdict = f"{met} of {len(values)} reach {level:g}"
-        claim = f"{content['task']}, {content['dynamics']}{more}{twin}: {bar.replace('_', ' ')}"
+        met = sum(x >= least for x in values)
+        verdict = f"{met} of {len(values)} reach {least:g}"
+        agent = f"{content['task']}, {content['dynamics']}{more}{control}"
+        claim = f"{agent}: {name.replace('_', ' ')}"
         yield Row(
             claim, shown(values), baseline, " ".join(runs), verdict, (path,), *origin(content, {})
         )
@@ -216,7 +217,7 @@ def rows(root: Path, claims: dict) -> list[Row]:
     found = list(stated(root, claims))
     for path in sorted(root.glob("results/**/*.json")):
         name, content = str(path.relative_to(root)), json.loads(path.read_text())
-        if "bars" in content and "dynamics" in content:
+        if "thresholds" in content and "dynamics" in content:
             found += agents(root, name, content)
         elif "rows" in content and "episodes" in content:
             found += world_models(root, name, content)

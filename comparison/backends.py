@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hidreamer import app
 from hidreamer.app import ROOT, python_path
 from hidreamer.provenance import note_start
 from tools import ConfigError
@@ -31,9 +32,13 @@ SHIELD = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh"]
 
 
 class Handle(Protocol):
-    def poll(self) -> int | None: ...
+    """A job that a backend has started."""
 
-    def stop(self, signum: int) -> None: ...
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+
+    def stop(self, signum: int) -> None:
+        """Pass a signal on to it, without waiting."""
 
 
 class Process:
@@ -164,7 +169,7 @@ def extra(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"--backend {name} needs its extra: pip install -e '.[{name}]' ({error})"
+            f"--backend {name} needs its extra: {app.install_line(name)} ({error})"
         ) from None
 
 

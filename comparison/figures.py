@@ -102,6 +102,7 @@ def band(ax: Axes, x: np.ndarray, found: Mapping[str, Any], colour: str) -> None
 
 
 def mean_curves(ax: Axes, summary: Mapping[str, Any]) -> None:
+    """The IQM over all tasks and seeds of each model, with its 95% band, along the run."""
     x = 100.0 * stats.part_ends(1)
     for model, colour in colours(summary["models"]).items():
         if model in summary["curves"]:
@@ -237,6 +238,7 @@ def improvements(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 
 def profiles(ax: Axes, summary: Mapping[str, Any]) -> None:
+    """Performance profiles (Agarwal et al. 2021): share of runs above each score, with bands."""
     for model, colour in colours(summary["models"]).items():
         if model in summary["profile"]["models"]:
             band(
@@ -259,6 +261,9 @@ def level_kinds(summary: Mapping[str, Any]) -> list[str]:
 
 
 def level_curves(ax: Axes, summary: Mapping[str, Any], kind: str) -> None:
+    """A per-level metric along the run, a line for each model and level. kind: of
+    ``level_kinds``.
+    """
     x, colour = 100.0 * stats.part_ends(1), colours(summary["models"])
     for model, found in summary["levels"].items():
         for name, curves in found.items():

@@ -129,7 +129,10 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
 
 
 def check_vary(options: dict[str, Any], values: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raises ConfigError for a key that cannot be varied."""
+    """Raises ConfigError where ``options["vary"]``, [key, value, value, ...], cannot be varied.
+
+    values: the other keys that the command line gives. known: all keys with their defaults.
+    """
     key, *given = options["vary"]
     if options["from"]:
         raise ConfigError("--vary trains; --from reports on what exists: leave one of them out")

@@ -370,8 +370,8 @@ def offline(report: Report) -> Section:
             value, low, high = metric["differences"][model]
             difference = {"value": value, "low": low, "high": high}
             cells += [number(metric["values"][model]), estimate(difference, sign=True)]
-        rows.append([name, number(metric["sceptic"]), *cells])
-    header = ["", found["sceptic"], base]
+        rows.append([name, number(metric["baseline"]), *cells])
+    header = ["", found["baseline"], base]
     for model in others:
         header += [model, f"{model} − {base}"]
     text = [

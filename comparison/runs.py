@@ -148,11 +148,11 @@ def find(folders: Iterable[Path]) -> list[Run]:
             )
         runs |= {path.resolve(): read(path) for path in inside}
     named = name_models(list(runs.values()))
-    refuse_twins(named)
+    refuse_duplicates(named)
     return named
 
 
-def refuse_twins(runs: Iterable[Run]) -> None:
+def refuse_duplicates(runs: Iterable[Run]) -> None:
     """Raises ConfigError where two runs have one name."""
     seen: dict[str, Run] = {}
     for run in runs:

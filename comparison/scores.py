@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from comparison import seconds
-from comparison.runs import Run, config_hash, refuse_twins
+from comparison.runs import Run, config_hash, refuse_duplicates
 from comparison.runs import find as find_runs
 from hidreamer import checkpoint
 from tools import ConfigError
@@ -90,7 +90,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
     for path in paths:
         if path.is_file():
             found += read(path)
-    refuse_twins(found)
+    refuse_duplicates(found)
     return found
 
 
@@ -115,7 +115,10 @@ def read(path: Path) -> list[Run]:
 
 
 def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Path) -> Run:
-    """The Run of an entry. Raises KeyError, TypeError or ValueError for what is none."""
+    """The Run of ``row``, an entry of the file ``path`` (docs/comparing.md has its format), and the
+    flat config that it names, if any. Raises KeyError, TypeError or ValueError for what is no
+    entry.
+    """
     frames = int(row["frames"])
     known = {"task": str(row["task"]), "seed": int(row["seed"]), "steps": frames}
     series = {}

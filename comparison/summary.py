@@ -183,7 +183,9 @@ def random_returns(run: Run) -> np.ndarray:
 
 
 def matrix(done: Matrix, model: str, key: str) -> np.ndarray:
-    """(seeds, tasks, ...) of the seeds whose runs finished on every task."""
+    """(seeds, tasks, ...) of what ``key`` names in a model's rows, for the seeds whose runs
+    finished on every task.
+    """
     by_task = []
     for models in done.values():
         by_task.append({row["seed"]: row[key] for row in models[model]})
@@ -297,6 +299,8 @@ def per_task(
 ) -> dict[str, dict[str, Any]]:
     """{task: {model: raw returns with intervals, normalised, difference from the baseline, steps
     to the threshold}}.
+
+    done: finished runs. models: the first is the baseline. scales: by task, of ``scale``.
     """
     out: dict[str, dict[str, Any]] = {}
     for task, by_model in done.items():
@@ -358,7 +362,7 @@ def paired(
                 "episodes": int(known.sum()),
                 "values": {model: float(x[:, known].mean()) for model, x in columns.items()},
                 "differences": stats.paired(columns, base),
-                "sceptic": float(first[f"sceptic/{name}"][known].mean()),
+                "baseline": float(first[f"baseline/{name}"][known].mean()),
             }
     facts = {"models": list(results), "seeds": len(results[base]), "updates": int(first["updates"])}
     facts |= {"train_episodes": int(first["training"]), "held_out": len(first[f"model/{names[0]}"])}

@@ -36,11 +36,11 @@ def config_page() -> str:
     sys.path.insert(0, str(ROOT))
     import tools
 
-    says, groups = tools.sentences(), {}
+    sentences, groups = tools.sentences(), {}
     for key, value in tools.load_config([], {}).flat().items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         shown = shown.lower() if isinstance(value, bool) else shown
-        sentence = says[f"defaults.{key}"].replace("|", "\\|")
+        sentence = sentences[f"defaults.{key}"].replace("|", "\\|")
         row = f"| `{key}` | {f'`{shown}`' if shown else ''} | {sentence} |"
         groups.setdefault(key.rpartition(".")[0], []).append(row)
     lines = [CONFIG]

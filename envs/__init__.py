@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.base import Env, EnvError, unknown
+from envs.errors import install_line
 
 __all__ = ["Env", "EnvError", "make_env"]
 
@@ -66,10 +67,8 @@ def make_env(
     try:
         module = importlib.import_module(f".{suite}", __package__)
     except ModuleNotFoundError as error:
-        extra = f".[{suite}]" if suite in EXTRAS else "."
-        raise EnvError(
-            f"{task} needs the package {error.name!r}: pip install -e '{extra}'"
-        ) from error
+        line = install_line(suite if suite in EXTRAS else "")
+        raise EnvError(f"{task} needs the package {error.name!r}: {line}") from error
     kind = getattr(module, SUITES[suite])
     options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})
     built = kind(name, size, repeat, **options)

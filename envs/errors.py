@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +27,15 @@ class ActionError(ValueError):
     """An action outside `act_space`: the caller's fault, so it is never counted as a crash of the
     environment.
     """
+
+
+def install_line(extra: str) -> str:
+    """What ``hidreamer.app.install_line`` says; ``envs`` imports nothing of the project."""
+    extras, root = f"[{extra}]" if extra else "", Path(__file__).parent.parent
+    if root.name == "_app":  # in a wheel
+        return f"pip install {shlex.quote(f'hidreamer{extras}')}"
+    folder = "." if os.path.samefile(".", root) else root
+    return f"pip install -e {shlex.quote(f'{folder}{extras}')}"
 
 
 def one_line(text: Any, length: int = 200) -> str:

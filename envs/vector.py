@@ -14,7 +14,7 @@ import cloudpickle
 import numpy as np
 
 from envs.base import Env, EnvError, plain
-from envs.worker import Crash, Inside, Outside, close
+from envs.worker import Crash, InProcess, Subprocess, close
 
 # Crashes of one environment until we give up, without a whole episode or GOOD_STEPS of one between.
 CRASHES = 5
@@ -30,7 +30,7 @@ class Envs:
     its own.
 
     An environment crashes when it raises, when its process dies, and when it does not answer
-    within `timeout` seconds (0: it may take any time; `Inside` says what cannot be interrupted
+    within `timeout` seconds (0: it may take any time; `InProcess` says what cannot be interrupted
     without a process). It is then replaced by `make(index, its number of restarts so far)`, with a
     RuntimeWarning. Its episode is closed as truncated: for this step it returns its previous
     observation, reward 0. The traceback of each new error is appended to `error_log`.
@@ -54,7 +54,7 @@ class Envs:
         self.restarts = 0
         self.crashed = np.zeros(count, bool)
         self._timeout, self._error_log = timeout, error_log
-        self._start = Outside if parallel else Inside
+        self._start = Subprocess if parallel else InProcess
         self._make = cloudpickle.dumps(make) if parallel else make
         self._replaced = [0] * count
         self._ages = [0] * count  # steps of the episodes that they are in
@@ -65,7 +65,7 @@ class Envs:
         # the last of each; None: not started
         self._outputs: list[dict[str, Any] | None] = [None] * count
         self._resets: list[bool] = []  # which are reset in the step that was begun
-        self._workers: list[Inside | Outside] = []
+        self._workers: list[InProcess | Subprocess] = []
         # also at the interpreter's exit
         self._finalizer = weakref.finalize(self, close, self._workers)
         try:

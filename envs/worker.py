@@ -51,7 +51,7 @@ class Crash(Exception):
     trace: str = ""
 
 
-class Hurry:
+class Shutdown:
     """Whether the program is to end: then nobody waits for an environment until `env.timeout`."""
 
     began, seconds = math.inf, math.inf  # as of `time.monotonic`
@@ -74,7 +74,7 @@ class Hurry:
         return max(cls.began, sent) + cls.seconds
 
 
-class Inside:
+class InProcess:
     """An environment in this process. Calls are sent, then answered; the first answer is that of
     its construction.
 
@@ -102,7 +102,7 @@ class Inside:
         """
         return _call(self._task, self._timeout)
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         pass
 
     def close(self, deadline: float) -> None:
@@ -117,7 +117,7 @@ class Inside:
         return env.obs_space, env.act_space, env.act_dim, env.log_keys, env.repeat, summary
 
 
-class Outside:
+class Subprocess:
     """The same in a process of its own, at the other end of a pipe. A call that takes too long
     ends the process.
     """
@@ -149,7 +149,9 @@ class Outside:
             if self._pipe.poll():  # it was in time while others were waited for
                 return self._pipe.recv()
         except (EOFError, OSError):
-            return Crash(_late(self._timeout) if self._late else f"its process {self._fate()}")
+            return Crash(
+                _late(self._timeout) if self._late else f"its process {self._exit_reason()}"
+            )
         except Exception as error:  # what was sent cannot be unpickled here
             return _crash(error)
         self._late = True
@@ -158,9 +160,9 @@ class Outside:
 
     def _left(self) -> float:
         deadline = self._sent + (self._timeout or math.inf)
-        return min(deadline, Hurry.deadline(self._sent)) - time.monotonic()
+        return min(deadline, Shutdown.deadline(self._sent)) - time.monotonic()
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         self._pipe.close()  # for the worker this is the end
 
     def close(self, deadline: float) -> None:
@@ -175,7 +177,7 @@ class Outside:
             # also what it started: Doom is a process of its own
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _fate(self) -> str:
+    def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(PATIENCE)
             return (
@@ -200,7 +202,7 @@ def serve(fd: int) -> None:
     pipe = Connection(fd)
     with contextlib.suppress(EOFError, OSError):
         make, index, restart = pipe.recv()
-        host = Inside(lambda *numbers: cloudpickle.loads(make)(*numbers), index, restart)
+        host = InProcess(lambda *numbers: cloudpickle.loads(make)(*numbers), index, restart)
         try:
             while True:
                 answer = host.answer()
@@ -215,17 +217,17 @@ def serve(fd: int) -> None:
             host.close(time.monotonic() + PATIENCE)
 
 
-def close(workers: list[Inside | Outside]) -> None:
+def close(workers: list[InProcess | Subprocess]) -> None:
     """Ends all of them, within about PATIENCE seconds together."""
     for worker in workers:
-        worker.hang_up()
+        worker.disconnect()
     deadline = time.monotonic() + PATIENCE
     for worker in workers:
         worker.close(deadline)
 
 
 def _call(task: Callable[[], Any], seconds: float) -> Any:
-    """The value of `task`, or its exception as `Inside.answer` describes it."""
+    """The value of `task`, or its exception as `InProcess.answer` describes it."""
     signals = _Signals(seconds)
     try:
         signals.install()
@@ -311,8 +313,8 @@ class _Signals:
 
 
 def _late(seconds: float) -> str:
-    if Hurry.seconds < (seconds or math.inf):
-        return f"no answer within {Hurry.seconds:g} s of the signal to end"
+    if Shutdown.seconds < (seconds or math.inf):
+        return f"no answer within {Shutdown.seconds:g} s of the signal to end"
     return f"no answer within {seconds:g} s (env.timeout)"
 
 

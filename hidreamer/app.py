@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -118,10 +119,15 @@ def command(module: str) -> list[str]:
     return ["python", "-m", module]
 
 
-def install_line(extra: str) -> str:
-    """The command that installs an extra of this project, as it was installed itself."""
-    what = f"'hidreamer[{extra}]'" if ROOT == INSTALLED else f"-e '.[{extra}]'"
-    return f"pip install {what}"
+def install_line(extra: str = "") -> str:
+    """The command that installs this project with an extra, as it was installed itself: from a
+    wheel by its name, from a checkout by its folder. ``envs.errors.install_line`` is the same.
+    """
+    extras = f"[{extra}]" if extra else ""
+    if ROOT == INSTALLED:
+        return f"pip install {shlex.quote(f'hidreamer{extras}')}"
+    folder = "." if os.path.samefile(".", ROOT) else ROOT
+    return f"pip install -e {shlex.quote(f'{folder}{extras}')}"
 
 
 def plain_warnings() -> None:

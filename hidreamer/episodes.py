@@ -246,6 +246,14 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
     return lines
 
 
+def stack_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Equal trees of arrays or numbers [{key: (...)}] -> {key: (len(rows), ...)}."""
+    out = {}
+    for key in rows[0]:
+        out[key] = np.stack([np.asarray(row[key]) for row in rows])
+    return out
+
+
 def make_replay(
     spec: Spec,
     block: Any,

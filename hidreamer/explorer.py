@@ -68,10 +68,8 @@ def batched(nets: nn.ModuleList, x: Tensor) -> Tensor:
     for blocks in zip(*(net.blocks for net in nets), strict=True):
         x = batched_linear([block.linear for block in blocks], x)  # (M, R, units)
         size, eps = x.shape[-1:], blocks[0].norm.eps
-        weight, bias = (
-            torch.stack([getattr(block.norm, name) for block in blocks]).unsqueeze(1)
-            for name in ("weight", "bias")
-        )  # (M, 1, units)
+        weight = torch.stack([block.norm.weight for block in blocks]).unsqueeze(1)  # (M, 1, units)
+        bias = torch.stack([block.norm.bias for block in blocks]).unsqueeze(1)
         x = blocks[0].act(torch.addcmul(bias, nn.functional.layer_norm(x, size, eps=eps), weight))
     return batched_linear([net.out for net in nets], x).unflatten(1, shape)
 

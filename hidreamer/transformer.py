@@ -199,7 +199,8 @@ def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
     """
     (batch, heads, count, rows, _), size = q.shape, prefix.keys.shape[-2]
     dtype = autocast_dtype(q.device) or q.dtype
-    own, prefix = (KV(*(x.to(dtype) for x in kv)) for kv in (own, prefix))
+    own = KV(*(x.to(dtype) for x in own))
+    prefix = KV(*(x.to(dtype) for x in prefix))
     if fused := fused_attention(q, dtype):
         return fused(q.to(dtype), *prefix, *own, bias)
     q, bias = q.contiguous().to(dtype), bias.to(dtype)

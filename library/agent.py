@@ -23,6 +23,7 @@ import networks
 from envs.actions import action_codec
 from hidreamer import evaluation
 from hidreamer.dynamics.base import Feat
+from hidreamer.episodes import stack_rows
 from hidreamer.weights import load_params
 from library import checks, source
 from library.checks import whole
@@ -216,7 +217,7 @@ class LoadedAgent:
                 obs = env.step(action)
         finally:
             env.close()
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return stack_rows(rows)
 
     def rows(self, episode: Mapping[str, Any] | str | os.PathLike) -> dict[str, np.ndarray]:
         """What ``encode`` needs of an episode, checked. Raises ValueError, FolderError."""

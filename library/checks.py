@@ -56,7 +56,9 @@ def array(name: str, value: Any) -> np.ndarray:
 
 
 def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An array as uint8, bool or float32, where that loses nothing. Raises ValueError."""
+    """``x`` as ``dtype`` (uint8, bool or float32), where that loses nothing. Raises ValueError,
+    which begins with ``name``.
+    """
     if x.dtype == dtype or not x.size:
         found = x.astype(dtype, copy=False)
     elif dtype == np.uint8:

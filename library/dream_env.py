@@ -23,7 +23,7 @@ from torch import Tensor
 
 import networks
 from hidreamer.checkpoint import FolderError
-from hidreamer.episodes import EpisodeError, load_episode
+from hidreamer.episodes import EpisodeError, load_episode, stack_rows
 from library.agent import LoadedAgent, load
 from library.checks import whole
 from library.pictures import picture
@@ -117,7 +117,7 @@ class Dreams:
     def begin(self, count: int) -> Any:
         """A carry of ``count`` new starts."""
         contexts = [self._context() for _ in range(count)]
-        batch = {key: np.stack([rows[key] for rows in contexts]) for key in contexts[0]}
+        batch = stack_rows(contexts)
         with self.agent.model.autocast():
             obs = networks.preprocess(self.agent.model.tensors(batch))
             return self.agent.world_model.observe(obs, generator=self.generator)[0]

@@ -28,7 +28,7 @@ def picture(obs: Mapping[str, Tensor]) -> np.ndarray:
         elif x.ndim == 3:
             shown.append(evaluation.board([{"x": x[None, None]}])[0])
         else:
-            shown.append(bars(x))
+            shown.append(bar_chart(x))
     height = max(frame.shape[0] for frame in shown)
     padded = [np.pad(x, ((0, height - x.shape[0]), (0, 0), (0, 0))) for x in shown]
     return np.concatenate(padded, 1)
@@ -54,7 +54,7 @@ def raw_picture(obs: Mapping[str, np.ndarray], keys: Mapping) -> np.ndarray:
     return picture(tensors)
 
 
-def bars(x: Tensor) -> np.ndarray:
+def bar_chart(x: Tensor) -> np.ndarray:
     """(n,) numbers, the first 256 of them, as bars of their symlog from a line of 0; SIDE pixels
     high, and a bar is whole at 6.4.
     """

@@ -182,6 +182,9 @@ def digest(params: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def read_export(folder: Path) -> Source:
+    """The folder that ``hidreamer.export`` wrote. Raises CheckpointError where its weights are
+    missing, damaged or not an export, ConfigError for its config.
+    """
     from safetensors import SafetensorError, safe_open
 
     config, path = read_config(folder), folder / WEIGHTS
@@ -246,6 +249,7 @@ def encode_space(space: gymnasium.Space) -> dict[str, Any]:
 
 
 def decode_space(tree: Mapping[str, Any]) -> gymnasium.Space:
+    """The space that ``encode_space`` described. Raises TypeError for a kind that it never does."""
     ((kind, value),) = tree.items()
     match kind:
         case "Dict":
@@ -273,7 +277,7 @@ def hub() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise ConfigError("a model hub needs its extra: pip install -e '.[hub]'") from None
+        raise ConfigError(f"a model hub needs its extra: {app.install_line('hub')}") from None
     return huggingface_hub
 
 

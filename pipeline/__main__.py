@@ -38,7 +38,7 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    message = f"error: the pipeline needs its extra: pip install -e '.[compare]' ({error})"
+    message = f"error: the pipeline needs its extra: {app.install_line('compare')} ({error})"
     print(message, file=sys.stderr)
     sys.exit(2)
 

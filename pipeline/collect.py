@@ -65,6 +65,10 @@ class Game:
 
 
 class Collect(Stage):
+    """Records episodes of every game: of random play, of a trained agent, or of a Minari data
+    set.
+    """
+
     name = "collect"
     keys = ("pipeline.collect.steps", "pipeline.collect.agent", "pipeline.collect.random")
     keys += ("pipeline.collect.from_minari", "env.size", "env.action_repeat", "env.time_limit")

@@ -102,6 +102,10 @@ class Recording:
         both = zip(starts, ends, strict=True)
         return [slice(int(a), int(b)) for a, b in both if self.held[a] == held]
 
+    def longest(self, held: bool) -> int:
+        """Steps of the longest episode of one side of the split."""
+        return max(part.stop - part.start for part in self.episodes(held))
+
 
 def folder(root: Path, game: str) -> Path:
     """Where a game's episodes lie, as in the folder of a run of ``dreamer.py``."""
@@ -122,7 +126,9 @@ def load(root: Path, config: Config, game: str) -> Recording:
             f"{here} holds {len(episodes)} episodes, and two are needed, so that one can be held"
             " out: raise pipeline.collect.steps, or lower env.time_limit"
         )
-    rows = {key: np.concatenate([episode[key] for episode in episodes]) for key in spec}
+    rows = {}
+    for key in spec:
+        rows[key] = np.concatenate([episode[key] for episode in episodes])
     return Recording(game, rows, config.pipeline.held_out)
 
 

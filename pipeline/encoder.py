@@ -29,19 +29,28 @@ CLIP = 1.0
 
 
 def info_nce(anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018) with the batch as negatives. (B, E) each -> ()."""
+    """InfoNCE (van den Oord et al. 2018) with the batch as negatives.
+
+    anchor, positive: unit vectors (B, E). -> loss (), in nats.
+    """
     logits = anchor @ positive.t() / temperature  # (B, B)
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 def one_negative(anchor: Tensor, positive: Tensor, negative: Tensor, temperature: float) -> Tensor:
-    """The lineage's objective: each anchor's positive against one negative. (B, E) each -> ()."""
+    """The lineage's objective: each anchor's positive against one negative.
+
+    anchor, positive, negative: unit vectors (B, E). -> loss (), in nats.
+    """
     margin = ((anchor * negative).sum(-1) - (anchor * positive).sum(-1)) / temperature
     return F.softplus(margin).mean()
 
 
 def reconstruction(decoded: Tensor, stacks: Tensor, stack: int) -> Tensor:
-    """Squared error, summed over a frame's pixels, a mean over the stack and the batch. -> ()."""
+    """Squared error, summed over a frame's pixels, a mean over the stack and the batch.
+
+    decoded, stacks: (B, stack * C, H, W) in [0, 1]. stack: frames in each. -> loss ().
+    """
     return (decoded - stacks).square().flatten(1).sum(-1).mean() / stack
 
 
@@ -150,6 +159,8 @@ class Objective(nn.Module):
 
 
 class Encoder(Stage):
+    """Trains the encoder of frame stacks by ``Objective``; a frozen DINOv2 is used as it is."""
+
     name = "encoder"
     needs = ("collect",)
     keys = ("pipeline.encoder", "pipeline.probe_steps")
@@ -239,7 +250,9 @@ def load_embeddings(root: Path, game: str) -> np.ndarray:
 
 
 def load_objective(root: Path, config: Config, device: torch.device) -> Objective:
-    """What the encoder stage trained. Raises FolderError, ConfigError."""
+    """What the encoder stage trained, from the pipeline's folder ``root``. Raises FolderError,
+    ConfigError.
+    """
     objective = Objective(config, device)
     training.load_params(root / "encoder" / "objective.pt", objective)
     return objective

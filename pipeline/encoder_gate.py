@@ -59,7 +59,11 @@ def geometry_rows(embeddings: Mapping[str, np.ndarray], recording: Recording) ->
 
 
 def probe_table(embeddings: Mapping[str, np.ndarray], recording: Recording, steps: int) -> Table:
-    """R2 of every variable of the memory, and below it the lineage's state correlation."""
+    """R2 of every variable of the console's memory, and below it the lineage's state correlation.
+
+    embeddings: {encoder: (N, E)} of all rows of ``recording``, "here" that of the stage. steps:
+    how many training rows the probes are fitted on.
+    """
     features: dict[str, probing.Features] = {}
     for who, x in embeddings.items():
         features[who] = functools.partial(scaled_rows, x)

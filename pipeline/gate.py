@@ -1,4 +1,4 @@
-"""A stage's metrics, each beside the baselines that a sceptic would ask for."""
+"""What a stage ends with: its metrics, each beside its baselines."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class Row:
 
 @dataclass
 class Table:
+    """Rows of a gate. note: what the columns mean, and what a value does not show."""
+
     title: str
     rows: list[Row]
     note: str = ""

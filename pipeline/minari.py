@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from hidreamer import app
 from hidreamer.checkpoint import FolderError
 from pipeline.collect import Played
 from pipeline.data import Recording, Space
@@ -28,7 +29,7 @@ def package() -> Any:
         import minari
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"Minari data sets need the package {error.name!r}: pip install -e '.[minari]'"
+            f"Minari data sets need the package {error.name!r}: {app.install_line('minari')}"
         ) from error
     return minari
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hidreamer import app
 from hidreamer.checkpoint import FolderError
 from pipeline.data import Recording
 from tools import ConfigError
@@ -116,7 +117,7 @@ class DINOv2(nn.Module):
             name = getattr(error, "name", None) or "transformers"
             raise ConfigError(
                 f"encoder.kind dinov2 needs the package {name!r} for {folder}: pip install"
-                f" {name}, or -e '.[dinov2]' for all that transformers needs"
+                f" {name}, or {app.install_line('dinov2')} for all that transformers needs"
             ) from error
         except Exception as error:  # whatever a damaged or foreign folder makes it raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -128,6 +129,7 @@ class DINOv2(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The newest image of each stack (N, stack * C, H, W) in [0, 1] -> unit vectors (N, E)."""
         x = x[:, -self.channels :].expand(-1, 3, -1, -1)
         size = [max(PATCH, side // PATCH * PATCH) for side in x.shape[-2:]]
         x = F.interpolate(x, size, mode="bilinear", antialias=True)

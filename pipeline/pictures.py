@@ -40,6 +40,7 @@ class Decoder:
         self.net = nets.StackDecoder(shape, codes[0].shape[-1]).to(device)
 
     def fit(self, updates: int, poll: Callable[[], None]) -> None:
+        """Train on the training rows. poll: called before every update; may raise to stop."""
         settings = {"lr": LR, "eps": 1e-8, "clip": 1.0}
         capturable = torch.device(self.device).type == "cuda"
         optimizer = make_optimizer("adam", {"net": self.net}, **settings, capturable=capturable)
@@ -109,9 +110,7 @@ def dreams(
     rows = []
     for i, (recording, index) in enumerate(zip(recordings, tokens, strict=True)):
         rows.append(token_rows(recording, index, actions, i))
-    longest = min(
-        max(part.stop - part.start for part in recording.episodes(True)) for recording in recordings
-    )
+    longest = min(recording.longest(held=True) for recording in recordings)
     context = min(block.context, longest - 1)
     length = min(context + 30, longest)
     windows = Windows(recordings, rows, 1, length, False, held=True)
@@ -157,7 +156,10 @@ def codes_over_time(recording: Any, tokens: np.ndarray) -> str:
 
 
 def codes_by_game(recordings: list[Any], tokens: list[np.ndarray], count: int) -> str:
-    """How often every game uses every code of L0, most shared ones first."""
+    """A figure: how often every game uses every code of L0, most shared ones first.
+
+    tokens: (N, L) of each recording. count: codes of a level.
+    """
     share = []
     for index in tokens:
         share.append(np.bincount(index[:, 0], minlength=count) / len(index))

@@ -39,6 +39,8 @@ NOTE = (
 
 
 class Policy(Stage):
+    """Trains an actor-critic in the world model's imagination, and plays the real game with it."""
+
     name = "policy"
     needs = ("collect", "encoder", "tokenizer", "world_model")
     keys = ("pipeline.policy", "actor", "critic", "imag", "model", "loss_scales", "optim")
@@ -83,7 +85,9 @@ class Policy(Stage):
         )
         if self.block.online:
             scores["online"] = self._online()
-        returns = {who: [x["return"] for x in episodes] for who, episodes in scores.items()}
+        returns = {}
+        for who, episodes in scores.items():
+            returns[who] = [episode["return"] for episode in episodes]
         facts = {
             "algorithm": self.block.algorithm,
             "memory": self.block.memory,

@@ -40,7 +40,7 @@ def r2(
     encoders = {}
     for who, encode in features.items():
         encoders[who] = lambda rows, encode=encode: encode(rows["row"])
-    found = probes.judge(encoders, [chunk(train)], held, variables(recording))
+    found = probes.errors(encoders, [chunk(train)], held, variables(recording))
     out: dict[str, dict[str, float]] = {}
     for who, by in found.items():
         out[who] = {name: 1.0 - mean(shares) for name, shares in by.items()}

@@ -169,7 +169,10 @@ def measured(gates: Gates, claim: Claim) -> str:
 
 
 def copying(gates: Gates, title: str, ending: str) -> list[str]:
-    """In how many games each level's metric passes its baseline, one sentence for all."""
+    """In how many games each level's metric passes its baseline, a phrase for each level.
+
+    title: of a table in the world model's gate. ending: of the metric's name.
+    """
     counts: dict[str, list[bool]] = {}
     for table in gates.get("world_model", {}).get("tables", []):
         for row in table["rows"] if table["title"] == title else []:
@@ -201,17 +204,21 @@ def learned(row: Mapping[str, Any]) -> str:
     chance, online = by.get("random play"), by.get("online")
     above = chance is not None and row["value"] is not None and row["value"] > chance
     verdict = "has a higher mean return than random play" if above else "did not learn"
-    said = f"The policy {verdict}: {gate.number(row['value'])} in the real game, random play"
-    said += f" {gate.number(chance)}"
+    line = f"The policy {verdict}: {gate.number(row['value'])} in the real game, random play"
+    line += f" {gate.number(chance)}"
     if online is not None:
-        said += f", the same agent trained online with as many steps {gate.number(online)}"
-    return said + ". One seed; the gate has the standard errors."
+        line += f", the same agent trained online with as many steps {gate.number(online)}"
+    return line + ". One seed; the gate has the standard errors."
 
 
 # ---------------------------------------------------------------- sections
 
 
 def chain(root: Path, gates: Gates, needs: Mapping[str, tuple[str, ...]]) -> parts.Section:
+    """A table of the finished stages: what each was made from, its gate, length and digest.
+
+    needs: {stage: the stages before it whose outputs it reads}.
+    """
     rows = []
     for name, found in gates.items():
         body = manifest.read(root / name) or {}
@@ -234,11 +241,12 @@ def chain(root: Path, gates: Gates, needs: Mapping[str, tuple[str, ...]]) -> par
 
 
 def claims(gates: Gates) -> parts.Section:
+    """What the lineage claims beside what the gates measured."""
     header = ["", "claimed by the lineage", "measured here", "why they differ"]
     rows = [[claim.what, claim.claimed, measured(gates, claim), claim.why] for claim in CLAIMS]
     text = [
         "The lineage is ssrhaso/hidreamer. Baselines stand in brackets. Sizes and data are those of"
-        " this run, not theirs. What is said of theirs comes from the project's audit of its code."
+        " this run, not theirs. Statements about theirs come from an audit of its code."
     ]
     return parts.Section(
         "Claimed and measured", text, tables=[parts.Table(header, rows, prose=True)]
@@ -246,6 +254,7 @@ def claims(gates: Gates) -> parts.Section:
 
 
 def gate_section(name: str, found: Mapping[str, Any]) -> parts.Section:
+    """A stage's gate; found: its ``Gate.tree``."""
     tables = []
     for table in found["tables"]:
         header, rows = gate.cells(table)
@@ -263,7 +272,9 @@ def gate_section(name: str, found: Mapping[str, Any]) -> parts.Section:
 def drawn(
     root: Path, config: Config, device: torch.device, poll: Callable[[], None]
 ) -> list[parts.Section]:
-    """The sections with pictures."""
+    """The sections with pictures, made anew from the pipeline's folder ``root``. poll: called
+    between updates of the picture decoder; may raise to stop.
+    """
     recordings = data.load_all(root, config)
     tokens = load_tokens(root, recordings)
     model = world_model.load(root, config, device)

@@ -140,6 +140,7 @@ class TokenAgent(models.Agent):
         replayed: Replayed | None = None,
         model_loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        """As ``Agent.update_behavior``, with ``passes`` updates on each imagined batch (PPO)."""
         assert replayed is None and model_loss is None  # ``__init__`` refuses what needs them
         behavior = self.behavior
         with self.autocast(), torch.no_grad():

@@ -78,7 +78,9 @@ def fit_step(quantizer: Quantizer, z: Tensor, rate: float, optimizer: Any) -> tu
 
 
 def make_fit_optimizer(config: Config, quantizer: Quantizer, device: torch.device) -> Any:
-    """None for a quantiser without parameters."""
+    """Adam by pipeline.tokenizer.lr; None for a quantiser whose codebooks are not learned by
+    gradient.
+    """
     if quantizer.kind not in BY_GRADIENT:
         return None
     settings = {"lr": config.pipeline.tokenizer.lr, "eps": 1e-8, "clip": CLIP}
@@ -87,7 +89,11 @@ def make_fit_optimizer(config: Config, quantizer: Quantizer, device: torch.devic
 
 
 def fit(config: Config, embed: Tensor, updates: int, groups: int = 1, levels: int = 0) -> Quantizer:
-    """A quantiser of unit vectors (N, E), trained as the stage trains its own; a control."""
+    """A quantiser of unit vectors ``embed`` (N, E), trained as the stage trains its own, for
+    baselines.
+
+    groups, levels: of the quantiser; 0 levels: those of the config.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -114,6 +120,8 @@ def encode(quantizer: Quantizer, embed: np.ndarray | Tensor) -> tuple[np.ndarray
 
 
 class Tokenizer(Stage):
+    """Trains the residual quantiser of the embeddings, and writes the tokens of all frames."""
+
     name = "tokenizer"
     needs = ("collect", "encoder")
     keys = ("pipeline.tokenizer", "pipeline.probe_steps")
@@ -220,7 +228,7 @@ class Tokenizer(Stage):
             outputs.append(save_tokens(path, index[:, :, 0]))
             embeddings.append(embed)
             tokens.append(index[:, :, 0])
-        found = tokenizer_gate.judge(self, embeddings, tokens)
+        found = tokenizer_gate.evaluate(self, embeddings, tokens)
         return found, outputs
 
     def embeddings(self, recording: data.Recording) -> np.ndarray:
@@ -247,7 +255,9 @@ def load_tokens(root: Path, recording: data.Recording) -> np.ndarray:
 
 
 def load(root: Path, config: Config, device: torch.device) -> tuple[nn.Module, Quantizer]:
-    """The encoder and the quantiser that made the tokens. Raises FolderError, ConfigError."""
+    """The encoder and the quantiser that made the tokens, from the pipeline's folder ``root``.
+    Raises FolderError, ConfigError.
+    """
     objective = encoder.load_objective(root, config, device)
     if config.pipeline.tokenizer.joint:
         training.load_params(root / "tokenizer" / "objective.pt", objective)

@@ -111,8 +111,10 @@ def permuted(fn: Any, code: np.ndarray, game: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the gate
 
 
-def judge(stage: Any, embeddings: list[np.ndarray], tokens: list[np.ndarray]) -> Gate:
-    """Of a ``Tokenizer``, all games' embeddings (N, E) and tokens (N, L)."""
+def evaluate(stage: Any, embeddings: list[np.ndarray], tokens: list[np.ndarray]) -> Gate:
+    """The gate of a finished ``Tokenizer`` stage. embeddings (N, E), tokens (N, L): of all rows of
+    each game.
+    """
     untrained = untrained_embeddings(stage)
     tables = [level_table(stage, tokens), energy_table(stage, embeddings, untrained)]
     if len(tokens) > 1:
@@ -168,6 +170,7 @@ def held(stage: Any, parts: list[np.ndarray]) -> np.ndarray:
 
 
 def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
+    """Use, persistence and entropy of each level's codes. tokens: (N, L) of each game."""
     codes, rows = held(stage, tokens), []  # (N, L)
     total = stage.quantizer.codes
     for level in range(codes.shape[1]):
@@ -190,7 +193,10 @@ def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
 
 
 def energy_table(stage: Any, embeddings: list[np.ndarray], untrained: list[np.ndarray]) -> Table:
-    """Of L0, L0+L1 and so on."""
+    """How well sums of codes (L0, L0+L1, ...) give the embedding back, on held-out rows.
+
+    embeddings, untrained: (N, E) of each game, by the trained encoder and before training.
+    """
     quantizer, levels = stage.quantizer, stage.quantizer.levels
     z = held(stage, embeddings)
     sums = tokenizer.encode(quantizer, z)[1].cumsum(1)  # (N, L, E)
@@ -216,6 +222,7 @@ def energy_table(stage: Any, embeddings: list[np.ndarray], untrained: list[np.nd
 
 
 def shared_table(stage: Any, tokens: list[np.ndarray]) -> Table:
+    """How far games share codes, beside a permutation of the games. tokens: (N, L) of each."""
     games = [np.full(len(index), i) for i, index in enumerate(tokens)]
     codes, game, rows = np.concatenate(tokens), np.concatenate(games), []
     count = stage.quantizer.codes
@@ -233,7 +240,7 @@ def shared_table(stage: Any, tokens: list[np.ndarray]) -> Table:
 
 
 def transfer_table(stage: Any, embeddings: list[np.ndarray]) -> Table:
-    """Of the last game."""
+    """How well codebooks that never saw the last game give its embeddings (N, E) back."""
     last, recording = len(embeddings) - 1, stage.recordings[-1]
     z = embeddings[last][recording.rows(held=True)]
     others = fit_all(stage, embeddings, list(range(last)))
@@ -255,7 +262,11 @@ def transfer_table(stage: Any, embeddings: list[np.ndarray]) -> Table:
 def probe_table(
     stage: Any, recording: Recording, embed: np.ndarray, untrained: np.ndarray, control: Any
 ) -> Table:
-    """R2 of every variable from the codes of all levels, and from fewer."""
+    """R2 of every variable of the console's memory from the codes of all levels, and from fewer.
+
+    embed, untrained: (N, E) of ``recording``, by the trained encoder and before training. control:
+    a quantiser fitted on the latter.
+    """
     sums = tokenizer.encode(stage.quantizer, embed)[1].cumsum(1)  # (N, L, E)
     other = tokenizer.encode(control, untrained)[1].sum(1)  # (N, E)
     scale, levels = np.float32(np.sqrt(embed.shape[1])), sums.shape[1]

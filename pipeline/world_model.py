@@ -26,6 +26,7 @@ LAST_LR = 1e-6
 
 
 def make_optimizer(model: TokenWorldModel, block: Config, device: torch.device) -> Optimizer:
+    """AdamW for dynamics and heads. block: pipeline.world_model of the config."""
     parts = {name: getattr(model, name) for name in ("dynamics", "reward", "cont")}
     settings: dict[str, Any] = {"lr": block.lr, "eps": 1e-8, "clip": block.clip}
     algorithm = training.adamw(block.decay, BETAS)
@@ -36,11 +37,14 @@ def make_optimizer(model: TokenWorldModel, block: Config, device: torch.device) 
 
 
 def actions_of(config: Config) -> Actions:
+    """The action spaces of all games, put together."""
     widths = [data.space(config, game).actions for game in config.pipeline.games]
     return Actions(widths, config.pipeline.world_model.game_token)
 
 
 class WorldModel(Stage):
+    """Trains the token transformer with its reward and continue heads, once for every mask."""
+
     name = "world_model"
     needs = ("collect", "encoder", "tokenizer")
     keys = ("pipeline.world_model", "pipeline.probe_steps", "dynamics", "reward", "cont")
@@ -108,7 +112,7 @@ class WorldModel(Stage):
         for model in self.models:
             model.eval()
         outputs = [training.save_params(self.folder / "world_model.pt", self.models[0])]
-        return world_model_gate.judge(self), outputs
+        return world_model_gate.evaluate(self), outputs
 
 
 def accumulate(
@@ -127,7 +131,9 @@ def accumulate(
         named = {f"{name}_loss": x.detach().mean() for name, x in losses.items()}
         found.append({"model_loss": loss.detach()} | named | metrics)
     steps = optimizer.apply()
-    means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
+    means = {}
+    for name in found[0]:
+        means[name] = torch.stack([each[name] for each in found]).mean()
     shown = ("grad_norm", "skipped")  # the second is of float16
     return means | {name: steps[name] for name in shown if name in steps}
 

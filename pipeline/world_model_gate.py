@@ -185,7 +185,12 @@ def code_sums(model: TokenWorldModel, tokens: np.ndarray) -> np.ndarray:
 def probe(
     stage: Any, recording: Any, known: np.ndarray, last: np.ndarray, h: int, dreamt: np.ndarray
 ) -> Mapping[str, Mapping[str, float]]:
-    """R2 by who and variable, h steps after rows ``last`` (B,)."""
+    """R2 of linear probes {"dreamt", "keep the last" or "true codes": {variable: R2}}, ``h`` steps
+    after rows ``last`` (B,).
+
+    known: sums of codes (N, E) of the whole recording, on which the probes are fitted. dreamt: of
+    the imagined steps, (B, E).
+    """
     train = recording.rows(held=False)
     train = np.random.default_rng(0).permutation(train)[: stage.config.pipeline.probe_steps]
     scale = np.float32(np.sqrt(known.shape[1]))
@@ -195,22 +200,22 @@ def probe(
     for who, x in views.items():
         fitted[who], judged[who] = scale * known[train], scale * x
     encoders = {who: lambda rows, who=who: rows[who] for who in views}
-    found = probes.judge(encoders, [fitted], [judged], probing.variables(recording))
-    return {who: {v: 1.0 - probing.mean(x) for v, x in by.items()} for who, by in found.items()}
+    found = probes.errors(encoders, [fitted], [judged], probing.variables(recording))
+    scores: dict[str, dict[str, float]] = {}
+    for who, errors in found.items():
+        scores[who] = {variable: 1.0 - probing.mean(x) for variable, x in errors.items()}
+    return scores
 
 
 # ---------------------------------------------------------------- the gate
 
 
-def judge(stage: Any) -> Gate:
-    """Of a ``WorldModel`` stage."""
+def evaluate(stage: Any) -> Gate:
+    """The gate of a finished ``WorldModel`` stage."""
     block, games = stage.block, range(len(stage.recordings))
     sizes = {"batch": block.batch, "balance": False, "held": True}
     windows = Windows(stage.recordings, stage.rows, length=block.length, **sizes)
-    shortest = min(
-        max(part.stop - part.start for part in recording.episodes(True))
-        for recording in stage.recordings
-    )
+    shortest = min(recording.longest(held=True) for recording in stage.recordings)
     context = min(block.context, shortest - 1)
     long = min(context + max(HORIZONS), shortest)
     rollout_windows = Windows(stage.recordings, stage.rows, length=long, **sizes)
@@ -232,7 +237,11 @@ def judge(stage: Any) -> Gate:
 
 
 def mask_table(stage: Any, windows: Windows, rollout_windows: Windows, context: int) -> Table:
-    """The config's mask beside the others, means over games."""
+    """The config's mask beside the others, means over games.
+
+    windows, rollout_windows: held-out sequences, for teacher-forced accuracy and for rollouts of
+    which ``context`` steps are given.
+    """
     by_mask: dict[str, dict[str, float]] = {}
     better: dict[str, str] = {}
     for mask, model in zip(stage.masks, stage.models, strict=True):

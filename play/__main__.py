@@ -59,8 +59,8 @@ def start(args: argparse.Namespace) -> int:
         from play import server
     except ImportError as error:
         raise app.UsageError(
-            f"the page needs its extra ({error.name}): pip install -e '.[play]'; --record OUT.mp4"
-            " does without"
+            f"the page needs its extra ({error.name}): {app.install_line('play')}; "
+            "--record OUT.mp4 does without"
         ) from None
     with server.bind(args.port) as listening:
         session = make_session(args)

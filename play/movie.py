@@ -18,7 +18,10 @@ FPS = 15
 
 
 def compose(view: View, action: str = "", hand: bool = False) -> np.ndarray:
-    """One frame (H,W,3) uint8, of the same size at every step."""
+    """One frame (H,W,3) uint8, of the same size at every step.
+
+    action: the name of the last one. hand: whether the user acts.
+    """
     boxes = []
     for title, frame in view.pictures.values():
         box = np.full((SIDE + LINE, SIDE, 3), PAPER, np.uint8)

@@ -216,6 +216,8 @@ class Player:
 
 
 def make_app(player: Player) -> Starlette:
+    """The page and its socket, for this machine's own browser alone."""
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         task = asyncio.create_task(player.run())
@@ -230,7 +232,10 @@ def make_app(player: Player) -> Starlette:
 
 
 def serve(session: Session, listening: socket.socket, videos: Path) -> None:
-    """Until a signal ends it, which goes on as KeyboardInterrupt for Ctrl-C."""
+    """Serve the page until a signal ends it; Ctrl-C goes on as KeyboardInterrupt.
+
+    listening: of ``bind``. videos: the folder that recordings go to.
+    """
     player = Player(session, videos)
     config = uvicorn.Config(
         make_app(player), log_level="warning", ws_max_size=2**16, timeout_graceful_shutdown=1

@@ -92,22 +92,22 @@ class Session:
             self._go(self._begin())
             return
         if self.now.over:
-            self._go(self._fall_asleep())
+            self._go(self._start_dream())
             return
         vector = self.controls.vector(self.held) if self.hand else self._choose()
         try:
-            self._go(self._dream_on(vector) if self.now.dreaming else self._act(vector))
+            self._go(self._dream_step(vector) if self.now.dreaming else self._act(vector))
         except Exception as error:  # an environment may raise anything
             self.message = f"the environment failed: {one_line(error)}"
             self._go(self.now._replace(over=True))
 
     def reset(self) -> None:
         """A new episode, or the dream again from where the real environment stands."""
-        self._go(self._fall_asleep() if self.now.dreaming else self._begin())
+        self._go(self._start_dream() if self.now.dreaming else self._begin())
 
     def switch(self) -> None:
         """From the real environment into a dream that begins there, or back."""
-        self._go(self._wake() if self.now.dreaming else self._fall_asleep())
+        self._go(self._leave_dream() if self.now.dreaming else self._start_dream())
 
     def back(self) -> None:
         """One step back; not where an environment cannot be put back."""
@@ -161,12 +161,12 @@ class Session:
         numbers = (float(obs["reward"]), total, step, bool(obs["is_last"]), action)
         return Moment(False, obs, acting, post, self.env.get_state(), carry, ahead, *numbers)
 
-    def _fall_asleep(self) -> Moment:
+    def _start_dream(self) -> Moment:
         now = self.now
         fresh = {"imagined": now.acting.carry, "ahead": 0, "reward": 0.0, "total": 0.0}
         return now._replace(dreaming=True, **fresh, step=0, over=False, action="")
 
-    def _wake(self) -> Moment:
+    def _leave_dream(self) -> Moment:
         """Where the real environment stood."""
         for before in reversed(self.past):
             if not before.dreaming and before.acting is self.now.acting:
@@ -177,7 +177,7 @@ class Session:
             dreaming=False, **fresh, total=0.0, step=0, over=bool(obs["is_last"]), action=""
         )
 
-    def _dream_on(self, vector: np.ndarray) -> Moment:
+    def _dream_step(self, vector: np.ndarray) -> Moment:
         now = self.now
         carry = self._imagine(now.imagined, vector)
         reward, cont, _ = self.agent.heads(self.agent.dynamics.feat(carry))
@@ -200,6 +200,7 @@ class Session:
         return self.agent.dynamics.feat(carry).map(Tensor.float)
 
     def view(self) -> View:
+        """What the page shows now: pictures, numbers, and each level's distributions."""
         now, feat = self.now, self.feat()
         decoded = self.agent.decode(feat, levels=True, generator=self.generator)
         pictures = {"real": ("real, paused" if now.dreaming else "real", self._real_picture())}

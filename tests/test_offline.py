@@ -176,27 +176,27 @@ def test_an_interrupted_job_goes_on_exactly(recorded, tmp_path):
     second.resume(8)
     assert second.update == 3
     second.train(8)
-    a, b = whole.judge(), second.judge()
+    a, b = whole.evaluate(), second.evaluate()
     assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key], equal_nan=True) for key in a)
-    assert not np.array_equal(first.judge()["model/reconstruction"], a["model/reconstruction"])
+    assert not np.array_equal(first.evaluate()["model/reconstruction"], a["model/reconstruction"])
     with pytest.raises(tools.ConfigError, match="other episodes"):
         trainer(recorded, tmp_path / "parts", seed=1, **{"model.lr": 1.0}).resume(8)
     with pytest.raises(tools.ConfigError, match="has had 8 updates"):
         trainer(recorded, tmp_path / "parts").resume(3)
 
 
-def test_learning_beats_the_sceptic(recorded, tmp_path):
+def test_learning_beats_the_baseline(recorded, tmp_path):
     """The bar stays where it is for nobody: its place is a fair coin,
     so only having seen it helps.
     """
     made = trainer(recorded, tmp_path, **{"model.lr": 3e-3, "replay.batch": 8, "decoder.units": 64})
-    before = made.judge()
+    before = made.evaluate()
     made.train(150)
-    after = made.judge()
+    after = made.evaluate()
     for name in ("reconstruction", "reconstruction, moving"):
         assert after[f"model/{name}"].mean() < 0.8 * before[f"model/{name}"].mean(), name
-        assert after[f"model/{name}"].mean() < after[f"sceptic/{name}"].mean(), name
-        assert np.array_equal(before[f"sceptic/{name}"], after[f"sceptic/{name}"])
+        assert after[f"model/{name}"].mean() < after[f"baseline/{name}"].mean(), name
+        assert np.array_equal(before[f"baseline/{name}"], after[f"baseline/{name}"])
 
 
 # ---------------------------------------------------------------- the whole
@@ -374,7 +374,7 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     report = {
         "dynamics": "hrvq",
         "more": ["--imag.starts", "8", "--dynamics.hrvq.chain", "false"],
-        "twin": False,
+        "negative_control": False,
     }
     (tmp_path / "returns.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [*words, "--returns", str(tmp_path / "returns.json")])
@@ -452,3 +452,11 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         quantisers.main()
     assert "do not go with it" in capsys.readouterr().err
+
+
+def test_results_of_version_0_1_are_read(tmp_path):
+    """Their baseline was called otherwise; a comparison continued now has both."""
+    row = np.ones(2)
+    np.savez(tmp_path / offline.RESULTS, **{"model/x": row, "sceptic/x": 2 * row, "updates": 3})
+    found = offline.read(tmp_path)
+    assert list(found) == ["model/x", "baseline/x", "updates"] and found["baseline/x"].sum() == 4.0

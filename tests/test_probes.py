@@ -73,17 +73,17 @@ def test_probes_find_what_is_there_and_nothing_else():
     )
     noise = lambda chunk: np.random.default_rng(int(chunk["ram"].sum())).normal(size=(100, 5))
     names = probes.BYTES["atari_breakout"]
-    found = probes.judge({"knows": knows, "noise": noise}, chunks[:4], [*chunks[4:], None], names)
+    found = probes.errors({"knows": knows, "noise": noise}, chunks[:4], [*chunks[4:], None], names)
     for name in ("player x", "ball x"):
         assert found["knows"][name][:2].max() < 0.01 and np.isnan(found["knows"][name][2])
         assert found["noise"][name][:2].min() > 0.7
     assert found["knows"]["blocks hit"][:2].min() > 0.7
     assert np.isnan(found["knows"]["score"]).all()  # it never changes
-    told = probes.compare(
+    compared = probes.compare(
         {"model": found["noise"], "pixels": found["knows"], "untrained": found["noise"]}
     )
-    assert np.array_equal(told["model/RAM ball x"], found["noise"]["ball x"], equal_nan=True)
-    assert np.array_equal(told["sceptic/RAM ball x"], found["knows"]["ball x"], equal_nan=True)
+    assert np.array_equal(compared["model/RAM ball x"], found["noise"]["ball x"], equal_nan=True)
+    assert np.array_equal(compared["baseline/RAM ball x"], found["knows"]["ball x"], equal_nan=True)
 
 
 def test_a_code_that_never_changed_in_training_says_nothing():
@@ -94,7 +94,7 @@ def test_a_code_that_never_changed_in_training_says_nothing():
     ram = rng.integers(1, 200, (6, 4, 25, 128)).astype(np.uint8)
     chunks = [{"ram": x, "code": 0.5 if i < 4 else -0.5} for i, x in enumerate(ram)]
     still = lambda chunk: chunk["code"] + 1e-8 * rng.normal(size=(100, 3))
-    found = probes.judge({"still": still}, chunks[:4], chunks[4:], {"player x": 72})
+    found = probes.errors({"still": still}, chunks[:4], chunks[4:], {"player x": 72})
     assert np.abs(found["still"]["player x"] - 1.0).max() < 0.3
 
 
@@ -104,11 +104,11 @@ def test_a_job_probes_its_model(recorded, tmp_path):
     home.mkdir(parents=True)
     trainer = offline.Trainer(config(), offline.find([str(folder)]), home, torch.device("cpu"))
     trainer.train(2)
-    found = trainer.judge()
+    found = trainer.evaluate()
     for name in ("player x", "ball x", "ball y"):
         assert (
             found[f"model/RAM {name}"].shape == (2,)
             and np.isfinite(found[f"model/RAM {name}"]).all()
         )
-        assert np.isfinite(found[f"sceptic/RAM {name}"]).all()
+        assert np.isfinite(found[f"baseline/RAM {name}"]).all()
     assert len(list((tmp_path / "ram").iterdir())) == 10

@@ -299,7 +299,8 @@ class Recurrent(Dynamics):
         return tuple(onehot.unflatten(-1, shape).argmax(-1) for onehot, shape in levels)
 
     def prior_logits(self, carry: Carry) -> tuple[Tensor, ...]:
-        return tuple(x[:, 0] for x in self.priors(*(x.unsqueeze(1) for x in carry[:2])))
+        deter, stoch = (x.unsqueeze(1) for x in carry[:2])  # (B, 1, .)
+        return tuple(logit[:, 0] for logit in self.priors(deter, stoch))
 
     def starts(self, carry: Carry, post: Post, n: int) -> Carry:
         self.check_feat(post.feat)

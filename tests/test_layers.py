@@ -1,6 +1,4 @@
-"""Arrows point downwards only: a file imports from lower floors,
-or acyclically from its own room.
-"""
+"""A file imports from lower layers only, or acyclically from its own package."""
 
 import ast
 from pathlib import Path
@@ -9,8 +7,8 @@ import pytest
 
 from conftest import ROOT
 
-# A room is a file or folder that stands here; what else is in a folder belongs to its room.
-FLOORS = {
+# Each entry is a file or a folder; what else is in a folder belongs to the folder's entry.
+LAYERS = {
     "benchmarks": 14,
     "pipeline": 13,
     "run_comparison": 11,
@@ -62,8 +60,8 @@ ALONE = ("hidreamer", "envs")  # import nothing else of this project
 ON_DEMAND = ("legacy",)  # loaded only when asked for
 # May import by a name that is not written out: the command its scripts, gym_MODULE:ID the module of
 # a user, hidreamer.root what the modules of ROOT import.
-DOORS = ("hidreamer.__main__", "hidreamer.root", "envs.gym")
-# The one arrow upwards: hidreamer.load and its like, and only inside a function.
+DYNAMIC = ("hidreamer.__main__", "hidreamer.root", "envs.gym")
+# The one import upwards: hidreamer.load and its like, and only inside a function.
 UPWARDS = ("hidreamer", "library")
 BY_NAME = ("import_module", "__import__", "run_module", "run_path")
 OUTSIDE = (
@@ -73,10 +71,10 @@ OUTSIDE = (
     "results",
     "runs",
     "build",
-)  # folders without code of the project's rooms
+)  # folders without code of the project
 
 
-class House:
+class Project:
     """The modules of a folder, and what they import from each other."""
 
     def __init__(self, root: Path):
@@ -115,11 +113,11 @@ class House:
         start = what.values[0] if isinstance(what, ast.JoinedStr) else what
         if isinstance(start, ast.Constant):
             found.add(self._owner(str(start.value).rstrip(".")))
-        elif name not in DOORS:
+        elif name not in DYNAMIC:
             self.faults.append(f"{name} imports by a name that is not written out")
 
     def _owner(self, name: str) -> str:
-        """The module of this house that holds ``name``; "" if none does."""
+        """The module of this project that holds ``name``; "" if none does."""
         while name and name not in self.paths:
             name = name.rpartition(".")[0]
         return name
@@ -137,34 +135,34 @@ def called(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
-def room(name: str) -> str:
-    """The entry of FLOORS that a module belongs to; "" if it has none."""
-    while name and name not in FLOORS:
+def layer_of(name: str) -> str:
+    """The entry of LAYERS that a module belongs to; "" if it has none."""
+    while name and name not in LAYERS:
         name = name.rpartition(".")[0]
     return name
 
 
 def faults(root: Path) -> list[str]:
-    """What is wrong with the arrows of the project in ``root``, one line each."""
-    house = House(root)
-    found = house.faults
-    for name in house.paths:
-        if not room(name):
-            found.append(f"{name} has no floor")
+    """What is wrong with the imports of the project in ``root``, one line each."""
+    project = Project(root)
+    found = project.faults
+    for name in project.paths:
+        if not layer_of(name):
+            found.append(f"{name} has no layer")
             continue
-        for other in sorted(house.always[name] | house.lazily[name]):
-            if (name, other) == UPWARDS and other not in house.always[name]:
+        for other in sorted(project.always[name] | project.lazily[name]):
+            if (name, other) == UPWARDS and other not in project.always[name]:
                 continue
-            here, there = room(name), room(other)
-            if here != there and there and FLOORS[there] >= FLOORS[here]:
-                floors = FLOORS[here], FLOORS[there]
-                found.append(f"{name} (floor {floors[0]}) imports {other} (floor {floors[1]})")
+            here, there = layer_of(name), layer_of(other)
+            if here != there and there and LAYERS[there] >= LAYERS[here]:
+                layers = LAYERS[here], LAYERS[there]
+                found.append(f"{name} (layer {layers[0]}) imports {other} (layer {layers[1]})")
             top, above = name.split(".")[0], other.split(".")[0]
             if top in ALONE and above != top:
                 found.append(f"{name} imports {other}: {top} stands alone")
-            if above in ON_DEMAND and top not in ON_DEMAND and other in house.always[name]:
+            if above in ON_DEMAND and top not in ON_DEMAND and other in project.always[name]:
                 found.append(f"{name} always loads {other}")
-    return found + cycles(house.always)
+    return found + cycles(project.always)
 
 
 def cycles(graph: dict[str, set[str]]) -> list[str]:
@@ -185,38 +183,40 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
     return found
 
 
-def test_no_arrow_points_up():
+def test_nothing_imports_upwards():
     assert faults(ROOT) == []
 
 
-def test_every_floor_is_somebodys():
-    assert sorted(FLOORS.keys() - House(ROOT).paths.keys()) == ["benchmarks"]  # a folder of scripts
+def test_every_entry_exists():
+    assert sorted(LAYERS.keys() - Project(ROOT).paths.keys()) == [
+        "benchmarks"
+    ]  # a folder of scripts
 
 
 def test_the_dynamics_never_import_each_other():
-    house = House(ROOT)
-    kinds = {name for name in house.paths if name.startswith("hidreamer.dynamics.")}
+    project = Project(ROOT)
+    kinds = {name for name in project.paths if name.startswith("hidreamer.dynamics.")}
     shared = ("base", "recurrent", "scan", "tokens", "sequences")
     shared += ("cell_scan", "residual_scan")
     kinds -= {f"hidreamer.dynamics.{name}" for name in shared}
     for name in kinds:
-        assert not (house.always[name] | house.lazily[name]) & (kinds - {name})
+        assert not (project.always[name] | project.lazily[name]) & (kinds - {name})
 
 
 LAZY = "def f():\n    import {}\n"
 PLANTED = {  # file: its text, and what is said of it
-    "upward": ({"networks.py": "import models"}, "networks (floor 7) imports models (floor 8)"),
+    "upward": ({"networks.py": "import models"}, "networks (layer 7) imports models (layer 8)"),
     "upward, in a function": (
         {"tools.py": LAZY.format("training")},
-        "tools (floor 6) imports training (floor 10)",
+        "tools (layer 6) imports training (layer 10)",
     ),
     "upward, in a try": (
         {"models.py": "try:\n    import dreamer\nfinally:\n    pass"},
-        "models (floor 8) imports dreamer",
+        "models (layer 8) imports dreamer",
     ),
-    "one floor": (
+    "one layer": (
         {"envs/a.py": "", "hidreamer/b.py": "from envs import a"},
-        "hidreamer.b (floor 0) imports envs.a",
+        "hidreamer.b (layer 0) imports envs.a",
     ),
     "from the root": (
         {"hidreamer/a.py": LAZY.format("tools")},
@@ -236,33 +236,33 @@ PLANTED = {  # file: its text, and what is said of it
     ),
     "an application": (
         {"comparison/a.py": "from analysis import b", "analysis/b.py": ""},
-        "comparison.a (floor 9) imp",
+        "comparison.a (layer 9) imp",
     ),
     "applications, of a library": (
         {"models.py": LAZY.format("comparison")},
-        "models (floor 8) imports comparison",
+        "models (layer 8) imports comparison",
     ),
     "always loaded": ({"training.py": "import legacy"}, "training always loads legacy"),
     "a cycle": (
         {"envs/a.py": "import envs.b", "envs/b.py": "import envs.a"},
         "cycle: envs.a -> envs.b -> envs.a",
     ),
-    "no floor": ({"elsewhere/a.py": ""}, "elsewhere.a has no floor"),
-    "the door, from elsewhere": (
+    "no layer": ({"elsewhere/a.py": ""}, "elsewhere.a has no layer"),
+    "the upward import, from elsewhere": (
         {"hidreamer/a.py": LAZY.format("library")},
         "hidreamer.a imports library: hidreamer stands alone",
     ),
-    "the door, always open": (
+    "the upward import, always": (
         {"hidreamer/__init__.py": "import library"},
         "hidreamer imports library: hidreamer stands alone",
     ),
-    "the door, to elsewhere": (
+    "the upward import, to elsewhere": (
         {"hidreamer/__init__.py": LAZY.format("models")},
         "hidreamer imports models: hidreamer stands alone",
     ),
     "an application, of the loader": (
         {"library/a.py": LAZY.format("play")},
-        "library.a (floor 9) imports play (floor 10)",
+        "library.a (layer 9) imports play (layer 10)",
     ),
     "relative": ({"envs/a.py": "from . import b"}, "envs.a has a relative import"),
 }
@@ -270,11 +270,12 @@ PLANTED = {  # file: its text, and what is said of it
 
 def build(root: Path, files: dict[str, str]) -> Path:
     """A project without fault, but for ``files``."""
-    rooms = {name.split(".")[0] for name in FLOORS}
-    for name, text in {**{f"{room}/__init__.py": "import os" for room in rooms}, **files}.items():
+    folders = {name.split(".")[0] for name in LAYERS}
+    empty = {f"{folder}/__init__.py": "import os" for folder in folders}
+    for name, text in (empty | files).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    for name in rooms:
+    for name in folders:
         if (root / f"{name}.py").exists():  # instead of the folder
             (root / name / "__init__.py").unlink()
     return root
