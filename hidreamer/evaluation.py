@@ -228,18 +228,26 @@ def picture(rows: list[torch.Tensor], error: bool) -> np.ndarray:
     """Images or grids (B,T,H,W,C) in [0, 1], truth first -> frames (T, H rows, B W, 3) uint8, one
     above the other.
 
-    With ``error`` the difference of the second and the first comes third.
+    With ``error`` the difference of the second and the first comes third; grey is no error.
     """
+    rows = [in_colour(row.float().cpu()) for row in rows]
     if error:
         rows = [*rows[:2], (rows[1] - rows[0] + 1.0) / 2.0, *rows[2:]]
-    x = torch.cat(rows, 2).float().cpu()  # (B, T, H rows, W, C)
-    channels = x.shape[-1]
-    if channels == 1:
-        x = x.expand(*x.shape[:-1], 3)
-    elif channels != 3:  # planes of a board, each in a colour of its own
-        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels)
-        x = x @ (0.5 + 0.5 * torch.cos(hue + torch.tensor([0.0, 2.1, 4.2])))
+    x = torch.cat(rows, 2)  # (B, T, H rows, W, 3)
     scale = max(1, 128 // x.shape[3])
     frames = x.permute(1, 2, 0, 3, 4).flatten(2, 3).clamp(0.0, 1.0)  # (T, H rows, B W, 3)
     frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     return (255.0 * frames).round().byte().numpy()
+
+
+def in_colour(x: torch.Tensor) -> torch.Tensor:
+    """(..., C) -> (..., 3) in [0, 1]: grey or RGB images as they are, each plane of a board in a
+    colour of its own.
+    """
+    channels = x.shape[-1]
+    if channels == 1:
+        x = x.expand(*x.shape[:-1], 3)
+    elif channels != 3:
+        hue = torch.arange(channels).unsqueeze(1) * (2.0 * torch.pi / channels)
+        x = x @ (0.5 + 0.5 * torch.cos(hue + torch.tensor([0.0, 2.1, 4.2])))
+    return x.clamp(0.0, 1.0)
