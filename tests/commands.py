@@ -28,8 +28,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 def known(words: list[str]) -> bool:
-    """Whether a command that is not run (an installation, say) can be right. Raises what it lacks:
-    a target of the Makefile, an extra.
+    """Whether a command that is not run, such as an installation, can be right: its target of the
+    Makefile or its extra exists.
     """
     if words[0] == "make":
         target = next(word for word in words[1:] if "=" not in word)
@@ -39,6 +39,22 @@ def known(words: list[str]) -> bool:
         extras = set(re.findall(r"[\w]+", "".join(re.findall(r"\[(.*?)\]", " ".join(words)))))
         return extras <= set(project["optional-dependencies"])
     return words[0] in ("python3", ".", "tensorboard", "pytest", "apt", "cd", "ray", "git")
+
+
+def recipe(words: list[str]) -> list[list[str]]:
+    """The scripts that a make command starts, with its ARGS."""
+    target = next(word for word in words[1:] if "=" not in word)
+    given = next((word[5:] for word in words if word.startswith("ARGS=")), "")
+    text = (ROOT / "Makefile").read_text()
+    found = []
+    for line in re.search(rf"^{target}:.*\n((?:\t.*\n)*)", text, re.M)[1].splitlines():
+        line = line.strip().replace("$(RUN)", "python").replace("$(ARGS)", given)
+        if line.startswith("python ") and (words := shlex.split(line))[1] in (
+            "demo.py",
+            "doctor.py",
+        ):
+            found.append(words)
+    return found
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -66,6 +82,9 @@ def shortened(words: list[str]) -> list[str]:
 
 def run(words: list[str]) -> int | None:
     """Run one command in the present folder. -> its exit status; None if it was only looked at."""
+    if words[0] == "make":
+        assert known(words), f"the Makefile has no such target: {shlex.join(words)}"
+        return max([run(line) or 0 for line in recipe(words)], default=0)
     if words[0] == "hidreamer":
         from hidreamer import app
 

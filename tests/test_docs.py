@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import blocks, commands, known, run, shortened
+from commands import blocks, commands, known, recipe, run, shortened
 
 import tools
 from conftest import ROOT
@@ -83,6 +83,8 @@ def test_a_command_that_cannot_work_is_found(folder):
     assert run([*again.split(), "--dynamics.hidden", "24"]) == 2
     assert not known(["pip", "install", "-e", ".[nonsense]"])
     assert not known(["make", "coffee"])
+    demo = "python demo.py --configs demo_atari tiny_dreamerv3 --logdir runs/demo_atari --steps 9"
+    assert recipe(["make", "demo-atari", "ARGS=--steps 9"]) == [demo.split()]
     assert shortened(["--resume", "x"])[:2] == ["--resume", "x"]
 
 
