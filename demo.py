@@ -2,9 +2,9 @@
 
     python demo.py [--configs PRESET ...] [--logdir FOLDER] [--key value | --group.key value]
 
-Without --configs it is the preset `demo`: MinAtar Breakout, in runs/demo. --steps says for how
-long; all other keys are those of dreamer.py. The same command again continues, or shows the result
-again.
+Without --configs it is the preset `demo`: MinAtar Breakout, in runs/demo. --steps is its length in
+environment frames; all other keys are those of python dreamer.py. The same command again continues,
+or shows the result again.
 """
 
 from __future__ import annotations
@@ -229,7 +229,10 @@ def next_commands(logdir: Path, task: str) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """-> exit status: as dreamer.py's."""
     if "--help" in argv or "-h" in argv:
-        print(__doc__.strip().replace("python demo.py", " ".join(app.command("demo"))))
+        text = __doc__.strip()
+        for name in ("demo", "dreamer"):
+            text = text.replace(f"python {name}.py", " ".join(app.command(name)))
+        print(text)
         return 0
     try:
         words, logdir = arguments(argv)

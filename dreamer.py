@@ -20,7 +20,6 @@ import shlex
 import signal
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -381,5 +380,5 @@ def resource(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    app.plain_warnings()
     sys.exit(app.run(main))

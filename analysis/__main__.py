@@ -4,16 +4,15 @@
                               [--compare | --pictures]
 
 A LOGDIR is a run's folder, or one with runs below it; all of one task. The agents play new
-episodes, taking turns, and every one is judged on all of them: probes of named factors beside the
-raw observation and the untrained model, information of levels about factors, which level holds what
-the agent moves, and pictures of what levels show. See docs/analysis.md.
+episodes, taking turns, and each agent is evaluated on all of them: probes of named factors beside
+the raw observation and the untrained model, information of levels about factors, which level holds
+what the agent moves, and pictures of what levels show. See docs/analysis.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,17 +25,17 @@ SHORTEST = 7  # of --longest: latents.CONTEXT observed steps and two more
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UsageError. Imports nothing large: what is wrong is said at once."""
+    """Raises UsageError. Imports nothing large: mistakes are reported at once."""
     parser = app.Parser(
         prog=" ".join(app.command("analysis")),
-        description=__doc__,
+        description=__doc__.replace("python -m analysis", " ".join(app.command("analysis"))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("logdirs", type=Path, nargs="+", metavar="LOGDIR")
-    parser.add_argument("--out", type=Path, help="folder of the page; by default LOGDIR/analysis")
-    parser.add_argument("--episodes", type=int, default=EPISODES, help=f"default {EPISODES}")
+    parser.add_argument("--out", type=Path, help="folder of the page [LOGDIR/analysis]")
+    parser.add_argument("--episodes", type=int, default=EPISODES, help=f"new ones [{EPISODES}]")
     parser.add_argument(
-        "--longest", type=int, default=LONGEST, help=f"steps of an episode, default {LONGEST}"
+        "--longest", type=int, default=LONGEST, help=f"steps of an episode [{LONGEST}]"
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--compare", action="store_true", help="the tables of all runs, no pictures")
@@ -83,5 +82,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    app.plain_warnings()
     sys.exit(app.run(main))

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,13 @@ def parser() -> app.Parser:
     name = " ".join(app.command("analysis.evaluate"))
     found = app.Parser(name, description=__doc__.splitlines()[0])
     found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
-    found.add_argument("--episodes", type=at_least(1), help="how many [the run's eval_episodes]")
-    found.add_argument("--seed", type=at_least(0), help="of environments and chance [the run's]")
-    found.add_argument("--sampled", action="store_true", help="sample actions")
+    found.add_argument("--episodes", type=at_least(1), help="number [the run's eval_episodes]")
+    found.add_argument("--seed", type=at_least(0), help="of environments and actions [the run's]")
+    found.add_argument(
+        "--sampled",
+        action="store_true",
+        help="sample actions instead of taking the likeliest",
+    )
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--out", type=Path, help="a JSON file for all numbers [one line here]")
     return found
@@ -78,7 +81,7 @@ def at_least(least: int) -> Any:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UsageError. Imports nothing large: what is wrong is said at once."""
+    """Raises UsageError. Imports nothing large: mistakes are reported at once."""
     args = parser().parse_args(argv)
     if args.out and args.out.is_dir():
         raise app.UsageError(f"--out is {args.out}, a folder: name a file")
@@ -123,5 +126,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    app.plain_warnings()
     sys.exit(app.run(main))

@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
         "Tasks that every model is trained on, each with its suite's preset.",
     ),
     "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1."),
-    "seed_list": ([], "The seeds by name, instead."),
+    "seed_list": ([], "The seeds themselves, such as 3 5 8, instead of their number."),
     "logdir": (
         "runs/comparison",
         "Folder of runs and report (in its offline/ with --paired-offline, in --from with that).",
@@ -42,7 +42,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     ),
     "per_gpu": (1, "Runs that share a GPU. At least 1."),
     "side_by_side": (False, "Train all seeds of a model and task in one process, as one job."),
-    "backend": ("local", "Who runs them. One of: local ray slurm."),
+    "backend": ("local", "Where runs are started. One of: local ray slurm."),
     "resources": (
         [],
         (

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,8 @@ def main(argv: list[str]) -> int:
     folders or inputs; 128 + signal.
     """
     if not argv or "--help" in argv or "-h" in argv:
-        usage = f"{__doc__}\nStages: {', '.join(STAGES)}."
+        text = __doc__.replace("python -m pipeline", " ".join(app.command("pipeline")))
+        usage = f"{text}\nStages: {', '.join(STAGES)}."
         print(tools.help_text(usage))
         return 0 if argv else 2
     return guarded(functools.partial(start, argv))
@@ -135,5 +135,5 @@ def guarded(work: Callable[[Signals], int]) -> int:
 
 
 if __name__ == "__main__":
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    app.plain_warnings()
     sys.exit(app.run(main))

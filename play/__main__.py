@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ def parser() -> app.Parser:
     found = app.Parser(" ".join(app.command("play")), description=__doc__.splitlines()[0])
     found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
     found.add_argument("--port", type=int, default=8765, help="of the page, on 127.0.0.1 [8765]")
-    found.add_argument("--seed", type=int, help="fixes what happens [the environment's: the run's]")
+    found.add_argument("--seed", type=int, help="of environment and dream [the run's; drawn anew]")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--record", type=Path, metavar="OUT.mp4", help="write a video, no page")
     found.add_argument("--steps", type=int, help="of the video [200]")
@@ -33,7 +32,7 @@ def parser() -> app.Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Raises UsageError. Imports nothing large: what is wrong is said at once."""
+    """Raises UsageError. Imports nothing large: mistakes are reported at once."""
     args = parser().parse_args(argv)
     if args.seed is not None and args.seed < 0:
         raise app.UsageError(f"--seed is {args.seed}; it must be at least 0")
@@ -121,5 +120,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    app.plain_warnings()
     sys.exit(app.run(main))
