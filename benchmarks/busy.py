@@ -64,11 +64,11 @@ def run(configs: list[str], more: list[str], variables: dict[str, str], seconds:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
-    wall = 0.0
+    wall = cpu = 0.0
     for before, line in itertools.pairwise(lines):
         wall += (line["step"] - before["step"]) / line["perf/frames_per_s"]
+        cpu += line["perf/cpu_s"]  # since the line before
     updates = lines[-1]["updates"] - lines[0]["updates"]
-    cpu = lines[-1]["perf/cpu_s"] - lines[0]["perf/cpu_s"]
     return {"updates": updates, "wall_s": round(wall, 2), "cpu_s": round(cpu, 2)}
 
 
