@@ -49,7 +49,7 @@ def run(configs: list[str], more: list[str], variables: dict[str, str], seconds:
     env = {key: x for key, x in os.environ.items() if not key.startswith("OMP_")} | variables
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "dreamer.py"), "--configs", *configs, *more]
-        command += ["--logdir", folder, "--steps", "100000000", "--log_every", "100"]
+        command += ["--logdir", folder, "--steps", "100000000", "--log_every", "24"]
         log = Path(folder) / "metrics.jsonl"
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, env=env, **quiet)
@@ -64,6 +64,8 @@ def run(configs: list[str], more: list[str], variables: dict[str, str], seconds:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
+    if len(lines) < 2:  # it starved
+        return {"updates": 0, "wall_s": seconds, "cpu_s": None}
     wall = cpu = 0.0
     for before, line in itertools.pairwise(lines):
         wall += (line["step"] - before["step"]) / line["perf/frames_per_s"]
@@ -73,10 +75,13 @@ def run(configs: list[str], more: list[str], variables: dict[str, str], seconds:
 
 
 def rates(found: list[dict]) -> dict:
-    """Of the rounds of one cell."""
-    updates, wall, cpu = (sum(one[key] for one in found) for key in ("updates", "wall_s", "cpu_s"))
-    numbers = {"updates_per_s": updates / wall, "cpu_ms_per_update": 1000.0 * cpu / updates}
-    return {key: round(x, 2) for key, x in numbers.items()} | {"rounds": found}
+    """Of the rounds of one cell; no CPU time for updates that were never made."""
+    wall = sum(one["wall_s"] for one in found)
+    updates = sum(one["updates"] for one in found)
+    cpu = sum(one["cpu_s"] or 0.0 for one in found)
+    per_update = round(1000.0 * cpu / updates, 1) if updates else None
+    rate = round(updates / wall, 2)
+    return {"updates_per_s": rate, "cpu_ms_per_update": per_update, "rounds": found}
 
 
 def main() -> int:
