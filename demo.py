@@ -206,6 +206,8 @@ def show(logdir: Path) -> list[str]:
         lines.append(f"learning curve:                  {curve}")
     except ImportError:
         lines.append(f"no learning curve without matplotlib: {app.install_line('compare')}")
+    if first := app.activation():
+        lines += ["", f"first, in each terminal: {first}"]
     return [*lines, "", "next:", *(f"  {line}" for line in next_commands(logdir, config.task))]
 
 

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ by_command = ROOT == INSTALLED  # whether messages name "hidreamer train"; set b
 
 # {command: (module in ROOT that is run as a script, its sentence)}
 COMMANDS = {
-    "demo": ("demo", "Five minutes: an agent that beats random play, with videos of both."),
+    "demo": ("demo", "Minutes: an agent that beats random play, with videos of both."),
     "train": ("dreamer", "Train an agent, or continue a run."),
     "compare": ("run_comparison", "Train every model on every task with every seed, and report."),
     "evaluate": (
@@ -128,6 +129,17 @@ def install_line(extra: str = "") -> str:
         return f"pip install {shlex.quote(f'hidreamer{extras}')}"
     folder = "." if os.path.samefile(".", ROOT) else ROOT
     return f"pip install -e {shlex.quote(f'{folder}{extras}')}"
+
+
+def activation() -> str:
+    """The command after which "python" means the interpreter of this process, as with ``make
+    demo``; "" where it does already, or where there is no virtual environment.
+    """
+    script, found = Path(sys.prefix) / "bin" / "activate", shutil.which("python")
+    if not script.exists() or (found and Path(found).parent == script.parent):
+        return ""
+    near = script.is_relative_to(Path.cwd())
+    return f". {shlex.quote(str(script.relative_to(Path.cwd()) if near else script))}"
 
 
 def plain_warnings() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import demo
 import tools
+from hidreamer import app
 
 DEBUG = ["--configs", "debug", "--task", "minatar_breakout", "--steps", "60", "--eval_every", "60"]
 DEBUG += ["--eval_episodes", "4", "--env.count", "4", "--env.action_repeat", "1"]
@@ -31,6 +32,8 @@ def test_it_ends_with_numbers_pictures_and_three_commands(tmp_path, capsys):
     film = iio.imread(logdir / "videos" / "beside_random.mp4", plugin="pyav")
     assert film.shape[:2] == (demo.FILM, 160 + demo.CAPTION) and film.shape[2] == 2 * 160 + 8
     after = out.split("next:")[1].splitlines()[1:]
+    first = re.search(r"first, in each terminal: \. (.+)", out)
+    assert bool(first) == bool(app.activation())
     assert len(after) == 3 and all("python" in line and "#" in line for line in after)
     # The same command again trains nothing, and shows the same.
     assert demo.main([*DEBUG, "--logdir", str(logdir)]) == 0
@@ -83,3 +86,20 @@ def test_without_matplotlib_everything_else_is_there(tmp_path, capsys, monkeypat
     out = capsys.readouterr().out
     assert "no learning curve without matplotlib: pip install -e '.[compare]'" in out
     assert "beside_random.mp4" in out
+
+
+def test_what_makes_python_this_one(tmp_path, monkeypatch):
+    """After ``make demo`` nothing is activated, and "python" may be another one, or none."""
+    script = tmp_path / "an env" / "bin" / "activate"
+    script.parent.mkdir(parents=True)
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "an env"))
+    assert app.activation() == ""  # no virtual environment
+    script.touch()
+    monkeypatch.setenv("PATH", "")
+    assert app.activation() == f". '{script}'"
+    monkeypatch.chdir(tmp_path)
+    assert app.activation() == ". 'an env/bin/activate'"
+    python = script.with_name("python")
+    python.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert app.activation() == ""
