@@ -38,6 +38,7 @@ def run(seed: int, folder: Path) -> dict:
         facts = {"cpu_s": round(cpu, 1), "wall_s": round(wall, 1), "load": os.getloadavg()[1]}
         took.write_text(json.dumps(facts))
     found = json.loads((folder / "demo.json").read_text())
+    del found["made_by"]  # the report has it, and no machine's paths
     found |= {"now": float(np.mean(found["returns"]))}
     found |= {"random": float(np.mean(found["random_returns"]))}
     verdict = demo.verdict(found["returns"], found["random_returns"])[-1]
