@@ -89,8 +89,8 @@ def steps_to(curve: np.ndarray, threshold: float, steps: int, after: float = 0.0
 # ---------------------------------------------------------------- aggregates
 
 
-# The two statistics that are bootstrapped thousands of times are written out: scipy's, which rliable
-# calls, take twenty times as long on so few numbers.
+# The two statistics that are bootstrapped thousands of times are written out: scipy's, which
+# rliable calls, take twenty times as long on so few numbers.
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
