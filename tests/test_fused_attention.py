@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hidreamer import cost
-from hidreamer.transformer import KV, attend, attend_in_place, fused_attention, score_bias
+from hidreamer.transformer import KV, attend, attend_in_place, may_attend_in_place, score_bias
 
 
 def inputs(dtype=torch.float32, device="cpu"):
@@ -54,15 +54,24 @@ def test_it_is_taken_where_there_is_one(stand_in):
 
 def test_it_is_not_taken_where_it_cannot_be(stand_in, monkeypatch):
     both_ways(torch.float64)
-    queries = torch.zeros(3, 2, 4, 3, 2, 16)
-    found = torch.func.vmap(lambda q: q if fused_attention(q, q.dtype) is None else q + 1)(queries)
-    assert torch.equal(found, queries)  # not under vmap
     stand_in.module.works = lambda *_: False
     both_ways()
     monkeypatch.setitem(sys.modules, "hidreamer.fused_attention", None)
     monkeypatch.delattr("hidreamer.fused_attention")
     both_ways()
     assert stand_in.calls == []
+
+
+def test_under_vmap_products_are_in_place_only_in_one_kernel(stand_in):
+    queries, seen = inputs()[0].unsqueeze(0), []
+    look = lambda q: seen.append(may_attend_in_place(q)) or q
+    with torch.no_grad():
+        for works in (True, False):
+            stand_in.module.works = lambda *_, works=works: works
+            look(queries)
+            torch.func.vmap(look)(queries)
+    torch.func.vmap(look)(queries)
+    assert seen == [True, True, True, False, False]
 
 
 @pytest.mark.gpu
@@ -72,6 +81,17 @@ def test_it_is_attention(monkeypatch):
     import equality
 
     assert equality.dream_attention(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_members_of_a_population_are_more_sequences():
+    q, own, prefix, seen, mine = inputs(device="cuda")
+    bias = score_bias(mine, seen, q.dtype)
+    run = lambda q, keys: attend_in_place(q, KV(keys, own.values), prefix, bias)
+    queries, keys = torch.stack([q, -q]), torch.stack([own.keys, 2 * own.keys], 1)
+    found = torch.func.vmap(run, in_dims=(0, 1))(queries, keys)
+    alone = torch.stack([run(queries[i], keys[:, i]) for i in range(2)])
+    assert torch.allclose(found, alone, atol=1e-6)
 
 
 @pytest.mark.gpu
