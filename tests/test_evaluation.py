@@ -217,7 +217,7 @@ def test_pictures_are_computed_in_the_precision_of_training(kind, precision):
 @pytest.mark.parametrize("channels", [1, 3, 4, 10])
 def test_no_error_is_grey(channels):
     """Also for boards, whose planes are drawn in colours that add up."""
-    x = torch.rand(2, 3, 8, 8, channels)
+    x = 0.2 * torch.rand(2, 3, 8, 8, channels)
     truth, model, error = np.split(evaluation.picture([x, x], error=True), 3, axis=1)
     assert np.array_equal(truth, model) and set(error.flat) == {128}
     _, _, error = np.split(evaluation.picture([x, 0.0 * x], error=True), 3, axis=1)
