@@ -11,7 +11,7 @@ from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
 from hidreamer import evaluation
-from tools import Config
+from tools import Config, dump_yaml
 
 
 def make_envs(
@@ -48,3 +48,8 @@ def make_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return generator.set_state(torch.get_rng_state())
     return generator.manual_seed(torch.initial_seed())
+
+
+def write_yaml(path: Path, tree: dict) -> None:
+    """The resolved config of a run."""
+    path.write_text(dump_yaml(tree), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hidreamer import carries
 from hidreamer.behavior import Replayed
 from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.metrics import prefixed
@@ -34,6 +35,8 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
     """
     model, critic = agent.world_model, agent.config.critic
     loss, metrics, seen = agent.each(partial(model_loss, agent, generator), obs)
+    if agent.config.replay.write_back:
+        agent.carries = agent.each(partial(found_carries, agent), seen)
     # Where the critic's loss of replayed steps trains the model as well, the model's step waits for
     # the dreams that it needs.
     waits = critic.replay_loss > 0 and critic.replay_grad
@@ -88,6 +91,10 @@ def model_loss(
     loss = sum(losses.values()).mean()
     named = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
     return loss, named | {"model_loss": loss.detach()} | metrics, Seen(obs, carry, post, embed)
+
+
+def found_carries(agent: Any, seen: Seen) -> dict[str, Tensor]:
+    return carries.found(agent.world_model.dynamics, seen.carry, seen.post)
 
 
 def move_codebook(agent: Any, generator: torch.Generator | None, seen: Seen) -> None:
