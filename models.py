@@ -54,7 +54,7 @@ class WorldModel(nn.Module):
         make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
         self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
-        self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
+        self.cont = networks.make_continue_head(self.feat_dim, config)
         self.objectives = make_objectives(self, config)
         for name, objective in self.objectives.items():
             if isinstance(objective, nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hidreamer import distributions as dists
 from hidreamer.dynamics.base import Dynamics, Feat, Post
-from hidreamer.losses import balanced, contrastive_loss, redundancy_loss, scaled
+from hidreamer.losses import balanced, contrastive_loss, redundancy_loss
 from hidreamer.nets import MLP, linear
 from hidreamer.views import make_view
 
@@ -67,19 +67,15 @@ class Reward:
 
 
 class Continue:
-    """The likelihood that the episode continues, or ends, after a state.
+    """The likelihood that the episode continues, or ends, after a state."""
 
-    discount: of an episode that continues, so that the head predicts the discount as well.
-    """
-
-    def __init__(self, head: nn.Module, discount: float = 1.0):
-        self.head, self.discount = head, discount
+    def __init__(self, head: nn.Module):
+        self.head = head
 
     def loss(
         self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
     ) -> tuple[Losses, Metrics]:
-        target = scaled(1.0 - obs["is_terminal"], self.discount)
-        return {"cont": -self.head(post.feat.cat()).log_prob(target)}, {}
+        return {"cont": -self.head(post.feat.cat()).log_prob(1.0 - obs["is_terminal"])}, {}
 
 
 class ActionConditionedCPC(nn.Module):
@@ -239,11 +235,10 @@ def make_objectives(model: Any, config: Any) -> dict[str, Objective]:
     dynamics, block = model.dynamics, config.model
     feat, embed, act = model.feat_dim, model.encoder.dim, dynamics.act_dim
     unimix = config.dynamics.unimix
-    discount = config.imag.discount if config.imag.contdisc else 1.0
     makers: dict[str, Callable[[], Objective]] = {
         "decoder": lambda: Reconstruction(model.decoder, dynamics),
         "reward": lambda: Reward(model.reward),
-        "cont": lambda: Continue(model.cont, discount),
+        "cont": lambda: Continue(model.cont),
         "ac_cpc": lambda: ActionConditionedCPC(dynamics, model.encoder, unimix, **block.ac_cpc),
         "barlow": lambda: Barlow(feat, embed, **block.barlow),
         "next_embed": lambda: NextEmbed(feat, embed, act, **block.next_embed),

@@ -64,6 +64,21 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
     return metrics
 
 
+def train_model(agent: Any, obs: Batch, generator: torch.Generator | None = None) -> Tensor:
+    """One step of the world model alone, also where ``optim: joint`` would step all at once.
+
+    obs: preprocessed (B,T,...). -> the model's loss (), detached.
+    """
+    loss, _, seen = model_loss(agent, generator, obs)
+    agent.step("model", loss)
+    if agent.config.optim == "joint":
+        agent.optimizers["joint"].apply()
+    move_codebook(agent, generator, seen)
+    if agent.world_model.probed:
+        probe_step(agent, seen.post, obs)
+    return loss.detach()
+
+
 def step_together(agent: Any, losses: Mapping[str, Tensor]) -> Metrics:
     """Train what each of {optimiser: loss ()} is to train, where losses share parts of a graph.
 
