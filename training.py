@@ -25,7 +25,7 @@ from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import note_start, provenance
 from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_action
-from run_setup import evaluation_generator, make_envs, make_generator, write_yaml
+from run_setup import evaluation_generator, make_envs, make_generator, notes, write_yaml
 from tools import Config, ConfigError
 
 
@@ -114,7 +114,9 @@ class Run:
         checkpoint.replace_file(logdir / "config.yaml", write)
         if not self.finished:
             note_start(logdir, provenance() | {"precision": precision.name(config, device)})
-            self._warn_if_too_short()
+            rows = 0 if self.started else max(self._prefill_rows(), config.replay.length)
+            for line in notes(config, self.envs.repeat, rows):
+                report(line)
         self.rates = Rates(self.step, self.updates)
         wandb_id = (state or {}).get("wandb_id")
         self.logger = Logger(
@@ -235,17 +237,6 @@ class Run:
 
     def _prefilled(self) -> bool:
         return len(self.replay) >= self._prefill_rows()
-
-    def _warn_if_too_short(self) -> None:
-        """A line where a run of this length never updates."""
-        steps = -(-self.config.steps // self.envs.repeat)
-        rows = max(self._prefill_rows(), self.config.replay.length)
-        # a step brings at most two rows
-        if not self.started and self.config.replay.ratio and 2 * steps < rows:
-            self.report(
-                f"steps {self.config.steps} are too few for an update: replay.prefill and"
-                f" replay.length ask for {rows} rows first"
-            )
 
     def _policy(self) -> np.ndarray:
         """(count, A) actions for the last observations."""

@@ -233,6 +233,11 @@ def make_objectives(model: Any, config: Any) -> dict[str, Objective]:
     ValueError, one line, for what the observations do not allow.
     """
     dynamics, block = model.dynamics, config.model
+    if not any(block.losses[name] for name in block.losses if name != "harmony"):
+        raise ValueError(
+            "model.losses has no objective, so that states would tell nothing of what is seen: give"
+            " one a weight, such as --model.losses.decoder 1"
+        )
     feat, embed, act = model.feat_dim, model.encoder.dim, dynamics.act_dim
     unimix = config.dynamics.unimix
     makers: dict[str, Callable[[], Objective]] = {

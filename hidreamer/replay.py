@@ -328,7 +328,7 @@ class Replay:
         leaves as they are.
         """
         batch = self.read(self.uniform(rng, self.batch))
-        batch["is_first"][:, 0] = True
+        batch["is_first"][:, :1] = True
         return {key: batch[key] for key in self.spec}
 
     def write(self, addresses: Addresses, values: Mapping[str, np.ndarray]) -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_runs import one_line, run
 from test_agent import EVERYTHING, VECTOR, changed, make
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ from hidreamer import losses, views
 from hidreamer.behavior import Replayed
 from hidreamer.dynamics import TYPES
 from hidreamer.objectives import Harmony
+from run_setup import notes
 
 NEW = ("ac_cpc", "barlow", "next_embed", "harmony")
 FREE = {"model.losses.decoder": 0}
@@ -344,3 +346,39 @@ def test_the_replay_loss_reaches_the_model_only_by_its_key(act, optim):
     assert any(key.startswith("dynamics") for key in moved)
     heads = ("decoder", "reward", "cont")
     assert not [key for key in moved if key.startswith(heads)]
+
+
+# ---------------------------------------------------------------- what does not go together
+
+REMARKS = [
+    ({"model.losses.ac_cpc": 1, "model.ac_cpc.steps": 30}, "replay.length 8"),
+    ({"model.losses.reward": 0}, "predicted ones alone"),
+    ({"model.losses.decoder": 0}, "--decoder.probe true"),
+    ({"decoder.probe": True}, "trained anyway"),
+    ({"critic.replay_grad": True}, "critic.replay_loss is 0"),
+]
+
+
+def test_what_a_key_will_not_do_is_one_line():
+    short = {"model.ac_cpc.steps": 8}
+    read = lambda values: notes(tools.load_config(["debug"], short | values), 1, 9)
+    assert read({}) == []
+    for values, hint in REMARKS:
+        (line,) = read(values)
+        assert hint in line and "\n" not in line
+    assert read({"model.losses.decoder": 0, "video": False}) == []
+    assert read({"model.losses.reward": 0, "expl.behavior": "plan2explore"}) == []
+
+
+def test_a_run_says_so_once_and_goes_on(tmp_path, capsys):
+    more = ("--model.losses.decoder", 0, "--steps", 30, "--eval_every", 1000)
+    assert run(tmp_path / "run", *more, "--video", "true") == 0
+    assert capsys.readouterr().out.count("--decoder.probe true") == 1
+
+
+@pytest.mark.parametrize("harmony", [0, 1])
+def test_a_model_without_objectives_is_refused_in_one_line(harmony, tmp_path, capsys):
+    off = [x for name in ("decoder", "reward", "cont") for x in (f"--model.losses.{name}", 0)]
+    assert run(tmp_path / "run", *off, "--model.losses.harmony", harmony) == 2
+    one_line(capsys, "model.losses", "--model.losses.decoder 1")
+    assert not (tmp_path / "run" / "checkpoints").exists()
