@@ -1,7 +1,7 @@
 """What trains the world model besides its dynamics' own loss: one small class each.
 
-Another objective is another class with ``loss``, and a line in ``make_objectives``. The loss
-functions themselves are in ``losses``.
+Another objective is another class with ``loss``, a line in ``OBJECTIVES`` and a weight in
+``configs.yaml`` (docs/objectives.md). The loss functions themselves are in ``losses``.
 """
 
 from __future__ import annotations
@@ -226,26 +226,37 @@ class Harmony(nn.Module):
         return out | {"harmony": penalty.expand(first.shape)}, metrics
 
 
+def _ac_cpc(model: Any, config: Any) -> Objective:
+    parts = model.dynamics, model.encoder, config.dynamics.unimix
+    return ActionConditionedCPC(*parts, **config.model.ac_cpc)
+
+
+def _next_embed(model: Any, config: Any) -> Objective:
+    sizes = model.feat_dim, model.encoder.dim, model.dynamics.act_dim
+    return NextEmbed(*sizes, **config.model.next_embed)
+
+
+# {name in ``model.losses``: what makes it of a world model and a config of all keys}. The model has
+# encoder, dynamics, decoder, reward, cont, feat_dim.
+OBJECTIVES: dict[str, Callable[[Any, Any], Objective]] = {
+    "decoder": lambda model, config: Reconstruction(model.decoder, model.dynamics),
+    "reward": lambda model, config: Reward(model.reward),
+    "cont": lambda model, config: Continue(model.cont),
+    "ac_cpc": _ac_cpc,
+    "barlow": lambda m, config: Barlow(m.feat_dim, m.encoder.dim, **config.model.barlow),
+    "next_embed": _next_embed,
+}
+
+
 def make_objectives(model: Any, config: Any) -> dict[str, Objective]:
     """Those that have a weight in ``config.model.losses``; those with parameters are modules.
 
-    model: with encoder, dynamics, decoder, reward, cont, feat_dim. config: of all keys. Raises
-    ValueError, one line, for what the observations do not allow.
+    Raises ValueError, one line, where there is none, or for what the observations do not allow.
     """
-    dynamics, block = model.dynamics, config.model
-    if not any(block.losses[name] for name in block.losses if name != "harmony"):
+    weights = config.model.losses
+    if not any(weights[name] for name in OBJECTIVES):
         raise ValueError(
             "model.losses has no objective, so that states would tell nothing of what is seen: give"
             " one a weight, such as --model.losses.decoder 1"
         )
-    feat, embed, act = model.feat_dim, model.encoder.dim, dynamics.act_dim
-    unimix = config.dynamics.unimix
-    makers: dict[str, Callable[[], Objective]] = {
-        "decoder": lambda: Reconstruction(model.decoder, dynamics),
-        "reward": lambda: Reward(model.reward),
-        "cont": lambda: Continue(model.cont),
-        "ac_cpc": lambda: ActionConditionedCPC(dynamics, model.encoder, unimix, **block.ac_cpc),
-        "barlow": lambda: Barlow(feat, embed, **block.barlow),
-        "next_embed": lambda: NextEmbed(feat, embed, act, **block.next_embed),
-    }
-    return {name: make() for name, make in makers.items() if block.losses[name]}
+    return {name: make(model, config) for name, make in OBJECTIVES.items() if weights[name]}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 import networks
 import tools
-from hidreamer import losses, views
+from conftest import ROOT
+from hidreamer import losses, objectives, views
 from hidreamer.behavior import Replayed
 from hidreamer.dynamics import TYPES
 from hidreamer.objectives import Harmony
@@ -382,3 +384,48 @@ def test_a_model_without_objectives_is_refused_in_one_line(harmony, tmp_path, ca
     assert run(tmp_path / "run", *off, "--model.losses.harmony", harmony) == 2
     one_line(capsys, "model.losses", "--model.losses.decoder 1")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------- docs/objectives.md
+
+PAGE = (ROOT / "docs" / "objectives.md").read_text()
+
+
+@pytest.fixture
+def extended(tmp_path, monkeypatch):
+    """The code and the key of the page, as a reader would add them."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (key,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    text = tools.CONFIGS.read_text()
+    before = next(line for line in text.splitlines() if line.startswith("      harmony: 0.0"))
+    (tmp_path / "configs.yaml").write_text(text.replace(before + "\n", before + "\n" + key))
+    monkeypatch.setattr(tools, "CONFIGS", tmp_path / "configs.yaml")
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    exec(code, {})
+
+
+def test_an_objective_of_ones_own_is_learned_and_saved(extended, tmp_path, capsys):
+    more = {"model.losses.inverse": 1, "model.lr": 3e-3}
+    agent, batch = make(batch=4, **more)
+    found = []
+    for _ in range(30):
+        values = agent.update(batch)
+        found.append(values[agent.metric_names.index("inverse_loss")].item())
+    assert found[-1] < 0.7 * found[0]
+    assert "world_model.inverse.guess.out.weight" in agent.state_dict()
+    assert "inverse" not in make()[0].world_model.objectives
+    run(tmp_path / "without", "--steps", 40, "--eval_episodes", 0)
+    more = ("--model.losses.inverse", 0.1, "--steps", 40, "--resume", tmp_path / "without")
+    assert run(tmp_path / "with", *more) == 0
+    assert re.search(r"fresh +world_model\.inverse", capsys.readouterr().out)
+    assert run(tmp_path / "refused", "--model.losses.inverse", -1) == 2
+    one_line(capsys, "model.losses.inverse", "at least 0")
+
+
+def test_the_commands_of_the_page_are_of_keys_that_there_are():
+    (text,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    for line in text.splitlines():
+        args = tools.parse(line.split()[2:])
+        assert tools.load_config(args.presets, args.overrides).model.losses
+    for key in re.findall(r"^\| `([\w.]+)`", PAGE, re.MULTILINE):
+        assert key in tools.load_config([], {}).flat()
