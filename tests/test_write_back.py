@@ -122,6 +122,8 @@ def test_beside_a_step_lies_the_state_before_it(started):
     for b, (i, start) in enumerate(zip(*started.write_back.sampled, strict=True)):
         own = started.replay.streams[i].rows
         assert marked[b] == (own["is_first"][start] or not own[STORED][start])
+    again = started.replay.read(started.write_back.sampled, {k: x.copy() for k, x in batch.items()})
+    assert all(np.array_equal(again[key], x) for key, x in batch.items())
     apart = started.replay.sample_apart(np.random.default_rng(0))
     assert apart.keys() == SPEC.keys() - {"time"} | {"vector"} and apart["is_first"][:, 0].all()
 
