@@ -51,6 +51,7 @@ FAST = (
     "mask",
     "quantizer",
     "replay",
+    "write_back",
     "updates",
     "dynamics",
     "legacy",
