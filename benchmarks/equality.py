@@ -20,6 +20,7 @@ import models
 import tools
 from hidreamer import capture, precision
 from hidreamer.spaces import random_rows
+from hidreamer.stacked import Stack
 from hidreamer.transformer import KV, attend, attend_in_place, score_bias
 
 IMAGE = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
@@ -148,6 +149,34 @@ def compiled_equals_eager(device: torch.device, **overrides: Any) -> dict[str, A
     with torch._inductor.config.patch(fallback_random=True):
         make = functools.partial(small_agent, device, updates=6, **overrides)
         return compare(make, compiled).check()
+
+
+def population_equals_alone(device: torch.device, **overrides: Any) -> dict[str, Any]:
+    """Updates of two members at once, on CUDA as one graph, and of each alone."""
+    make = functools.partial(small_agent, device, updates=6, **overrides)
+    members = [make()[0] for _ in range(2)]
+    with torch.no_grad():
+        for p in members[1].parameters():
+            p.mul_(1.1)
+    alone, batches = copy.deepcopy(members), make()[1]
+    own = [torch.Generator(device).manual_seed(seed) for seed in range(2)]
+    stack = Stack(make()[0], members, own)
+    update = stack.make_update()
+    # each member has another order of the batches
+    pairs = list(zip(batches, batches[::-1], strict=True))
+    both = [{key: torch.stack([x[key] for x in pair]) for key in pair[0]} for pair in pairs]
+    found = torch.stack([update(batch).clone() for batch in both])  # (updates, M, P)
+    if device.type == "cuda" and not (update.capture and update.run.graph):
+        raise Wrong("the update of a population was not recorded")
+    report = {}
+    for i, agent in enumerate(alone):
+        before, generator = flat_weights(agent), torch.Generator(device).manual_seed(i)
+        truth = torch.stack([agent.update(pair[i], generator) for pair in pairs])
+        distance = (flat_weights(agent) - flat_weights(members[i])).norm()
+        moved = (flat_weights(agent) - before).norm()
+        checked = difference(agent, truth, found[..., i], distance / moved).check()
+        report |= {f"member {i}, {key}": x for key, x in checked.items()}
+    return report
 
 
 def resume_equals_going_on(device: torch.device, **overrides: Any) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import torch
 from test_agent import EVERYTHING, make
 
 import networks
-import population
 from hidreamer.dynamics import TYPES
 from hidreamer.quantizer import Quantizer
+from hidreamer.stacked import Stack
 
 UPDATES, SEEDS = 20, (3, 1)
 GRID = {"grid": EVERYTHING["grid"]}
@@ -75,7 +75,7 @@ def member(seed, obs, act, over):
 
 def stacked(cases):
     agents, batches, generators = zip(*(member(seed, *cases) for seed in SEEDS), strict=True)
-    stack = population.Stack(member(0, *cases)[0], agents, generators)
+    stack = Stack(member(0, *cases)[0], agents, generators)
     both = []
     for pair in zip(*batches, strict=True):
         both.append({key: torch.stack([rows[key] for rows in pair]) for key in pair[0]})

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from small_runs import TINY, latest, one_line, records, run
+from test_compile import FailingCapture
 
 import dreamer
 import hidreamer
 import population
 from conftest import ROOT
 from envs.errors import ActionError
-from hidreamer import checkpoint
+from hidreamer import capture, checkpoint
 from training import Failure, Run
 
 STEPS = ("--steps", 60, "--checkpoint_every", 45)
@@ -118,6 +119,21 @@ def test_a_run_that_is_broken_off_goes_on_exactly(three, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run(tmp_path, *STEPS, "--seeds", 0, 1, 2)
     assert run(tmp_path, *STEPS, "--seeds", 0, 1, 2) == 0
+    exactly_the_same(tmp_path, three)
+
+
+def test_where_recording_fails_all_go_on(three, tmp_path, monkeypatch):
+    def make_update(self):
+        self.captured_act = capture.CapturedAct(self, self.own, FailingCapture)
+        return capture.FastUpdate(self, None, True, self.own)
+
+    monkeypatch.setattr(capture, "WARMUP", 1)
+    monkeypatch.setattr(capture, "Captured", FailingCapture)
+    monkeypatch.setattr(population.Stack, "make_update", make_update)
+    with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing") as seen:
+        assert run(tmp_path, *STEPS, "--seeds", 0, 1, 2) == 0
+    lines = {str(warning.message).partition(",")[0] for warning in seen}
+    assert {"cannot record acting", "cannot record the update"} <= lines
     exactly_the_same(tmp_path, three)
 
 
