@@ -177,7 +177,9 @@ def raiser(error):
     ("words", "hint"),
     [
         ("--seeds 0 0", "twice"),
-        ("--seeds a", "seeds"),
+        ("--seeds a", "--seeds 0 1 2"),
+        ("--seeds 1,2", "--seeds 0 1 2"),
+        ("--seeds 1 2 --capacity tiny_hdreamer", "--capacity"),
         ("--seeds", "seeds"),
         ("--population 0", "at least 1"),
         ("--population 2 --seeds 1", "leave out"),
@@ -190,7 +192,10 @@ def test_wrong_seeds_are_one_line(words, hint, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_population_counts_from_its_seed(tmp_path):
+def test_a_population_counts_from_its_seed(tmp_path, capsys):
     assert run(tmp_path, "--steps", 10, "--population", 2, "--seed", 5) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("continue: ") and "--population 2 --seed 5" in last
+    assert last.endswith("--steps 20")
     assert sorted(os.listdir(tmp_path)) == ["5", "6"]
     assert latest(tmp_path / "6")["config"]["seed"] == 6
