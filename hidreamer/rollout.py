@@ -93,7 +93,7 @@ class Carry(NamedTuple):
         """At least ``count`` steps of ``slots`` positions: those before the first are of another
         episode, and so never seen.
         """
-        missing = count - self.segment.shape[1]
+        missing = count - self.segment.shape[-1]
         if missing <= 0:
             return self
         before = (0, 0, missing * slots, 0)
