@@ -223,6 +223,8 @@ class Transformer(nn.Module):
     Raises ValueError for widths that the heads do not divide evenly, and for unknown names.
     """
 
+    score_bias = staticmethod(score_bias)  # compiled or not
+
     def __init__(
         self,
         width: int,
@@ -268,7 +270,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, rope)
             if in_place and bias is None:
-                bias = score_bias(own_mask, prefix_mask, q.dtype)
+                bias = self.score_bias(own_mask, prefix_mask, q.dtype)
             kv = own[i].add(k, v)
             kv = KV(*(part[..., -own_mask.shape[-1] :, :] for part in kv))
             if layer is self.layers[-1]:  # of the other positions only keys and values are needed

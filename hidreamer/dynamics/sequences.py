@@ -137,6 +137,8 @@ class Sequences(Tokens):
         # Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
+        self._draw = torch.compile(self._draw)
+        self.transformer.score_bias = torch.compile(self.transformer.score_bias)
         for layer in self.transformer.layers:
             layer.project = torch.compile(layer.project)
             layer.add_residuals = torch.compile(layer.add_residuals)
