@@ -14,6 +14,7 @@ from conftest import ROOT
 from hidreamer import process
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import before
 import process as benchmark
 
 
@@ -178,3 +179,18 @@ def test_the_benchmark_stops_what_takes_too_long_and_says_so(capfd):
     assert benchmark.main(["--configs", "nonsense"]) == 2
     assert benchmark.main(["--updates", "many"]) == 2
     assert capfd.readouterr().err.count("error:") == 2
+
+
+@pytest.mark.slow
+def test_an_update_against_an_older_commit(tmp_path, capfd):
+    words = ["--configs", "debug", "--task", "dummy_vector", "--repeats", "1"]
+    out = tmp_path / "found.json"
+    assert before.main(["HEAD", "--rounds", "1", "--out", str(out), "--", *words]) == 0
+    found = json.loads(out.read_text())
+    assert found["now"]["kernels"] > 0 and 0.2 < found["cpu_ratio"] < 5.0
+    assert found["words"] == words and found["before_commit"] == "HEAD"
+
+
+def test_an_older_commit_that_there_is_not_is_one_line(capfd):
+    assert before.main(["nonsense", "--", "--configs", "debug"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "error: git archive --format=tar fails"
