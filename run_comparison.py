@@ -227,6 +227,8 @@ def refuse(differing: fairness.Differences, options: SimpleNamespace) -> None:
 def collect(options: SimpleNamespace) -> Content:
     """Runs that exist; unless --models says otherwise the flat state is the baseline."""
     found = scores.find(Path(path).expanduser() for path in getattr(options, "from"))
+    if options.until:
+        found = [runs.cut(run, options.until) for run in found]
     kinds = {run.model: run.config["dynamics.type"] for run in found}
     arms = {run.model: run.start.get("arm", 0) for run in found}  # values of --vary, as given
     key = lambda model: (arms[model], kinds[model] != "rssm", kinds[model], model)

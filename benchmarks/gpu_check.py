@@ -131,7 +131,9 @@ def dream_ms(agent: models.Agent, batch: models.Batch, repeats: int) -> float:
 
 
 def policy_ms(agent: models.Agent, batch: models.Batch, repeats: int) -> float:
-    """Until the action is on the host."""
+    """Until the action is on the host, recorded where there are graphs, as a run acts."""
+    if batch["reward"].is_cuda:
+        agent.captured_act = capture.CapturedAct(agent)
     obs = {key: batch[key][:1, 0] for key in (*IMAGE, "is_first")}
     state = agent.initial(1)
     for _ in range(20):  # until the memory's window is full

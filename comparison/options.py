@@ -73,6 +73,10 @@ OPTIONS: dict[str, tuple[Any, str]] = {
             "published ones of Atari 100k); trains nothing."
         ),
     ),
+    "until": (
+        0,
+        "With --from, compare the first so many frames of every run; 0 means all. At least 0.",
+    ),
     "export": ("", "File that gets the raw scores of every run, from which all can be recomputed."),
 }
 NOT_VARIED = {  # key: why not
@@ -107,6 +111,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
             options[key] = switched_on or tools.coerce(key, given, like, sentence)
     if options["from"] and options["paired_offline"]:
         raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
+    if options["until"] and not options["from"]:
+        raise ConfigError("--until is for runs that exist (--from); a new one has --steps")
     if options["export"] and options["paired_offline"]:
         raise ConfigError("--export is for returns, of which --paired-offline has none")
     if options["export"] and Path(options["export"]).expanduser().is_dir():

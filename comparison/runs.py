@@ -152,6 +152,26 @@ def find(folders: Iterable[Path]) -> list[Run]:
     return named
 
 
+def cut(run: Run, frames: int) -> Run:
+    """The first ``frames`` of a run, as if no more had been asked for.
+
+    Incomplete is what did not come so far. Raises ConfigError for a run of which only the score at
+    its end is known.
+    """
+    if run.config["steps"] <= frames:
+        return run
+    if run.published:
+        raise ConfigError(f"--until: only the score at the end of {run.name} is known")
+    series = {name: values[values[:, 0] <= frames] for name, values in run.series.items()}
+    return replace(
+        run,
+        config=run.config | {"steps": frames},
+        step=min(run.step, frames),
+        complete=run.step >= frames,
+        series={name: values for name, values in series.items() if len(values)},
+    )
+
+
 def refuse_twins(runs: Iterable[Run]) -> None:
     """Raises ConfigError where two runs have one name."""
     seen: dict[str, Run] = {}

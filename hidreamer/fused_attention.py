@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 import triton
@@ -106,6 +107,16 @@ def shared_attention(
         ROWS=ROWS, OWN=OWN, PREFIX=PREFIX, num_warps=8,
     )  # fmt: skip
     return out
+
+
+@shared_attention.register_vmap
+def members_as_sequences(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple[Tensor, int]:
+    """Under ``vmap`` the mapped axis is folded into B."""
+    folded = []
+    for x, dim in zip(inputs, in_dims, strict=True):
+        whole = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        folded.append(whole.flatten(0, 1))  # (P * B, ...)
+    return shared_attention(*folded).unflatten(0, (info.batch_size, -1)), 0
 
 
 @functools.cache

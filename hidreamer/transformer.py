@@ -182,8 +182,7 @@ def fused_attention(q: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | No
 
     That is on CUDA with Triton, which comes with torch there.
     """
-    mapped = torch._C._functorch.is_batchedtensor(q)  # by ``vmap``, which knows no such kernel
-    if not q.is_cuda or mapped or dtype == torch.float64:
+    if not q.is_cuda or dtype == torch.float64:
         return None
     try:
         from hidreamer import fused_attention as fused
@@ -215,6 +214,16 @@ def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
     out = out.view(-1, rows, out.shape[-1])  # (B * h * n, Q, d)
     out.baddbmm_(by_branch(weight)[..., size:], by_branch(own.values))
     return out.view(batch, heads, count, rows, -1)
+
+
+def may_attend_in_place(q: Tensor) -> bool:
+    """Whether ``attend_in_place`` is right and fast: without a gradient, and no ``vmap`` that
+    would do its products one member after the other.
+    """
+    if torch.is_grad_enabled():
+        return False
+    mapped = torch._C._functorch.is_batchedtensor(q)
+    return not mapped or fused_attention(q, autocast_dtype(q.device) or q.dtype) is not None
 
 
 class Transformer(nn.Module):
@@ -266,11 +275,12 @@ class Transformer(nn.Module):
         grows by all Q.
         """
         losses: FFNLosses = {}
-        in_place, bias = prefix is not None and not torch.is_grad_enabled(), None
+        in_place = bias = None
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, rope)
-            if in_place and bias is None:
-                bias = self.score_bias(own_mask, prefix_mask, q.dtype)
+            if in_place is None:
+                in_place = prefix is not None and may_attend_in_place(q)
+                bias = self.score_bias(own_mask, prefix_mask, q.dtype) if in_place else None
             kv = own[i].add(k, v)
             kv = KV(*(part[..., -own_mask.shape[-1] :, :] for part in kv))
             if layer is self.layers[-1]:  # of the other positions only keys and values are needed

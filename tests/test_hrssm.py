@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from test_agent import EVERYTHING, changed, make
 
 import models
-import tools
 from hidreamer.dynamics import hrssm
 from hidreamer.dynamics.base import KLConfig, kl_losses
 
@@ -246,16 +245,3 @@ def test_partial_decodes_keep_the_top_and_resample_the_bottom_prior():
         feat.stoch[..., :8], post.feat.stoch[..., :8]
     )
     assert not torch.equal(feat.stoch[..., 8:], post.feat.stoch[..., 8:])
-
-
-def test_matched_capacity():
-    sizes = {}
-    for preset in ("tiny_dreamerv3", "tiny_hdreamer"):
-        agent, _ = make({"image": EVERYTHING["image"]}, **{"env.size": [64, 64]})
-        config = tools.load_config([preset], {})
-        space = {"image": models.spaces.Box(0, 255, (64, 64, 3), "uint8")}
-        agent = models.Agent(space, models.spaces.Discrete(6), 6, config)
-        dyn = agent.world_model.dynamics
-        assert (dyn.bits, dyn.stoch_dim, dyn.deter_dim, dyn.feat_dim) == (60, 384, 256, 640)
-        sizes[preset] = sum(p.numel() for p in agent.world_model.parameters())
-    assert 0.95 < sizes["tiny_hdreamer"] / sizes["tiny_dreamerv3"] < 1.05

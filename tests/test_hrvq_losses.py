@@ -148,7 +148,7 @@ TASK_KINDS = {
     "grid": models.spaces.Box(0, 1, (10, 10, 4), bool),
     "vector": models.spaces.Box(-1.0, 1.0, (4,), "float32"),
 }
-MATCHED = ("tiny_hidreamer", "tiny_hidreamer_stacked", "tiny_hidreamer_gru")
+MATCHED = ("tiny_hdreamer", "tiny_hidreamer", "tiny_hidreamer_stacked", "tiny_hidreamer_gru")
 
 
 @pytest.mark.parametrize("kind", TASK_KINDS)

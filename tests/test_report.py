@@ -102,6 +102,16 @@ def test_aggregates_are_rliables():
     assert stats.profile(x, taus)["value"] == pytest.approx([(x > tau).mean() for tau in taus])
 
 
+@pytest.mark.parametrize(("runs", "others", "tasks"), [(1, 4, 3), (3, 7, 2), (8, 8, 1), (5, 5, 5)])
+def test_what_is_bootstrapped_are_rliables_statistics(runs, others, tasks):
+    """With ties."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(0, 6, (n, tasks)).astype(float) for n in (runs, others))
+    assert stats.AGGREGATES["IQM"](x) == pytest.approx(metrics.aggregate_iqm(x))
+    expected = metrics.probability_of_improvement(x, y)
+    assert stats.probability_of_improvement(x, y) == pytest.approx(expected)
+
+
 def test_the_global_random_state_is_left_alone():
     np.random.seed(3)
     before = np.random.get_state()[1].copy()

@@ -84,6 +84,30 @@ def test_a_file_and_a_folder_with_the_same_runs_are_refused(known, capsys):
     assert "are both dummy_grid/tiny_dreamerv3/0" in err and err.count("\n") == 1
 
 
+def test_runs_that_were_stopped_are_compared_up_to_where_all_came(tmp_path, capsys):
+    """What a run did later does not count, and a run that did not come so far is incomplete."""
+    for k, model in enumerate(MODELS):
+        for seed in range(2):
+            path = tmp_path / "runs" / model / str(seed)
+            write_run(path, np.arange(20), model, seed, steps=2000)
+            lines = (path / "metrics.jsonl").read_text().splitlines()
+            kept = [x for x in lines if json.loads(x)["step"] <= (1500 if k else 1200)]
+            (path / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    args = ["--from", str(tmp_path / "runs"), "--logdir", str(tmp_path / "report")]
+
+    def final(until):
+        assert run_comparison.main([*args, "--until", str(until)]) == 0
+        found = json.loads((tmp_path / "report" / "summary.json").read_text())
+        table = found["per_task"]["dummy_vector"]
+        return {model: table[model]["final"]["value"] for model in MODELS if model in table}
+
+    assert final(1000) == dict.fromkeys(MODELS, 9.0)
+    assert final(1400) == {MODELS[1]: 12.5}
+    capsys.readouterr()
+    assert run_comparison.main(["--steps", "9", "--until", "5"]) == 2
+    assert "--from" in capsys.readouterr().err
+
+
 def test_published_scores_stand_beside_own_runs(tmp_path):
     own = {"env.action_repeat": 4, "eval_episodes": 0}
     for seed in range(2):
