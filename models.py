@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import networks
-from hidreamer import precision
+from hidreamer import carries, precision
 from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
@@ -54,7 +54,7 @@ class WorldModel(nn.Module):
         make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
         self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
-        self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
+        self.cont = networks.make_continue_head(self.feat_dim, config)
         self.objectives = make_objectives(self, config)
         for name, objective in self.objectives.items():
             if isinstance(objective, nn.Module):
@@ -83,7 +83,8 @@ class WorldModel(nn.Module):
 
         The losses are weighted: their sum is to be minimised.
         """
-        carry, post, embed = self.observe(obs, generator=generator)
+        start = carries.given(self.dynamics, obs)
+        carry, post, embed = self.observe(obs, start, generator=generator)
         losses, metrics = self.dynamics.loss(post)
         groups = dict.fromkeys(losses, "dynamics")  # for ``Harmony``
         for name, objective in self.objectives.items():
@@ -167,6 +168,8 @@ class Agent(nn.Module):
         make = functools.partial(self._make_behavior, act_space)
         self.explorer = Explorer(self.world_model, act_dim, config.expl, make) if explores else None
         self.metric_names: tuple[str, ...] = ()
+        self.carries: dict[str, Tensor] = {}  # see ``update``
+        carries.check(self.world_model.dynamics, config)
         self.captured_act: CapturedAct | None = None  # on CUDA, where it trains
 
     def _make_behavior(self, act_space: spaces.Space) -> Behavior:
@@ -327,8 +330,8 @@ class Agent(nn.Module):
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """One step of every optimiser. -> metrics (M,), named by ``metric_names``.
 
-        batch: raw (B,T,...), on the device. generator: where all random numbers come from, None
-        being torch's default one.
+        batch: raw (B,T,...), on the device, with ``replay.write_back`` also the carries to begin
+        from; those it found are ``self.carries`` until the next. generator: of all random numbers.
         """
         metrics = train_step(self, networks.preprocess(batch), generator)
         self.metric_names = tuple(metrics)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -329,21 +330,36 @@ class TwoHotHead(MLP):
 
 
 class BinaryHead(MLP):
-    """A chance, such as that the episode continues: (..., F) -> Bernoulli (...)."""
+    """A probability, such as that the episode continues: (..., F) -> Bernoulli (...).
 
-    def __init__(self, feat_dim: int, *, layers: int, units: int, **names: str):
+    discount: what its ones are taught as.
+    """
+
+    def __init__(
+        self, feat_dim: int, *, layers: int, units: int, discount: float = 1.0, **names: str
+    ):
         super().__init__(feat_dim, layers, units, 1, **names)
+        self.discount = discount
 
     def forward(self, x: Tensor) -> dists.Bernoulli:
-        return dists.Bernoulli(super().forward(x).squeeze(-1))
+        logit = super().forward(x).squeeze(-1)
+        if self.discount == 1.0:
+            return dists.Bernoulli(logit)
+        return dists.DiscountedBernoulli(logit, self.discount)
 
 
 HEADS = {"twohot": TwoHotHead, "binary": BinaryHead}
 
 
-def make_head(output: str, feat_dim: int, *, layers: int, units: int, **names: str) -> MLP:
+def make_head(output: str, feat_dim: int, *, layers: int, units: int, **names: Any) -> MLP:
     """The head ``output`` of ``HEADS``: features (..., F) -> a distribution (...)."""
     return by_name(HEADS, output, "output")(feat_dim, layers=layers, units=units, **names)
+
+
+def make_continue_head(feat_dim: int, config: Any) -> MLP:
+    """The continue head, which ``imag.contdisc`` has learn the discount. config: of all keys."""
+    discount = config.imag.discount if config.imag.contdisc else 1.0
+    return make_head("binary", feat_dim, discount=discount, **config.cont)
 
 
 class Actor(MLP):

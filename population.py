@@ -350,15 +350,16 @@ class Population:
         samples = []
         for i, run in enumerate(self.active):
             out = {key: x[i] for key, x in shared.items()} if shared else None
-            samples.append(run.replay.sample(out=out))
+            samples.append(run.sample(out))
         if shared is None:
             shared = {key: np.stack([rows[key] for rows in samples]) for key in samples[0]}
         batch = self.feed.send(shared)
         del batch["is_last"]
         metrics = self.stack.update(batch).unbind(-1)  # P times (M,)
-        for run, own in zip(self.active, metrics, strict=True):
+        found = self.stack.agent.carries  # (P, B, T-1, ...)
+        for i, (run, own) in enumerate(zip(self.active, metrics, strict=True)):
             run.agent.metric_names = self.stack.agent.metric_names
-            run.count_update(own)
+            run.count_update(own, {key: x[i] for key, x in found.items()})
 
     def _choose(self, inputs: Sequence[tuple], mode: str) -> list[np.ndarray]:
         """inputs: state and obs of every member, as of ``Run.policy_inputs``. -> actions (N, A)."""

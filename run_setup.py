@@ -11,7 +11,7 @@ from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
 from hidreamer import evaluation
-from tools import Config
+from tools import Config, dump_yaml
 
 
 def make_envs(
@@ -48,3 +48,46 @@ def make_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return generator.set_state(torch.get_rng_state())
     return generator.manual_seed(torch.initial_seed())
+
+
+def notes(config: Config, repeat: int, rows: int) -> list[str]:
+    """Lines about keys that will do nothing, or less than they seem to.
+
+    repeat: frames of an agent step. rows: of replay that the first update waits for, 0 if it was.
+    """
+    found, weights, length = [], config.model.losses, config.replay.length
+    steps = -(-config.steps // repeat)
+    if config.replay.ratio and 2 * steps < rows:  # a step brings at most two rows
+        found.append(
+            f"steps {config.steps} are too few for an update: replay.prefill and replay.length"
+            f" ask for {rows} rows first"
+        )
+    if weights.ac_cpc and config.model.ac_cpc.steps > length:
+        found.append(
+            f"model.ac_cpc.steps {config.model.ac_cpc.steps}: sequences of replay.length {length}"
+            f" have no pairs so far apart, so that it predicts {length} steps"
+        )
+    explores = config.expl.behavior == "plan2explore" and not config.expl.until
+    if not weights.reward and not explores:
+        found.append(
+            "model.losses.reward 0: no reward is ever predicted, and the agent learns from"
+            " predicted ones alone"
+        )
+    if not weights.decoder and not config.decoder.probe and config.video:
+        found.append(
+            "model.losses.decoder 0: videos show no predictions; --decoder.probe true trains a"
+            " decoder for them that changes nothing else"
+        )
+    if weights.decoder and config.decoder.probe:
+        found.append(
+            "decoder.probe true does nothing while model.losses.decoder has a weight: the decoder"
+            " is trained anyway"
+        )
+    if config.critic.replay_grad and not config.critic.replay_loss:
+        found.append("critic.replay_grad true does nothing while critic.replay_loss is 0")
+    return found
+
+
+def write_yaml(path: Path, tree: dict) -> None:
+    """The resolved config of a run."""
+    path.write_text(dump_yaml(tree), encoding="utf-8")

@@ -71,6 +71,7 @@ def snapshot(run: Any) -> dict[str, Any]:
         "torch_rng": torch.get_rng_state() if cuda else run.generator.get_state(),
         "cuda_rng": run.generator.get_state() if cuda else None,
         "replay_rng": run.replay.rng.bit_generator.state,
+        "replay_queue": run.replay.queue_state(),
         "explore_rng": run.explore_rng.bit_generator.state,
         "log_size": run.logger.flush(),
         "wandb_id": run.logger.wandb_id,
@@ -139,6 +140,11 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
         ) from None
     for problem in problems:
         run.report(problem)
+    run.replay.load_queue(state.get("replay_queue", run.replay.queue_state()))
+    if not problems:  # else rows would no longer lie beside their own
+        run.replay.load_extra_rows(rows)
+    elif run.replay.extra:
+        run.report("the replay lost episodes: its sequences begin without stored states for now")
     if run.obs is not None:
         restored = run.envs.load_state(checkpoint.arrays(state["envs"]))
         for i in np.flatnonzero(~restored & ~run.obs["is_last"]):

@@ -17,7 +17,7 @@ import models
 import run_state
 import tools
 from envs.errors import ActionError
-from hidreamer import checkpoint, cost, evaluation, precision, process
+from hidreamer import carries, checkpoint, cost, evaluation, precision, process
 from hidreamer.episodes import Episodes, make_replay, recorded
 from hidreamer.feed import Feed
 from hidreamer.logger import RENDER, VIDEO, Logger, Rates
@@ -25,7 +25,7 @@ from hidreamer.metrics import EpisodeScores, Means
 from hidreamer.provenance import note_start, provenance
 from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_action
-from run_setup import evaluation_generator, make_envs, make_generator
+from run_setup import evaluation_generator, make_envs, make_generator, notes, write_yaml
 from tools import Config, ConfigError
 
 
@@ -80,7 +80,7 @@ class Run:
         if config.compile == "on" and device.type == "cpu":
             report("compile on: on a CPU that takes minutes and gains nothing that was measured")
         self.update = self.agent.make_update(config.compile, self.generator, report)
-        self.feed = Feed(device)
+        self.feed, self.write_back = Feed(device), carries.WriteBack()
         if source is not None and not state:
             run_state.load_weights(self, source)
         self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
@@ -114,7 +114,9 @@ class Run:
         checkpoint.replace_file(logdir / "config.yaml", write)
         if not self.finished:
             note_start(logdir, provenance() | {"precision": precision.name(config, device)})
-            self._warn_if_too_short()
+            rows = 0 if self.started else max(self._prefill_rows(), config.replay.length)
+            for line in notes(config, self.envs.repeat, rows):
+                report(line)
         self.rates = Rates(self.step, self.updates)
         wandb_id = (state or {}).get("wandb_id")
         self.logger = Logger(
@@ -134,6 +136,8 @@ class Run:
         left = -(-max(0, self.config.steps - self.step) // self.envs.repeat)
         plan = {"steps": left, "state": episodes, "copies": copies}
         spec, block = row_spec(self.envs.obs_space, self.envs.act_dim), self.config.replay
+        if block.write_back:
+            plan["extra"] = carries.carry_spec(self.agent.world_model.dynamics)
         try:
             return make_replay(
                 spec, block, self.envs.count, rng, **plan, folder=self.logdir, report=self.report
@@ -212,7 +216,8 @@ class Run:
         keys = (*self.envs.obs_space, "reward", "is_first", "is_last", "is_terminal")
         row = {key: obs[key] for key in keys}
         row["prev_action"] = np.where(first[:, None], np.float32(0), prev)
-        self.replay.add(row)
+        known = self.config.replay.write_back and self.act is not None
+        self.replay.add(row, carries.acted(self.act.carry) if known else None)
         self.episodes.add(self.replay, obs["is_last"])
         taken = int((~first).sum())
         self.agent_steps += taken
@@ -232,17 +237,6 @@ class Run:
 
     def _prefilled(self) -> bool:
         return len(self.replay) >= self._prefill_rows()
-
-    def _warn_if_too_short(self) -> None:
-        """A line where a run of this length never updates."""
-        steps = -(-self.config.steps // self.envs.repeat)
-        rows = max(self._prefill_rows(), self.config.replay.length)
-        # a step brings at most two rows
-        if not self.started and self.config.replay.ratio and 2 * steps < rows:
-            self.report(
-                f"steps {self.config.steps} are too few for an update: replay.prefill and"
-                f" replay.length ask for {rows} rows first"
-            )
 
     def _policy(self) -> np.ndarray:
         """(count, A) actions for the last observations."""
@@ -272,12 +266,17 @@ class Run:
 
     def learn(self) -> None:
         """One update, which ``update_due`` asked for."""
-        batch = self.feed.send(self.replay.sample(out=self.feed.rows()))
+        batch = self.feed.send(self.sample(self.feed.rows()))
         del batch["is_last"]
-        self.count_update(self.update(batch))
+        self.count_update(self.update(batch), self.agent.carries)
 
-    def count_update(self, metrics: torch.Tensor) -> None:
-        """An update was made; its metrics (M,)."""
+    def sample(self, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """A batch for the next update, from a replay that knows what the last one found."""
+        return self.write_back.sample(self.replay, out)
+
+    def count_update(self, metrics: torch.Tensor, found: dict[str, torch.Tensor]) -> None:
+        """An update was made of the last ``sample``; its metrics (M,), ``Agent.carries``."""
+        self.write_back.found = found
         self.window.add(metrics)
         self.updates += 1
         self.pending_updates -= 1.0
@@ -349,7 +348,7 @@ class Run:
                 best_effort.failed(RENDER, played.problem)
             if config.video and self.replay.ready():
                 self.poll()
-                batch = self.replay.sample(np.random.default_rng(entropy))
+                batch = self.replay.sample_apart(np.random.default_rng(entropy))
                 args = (self.logger, self.step, self.agent, played, batch, config.decode_levels)
                 best_effort(VIDEO, evaluation.record, *args, generator)
             self.logger.flush()
@@ -366,9 +365,11 @@ class Run:
         self.metrics()
         self.every["checkpoint"].done(self.step)
         running = f"running-{self.step:012d}.npz"
-        rows = self.episodes.running_rows(self.replay)
+        self.write_back.finish(self.replay)
+        rows = self.episodes.running_rows(self.replay) | self.replay.extra_rows()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write = functools.partial(checkpoint.write_npz, rows=rows)
+        packed = not self.replay.extra  # half precision does not compress
+        write = functools.partial(checkpoint.write_npz, rows=rows, compressed=packed)
         checkpoint.replace_file(self.folder / running, write)
         state = run_state.snapshot(self) | {"running_file": running}
         checkpoint.save_checkpoint(self.folder / "latest.pt", state)
@@ -386,8 +387,3 @@ class Run:
         for problem in self.episodes.load(self.replay, recorded(source)):
             self.report(problem)
         self.report(f"started from {source}, {len(self.replay)} steps of replay")
-
-
-def write_yaml(path: Path, tree: dict) -> None:
-    """The resolved config of a run."""
-    path.write_text(tools.dump_yaml(tree), encoding="utf-8")

@@ -59,13 +59,18 @@ def predict(model: WorldModel, batch: Mapping[str, Tensor]) -> Prediction:
     _, post, _ = model.observe(networks.preprocess(batch))
     x = post.feat.cat()
     open_loop = model.open_loop(batch, CONTEXT)[1] if batch["reward"].shape[1] > CONTEXT else {}
-    return Prediction(model.decode(post.feat)[0], open_loop, model.reward(x), model.cont(x))
+    cont = model.cont(x).undiscounted()
+    return Prediction(model.decode(post.feat)[0], open_loop, model.reward(x), cont)
 
 
 class Baseline:
-    """Predicts from averages of the training rows (N, ...) alone."""
+    """Predicts from averages of the training rows (N, ...) alone.
 
-    def __init__(self, rows: Rows, keys: list[str]):
+    bins: those of the models' rewards, a name of ``distributions.TWO_HOTS``.
+    """
+
+    def __init__(self, rows: Rows, keys: list[str], bins: str = "symlog"):
+        self.two_hot = dists.TWO_HOTS[bins]
         self.means = {}
         for key in keys:
             scale = 255.0 if rows[key].dtype == np.uint8 else 1.0
@@ -74,7 +79,7 @@ class Baseline:
         logit = torch.zeros(dists.BINS, requires_grad=True)
         # The gradient of a two-hot likelihood is its target minus the softmax: the mean target,
         # without coding it anew.
-        dists.TwoHot(logit.expand(len(reward), -1)).log_prob(reward).mean().backward()
+        self.two_hot(logit.expand(len(reward), -1)).log_prob(reward).mean().backward()
         self.reward = (logit.grad + 1.0 / dists.BINS).clamp(min=1e-8).log()
         ends = float(rows["is_terminal"].sum())
         self.cont = torch.tensor(math.log((len(reward) - ends + 1.0) / (ends + 1.0)))
@@ -90,7 +95,7 @@ class Baseline:
                 last[key] = x[:, CONTEXT - 1 : CONTEXT].expand_as(x)
         reward = self.reward.to(any_key).expand(*shape, -1)
         cont = self.cont.to(any_key).expand(shape)
-        return Prediction(mean, last, dists.TwoHot(reward), dists.Bernoulli(cont))
+        return Prediction(mean, last, self.two_hot(reward), dists.Bernoulli(cont))
 
 
 # ---------------------------------------------------------------- judging

@@ -33,7 +33,7 @@ from hidreamer.checkpoint import READ_ERRORS, CheckpointError
 from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
 from hidreamer.replay import Replay, Rows, Spec, row_spec
-from hidreamer.update import probe_step
+from hidreamer.update import train_model
 from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out
@@ -143,7 +143,8 @@ class Trainer:
                 " --decoder.probe true"
             )
         rows = self.replay.streams[0].slice(0, total)
-        self.baseline = heldout.Baseline(rows, [*decoder.kinds["image"], *decoder.sizes])
+        keys = [*decoder.kinds["image"], *decoder.sizes]
+        self.baseline = heldout.Baseline(rows, keys, config.reward.bins)
         self.update, self.signal = 0, 0
         names = "\n".join(str(path.resolve()) for path in files)
         self.same = config_hash(config.flat()) + hashlib.sha256(names.encode()).hexdigest()[:12]
@@ -181,16 +182,10 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         """One update. -> the loss, detached."""
-        with self.agent.autocast():
-            obs = models.networks.preprocess(self.batch(self.replay.sample()))
-            losses, _, post, _, _ = self.agent.world_model.loss(obs)
-        loss = sum(losses.values()).mean()
-        self.agent.optimizers["model"].step(loss)
-        self.agent.world_model.dynamics.update_codebook(post)
-        if self.agent.world_model.probed:
-            probe_step(self.agent, post, obs)
+        batch = self.batch(self.replay.sample())
+        loss = train_model(self.agent, models.networks.preprocess(batch))
         self.update += 1
-        return loss.detach()
+        return loss
 
     def save(self) -> None:
         state = {"update": self.update, "same": self.same, "agent": self.agent.save_state()}

@@ -2,21 +2,23 @@
 dreamerv3-torch and r2dreamer if they are at hand.
 
     python benchmarks/beside.py tiny_dreamerv3 tiny_hdreamer tiny_hidreamer
-        [--upstream FOLDER] [--r2dreamer FOLDER] [--arms ac_cpc barlow] [--device auto]
+        [--upstream FOLDER] [--r2dreamer FOLDER] [--arms ac_cpc replay_loss] [--device auto]
         [--precision tf32] [--repeats 7] [--out F]
 
 The FOLDERs are checkouts of github.com/NM512/dreamerv3-torch and github.com/NM512/r2dreamer; they
 are measured at the first preset's sizes. --arms: the first preset with other objectives as well
-(``objectives.ARMS``). Images of 64x64, 6 actions, random data. Kernels and FLOPs are counted of the
-eager update; timed is the one that training uses, on CUDA compiled and captured. imagine: one step
-of imagination from every replayed state (16 x 64), policy and all. The replay's part: seconds to
-draw a batch from 100,000 steps, and the memory they take. dreamerv3-torch moves its batch to the
-device itself; the others have it there.
+(``objectives.ARMS``), or KEYS; write_back includes its part of the replay. Images of 64x64, 6
+actions, random data. Kernels and FLOPs are counted of the eager update; timed is the one that
+training uses, on CUDA compiled and captured. imagine: one step of imagination from every replayed
+state (16 x 64), policy and all. The replay's part: seconds to draw a batch from 100,000 steps, and
+the memory they take. dreamerv3-torch moves its batch to the device itself; the others have it
+there.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +35,19 @@ from upstreams import ACTIONS
 
 import models
 import tools
-from hidreamer import cost, precision, process
+from hidreamer import carries, cost, precision, process
 from hidreamer.capture import Captured
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_rows
 
+KEYS: dict[str, dict[str, float]] = {
+    **ARMS,
+    "replay_loss": {"critic.replay_loss": 0.3},
+    "replay_grad": {"critic.replay_loss": 0.3, "critic.replay_grad": True},
+    "probe": {**ARMS["barlow"], "decoder.probe": True},
+    "write_back": {"replay.write_back": True},
+}
 OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 
 
@@ -67,7 +76,10 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
     )
     counted = counts(lambda: agent.update(batch))
     update = agent.make_update(config.compile)
-    update(batch)  # compiles the parts: the dream has them as training does
+    learn = functools.partial(update, batch)
+    if config.replay.write_back:
+        learn = writing_back(agent, config, update)
+    learn()  # compiles the parts: the dream has them as training does
     with torch.no_grad(), agent.autocast():
         carry, post, _ = agent.world_model.observe(models.networks.preprocess(batch))
         start = agent.world_model.dynamics.starts(carry, post, 0)
@@ -79,7 +91,28 @@ def ours(config: tools.Config, device: torch.device) -> Measured:
 
     dream = Captured(dream) if device.type == "cuda" else dream
     ends = {"is_terminal": torch.zeros(batch["reward"].numel(), device=device)}
-    return Measured(counted, lambda: update(batch), lambda: dream(ends), config.imag.horizon)
+    return Measured(counted, learn, lambda: dream(ends), config.imag.horizon)
+
+
+def writing_back(agent: models.Agent, config: tools.Config, update: Callable) -> Callable:
+    """An update with the samples from replay before it and what it finds written back."""
+    block, steps, rng = config.replay, 2000, np.random.default_rng(0)
+    extra, sizes = carries.carry_spec(agent.world_model.dynamics), {"batch": block.batch}
+    sizes |= {"length": block.length, "capacity": steps, "streams": 1}
+    ring = Replay(row_spec(OBS, ACTIONS), **sizes, rng=rng, extra=extra)
+    rows = random_rows(OBS, spaces.Discrete(ACTIONS), 1, steps)
+    rows["is_last"] = rows["is_terminal"]
+    ring.streams[0].extend({key: x[0] for key, x in rows.items()})
+    write_back = carries.WriteBack()
+
+    def learn() -> torch.Tensor:
+        sampled = agent.tensors(write_back.sample(ring, None))
+        del sampled["is_last"]
+        metrics = update(sampled)
+        write_back.found = agent.carries
+        return metrics
+
+    return learn
 
 
 def replay_figures(
@@ -117,7 +150,7 @@ def main() -> int:
     parser.add_argument("presets", nargs="+")
     parser.add_argument("--upstream", type=Path)
     parser.add_argument("--r2dreamer", type=Path)
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=[])
+    parser.add_argument("--arms", nargs="*", choices=KEYS, default=[])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -130,7 +163,7 @@ def main() -> int:
         configs = {preset: tools.load_config([preset], keys) for preset in args.presets}
         first = args.presets[0]
         for arm in args.arms:
-            configs[f"{first}, {arm}"] = tools.load_config([first], keys | ARMS[arm])
+            configs[f"{first}, {arm}"] = tools.load_config([first], keys | KEYS[arm])
         device = models.pick_device(configs[args.presets[0]])
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

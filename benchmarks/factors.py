@@ -31,6 +31,7 @@ import tools
 from analysis import latents, levels, readout
 from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, Rows, row_spec
+from hidreamer.update import train_model
 
 SIDE = 10
 # {name: (number of values, whether it is coarse)}
@@ -89,9 +90,7 @@ def train(dynamics: str, episodes: list[Rows], updates: int, seed: int) -> model
         replay.streams[0].extend(rows)
     for _ in range(updates):
         batch = {key: x for key, x in replay.sample().items() if key != "is_last"}
-        losses, _, post, _, _ = agent.world_model.loss(networks.preprocess(agent.tensors(batch)))
-        agent.optimizers["model"].step(sum(losses.values()).mean())
-        agent.world_model.dynamics.update_codebook(post)
+        train_model(agent, networks.preprocess(agent.tensors(batch)))
     return agent.eval()
 
 

@@ -69,8 +69,6 @@ class Behavior(nn.Module):
             _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
             x = feat.cat()
             cont = model.cont(x[:, 1:]).mean()
-            if self.imag.contdisc:  # it was taught with the discount
-                cont = cont / self.imag.discount
             cont = torch.cat([1.0 - terminal.unsqueeze(1), cont], 1)
             return Trajectory(feat, x, action, self.imag.discount * cont)
 

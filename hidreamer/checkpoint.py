@@ -102,9 +102,9 @@ def write_tensors(path: Path, state: Any) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def write_npz(path: Path, rows: Mapping[str, np.ndarray]) -> None:
+def write_npz(path: Path, rows: Mapping[str, np.ndarray], compressed: bool = True) -> None:
     with open(path, "wb") as file:
-        np.savez_compressed(file, **rows)
+        (np.savez_compressed if compressed else np.savez)(file, **rows)
 
 
 # ---------------------------------------------------------------- reading

@@ -257,10 +257,39 @@ class Bernoulli:
     def mode(self) -> Tensor:
         return (self.logit > 0).float()
 
+    def undiscounted(self) -> Bernoulli:
+        """What it says of the flags themselves, whatever it is trained on."""
+        return self
+
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.to(self.logit.dtype)
         logp = -F.binary_cross_entropy_with_logits(self.logit, x, reduction="none")
         return logp.flatten(-self.event).sum(-1) if self.event else logp
+
+
+class DiscountedBernoulli(Bernoulli):
+    """logit (...) of a continue flag whose ones were taught as ``discount`` (``imag.contdisc``).
+
+    ``mean`` is that of the flag itself; while it is learned it may exceed 1 by a little.
+    ``log_prob`` is for training: of the flag times the discount.
+    """
+
+    def __init__(self, logit: Tensor, discount: float):
+        super().__init__(logit)
+        self.discount = discount
+
+    def mean(self) -> Tensor:
+        return super().mean() / self.discount
+
+    def mode(self) -> Tensor:
+        return (self.mean() > 0.5).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return super().log_prob(self.discount * x)
+
+    def undiscounted(self) -> Bernoulli:
+        """The distribution of the flag itself."""
+        return Bernoulli(torch.logit(self.mean(), eps=1e-6))
 
 
 class MSE:

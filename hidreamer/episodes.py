@@ -257,26 +257,26 @@ def make_replay(
     copies: Sequence[Path] = (),
     folder: Path,
     report: Callable[[str], None],
+    extra: Spec | None = None,
 ) -> Replay:
     """An empty replay, no larger than a run can come to need, after a line about the memory that
     this will be.
 
     block: the config's ``replay``. steps: agent steps that are still to come. state: what the
     episodes are restored from. copies: episodes that will be loaded. folder: where the rows lie if
-    not in memory. Raises MemoryError where there is no room for them.
+    not in memory. extra: as of ``Replay``. Raises MemoryError where there is no room for them.
     """
     where = folder if block.store == "disk" else None
     held = rows_held(state) if state else [0] * streams
     copied = sum(named_rows(path) or 0 for path in copies)
-    report(
-        memory.check(min(block.capacity, sum(held) + copied + steps), record(spec).itemsize, where)
-    )
+    size = record(spec | (extra or {})).itemsize
+    report(memory.check(min(block.capacity, sum(held) + copied + steps), size, where))
     # A name may be wrong about the rows of what is copied.
     capacity = (
         block.capacity if copies else min(block.capacity, rows_to_come(max(held), steps, streams))
     )
     sizes = {"capacity": capacity, "batch": block.batch, "length": block.length, "streams": streams}
-    return Replay(spec, **sizes, rng=rng, folder=where)
+    return Replay(spec, **sizes, rng=rng, folder=where, extra=extra, online=block.online)
 
 
 # ---------------------------------------------------------------- files

@@ -1,7 +1,7 @@
 """What trains the world model besides its dynamics' own loss: one small class each.
 
-Another objective is another class with ``loss``, and a line in ``make_objectives``. The loss
-functions themselves are in ``losses``.
+Another objective is another class with ``loss``, a line in ``OBJECTIVES`` and a weight in
+``configs.yaml`` (docs/objectives.md). The loss functions themselves are in ``losses``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hidreamer import distributions as dists
 from hidreamer.dynamics.base import Dynamics, Feat, Post
-from hidreamer.losses import balanced, contrastive_loss, redundancy_loss, scaled
+from hidreamer.losses import balanced, contrastive_loss, redundancy_loss
 from hidreamer.nets import MLP, linear
 from hidreamer.views import make_view
 
@@ -67,19 +67,15 @@ class Reward:
 
 
 class Continue:
-    """The likelihood that the episode continues, or ends, after a state.
+    """The likelihood that the episode continues, or ends, after a state."""
 
-    discount: of an episode that continues, so that the head predicts the discount as well.
-    """
-
-    def __init__(self, head: nn.Module, discount: float = 1.0):
-        self.head, self.discount = head, discount
+    def __init__(self, head: nn.Module):
+        self.head = head
 
     def loss(
         self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
     ) -> tuple[Losses, Metrics]:
-        target = scaled(1.0 - obs["is_terminal"], self.discount)
-        return {"cont": -self.head(post.feat.cat()).log_prob(target)}, {}
+        return {"cont": -self.head(post.feat.cat()).log_prob(1.0 - obs["is_terminal"])}, {}
 
 
 class ActionConditionedCPC(nn.Module):
@@ -230,22 +226,37 @@ class Harmony(nn.Module):
         return out | {"harmony": penalty.expand(first.shape)}, metrics
 
 
+def _ac_cpc(model: Any, config: Any) -> Objective:
+    parts = model.dynamics, model.encoder, config.dynamics.unimix
+    return ActionConditionedCPC(*parts, **config.model.ac_cpc)
+
+
+def _next_embed(model: Any, config: Any) -> Objective:
+    sizes = model.feat_dim, model.encoder.dim, model.dynamics.act_dim
+    return NextEmbed(*sizes, **config.model.next_embed)
+
+
+# {name in ``model.losses``: what makes it of a world model and a config of all keys}. The model has
+# encoder, dynamics, decoder, reward, cont, feat_dim.
+OBJECTIVES: dict[str, Callable[[Any, Any], Objective]] = {
+    "decoder": lambda model, config: Reconstruction(model.decoder, model.dynamics),
+    "reward": lambda model, config: Reward(model.reward),
+    "cont": lambda model, config: Continue(model.cont),
+    "ac_cpc": _ac_cpc,
+    "barlow": lambda m, config: Barlow(m.feat_dim, m.encoder.dim, **config.model.barlow),
+    "next_embed": _next_embed,
+}
+
+
 def make_objectives(model: Any, config: Any) -> dict[str, Objective]:
     """Those that have a weight in ``config.model.losses``; those with parameters are modules.
 
-    model: with encoder, dynamics, decoder, reward, cont, feat_dim. config: of all keys. Raises
-    ValueError, one line, for what the observations do not allow.
+    Raises ValueError, one line, where there is none, or for what the observations do not allow.
     """
-    dynamics, block = model.dynamics, config.model
-    feat, embed, act = model.feat_dim, model.encoder.dim, dynamics.act_dim
-    unimix = config.dynamics.unimix
-    discount = config.imag.discount if config.imag.contdisc else 1.0
-    makers: dict[str, Callable[[], Objective]] = {
-        "decoder": lambda: Reconstruction(model.decoder, dynamics),
-        "reward": lambda: Reward(model.reward),
-        "cont": lambda: Continue(model.cont, discount),
-        "ac_cpc": lambda: ActionConditionedCPC(dynamics, model.encoder, unimix, **block.ac_cpc),
-        "barlow": lambda: Barlow(feat, embed, **block.barlow),
-        "next_embed": lambda: NextEmbed(feat, embed, act, **block.next_embed),
-    }
-    return {name: make() for name, make in makers.items() if block.losses[name]}
+    weights = config.model.losses
+    if not any(weights[name] for name in OBJECTIVES):
+        raise ValueError(
+            "model.losses has no objective, so that states would tell nothing of what is seen: give"
+            " one a weight, such as --model.losses.decoder 1"
+        )
+    return {name: make(model, config) for name, make in OBJECTIVES.items() if weights[name]}

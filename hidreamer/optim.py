@@ -127,13 +127,15 @@ class Optimizer:
             param.grad = grad if aligned else torch.empty_like(param).copy_(grad)
 
     def apply(self) -> dict[str, Tensor]:
-        """One step along what was gathered, for every module.
+        """One step along what was gathered, for every module that it was gathered for.
 
         -> gradient norm in all, by module, and whether the step was clipped; each ().
         """
         norms = {}
         for name, group in self.groups.items():
-            norms[name] = self.norm([p.grad for p in group.values()])
+            grads = [p.grad for p in group.values() if p.grad is not None]
+            if grads:
+                norms[name] = self.norm(grads)
         total = torch.stack(list(norms.values())).norm(dim=0)
         metrics = {"grad_norm": total}
         if len(norms) > 1:
@@ -162,7 +164,7 @@ class Optimizer:
         """Adaptive gradient clipping (Brock et al. 2021), by whole parameters as in DreamerV3 of
         2024: no gradient is longer than ``agc`` times its parameter. -> share that was longer, ().
         """
-        params = list(self.params.values())
+        params = [p for p in self.params.values() if p.grad is not None]
         grads = [p.grad for p in params]
         upper = torch.stack(torch._foreach_norm(params)).clamp(min=PMIN) * self.agc
         ratio = torch.stack(torch._foreach_norm(grads)) / upper

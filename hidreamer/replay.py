@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from hidreamer import memory
 
 Rows = dict[str, np.ndarray]
 BLOCK_BYTES = 2**18  # written to a file at a time: what stays in a core's cache
+STORED = "stored"  # column: whether a carry lies beside the row (``carries``)
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # {key: (shape, dtype)} of one row
 
 
@@ -193,8 +195,9 @@ class Replay:
 
     rng is this replay's own; its state and the rows are all that the samples depend on. capacity is
     of all streams together, each has an equal share. With ``folder`` the rows lie in files there.
-    ``extra`` columns, of other names than spec's, are sampled with the others and written by
-    ``write``. Raises MemoryError, OSError.
+    ``extra`` columns, of other names than spec's, are written by ``write``; of a sequence they are
+    read at its first row. With ``online`` every fresh sequence is sampled once before others are.
+    Raises MemoryError, OSError.
     """
 
     def __init__(
@@ -208,8 +211,14 @@ class Replay:
         rng: np.random.Generator,
         folder: Path | None = None,
         extra: Spec | None = None,
+        online: bool = False,
     ):
         self.spec, self.batch, self.length, self.rng = spec, batch, length, rng
+        self.extra, self.online = extra or {}, online
+        # Of ``online``: sequences to come, (stream, row) as in ``Addresses``, oldest first; and by
+        # stream how many of its newest rows are in none of them yet.
+        self.queue: deque[tuple[int, int]] = deque()
+        self.fresh = [0] * streams
         share = max(capacity // streams, length)
         self.streams = [Stream(share, spec, folder, extra) for _ in range(streams)]
 
@@ -225,39 +234,66 @@ class Replay:
     def nbytes(self) -> int:
         return len(self) * self.streams[0].record.itemsize
 
-    def add(self, rows: Mapping[str, np.ndarray]) -> None:
-        """One row for every stream, {key: (streams, ...)}."""
+    def add(
+        self, rows: Mapping[str, np.ndarray], extra: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """One row for every stream, {key: (streams, ...)}, and what is known of ``extra`` columns
+        beside it.
+        """
         for i, stream in enumerate(self.streams):
             stream.extend({key: x[i : i + 1] for key, x in rows.items()})
+            if extra is not None:
+                stream.write(stream.added - 1, {key: x[i : i + 1] for key, x in extra.items()})
+            self.fresh[i] += 1
+            if self.fresh[i] == self.length:
+                self.fresh[i] = 0
+                if self.online:
+                    self.queue.append((i, stream.added - self.length))
 
     def ready(self) -> bool:
         """Whether any stream is long enough to sample from."""
         return any(len(stream) >= self.length for stream in self.streams)
 
-    def sample(self, rng: np.random.Generator | None = None, out: Rows | None = None) -> Rows:
+    def sample(self, out: Rows | None = None) -> Rows:
         """{key: (B, T, ...)}; each sequence's first step is marked ``is_first``, as upstream's.
 
         out: what an earlier call returned, to be written over.
         """
-        return self.read(self.sample_addresses(rng), out)
+        return self.read(self.sample_addresses(), out)
 
-    def sample_addresses(self, rng: np.random.Generator | None = None) -> Addresses:
-        """Where B sequences lie, each run of T rows as likely as any other.
+    def sample_addresses(self) -> Addresses:
+        """Where the next B sequences lie: those of the queue, then ``uniform`` ones."""
+        fresh: list[tuple[int, int]] = []
+        while self.queue and len(fresh) < self.batch:
+            i, row = self.queue.popleft()
+            if row >= self.streams[i].added - len(self.streams[i]):  # it has not left since
+                fresh.append((i, row))
+        others = self.uniform(self.rng, self.batch - len(fresh))
+        if not fresh:
+            return others
+        pairs = zip(zip(*fresh, strict=True), others, strict=True)
+        return Addresses(*(np.concatenate([np.array(a), b]) for a, b in pairs))
+
+    def uniform(self, rng: np.random.Generator, count: int) -> Addresses:
+        """Where ``count`` sequences lie, each run of T rows as likely as any other.
 
         Raises ValueError where there is none.
         """
-        rng = self.rng if rng is None else rng
         counts = np.array([max(0, len(stream) - self.length + 1) for stream in self.streams])
         ends = counts.cumsum()
         if not ends[-1]:
             raise ValueError(f"replay holds no {self.length} consecutive steps yet")
-        picks = rng.integers(0, ends[-1], self.batch)
+        picks = rng.integers(0, ends[-1], count)
         stream = np.searchsorted(ends, picks, side="right")
         oldest = np.array([stream.added - len(stream) for stream in self.streams])
         return Addresses(stream, picks - (ends - counts - oldest)[stream])
 
     def read(self, addresses: Addresses, out: Rows | None = None) -> Rows:
-        """The sequences there, as ``sample`` has them. Raises ValueError where they have left."""
+        """The sequences there, {key: (B, T, ...)}, and ``extra`` columns (B, ...) of their first
+        rows. Raises ValueError where they have left.
+
+        First steps are marked ``is_first``, but where a carry is STORED.
+        """
         starts = []
         for i, row in zip(*addresses, strict=True):
             stream = self.streams[i]
@@ -268,14 +304,32 @@ class Replay:
                 )
             stream.prefetch(start, self.length)
             starts.append((stream, start))
-        shape, spec = (len(starts), self.length), self.spec | self.streams[0].extra
-        batch = out
-        if batch is None:
-            batch = {key: np.empty((*shape, *rest), dtype) for key, (rest, dtype) in spec.items()}
+        batch = self._empty(len(starts)) if out is None else out
         for b, (stream, start) in enumerate(starts):
-            stream.read(start, {key: x[b] for key, x in batch.items()})
-        batch["is_first"][:, 0] = True
+            stream.read(start, {key: batch[key][b] for key in self.spec})
+            stream.read(start, {key: batch[key][b : b + 1] for key in self.extra})
+        if STORED in self.extra:
+            batch["is_first"][~batch[STORED], 0] = True
+        else:
+            batch["is_first"][:, 0] = True
         return batch
+
+    def _empty(self, count: int) -> Rows:
+        """Where ``read`` writes so many sequences."""
+        shape, out = (count, self.length), {}
+        for key, (rest, dtype) in self.spec.items():
+            out[key] = np.empty((*shape, *rest), dtype)
+        for key, (rest, dtype) in self.extra.items():
+            out[key] = np.empty((count, *rest), dtype)
+        return out
+
+    def sample_apart(self, rng: np.random.Generator) -> Rows:
+        """Uniform ones without ``extra`` columns: for others than the learner, whose samples it
+        leaves as they are.
+        """
+        batch = self.read(self.uniform(rng, self.batch))
+        batch["is_first"][:, :1] = True
+        return {key: batch[key] for key in self.spec}
 
     def write(self, addresses: Addresses, values: Mapping[str, np.ndarray]) -> None:
         """Put {key: (B, T, ...)} of ``extra`` columns beside the rows there, in this order.
@@ -285,3 +339,34 @@ class Replay:
         """
         for b, (i, row) in enumerate(zip(*addresses, strict=True)):
             self.streams[i].write(int(row), {key: x[b] for key, x in values.items()})
+
+    # ------------------------------------------------------------ what a checkpoint holds of it
+
+    def queue_state(self) -> dict[str, Any]:
+        """Of ``online``, with rows counted back from each stream's newest."""
+        back = [[i, self.streams[i].added - row] for i, row in self.queue]
+        return {"queue": back, "fresh": list(self.fresh)}
+
+    def load_queue(self, state: Mapping[str, Any]) -> None:
+        """The inverse, when the rows are back."""
+        found = ((i, self.streams[i].added - back) for i, back in state["queue"])
+        self.queue = deque(found if self.online else ())
+        self.fresh = list(state["fresh"])
+
+    def extra_rows(self) -> Rows:
+        """Copies of all ``extra`` columns, {"extra.STREAM.key": (rows, ...)}, oldest row first."""
+        out = {}
+        for i, stream in enumerate(self.streams):
+            for key, (shape, dtype) in self.extra.items():
+                out[f"extra.{i}.{key}"] = np.empty((len(stream), *shape), dtype)
+            stream.read(0, {key: out[f"extra.{i}.{key}"] for key in self.extra})
+        return out
+
+    def load_extra_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+        """The inverse, for streams whose newest rows are those of then. Raises ValueError."""
+        for i, stream in enumerate(self.streams):
+            found = {key: rows.get(f"extra.{i}.{key}") for key in self.extra}
+            if found and all(x is not None for x in found.values()):
+                count = min(len(stream), *map(len, found.values()))
+                last = {key: x[len(x) - count :] for key, x in found.items()}
+                stream.write(stream.added - count, last)

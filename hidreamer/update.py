@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hidreamer import carries
 from hidreamer.behavior import Replayed
 from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.metrics import prefixed
@@ -34,6 +35,8 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
     """
     model, critic = agent.world_model, agent.config.critic
     loss, metrics, seen = agent.each(partial(model_loss, agent, generator), obs)
+    if agent.config.replay.write_back:
+        agent.carries = agent.each(partial(found_carries, agent), seen)
     # Where the critic's loss of replayed steps trains the model as well, the model's step waits for
     # the dreams that it needs.
     waits = critic.replay_loss > 0 and critic.replay_grad
@@ -59,6 +62,21 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
     for behavior in agent.behaviors().values():
         behavior.update_slow()
     return metrics
+
+
+def train_model(agent: Any, obs: Batch, generator: torch.Generator | None = None) -> Tensor:
+    """One step of the world model alone, also where ``optim: joint`` would step all at once.
+
+    obs: preprocessed (B,T,...). -> the model's loss (), detached.
+    """
+    loss, _, seen = model_loss(agent, generator, obs)
+    agent.step("model", loss)
+    if agent.config.optim == "joint":
+        agent.optimizers["joint"].apply()
+    move_codebook(agent, generator, seen)
+    if agent.world_model.probed:
+        probe_step(agent, seen.post, obs)
+    return loss.detach()
 
 
 def step_together(agent: Any, losses: Mapping[str, Tensor]) -> Metrics:
@@ -88,6 +106,10 @@ def model_loss(
     loss = sum(losses.values()).mean()
     named = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
     return loss, named | {"model_loss": loss.detach()} | metrics, Seen(obs, carry, post, embed)
+
+
+def found_carries(agent: Any, seen: Seen) -> dict[str, Tensor]:
+    return carries.found(agent.world_model.dynamics, seen.carry, seen.post)
 
 
 def move_codebook(agent: Any, generator: torch.Generator | None, seen: Seen) -> None:

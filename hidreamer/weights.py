@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 # What may start afresh where nothing of it is there: younger or other parts than the source's.
-OPTIONAL = ("explorer.", *(f"world_model.{name}." for name in ("ac_cpc", "barlow", "next_embed")))
-OPTIONAL += ("world_model.harmony.", "world_model.decoder.")
+OPTIONAL = ("explorer.", "world_model.harmony.", "world_model.decoder.")  # and objectives
+NEEDED = ("world_model.reward.", "world_model.cont.")
 
 
 def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
@@ -60,8 +60,10 @@ def load_params(agent: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             params[name] = x
     params |= {prefix + name: x for name, x in dynamics.convert_state_dict(theirs).items()}
-    there = {prefix for prefix in OPTIONAL for name in given if name.startswith(prefix)}
-    fresh = tuple(prefix for prefix in OPTIONAL if prefix not in there)
+    own = (f"world_model.{name}." for name in agent.world_model.objectives)
+    optional = (*OPTIONAL, *(prefix for prefix in own if prefix not in NEEDED))
+    there = {prefix for prefix in optional for name in given if name.startswith(prefix)}
+    fresh = tuple(prefix for prefix in optional if prefix not in there)
     matched, report = match(agent.state_dict(), params, given, fresh)
     agent.load_state_dict(matched)
     return report

@@ -270,7 +270,7 @@ class LoadedAgent:
         """-> reward, continue probability and value of states (...,.), each (...)."""
         with self.model.autocast():
             x = feat.cat()
-            dists = self.world_model.reward(x), self.world_model.cont(x)
+            dists = self.world_model.reward(x), self.world_model.cont(x).undiscounted()
             value = self.model.behavior.critic(x)
         return dists[0].mode(), dists[1].mean(), value.mode()
 

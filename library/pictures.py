@@ -19,9 +19,9 @@ BACK, AXIS, UP, DOWN = (24, 26, 32), (90, 94, 104), (88, 166, 255), (255, 140, 9
 def picture(obs: Mapping[str, Tensor]) -> np.ndarray:
     """Of one observation {key: (...)}, images and grids in [0, 1], as ``decode`` has them.
 
-    -> uint8 (H, W, 3): all keys side by side.
+    -> uint8 (H, W, 3): all keys side by side, or an empty picture where there are none.
     """
-    shown = []
+    shown = [] if obs else [np.full((SIDE, SIDE, 3), BACK, np.uint8)]
     for x in obs.values():
         if x.ndim == 3 and x.shape[-1] in range(4, len(PALETTE)):
             shown.append(board(x))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import models
 import networks
+from hidreamer import carries
 from hidreamer.behavior import Behavior, Replayed, Trajectory
 from hidreamer.dynamics.base import start_steps
 from hidreamer.losses import clipped_gain
@@ -65,8 +66,16 @@ class TokenAgent(models.Agent):
         nn.Module.__init__(self)
         self.block, self.config = config.pipeline.policy, config
         if config.critic.replay_loss:
-            raise ConfigError("critic.replay_loss is for dreamer.py: set it to 0 for the pipeline")
+            raise ConfigError(
+                "critic.replay_loss is for dreamer.py: add --critic.replay_loss 0 for the pipeline"
+            )
+        if config.optim == "joint":
+            raise ConfigError(
+                "optim joint is for dreamer.py, which trains all at once: add --optim separate for"
+                " the pipeline"
+            )
         try:
+            carries.check(model.dynamics, config)
             start_steps(self.block.length, config.imag.starts)
         except ValueError as error:
             raise ConfigError(str(error)) from None

@@ -119,7 +119,7 @@ class TokenWorldModel(models.WorldModel):
             raise ConfigError(str(error)) from None
         self.feat_dim = self.dynamics.feat_dim
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
-        self.cont = networks.make_head("binary", self.feat_dim, **config.cont)
+        self.cont = networks.make_continue_head(self.feat_dim, config)
         self.objectives = {"reward": Reward(self.reward), "cont": Continue(self.cont)}
         self.scales = {name: config.model.losses[name] for name in self.objectives}
         self.harmony, self.probed = None, False

@@ -72,6 +72,8 @@ class Session:
 
     def __init__(self, agent: LoadedAgent, seed: int | None = None):
         self.agent, self.hand, self.held, self.message = agent, False, set(), ""
+        if not any(agent.world_model.decoder.kinds.values()):
+            self.message = "it has no decoder to draw its states: train with --decoder.probe true"
         self.env = agent.real_env(seed)
         self.controls = Controls(self.env)
         self.generator = torch.Generator(agent.device)

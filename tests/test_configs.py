@@ -180,6 +180,8 @@ def test_every_preset_trains_with_every_latent_state(suite, names):
         "imag.horizon": 1,
         "imag.starts": 1,
     }
+    if kind == "hrvq":
+        small["replay.write_back"] = False  # its carry grows with its window
     config = tools.load_config([preset] if preset in PRESETS else [], small)
     obs_space, act_space = SPACES[suite]
     if "image" in obs_space:  # of the preset's size

@@ -4,6 +4,7 @@ presets.
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_parts import KL
 
 import models
 import tools
+from hidreamer.behavior import Behavior, Replayed
 from hidreamer.distributions import BINS, SymexpTwoHot, symexp
 from hidreamer.dynamics.rssm import RSSM
 from hidreamer.nets import BlockGRUCell, BlockLinear, RMSNorm, SideBySide
@@ -153,6 +155,41 @@ def test_laprop_clipping_and_warmup_by_hand():
         assert layer.bias.item() == pytest.approx(b, abs=1e-6)
 
 
+def test_replay_value_loss_by_hand():
+    """Four steps, whose dreams began at the second and the last: their returns stand for the
+    critic's values there, and the slow critic is a target as well.
+    """
+    values = {"critic": [1.0, 2.0, 3.0, 4.0], "slow": [1.0, 1.0, 2.0, 2.0]}
+
+    class Known:
+        """-log_prob is the squared distance to every target."""
+
+        def __init__(self, value):
+            self.value = torch.tensor([value])
+
+        def mode(self):
+            return self.value.clone()
+
+        def log_prob(self, *targets):
+            return -sum((target - self.value) ** 2 for target in targets)
+
+    imag = SimpleNamespace(discount=0.9, lam=0.8)
+    behavior = SimpleNamespace(replay_grad=False, imag=imag)
+    for name, value in values.items():
+        setattr(behavior, name, lambda x, value=value: Known(value))
+    x, reward = torch.zeros(1, 4, 2), torch.tensor([[9.0, 1.0, 2.0, 3.0]])
+    first = torch.tensor([[True, False, False, False]])
+    dreams = torch.tensor([5.0, 7.0])
+    two = 3.0 + 0.9 * 7.0
+    one = 2.0 + 0.9 * (0.2 * 3.0 + 0.8 * two)
+    zero = 1.0 + 0.9 * (0.2 * 5.0 + 0.8 * one)
+    assert [zero, one, two] == pytest.approx([8.54992, 9.236, 9.3])
+    replayed = Replayed(x, reward, first, torch.zeros(1, 4), slice(1, 4, 2))
+    found = Behavior.replay_loss(behavior, replayed, dreams).item()
+    squares = (zero - 1) ** 2 + (one - 2) ** 2 + 1 + (two - 3) ** 2 + 1
+    assert found == pytest.approx(squares / 3, rel=1e-6)
+
+
 SMALL = {"dynamics.deter": 16, "dynamics.hidden": 8, "dynamics.rssm.stoch": 4}
 SMALL |= {"dynamics.free": 0, "dynamics.rssm.classes": 4, "dynamics.hrssm.stoch": [2, 2]}
 SMALL |= {"dynamics.hrssm.classes": [4, 4], "model.lr": 3e-3, "model.warmup": 4}
@@ -230,4 +267,5 @@ def test_the_2023_preset_has_none_of_it():
     config = tools.load_config([], {})
     assert (config.dynamics.rssm.cell, config.critic.net.bins) == ("gru", "symlog")
     assert config.model.algorithm == "adam" and not config.imag.contdisc
+    assert not config.replay.online and not config.replay.write_back
     assert config.critic.replay_loss == config.model.agc == config.model.warmup == 0

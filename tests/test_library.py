@@ -47,6 +47,19 @@ def close(a, b):
 # ---------------------------------------------------------------- encoding
 
 
+def test_a_continue_head_that_learned_the_discount_tells_probabilities(trained):
+    """Else a dream would end at every step with a chance of 1 - discount."""
+    agent = hidreamer.load(trained("rssm", "image"))
+    head, feat = agent.world_model.cont, agent.dynamics.feat(agent.dynamics.initial(3))
+    for wanted, bias in ((0.8, 0.4), (1.0, 0.5), (1.0, 0.6)):  # of a discount of 0.5
+        torch.nn.init.zeros_(head.out.weight)
+        torch.nn.init.constant_(head.out.bias, float(torch.logit(torch.tensor(bias))))
+        head.discount = 0.5
+        assert agent.heads(feat)[1].tolist() == pytest.approx([wanted] * 3, abs=1e-5)
+        head.discount = 1.0
+        assert agent.heads(feat)[1].tolist() == pytest.approx([bias] * 3, abs=1e-5)
+
+
 def test_latents_have_the_documented_shapes(agent, episode):
     latents, dynamics = agent.encode(episode), agent.dynamics
     steps = len(episode["reward"])

@@ -2,18 +2,22 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
+from small_runs import one_line, run
 from test_agent import EVERYTHING, VECTOR, changed, make
 from torch.nn import functional as F
 
 import networks
 import tools
-from hidreamer import losses, views
+from conftest import ROOT
+from hidreamer import losses, objectives, views
 from hidreamer.behavior import Replayed
 from hidreamer.dynamics import TYPES
 from hidreamer.objectives import Harmony
+from run_setup import notes
 
 NEW = ("ac_cpc", "barlow", "next_embed", "harmony")
 FREE = {"model.losses.decoder": 0}
@@ -344,3 +348,84 @@ def test_the_replay_loss_reaches_the_model_only_by_its_key(act, optim):
     assert any(key.startswith("dynamics") for key in moved)
     heads = ("decoder", "reward", "cont")
     assert not [key for key in moved if key.startswith(heads)]
+
+
+# ---------------------------------------------------------------- what does not go together
+
+REMARKS = [
+    ({"model.losses.ac_cpc": 1, "model.ac_cpc.steps": 30}, "replay.length 8"),
+    ({"model.losses.reward": 0}, "predicted ones alone"),
+    ({"model.losses.decoder": 0}, "--decoder.probe true"),
+    ({"decoder.probe": True}, "trained anyway"),
+    ({"critic.replay_grad": True}, "critic.replay_loss is 0"),
+]
+
+
+def test_what_a_key_will_not_do_is_one_line():
+    short = {"model.ac_cpc.steps": 8}
+    read = lambda values: notes(tools.load_config(["debug"], short | values), 1, 9)
+    assert read({}) == []
+    for values, hint in REMARKS:
+        (line,) = read(values)
+        assert hint in line and "\n" not in line
+    assert read({"model.losses.decoder": 0, "video": False}) == []
+    assert read({"model.losses.reward": 0, "expl.behavior": "plan2explore"}) == []
+
+
+def test_a_run_says_so_once_and_goes_on(tmp_path, capsys):
+    more = ("--model.losses.decoder", 0, "--steps", 30, "--eval_every", 1000)
+    assert run(tmp_path / "run", *more, "--video", "true") == 0
+    assert capsys.readouterr().out.count("--decoder.probe true") == 1
+
+
+@pytest.mark.parametrize("harmony", [0, 1])
+def test_a_model_without_objectives_is_refused_in_one_line(harmony, tmp_path, capsys):
+    off = [x for name in ("decoder", "reward", "cont") for x in (f"--model.losses.{name}", 0)]
+    assert run(tmp_path / "run", *off, "--model.losses.harmony", harmony) == 2
+    one_line(capsys, "model.losses", "--model.losses.decoder 1")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------- docs/objectives.md
+
+PAGE = (ROOT / "docs" / "objectives.md").read_text()
+
+
+@pytest.fixture
+def extended(tmp_path, monkeypatch):
+    """The code and the key of the page, as a reader would add them."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (key,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    text = tools.CONFIGS.read_text()
+    before = next(line for line in text.splitlines() if line.startswith("      harmony: 0.0"))
+    (tmp_path / "configs.yaml").write_text(text.replace(before + "\n", before + "\n" + key))
+    monkeypatch.setattr(tools, "CONFIGS", tmp_path / "configs.yaml")
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    exec(code, {})
+
+
+def test_an_objective_of_ones_own_is_learned_and_saved(extended, tmp_path, capsys):
+    more = {"model.losses.inverse": 1, "model.lr": 3e-3}
+    agent, batch = make(batch=4, **more)
+    found = []
+    for _ in range(30):
+        values = agent.update(batch)
+        found.append(values[agent.metric_names.index("inverse_loss")].item())
+    assert found[-1] < 0.7 * found[0]
+    assert "world_model.inverse.guess.out.weight" in agent.state_dict()
+    assert "inverse" not in make()[0].world_model.objectives
+    run(tmp_path / "without", "--steps", 40, "--eval_episodes", 0)
+    more = ("--model.losses.inverse", 0.1, "--steps", 40, "--resume", tmp_path / "without")
+    assert run(tmp_path / "with", *more) == 0
+    assert re.search(r"fresh +world_model\.inverse", capsys.readouterr().out)
+    assert run(tmp_path / "refused", "--model.losses.inverse", -1) == 2
+    one_line(capsys, "model.losses.inverse", "at least 0")
+
+
+def test_the_commands_of_the_page_are_of_keys_that_there_are():
+    (text,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    for line in text.splitlines():
+        args = tools.parse(line.split()[2:])
+        assert tools.load_config(args.presets, args.overrides).model.losses
+    for key in re.findall(r"^\| `([\w.]+)`", PAGE, re.MULTILINE):
+        assert key in tools.load_config([], {}).flat()

@@ -185,6 +185,51 @@ def test_an_interrupted_job_goes_on_exactly(recorded, tmp_path):
         trainer(recorded, tmp_path / "parts").resume(3)
 
 
+YEAR_2024 = {"optim": "joint", "reward.bins": "symexp", "imag.contdisc": True, "model.agc": 0.3}
+YEAR_2024 |= {"model.algorithm": "laprop", "model.warmup": 2, "dynamics.rssm.cell": "block_gru"}
+YEAR_2024 |= {"critic.replay_loss": 0.3, "critic.replay_grad": True, "replay.write_back": True}
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_models_of_2024_are_trained_alone_and_judged(probe, recorded, tmp_path):
+    """Along the sum of all losses there is nothing of actor and critic, which stay as they are."""
+    values = YEAR_2024 | ({"model.losses.decoder": 0, "decoder.probe": True} if probe else {})
+    whole = trainer(recorded, tmp_path / "whole", **values)
+    before = {key: x.clone() for key, x in whole.agent.state_dict().items()}
+    whole.train(6)
+    after = whole.agent.state_dict()
+    moved = {key for key, x in before.items() if not torch.equal(x, after[key])}
+    parts = {".".join(key.split(".")[:2]) for key in moved}
+    expected = {f"world_model.{x}" for x in ("encoder", "dynamics", "decoder", "reward", "cont")}
+    assert parts == expected
+    for updates in (3, 6):
+        made = trainer(recorded, tmp_path / "parts", **values)
+        made.resume(6)
+        made.train(updates)
+    a, b = whole.judge(), made.judge()
+    assert all(np.array_equal(a[key], b[key], equal_nan=True) for key in a)
+    assert all(
+        np.isfinite(a[f"model/{name} log-likelihood"]).all() for name in ("reward", "continue")
+    )
+
+
+def test_the_baseline_has_the_models_bins():
+    """Rewards of 0 and 250: frequencies in either's bins, and a mean in those of 2024."""
+    rows = {
+        "reward": np.array([0.0] * 6 + [250.0] * 2, np.float32),
+        "is_terminal": np.arange(8) > 6,
+    }
+    rows["vector"] = np.zeros((8, 1), np.float32)
+    said = {}
+    for bins in ("symlog", "symexp"):
+        made = heldout.Baseline(rows, ["vector"], bins).predict({"vector": torch.zeros(1, 8, 1)})
+        said[bins] = made.reward
+        zeros = made.reward.log_prob(torch.zeros(1, 8))[0, 0].item()
+        assert zeros == pytest.approx(math.log(6 / 8), abs=1e-3)
+    assert said["symexp"].mode()[0, 0].item() == pytest.approx(250 / 4, rel=1e-3)
+    assert said["symlog"].mode()[0, 0].item() < 10
+
+
 def test_learning_beats_the_sceptic(recorded, tmp_path):
     """The bar stays where it is for nobody: its place is a fair coin,
     so only having seen it helps.

@@ -11,12 +11,13 @@ from small_runs import one_line
 from test_pipeline import recording
 from test_pipeline_world_model import CPU, toy_batch, toy_model
 
+import networks
 import tools
 from hidreamer import evaluation
 from hidreamer.losses import clipped_gain, reinforce_gain
 from pipeline import policy, training, world_model
 from pipeline.token_agent import TokenAgent
-from pipeline.token_model import Windows, token_rows
+from pipeline.token_model import TokenWorldModel, Windows, token_rows
 
 STAGES = ("collect", "encoder", "tokenizer", "world_model")
 
@@ -164,6 +165,41 @@ def test_frozen_is_frozen_and_finetuning_trains_all_but_encoder_and_codes(toy):
         frozen = ("world_model.encoder.", "world_model.dynamics.quantizer.")
         assert not [key for key in moved if key.startswith(frozen)]
         assert any(key.startswith("behavior.actor.") for key in moved)
+
+
+def test_the_continue_head_and_the_dreams_agree_on_the_discount(toy):
+    """With ``imag.contdisc`` the head learns the discount, which dreams must not count again."""
+    settings, model = toy
+    changed = tools.load_config([], settings.flat() | {"imag.contdisc": True})
+    made = TokenWorldModel(model.encoder, model.dynamics.quantizer, 2, changed)
+    batch = TokenAgent(made, spaces.Discrete(2), changed).tensors(
+        toy_batch(np.random.default_rng(0), 4)
+    )
+    torch.nn.init.zeros_(made.cont.out.weight)
+    torch.nn.init.constant_(made.cont.out.bias, float(torch.logit(torch.tensor(0.9))))
+    losses, carry, post, _, _ = made.loss(networks.preprocess(batch))
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))  # the least that there is
+    assert losses["cont"].mean().item() == pytest.approx(entropy, abs=1e-5)
+    agent = TokenAgent(made, spaces.Discrete(2), changed)
+    start = made.dynamics.starts(carry, post, 2)
+    traj = agent.behavior.imagine(made, start, torch.zeros(8))
+    assert traj.disc.unique().tolist() == pytest.approx([0.9])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("critic.replay_loss", 0.3, "--critic.replay_loss 0"),
+        ("optim", "joint", "--optim separate"),
+        ("replay.write_back", True, "--replay.write_back false"),
+    ],
+)
+def test_what_only_the_online_agent_can_is_refused_in_one_line(key, value, remedy, toy):
+    settings, model = toy
+    changed = tools.load_config([], settings.flat() | {key: value})
+    with pytest.raises(tools.ConfigError, match=remedy) as error:
+        TokenAgent(model, spaces.Discrete(2), changed)
+    assert key.split(".")[-1] in str(error.value) and "\n" not in str(error.value)
 
 
 def test_without_memory_the_policy_sees_codes_alone(toy):

@@ -328,6 +328,19 @@ def test_a_video_without_a_page(case, how, trained, tmp_path, capsys):
     assert ("24 frames, sum of predicted rewards" if how else "24 frames, sum of rewards") in said
 
 
+def test_an_agent_without_a_decoder_is_played_without_its_pictures(tmp_path):
+    words = ["--configs", "debug", "--task", "dummy_vector", "--model.losses.decoder", "0"]
+    words += ["--steps", "40", "--video", "false", "--eval_episodes", "0"]
+    assert dreamer.main([*words, "--logdir", str(tmp_path / "run")]) == 0
+    session = Session(hidreamer.load(tmp_path / "run"), seed=0)
+    assert "--decoder.probe true" in session.message
+    session.step()
+    pictures = session.view().pictures
+    assert pictures["imagined"][1].std() < pictures["real"][1].std()
+    assert all(frame.ndim == 3 for option in session.what_if(2) for frame in option["frames"])
+    session.close()
+
+
 def test_a_film_has_the_returns_of_episodes_that_ended_alone(trained, tmp_path):
     session = Session(hidreamer.load(trained("rssm", "vector")), seed=1)
     seen, step = [], session.step

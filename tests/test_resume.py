@@ -44,7 +44,10 @@ RUNS = {
         120,
     ),
     "classic": (
-        ["--configs", "gym", "debug", "--env.count", "2", "--env.parallel", "true", *DEBUG],
+        [
+            *("--configs", "gym", "debug", "--env.count", "2", "--env.parallel", "true", *DEBUG),
+            *("--replay.online", "true", "--replay.write_back", "true"),
+        ],
         300,
     ),
     "atari": (["--configs", "atari100k", "debug", "--env.atari.sticky", "0.25", *DEBUG], 800),

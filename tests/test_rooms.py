@@ -36,6 +36,7 @@ FLOORS = {
     "envs": 5,
     "hidreamer.dynamics": 5,
     "hidreamer.behavior": 4,
+    "hidreamer.carries": 4,
     "hidreamer.explorer": 4,
     "hidreamer.objectives": 4,
     "hidreamer.update": 5,

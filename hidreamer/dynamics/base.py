@@ -134,6 +134,7 @@ class Dynamics(nn.Module):
     shapes: tuple[tuple[int, int], ...]  # (variables, classes) of each level, coarse -> fine
     level_dims: tuple[int, ...]  # numbers of each level in stoch, coarse -> fine; their sum is Z
     former_names: Mapping[str, str] = {}  # of parameters in older checkpoints: {former: now}
+    carry_type: type | None = None  # of carries of one fixed size that replay can hold; None: grow
     map_positions: int = 0  # positions required of the encoder's feature map; 0: any
 
     @property

@@ -11,7 +11,7 @@ Z stoch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Aux(NamedTuple):
 
 class RecurrentHRVQ(ResidualScan, Recurrent):
     """options: those of ``Tokens.make_codes``; those of the transformers are unused."""
+
+    carry_type: ClassVar = TokenCarry
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class Recurrent(Dynamics):
     """
 
     former_names: ClassVar = {"start": "initial_deter"}
+    carry_type: ClassVar = Carry
 
     def __init__(
         self,
