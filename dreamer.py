@@ -40,7 +40,8 @@ def answer(argv: list[str]) -> int | None:
         return 0 if argv else 2
     try:
         args = tools.parse(argv)
-        member_seeds(args.overrides)
+        if member_seeds(args.overrides) and args.capacity:
+            raise ConfigError("--capacity trains nothing: leave out --seeds and --population")
         for name in args.capacity or args.presets[-1:] or ["defaults"]:
             tools.load_config([*args.presets[:-1], name], args.overrides)
     except ConfigError as error:
@@ -218,7 +219,7 @@ def train(run: Run, screen: Screen, signals: Signals) -> None:
     poll()
 
 
-def train_population(args: tools.Args, seeds: list[int], signals: Signals) -> int:
+def train_population(args: tools.Args, argv: list[str], seeds: list[int], signals: Signals) -> int:
     """Train a run of every seed, in LOGDIR/SEED, all at once. -> exit status."""
     import population
 
@@ -262,9 +263,9 @@ def train_population(args: tools.Args, seeds: list[int], signals: Signals) -> in
             members.save()
             screen.line(f"stopped by {name}; the same command continues")
             return 128 + stop.signum
-        screen.line(
-            "\n".join(f"{run.logdir}: {run.step} steps, {run.updates} updates" for run in runs)
-        )
+        lines = [f"{run.logdir}: {run.step} steps, {run.updates} updates" for run in runs]
+        again = continuation(argv, max(run.step for run in runs))
+        screen.line("\n".join([*lines, f"continue:   {again}"]))
         if members.failed:
             first = next(iter(members.failed.values()))
             raise Failure(f"{len(members.failed)} of {len(runs)} seeds failed, the first: {first}")
@@ -276,7 +277,7 @@ def start(argv: list[str], signals: Signals) -> int:
     process.keep_freed_memory()
     args = tools.parse(argv)
     if seeds := member_seeds(args.overrides):
-        return train_population(args, seeds, signals)
+        return train_population(args, argv, seeds, signals)
     if args.capacity:
         print(capacity(args))
         return 0
@@ -318,15 +319,19 @@ def hide_output(screen: Screen) -> None:
 # ---------------------------------------------------------------- main
 
 
-def summary(run: Run, argv: list[str]) -> str:
-    """Where everything is, and which command continues."""
-    videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
+def continuation(argv: list[str], steps: int) -> str:
+    """The same command, for as many steps again."""
     kept = []
     for before, word in zip(["", *argv], argv, strict=False):
         if word.partition("=")[0] != "--steps" and before != "--steps":
             kept.append(word)
-    more = str(2 * max(run.step, run.config.steps))
-    again = shlex.join([*app.command("dreamer"), *kept, "--steps", more])
+    return shlex.join([*app.command("dreamer"), *kept, "--steps", str(2 * steps)])
+
+
+def summary(run: Run, argv: list[str]) -> str:
+    """Where everything is, and which command continues."""
+    videos = sorted((run.logdir / "videos").glob(f"{run.step:09d}-*.mp4"))
+    again = continuation(argv, max(run.step, run.config.steps))
     lines = [f"done: {run.step} steps, {run.updates} updates"]
     lines += [f"video:      {path}" for path in videos]
     return "\n".join([*lines, f"checkpoint: {run.folder / 'latest.pt'}", f"continue:   {again}"])

@@ -18,10 +18,13 @@ def member_seeds(overrides: dict[str, Any]) -> list[int]:
     if named is None:
         first = tools.coerce("seed", overrides.pop("seed", 0), 0, "At least 0.")
         named = range(first, first + tools.coerce("population", count, 1, "At least 1."))
-    named = [
-        tools.coerce("seeds", x, 0, "At least 0.")
-        for x in ([named] if isinstance(named, str | bool) else named)
-    ]
+    try:
+        named = [
+            tools.coerce("seeds", x, 0, "At least 0.")
+            for x in ([named] if isinstance(named, str | bool) else named)
+        ]
+    except ConfigError as error:
+        raise ConfigError(f"{error}: --seeds 0 1 2, or --population 3") from None
     if len(set(named)) < len(named):
         raise ConfigError(f"--seeds names a seed twice: {' '.join(map(str, named))}")
     return named

@@ -20,6 +20,7 @@ import models
 import tools
 from hidreamer import capture, precision
 from hidreamer.spaces import random_rows
+from hidreamer.stacked import Stack
 from hidreamer.transformer import KV, attend, attend_in_place, score_bias
 
 IMAGE = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
@@ -148,6 +149,61 @@ def compiled_equals_eager(device: torch.device, **overrides: Any) -> dict[str, A
     with torch._inductor.config.patch(fallback_random=True):
         make = functools.partial(small_agent, device, updates=6, **overrides)
         return compare(make, compiled).check()
+
+
+def small_population(
+    device: torch.device, **overrides: Any
+) -> tuple[list[models.Agent], Stack, list[list[models.Batch]], list[models.Batch]]:
+    """-> copies of two members, their stack, the batches of each, which differ, those of both."""
+    agent, batches = small_agent(device, updates=6, **overrides)
+    members = [copy.deepcopy(agent) for _ in range(2)]
+    with torch.no_grad():
+        for p in members[1].parameters():
+            p.mul_(1.1)
+    alone, own = copy.deepcopy(members), []
+    for seed in range(2):
+        own.append(torch.Generator(device).manual_seed(seed))
+    each, both = [batches, batches[::-1]], []
+    for pair in zip(*each, strict=True):
+        both.append({key: torch.stack([x[key] for x in pair]) for key in pair[0]})
+    return alone, Stack(agent, members, own), each, both
+
+
+def recorded_updates(stack: Stack, batches: list[models.Batch]) -> Tensor:
+    """Metrics (updates, M, P), on CUDA of one graph. Raises Wrong where recording failed."""
+    update = stack.make_update()
+    metrics = torch.stack([update(batch).clone() for batch in batches])
+    if stack.member.is_cuda and not (update.capture and update.run.graph):
+        raise Wrong("the update of a population was not recorded")
+    return metrics
+
+
+def population_equals_alone(device: torch.device, **overrides: Any) -> dict[str, Any]:
+    """Updates of two members at once, on CUDA as one graph, and of each alone."""
+    alone, stack, each, both = small_population(device, **overrides)
+    found, report = recorded_updates(stack, both), {}
+    for i, agent in enumerate(alone):
+        before, generator = flat_weights(agent), torch.Generator(device).manual_seed(i)
+        truth = torch.stack([agent.update(batch, generator) for batch in each[i]])
+        distance = (flat_weights(agent) - flat_weights(stack.agents[i])).norm()
+        moved = (flat_weights(agent) - before).norm()
+        checked = difference(agent, truth, found[..., i], distance / moved).check()
+        report |= {f"member {i}, {key}": x for key, x in checked.items()}
+    return report
+
+
+def population_replays_equal_eager(device: torch.device, **overrides: Any) -> dict[str, Any]:
+    """The updates of two members at once as one graph, and as ordinary calls."""
+    (stack, both), (eager_stack, _) = (
+        small_population(device, **overrides)[1::2] for _ in range(2)
+    )
+    found = recorded_updates(stack, both).flatten(1)  # (updates, M * P)
+    truth = torch.stack([eager_stack.update(batch) for batch in both]).flatten(1)
+    weights = (torch.cat([flat_weights(x) for x in s.agents]) for s in (stack, eager_stack))
+    distance = torch.dist(*weights).item()
+    error = (truth - found).abs() / truth.abs().clamp(min=0.1)
+    worst = stack.agent.metric_names[int(error.amax(0).argmax()) // 2]
+    return Difference(error.amax(1).tolist(), distance, worst).check(1e-3, 1e-3)
 
 
 def resume_equals_going_on(device: torch.device, **overrides: Any) -> dict[str, Any]:

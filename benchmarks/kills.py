@@ -1,11 +1,13 @@
 """SIGKILL at random moments: does a run that is continued log what one that was never killed logs?
 
     python benchmarks/kills.py --kills 200 --out results/kills.json
+    python benchmarks/kills.py --members 3 --kills 30 --out results/kills_population.json
 
-Short runs of every latent state on two tasks. Each is made once without a kill, then again with
-kills at uniformly random moments of that time (set-up, updates, checkpoints, evaluations alike),
-continued by the same command. Compared bit for bit: every record of metrics.jsonl but ``perf/``,
-the files of all episodes, weights and counters at the end.
+Short runs of every latent state on two tasks; with --members, populations of as many seeds in one
+process (docs/population.md), each of which is compared. Each is made once without a kill, then
+again with kills at uniformly random moments of that time (set-up, updates, checkpoints, evaluations
+alike), continued by the same command. Compared bit for bit: every record of metrics.jsonl but
+``perf/``, the files of all episodes, weights and counters at the end.
 Exit status 1 if anything differs. A process is forked for each start, so that torch is imported
 once.
 """
@@ -113,7 +115,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """Frames in the last checkpoint; None where there is none yet."""
+    """Frames in the last checkpoint of the run in this folder; None where there is none yet."""
     try:
         return load_checkpoint(folder / "checkpoints" / "latest.pt")["step"]
     except CheckpointError:
@@ -121,10 +123,14 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def one_run(
-    task: str, kind: str, seed: int, folder: Path, rng: np.random.Generator, most: int
+    task: str, kind: str, seeds: list[str], folder: Path, rng: np.random.Generator, most: int
 ) -> dict[str, Any]:
-    """A run that is never killed, and the same with at most ``most`` kills."""
-    words = [*WORDS.split(), "--task", task, "--dynamics.type", kind, "--seed", str(seed)]
+    """A run that is never killed, and the same with at most ``most`` kills. Several seeds are
+    members of a population.
+    """
+    words = [*WORDS.split(), "--task", task, "--dynamics.type", kind]
+    words += ["--seeds" if len(seeds) > 1 else "--seed", *seeds]
+    runs = {seed: seed if len(seeds) > 1 else "" for seed in seeds}  # their folders
     log, began = folder / "log", time.monotonic()
     wait(begin([*words, "--logdir", str(folder / "whole")], log), log)
     took = time.monotonic() - began
@@ -133,22 +139,24 @@ def one_run(
         seconds = float(rng.uniform(0.0, took))
         if not kill_once(argv, log, seconds):
             break
-        step = checkpoint_step(folder / "killed")
-        kills.append({"seconds": round(seconds, 3), "checkpoint": step})
+        steps = [checkpoint_step(folder / "killed" / run) for run in runs.values()]
+        kills.append({"seconds": round(seconds, 3), "checkpoint": steps if steps[1:] else steps[0]})
     wait(begin(argv, log), log)
-    found = outcome(folder / "whole")
+    found = {seed: outcome(folder / "whole" / run) for seed, run in runs.items()}
+    differs = []
+    for seed, run in runs.items():
+        names = differences(outcome(folder / "killed" / run), found[seed])
+        differs += [f"{seed}: {name}" if seeds[1:] else name for name in names]
     report = {
         "task": task,
         "dynamics": kind,
-        "seed": seed,
+        "seed": " ".join(seeds) if seeds[1:] else int(seeds[0]),
         "seconds": round(took, 2),
         "kills": kills,
+        "records": sum(len(x["records"]) for x in found.values()),
+        "differs": differs,
     }
-    report |= {
-        "records": len(found["records"]),
-        "differs": differences(outcome(folder / "killed"), found),
-    }
-    return report | {"outcome": found}
+    return report | {"outcomes": list(found.values())}
 
 
 def main() -> int:
@@ -160,12 +168,13 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the moments; the runs count theirs from here"
     )
+    parser.add_argument("--members", type=int, default=1, help="seeds in one process")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--dynamics", nargs="+", default=list(TYPES))
     parser.add_argument("--out", type=Path, help="write the report to this file")
     args = parser.parse_args()
-    if args.kills < 1 or args.each < 1:
-        parser.error("--kills and --each must be at least 1")
+    if min(args.kills, args.each, args.members) < 1:
+        parser.error("--kills, --each and --members must be at least 1")
     rng, runs, done = np.random.default_rng(args.seed), [], 0
     report: dict[str, Any] = dict(provenance())  # before anybody changes a file
     before: dict[tuple[str, str], dict[str, Any]] = {}
@@ -176,17 +185,20 @@ def main() -> int:
             break
         folder = Path(tempfile.mkdtemp(prefix="kills-"))
         try:
-            run = one_run(task, kind, args.seed + i, folder, rng, min(args.each, args.kills - done))
+            first = args.seed + args.members * i
+            seeds = [str(first + k) for k in range(args.members)]
+            run = one_run(task, kind, seeds, folder, rng, min(args.each, args.kills - done))
         finally:
             shutil.rmtree(folder)
-        found = run.pop("outcome")
-        if (kind, task) in before:
-            control.append("records" in differences(found, before[kind, task]))
-        before[kind, task] = found
+        for found in run.pop("outcomes"):
+            if (kind, task) in before:
+                control.append("records" in differences(found, before[kind, task]))
+            before[kind, task] = found
         runs.append(run)
         done += len(run["kills"])
         differing = [run for run in runs if run["differs"]]
-        report |= {"words": WORDS, "moments": args.seed, "kills": done, "differing": len(differing)}
+        report |= {"words": WORDS, "members": args.members, "moments": args.seed, "kills": done}
+        report["differing"] = len(differing)
         report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
         if args.out:  # each time: what was seen is kept if this process is ended
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,12 +18,12 @@ import measure
 import torch
 
 import models
-import population
 import tools
 from envs import make_env
 from hidreamer import cost, process
 from hidreamer.provenance import provenance
 from hidreamer.spaces import random_rows
+from hidreamer.stacked import Stack
 
 
 def main() -> int:
@@ -59,9 +59,9 @@ def main() -> int:
     fns = {"1": functools.partial(alone, batch)}
     for count in args.members:
         own = [torch.Generator(device).manual_seed(seed) for seed in range(count)]
-        stack = population.Stack(agent(0), [agent(seed) for seed in range(count)], own)
+        stack = Stack(agent(0), [agent(seed) for seed in range(count)], own)
         batches = {key: torch.stack([x] * count) for key, x in batch.items()}
-        fns[str(count)] = functools.partial(stack.update, batches)
+        fns[str(count)] = functools.partial(stack.make_update(), batches)
     cuda = device.type == "cuda"
     for fn in fns.values():
         for _ in range(5 if cuda else 1):  # warming up, recording

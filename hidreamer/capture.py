@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 Update = Callable[[Mapping[str, Tensor]], Tensor]
+# Whose numbers are drawn: None is torch's default one, several are those of a population's members.
+Generators = torch.Generator | Sequence[torch.Generator] | None
 WARMUP = 3  # ordinary calls before a graph is recorded
 
 
@@ -29,18 +31,17 @@ class Captured:
     recorded after ``warmup`` ordinary calls, then replayed.
 
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
-    generator: whose numbers it draws, several where they are several; None is torch's default one.
+    generator: whose numbers it draws.
     """
 
     def __init__(
         self,
         fn: Update,
         warmup: int = WARMUP,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
     ):
         self.fn, self.warmup, self.calls = fn, warmup, 0
-        one = generator is None or isinstance(generator, torch.Generator)
-        self.generators = [generator] if one else list(generator)
+        self.generators = as_list(generator)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -82,7 +83,7 @@ class CapturedAct:
     def __init__(
         self,
         agent: Any,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         record: Callable[..., Callable] = Captured,
     ):
         self.agent, self.generator, self.record = agent, generator, record
@@ -90,7 +91,7 @@ class CapturedAct:
         self.works = True
 
     def __call__(
-        self, state: Any, obs: Mapping[str, Tensor], mode: str, generator: torch.Generator | None
+        self, state: Any, obs: Mapping[str, Tensor], mode: str, generator: Generators
     ) -> Any:
         if not self.works or generator is not self.generator:
             return self.agent.plain_act(state, obs, mode, generator)
@@ -109,7 +110,7 @@ class CapturedAct:
 
         if key not in self.graphs:
             self.graphs[key] = self.record(act, generator=generator)
-        before = RandomState(generator or default_generator(self.agent))
+        before = RandomState(self.agent, generator)
         try:
             new = self.graphs[key](inputs)
         except Exception as error:  # drivers may raise anything
@@ -135,8 +136,7 @@ class FastUpdate:
 
     agent: with ``update``, ``save_state`` and ``load_state``. compile: makes the agent's parts
     compile when they are called, by setting attributes of its modules; None to record alone.
-    generator: that of all random numbers, None being torch's default one. report: takes a line for
-    people when compilation begins.
+    generator: that of all random numbers. report: takes a line for people when compilation begins.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class FastUpdate:
         agent: Any,
         compile: Callable[[], None] | None,
         capture: bool,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         report: Callable[[str], None] = print,
     ):
         self.agent, self.compile, self.capture, self.report = agent, compile, capture, report
@@ -172,7 +172,7 @@ class FastUpdate:
             self.report(COMPILING)
             self.compile()
             self.compiled = True
-        before = Snapshot(self.agent, self.generator or default_generator(self.agent))
+        before = Snapshot(self.agent, self.generator)
         while True:
             try:
                 out = self.run(batch)
@@ -221,19 +221,26 @@ def prepare_compiler() -> None:
         warnings.filterwarnings("ignore", rf"\s*{start}")
 
 
-class RandomState:
-    """Of a generator, on the host."""
+def as_list(generator: Generators) -> list[torch.Generator | None]:
+    one = generator is None or isinstance(generator, torch.Generator)
+    return [generator] if one else list(generator)
 
-    def __init__(self, generator: torch.Generator):
-        self.generator, self.random = generator, generator.clone_state()
+
+class RandomState:
+    """Of an agent's generators, on the host."""
+
+    def __init__(self, agent: Any, generator: Generators):
+        self.generators = [one or default_generator(agent) for one in as_list(generator)]
+        self.random = [one.clone_state() for one in self.generators]
 
     def restore(self) -> None:
-        if self.generator.device.type == "cuda":
-            # In place of the present state, which a recording that broke off leaves in the middle
-            # of it.
-            self.generator.graphsafe_set_state(self.random.clone_state())
-        else:
-            self.generator.set_state(self.random.get_state())
+        for generator, state in zip(self.generators, self.random, strict=True):
+            if generator.device.type == "cuda":
+                # In place of the present state, which a recording that broke off leaves in the
+                # middle of it.
+                generator.graphsafe_set_state(state.clone_state())
+            else:
+                generator.set_state(state.get_state())
 
 
 def default_generator(module: nn.Module) -> torch.Generator:
@@ -245,10 +252,10 @@ def default_generator(module: nn.Module) -> torch.Generator:
 
 
 class Snapshot:
-    """Weights and optimisers of an agent and a generator's state, copied to memory of the host."""
+    """Weights, optimisers and random state of an agent, copied to memory of the host."""
 
-    def __init__(self, agent: Any, generator: torch.Generator):
-        self.agent, self.random = agent, RandomState(generator)
+    def __init__(self, agent: Any, generator: Generators):
+        self.agent, self.random = agent, RandomState(agent, generator)
         self.state = on_host(agent.save_state())
 
     def restore(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -69,12 +69,21 @@ def cast_weights(*modules: nn.Module) -> Iterator[None]:
             part._parameters.update(params)
 
 
-def masked_attention(cuda: bool) -> contextlib.AbstractContextManager:
-    """The kernels of ``scaled_dot_product_attention`` that are known to be right with our masks.
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``torch.func.vmap`` maps over ``x``."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
+def masked_attention(q: Tensor) -> contextlib.AbstractContextManager:
+    """The kernels of ``scaled_dot_product_attention`` that are known to be right with our masks,
+    for queries ``q``.
 
     On Hopper torch would take cuDNN's in bfloat16, which nobody has compared yet
-    (``benchmarks/gpu_check.py`` does, item "attention").
+    (``benchmarks/gpu_check.py`` does, item "attention"). Mapped by ``vmap`` the memory-efficient
+    one fails in its backward pass ("LSE is not correctly aligned"; torch 2.11, H200).
     """
-    if not cuda:
+    if is_mapped(q):
+        return sdpa_kernel([SDPBackend.MATH])
+    if not q.is_cuda:
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

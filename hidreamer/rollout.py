@@ -93,7 +93,7 @@ class Carry(NamedTuple):
         """At least ``count`` steps of ``slots`` positions: those before the first are of another
         episode, and so never seen.
         """
-        steps = self.segment.shape[1]
+        steps = self.segment.shape[-1]
         missing = count - steps
         if missing <= 0:
             return self

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import at_least_float32
 from hidreamer.nets import by_name, linear, make_activation, make_norm
-from hidreamer.precision import autocast_dtype, masked_attention
+from hidreamer.precision import autocast_dtype, is_mapped, masked_attention
 
 
 class KV(NamedTuple):
@@ -157,7 +157,7 @@ def attend(
         if own_mask.ndim == 4:
             own_mask = own_mask.flatten(0, 1).unsqueeze(1)  # (B * n, 1, Q, O)
         each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
-        with masked_attention(q.is_cuda):
+        with masked_attention(q):
             out = F.scaled_dot_product_attention(*each, own_mask)
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)
     q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
@@ -222,8 +222,7 @@ def may_attend_in_place(q: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return False
-    mapped = torch._C._functorch.is_batchedtensor(q)
-    return not mapped or fused_attention(q, autocast_dtype(q.device) or q.dtype) is not None
+    return not is_mapped(q) or fused_attention(q, autocast_dtype(q.device) or q.dtype) is not None
 
 
 class Transformer(nn.Module):

@@ -60,6 +60,39 @@ def test_compiled_updates_equal_eager_ones(state):
     equality.compiled_equals_eager(CUDA, **settings(state))
 
 
+KINDS_OF_MEMBERS = {state: settings(state) for state in STATES}
+for memory in ("stacked", "gru"):
+    KINDS_OF_MEMBERS[f"hrvq {memory}"] = {"dynamics.type": "hrvq", "dynamics.hrvq.memory": memory}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", KINDS_OF_MEMBERS)
+def test_replays_of_a_population_equal_its_members_alone(state):
+    equality.population_equals_alone(CUDA, precision="float32", **KINDS_OF_MEMBERS[state])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_replays_of_a_population_equal_its_eager_updates(kind, precision):
+    """Where rounding makes members differ from single runs."""
+    over = {"dynamics.type": kind, "precision": precision}
+    equality.population_replays_equal_eager(CUDA, **over)
+
+
+def test_the_comparison_sees_members_that_are_mixed_up(monkeypatch):
+    monkeypatch.setattr(equality, "SMALL", {"vector": equality.SMALL["vector"]})
+    over = {"dynamics.type": "rssm", "model.lr": 1e-3}
+    found = equality.population_equals_alone(torch.device("cpu"), **over)
+    assert len(found["member 1, metrics"]) == 6
+    equality.population_replays_equal_eager(torch.device("cpu"), **over)
+    update = equality.Stack.update
+    mixed = lambda self, batch, generator=None: update(self, batch).flip(-1)
+    monkeypatch.setattr(equality.Stack, "update", mixed)
+    with pytest.raises(equality.Wrong, match="metrics"):
+        equality.population_equals_alone(torch.device("cpu"), **over)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_a_resumed_run_draws_what_it_would_have_drawn(kind, device):

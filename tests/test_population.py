@@ -1,5 +1,6 @@
 """Several seeds in one process: each member is the run of its seed alone."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from test_agent import EVERYTHING, make
 
 import networks
-import population
 from hidreamer.dynamics import TYPES
 from hidreamer.quantizer import Quantizer
+from hidreamer.stacked import Stack
 
 UPDATES, SEEDS = 20, (3, 1)
 GRID = {"grid": EVERYTHING["grid"]}
@@ -35,14 +36,34 @@ KINDS |= {"experts": {"dynamics.type": "hrvq", "dynamics.hrvq.ffn": "moe"}}
 KINDS |= {"stacked": SAMPLED | {"dynamics.hrvq.memory": "stacked"}}
 SEES = {"dynamics.hrvq.memory": "gru", "dynamics.hrvq.posterior_sees": "memory"}
 KINDS |= {"sees memory": SAMPLED | SEES}
-KINDS |= {"explorer": {"expl.behavior": "plan2explore"}, "joint": {"optim": "joint"}}
+SMALL = {"expl.models": 3, "expl.layers": 2, "expl.units": 16}
+KINDS |= {"explorer": {"expl.behavior": "plan2explore"} | SMALL, "joint": {"optim": "joint"}}
 for (kind, over), (name, obs), act in itertools.product(
     KINDS.items(), OBSERVATIONS.items(), ("discrete", "continuous")
 ):
     MORE[f"{kind}, {name}, {act}"] = (obs, act, over)
+# What else of an update there is to choose, for a few updates.
+REPLAYED = {"critic.replay_loss": 0.3, "critic.replay_grad": True}
+LAPROP = {"algorithm": "laprop", "agc": 0.3, "clip": 0, "warmup": 3}
+BLOCKS = ("model", "actor", "critic")
+OF_2024 = {f"{block}.{key}": x for block in BLOCKS for key, x in LAPROP.items()}
+NETS = {"cell": "block_gru", "blocks": 2, "prior_layers": 2, "norm": "rms"}
+NETS = {f"dynamics.rssm.{key}": x for key, x in NETS.items()} | {"imag.contdisc": True}
+NETS |= {"encoder.norm": "rms", "critic.net.norm": "rms", "critic.net.bins": "symexp"}
+WEIGHTS = {f"model.losses.{name}": 0.5 for name in ("ac_cpc", "barlow", "next_embed", "harmony")}
+WEIGHTS |= {"model.ac_cpc.units": 16, "model.ac_cpc.steps": 3, "model.next_embed.units": 16}
+ENSEMBLE = {"expl.behavior": "plan2explore", "expl.models": 2, "expl.layers": 1, "expl.units": 16}
+OTHERS = {
+    "plan2explore": (VECTOR, "discrete", ENSEMBLE),
+    "agc, laprop, replayed critic": (VECTOR, "discrete", OF_2024 | REPLAYED),
+    "the same, joint": (VECTOR, "discrete", OF_2024 | REPLAYED | NETS | {"optim": "joint"}),
+    "replayed critic that leaves the model": (VECTOR, "continuous", {"critic.replay_loss": 0.3}),
+    "every objective": (VECTOR, "discrete", WEIGHTS),
+    "no decoder": (GRID, "discrete", WEIGHTS | {"model.losses.decoder": 0, "decoder.probe": True}),
+}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def wide(monkeypatch):
     """All in float64: no rounding error grows into another sample."""
     before = networks.preprocess
@@ -54,41 +75,54 @@ def wide(monkeypatch):
     torch.set_default_dtype(default)
 
 
-def member(seed, obs, act, over):
-    torch.manual_seed(seed)
-    over = {"imag.horizon": 4, "imag.starts": 4, **over}
-    agent, _ = make(obs, act, **over)
+def double(agent):
     agent.double().make_optimizers()
     for behavior in agent.behaviors().values():
         behavior.norm.float()  # which counts in float32
     for quantizer in (part for part in agent.modules() if isinstance(part, Quantizer)):
         for name in {"count", "total"} & dict(quantizer.named_buffers()).keys():
             setattr(quantizer, name, getattr(quantizer, name).float())  # so do these
-    torch.manual_seed(seed + 100)  # the critic's and the delta's zeros would hide a mixture
+
+
+def made(obs, act, over):
+    """An agent, and two batches for each seed."""
+    more = {"imag.horizon": 4, "imag.starts": 4, **over}
+    agent, rows = make(obs, act, batch=4 * len(SEEDS), **more)
+    rows["is_first"][::3, 5] = True
+    parts = {key: x.chunk(2 * len(SEEDS)) for key, x in rows.items()}
+    batches = [{key: x[i] for key, x in parts.items()} for i in range(2 * len(SEEDS))]
+    return agent, {seed: batches[2 * i : 2 * i + 2] for i, seed in enumerate(SEEDS)}
+
+
+def varied(agent, seed):
+    """Another one, whose zeros, which would hide a mixture, are none."""
+    torch.manual_seed(seed)
+    agent = copy.deepcopy(agent)
     with torch.no_grad():
         for p in agent.parameters():
-            p.add_(0.01 * torch.randn_like(p))
-    generator = torch.Generator().manual_seed(seed)
-    batches = [make(obs, act, **over)[1] for _ in range(2)]
-    return agent, batches, generator
+            p.add_(0.02 * torch.randn_like(p))
+    return agent
 
 
-def stacked(cases):
-    agents, batches, generators = zip(*(member(seed, *cases) for seed in SEEDS), strict=True)
-    stack = population.Stack(member(0, *cases)[0], agents, generators)
-    both = []
-    for pair in zip(*batches, strict=True):
-        both.append({key: torch.stack([rows[key] for rows in pair]) for key in pair[0]})
-    return stack, both
+def stacked(template, batches, updates):
+    """-> the members before, their stack, the metrics (M,P) of its updates."""
+    agents = {seed: varied(template, seed) for seed in SEEDS}
+    own = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    stack, metrics = Stack(template, copy.deepcopy(list(agents.values())), own), []
+    for n in range(updates):
+        rows = [batches[seed][n % 2] for seed in SEEDS]
+        metrics.append(stack.update({key: torch.stack([x[key] for x in rows]) for key in rows[0]}))
+    return agents, stack, metrics
 
 
-def check(case):
-    stack, batches = stacked(case)
-    metrics = [stack.update(batches[n % 2]) for n in range(UPDATES)]
-    for i, seed in enumerate(SEEDS):
-        agent, own, generator = member(seed, *case)
-        for n in range(UPDATES):
-            found = agent.update(own[n % 2], generator)
+def check(case, updates=UPDATES):
+    template, batches = made(*case)
+    double(template)
+    agents, stack, metrics = stacked(template, batches, updates)
+    for i, (seed, agent) in enumerate(agents.items()):
+        generator = torch.Generator().manual_seed(seed)
+        for n in range(updates):
+            found = agent.update(batches[seed][n % 2], generator)
             assert torch.allclose(metrics[n][:, i], found, rtol=1e-4, atol=1e-5), (n, seed)
         assert torch.equal(generator.get_state(), stack.own[i].get_state())  # the same draws
         assert stack.agent.metric_names == agent.metric_names
@@ -103,12 +137,39 @@ def check(case):
                     assert torch.allclose(x, row["optim"][name][key][what], atol=1e-4), key
 
 
+@pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("case", CASES)
 def test_a_member_learns_what_its_seed_learns_alone(case):
     check(CASES[case])
 
 
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("case", OTHERS)
+def test_whatever_a_member_learns_from_its_seed_learns_alone(case):
+    check(OTHERS[case], 4)
+
+
+@pytest.mark.usefixtures("wide")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE)
 def test_every_kind_of_member_learns_what_its_seed_learns_alone(case):
     check(MORE[case])
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_members_in_bfloat16_differ_by_its_rounding(kind):
+    """A rounded number may turn a draw, and what follows from it: most metrics are compared."""
+    over = {"dynamics.type": kind, "precision": "bfloat16"}
+    template, batches = made(VECTOR, "discrete", over)
+    exact = made(VECTOR, "discrete", over | {"precision": "float32"})[0]
+    agents, stack, metrics = stacked(template, batches, 2)
+    gap = lambda x, truth: ((x - truth).abs() / truth.abs().clamp(min=0.1)).median().item()
+    for i, (seed, agent) in enumerate(agents.items()):
+        exact.load_state_dict(agent.state_dict())
+        generator = torch.Generator().manual_seed(seed)
+        truth = exact.update(batches[seed][0], generator.clone_state())
+        assert gap(metrics[0][:, i], truth) > 1e-4
+        for n in range(2):
+            found = agent.update(batches[seed][n], generator)
+            assert gap(metrics[n][:, i], found) < 0.005 < gap(metrics[n][:, 1 - i], found)
+        assert torch.equal(generator.get_state(), stack.own[i].get_state())

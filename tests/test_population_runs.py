@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from small_runs import TINY, latest, one_line, records, run
+from test_compile import FailingCapture
 
 import dreamer
 import hidreamer
 import population
 from conftest import ROOT
 from envs.errors import ActionError
-from hidreamer import checkpoint
+from hidreamer import capture, checkpoint
 from training import Failure, Run
 
 STEPS = ("--steps", 60, "--checkpoint_every", 45)
@@ -121,6 +122,21 @@ def test_a_run_that_is_broken_off_goes_on_exactly(three, tmp_path, monkeypatch):
     exactly_the_same(tmp_path, three)
 
 
+def test_where_recording_fails_all_go_on(three, tmp_path, monkeypatch):
+    def make_update(self):
+        self.captured_act = capture.CapturedAct(self, self.own, FailingCapture)
+        return capture.FastUpdate(self, None, True, self.own)
+
+    monkeypatch.setattr(capture, "WARMUP", 1)
+    monkeypatch.setattr(capture, "Captured", FailingCapture)
+    monkeypatch.setattr(population.Stack, "make_update", make_update)
+    with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing") as seen:
+        assert run(tmp_path, *STEPS, "--seeds", 0, 1, 2) == 0
+    lines = {str(warning.message).partition(",")[0] for warning in seen}
+    assert {"cannot record acting", "cannot record the update"} <= lines
+    exactly_the_same(tmp_path, three)
+
+
 def test_a_member_that_fails_takes_no_other_down(made, tmp_path, monkeypatch, capsys):
     learn = population.Population._learn
 
@@ -161,7 +177,9 @@ def raiser(error):
     ("words", "hint"),
     [
         ("--seeds 0 0", "twice"),
-        ("--seeds a", "seeds"),
+        ("--seeds a", "--seeds 0 1 2"),
+        ("--seeds 1,2", "--seeds 0 1 2"),
+        ("--seeds 1 2 --capacity tiny_hdreamer", "--capacity"),
         ("--seeds", "seeds"),
         ("--population 0", "at least 1"),
         ("--population 2 --seeds 1", "leave out"),
@@ -174,7 +192,10 @@ def test_wrong_seeds_are_one_line(words, hint, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_population_counts_from_its_seed(tmp_path):
+def test_a_population_counts_from_its_seed(tmp_path, capsys):
     assert run(tmp_path, "--steps", 10, "--population", 2, "--seed", 5) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("continue: ") and "--population 2 --seed 5" in last
+    assert last.endswith("--steps 20")
     assert sorted(os.listdir(tmp_path)) == ["5", "6"]
     assert latest(tmp_path / "6")["config"]["seed"] == 6

@@ -120,14 +120,23 @@ def test_weights_return_where_imagination_fails():
         assert agent.behavior.actor.out.weight.dtype == torch.float32
 
 
-def test_masked_attention_leaves_cudnn_and_flash_aside():
-    kernels = torch.backends.cuda
+def test_masked_attention_leaves_cudnn_and_flash_aside(monkeypatch):
+    kernels, q = torch.backends.cuda, torch.zeros(3, 1)
     before = kernels.cudnn_sdp_enabled()
-    with precision.masked_attention(cuda=True):
+    with precision.masked_attention(q):
+        assert kernels.cudnn_sdp_enabled() == before
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with precision.masked_attention(q):
         assert kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()
         assert not kernels.cudnn_sdp_enabled() and not kernels.flash_sdp_enabled()
-    with precision.masked_attention(cuda=False):
-        assert kernels.cudnn_sdp_enabled() == before
+
+    def mapped(q):
+        with precision.masked_attention(q):
+            assert kernels.math_sdp_enabled() and not kernels.mem_efficient_sdp_enabled()
+            assert not kernels.cudnn_sdp_enabled() and not kernels.flash_sdp_enabled()
+        return q
+
+    torch.func.vmap(mapped)(q)
     assert kernels.cudnn_sdp_enabled() == before
 
 
