@@ -227,7 +227,7 @@ class Agent(nn.Module):
         for module in (wm.encoder, *heads):
             module.compile()
         for one in self.behaviors().values():
-            one.policy = torch.compile(one.policy)
+            one.policy, one.loss_parts = torch.compile(one.policy), one.loss_parts.compiled()
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:

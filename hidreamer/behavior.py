@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import TwoHot
 from hidreamer.dynamics.base import Feat
-from hidreamer.losses import imag_loss, reinforce_gain, replay_returns, scaled
+from hidreamer.losses import PARTS, imag_loss, reinforce_gain, replay_returns, scaled
 from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
@@ -43,6 +43,8 @@ class Behavior(nn.Module):
     ``backprop``: the actor's gradient goes through the dynamics to the returns; otherwise it is
     REINFORCE's.
     """
+
+    loss_parts = PARTS  # compiled or not
 
     def __init__(self, actor: nn.Module, critic: nn.Module, config, backprop: bool):
         super().__init__()
@@ -104,6 +106,7 @@ class Behavior(nn.Module):
             entropy=self.entropy,
             reinforce=not self.backprop,
             surrogate=self.surrogate,
+            parts=self.loss_parts,
         )
         actor_loss = scaled(loss.actor.mean(), self.scales.actor)
         critic_loss = scaled(loss.critic.mean(), self.scales.critic)

@@ -88,10 +88,12 @@ def invert_cdf(probs: Tensor, noise: Tensor | None) -> Tensor:
     if noise is None:
         index = probs.argmax(-1, keepdim=True)
     else:
-        below = probs[..., :-1].cumsum(-1)  # rounding may leave the sum of all below 1
-        if torch.compiler.is_compiling():  # becomes one kernel with what is before and after it
-            index = (below < noise).sum(-1, keepdim=True)
+        # Rounding may leave the sum of all below 1: the last class has no bound.
+        if torch.compiler.is_compiling():  # of one size throughout: one kernel with the softmax
+            count = (probs.cumsum(-1) < noise).sum(-1, keepdim=True)
+            index = count.clamp(max=probs.shape[-1] - 1)
         else:
+            below = probs[..., :-1].cumsum(-1)
             index = torch.searchsorted(below, noise.expand(*below.shape[:-1], 1).contiguous())
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 

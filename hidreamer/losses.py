@@ -59,6 +59,72 @@ def clipped_gain(log_prob: Tensor, before: Tensor, adv: Tensor, clip: float) -> 
     return torch.minimum(ratio * adv, ratio.clamp(1.0 - clip, 1.0 + clip) * adv)
 
 
+class Targets(NamedTuple):
+    """What imagined trajectories say of each of their states but the last one."""
+
+    returns: Tensor  # (N, H)
+    weight: Tensor  # (N, H) how much a state counts
+    adv: Tensor  # (N, H) the advantage of the action taken in it
+    denominator: Tensor  # () what advantages were divided by
+    alive: Tensor  # (N, H+1) how likely the episode continues after each state
+
+
+def imag_targets(
+    disc: Tensor,
+    rew: Tensor,
+    value: Tensor,
+    scale: Callable[[Tensor], Tensor],
+    discount: float,
+    lam: float,
+) -> Targets:
+    """The arguments are those of ``imag_loss``."""
+    returns = lambda_return(rew, value, disc, lam)  # (N, H)
+    # A state counts as much as the episode is likely to have reached it; nothing counts after a
+    # terminal start.
+    alive = disc.detach() / discount  # (N, H+1)
+    weight = torch.cat([alive[:, :1], disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
+    denominator = scale(returns)
+    adv = (returns - value[:, :-1]) / denominator  # (N, H)
+    return Targets(returns, weight, adv, denominator, alive)
+
+
+def actor_loss(
+    targets: Targets,
+    action: Tensor,
+    policy: Policy,
+    entropy: float,
+    reinforce: bool,
+    surrogate: Surrogate,
+) -> tuple[Tensor, Tensor]:
+    """-> the actor's loss and its entropy (N,H). The arguments are those of ``imag_loss``."""
+    policy_entropy = policy.entropy()  # (N, H)
+    gain = targets.adv  # (N, H)
+    if reinforce:
+        gain = surrogate(policy.log_prob(action[:, :-1].detach()), targets.adv.detach())
+    return -(targets.weight * (gain + entropy * policy_entropy)), policy_entropy
+
+
+def critic_loss(targets: Targets, value_dist: Value, slow_value: Tensor) -> Tensor:
+    """-> (N,H). The arguments are those of ``imag_loss``."""
+    return -(targets.weight * value_dist.log_prob(targets.returns.detach(), slow_value))
+
+
+class Parts(NamedTuple):
+    """Of ``imag_loss``, compiled or not. Actor and critic have one each, as their gradients are
+    taken one after the other.
+    """
+
+    targets: Callable[..., Targets] = imag_targets
+    actor: Callable[..., tuple[Tensor, Tensor]] = actor_loss
+    critic: Callable[..., Tensor] = critic_loss
+
+    def compiled(self) -> Parts:
+        return Parts(*map(torch.compile, self))
+
+
+PARTS = Parts()
+
+
 def imag_loss(
     action: Tensor,
     disc: Tensor,
@@ -74,6 +140,7 @@ def imag_loss(
     entropy: float,
     reinforce: bool,
     surrogate: Surrogate = reinforce_gain,
+    parts: Parts = PARTS,
 ) -> ImagLoss:
     """Actor and critic loss of imagined trajectories (Hafner et al. 2023, eq. 7-12).
 
@@ -88,30 +155,20 @@ def imag_loss(
     """
     shapes = action.shape[:2], disc.shape, rew.shape, value.shape
     assert len(set(shapes)) == 1, shapes
-    returns = lambda_return(rew, value, disc, lam)  # (N, H)
-    # A state counts as much as the episode is likely to have reached it; nothing counts after a
-    # terminal start.
-    alive = disc.detach() / discount  # (N, H+1)
-    weight = torch.cat([alive[:, :1], disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
-
-    denominator = scale(returns)
-    adv = (returns - value[:, :-1]) / denominator  # (N, H)
-    policy_entropy = policy.entropy()  # (N, H)
-    gain = adv  # (N, H)
-    if reinforce:
-        gain = surrogate(policy.log_prob(action[:, :-1].detach()), adv.detach())
-    actor = -(weight * (gain + entropy * policy_entropy))
-    critic = -(weight * value_dist.log_prob(returns.detach(), slow_value))
+    targets = parts.targets(disc, rew, value, scale, discount, lam)
+    actor, policy_entropy = parts.actor(targets, action, policy, entropy, reinforce, surrogate)
+    critic = parts.critic(targets, value_dist, slow_value)
     metrics = {
         "actor_entropy": policy_entropy.mean(),
         "imag_reward": rew[:, 1:].mean(),
-        "imag_return": returns.mean(),
+        "imag_return": targets.returns.mean(),
         "imag_value": value.mean(),
-        "imag_cont": alive[:, 1:].mean(),
-        "return_scale": denominator,
-        "adv_std": adv.std(),
+        "imag_cont": targets.alive[:, 1:].mean(),
+        "return_scale": targets.denominator,
+        "adv_std": targets.adv.std(),
     }
-    return ImagLoss(actor, critic, returns, {name: x.detach() for name, x in metrics.items()})
+    metrics = {name: x.detach() for name, x in metrics.items()}
+    return ImagLoss(actor, critic, targets.returns, metrics)
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:

@@ -93,15 +93,48 @@ class Carry(NamedTuple):
         """At least ``count`` steps of ``slots`` positions: those before the first are of another
         episode, and so never seen.
         """
-        missing = count - self.segment.shape[-1]
+        steps = self.segment.shape[-1]
+        missing = count - steps
         if missing <= 0:
             return self
         before = (0, 0, missing * slots, 0)
         return self._replace(
             keys=F.pad(self.keys, before),
             values=F.pad(self.values, before),
-            segment=F.pad(self.segment, (missing, 0), value=-1),
+            segment=F.pad(self.segment, (missing, 0), value=-1 - steps),  # of no step's episode
             step=self.step + missing,
+        )
+
+    def cut(self, lasts: range, length: int) -> Carry:
+        """The same branches, in shorter sequences that hold what these can see.
+
+        Every sequence becomes one for each of ``lasts``: the ``length`` steps up to that one. The
+        branches of a sequence are in the order of its steps, the same number in each piece.
+        """
+        (batch, steps), count = self.segment.shape, len(lasts)
+        slots = self.keys.shape[-2] // steps
+        missing = max(0, length - 1 - lasts[0])
+        whole = self.padded(steps + missing, slots)
+        first = lasts[0] + missing - length + 1
+
+        def pieces(x: Tensor, dim: int) -> Tensor:
+            """Along ``dim``, of all steps: (B, pieces, .., length) where dim was (B, .., S)."""
+            end = first + (count - 1) * lasts.step + length
+            return x.narrow(dim, first, end - first).unfold(dim, length, lasts.step)
+
+        def cached(x: Tensor) -> Tensor:
+            x = pieces(x.unflatten(-2, (-1, slots)), 3)  # (B, layers, h, pieces, slots, d, length)
+            return x.permute(0, 3, 1, 2, 6, 4, 5).flatten(4, 5)  # (B, pieces, layers, h, P, d)
+
+        last = torch.arange(lasts.start, lasts.stop, lasts.step, device=self.step.device)
+        rope = rotary((steps - 1 - last).view(-1, 1, 1), self.keys.shape[-1], self.keys.dtype)
+        segment = pieces(whole.segment, 1)  # (B, pieces, length)
+        step = self.step.view(batch, count, -1) - (last - length + 1).unsqueeze(1)
+        return self._replace(
+            keys=rotate(cached(whole.keys), rope).flatten(0, 1),
+            values=cached(whole.values).flatten(0, 1),
+            segment=(segment - segment[..., -1:]).flatten(0, 1),
+            step=step.flatten(),
         )
 
     def select(self, index: Tensor, window: int) -> Carry:

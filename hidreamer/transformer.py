@@ -232,6 +232,8 @@ class Transformer(nn.Module):
     Raises ValueError for widths that the heads do not divide evenly, and for unknown names.
     """
 
+    score_bias = staticmethod(score_bias)  # compiled or not
+
     def __init__(
         self,
         width: int,
@@ -278,7 +280,7 @@ class Transformer(nn.Module):
             q, k, v = layer.project(x, rope)
             if in_place is None:
                 in_place = prefix is not None and may_attend_in_place(q)
-                bias = score_bias(own_mask, prefix_mask, q.dtype) if in_place else None
+                bias = self.score_bias(own_mask, prefix_mask, q.dtype) if in_place else None
             kv = own[i].add(k, v)
             kv = KV(*(part[..., -own_mask.shape[-1] :, :] for part in kv))
             if layer is self.layers[-1]:  # of the other positions only keys and values are needed

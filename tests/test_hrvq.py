@@ -10,7 +10,7 @@ from test_agent import EVERYTHING, VECTOR, make
 import models
 import networks
 import tools
-from hidreamer import cost
+from hidreamer import cost, rollout
 from hidreamer.dynamics import hrvq, make_dynamics
 from hidreamer.quantizer import KINDS
 from hidreamer.transformer import KV, MASKED, attend, attend_in_place, score_bias
@@ -414,6 +414,34 @@ def test_any_sizes(sizes):
         feat.stoch.shape == (42, 4, dynamics.stoch_dim)
         and dynamics.loss(post)[0]["dyn"].isfinite().all()
     )
+
+
+@pytest.mark.parametrize("n", [0, 6])
+@pytest.mark.parametrize("before", [0, 9])
+@pytest.mark.parametrize("variant", [{}, STACKED, {"mask": "barrier"}], ids=str)
+def test_starts_in_pieces_dream_as_those_of_whole_sequences(variant, before, n, monkeypatch):
+    """Three pieces of 18 steps, the window being 5; also behind cached steps and across resets."""
+    dynamics = build(**variant)
+    embed, action, is_first = inputs(length=18 + before)
+    carry = dynamics.initial(3)
+    with torch.no_grad():
+        if before:
+            part = (x[:, :before] for x in (embed, action, is_first))
+            carry, _ = dynamics.observe(carry, *part, sample=False)
+        part = (x[:, before:] for x in (embed, action, is_first))
+        carry, post = dynamics.observe(carry, *part, sample=False)
+        cut = dynamics.starts(carry, post, n)
+        monkeypatch.setattr(rollout.Carry, "cut", lambda self, lasts, length: self)
+        whole = dynamics.starts(carry, post, n)
+        assert len(cut.segment) == 3 * len(whole.segment) == 9
+        assert cut.segment.shape[1] < whole.segment.shape[1] and torch.equal(cut.deter, whole.deter)
+        given = F.one_hot(torch.randint(0, A, (len(whole.step), 7)), A).double()
+        dreams = [dynamics.imagine(start, given, 7, sample=False) for start in (cut, whole)]
+        for found, truth in zip(dreams[0][1], dreams[1][1], strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+        on = [dynamics.imagine(dream[0], given, 3, sample=False)[1] for dream in dreams]
+        for found, truth in zip(*on, strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
 
 
 def test_memory_of_imagination_does_not_grow_with_starts_times_context():

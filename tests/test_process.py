@@ -13,6 +13,10 @@ from test_agent import EVERYTHING, VECTOR, make
 from conftest import ROOT
 from hidreamer import process
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import before
+import process as benchmark
+
 
 def python(code, **env):
     """What a new process prints."""
@@ -142,3 +146,51 @@ def test_threads_sleep_while_they_wait():
     assert python("import dreamer, os; print(os.environ['OMP_WAIT_POLICY'])") == "PASSIVE"
     code = "import os; os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'; import dreamer"
     assert python(code + "; print(os.environ['OMP_WAIT_POLICY'])") == "ACTIVE"
+
+
+def test_the_benchmark_measures_beside_busy_processes(tmp_path, monkeypatch, capfd):
+    assert len(benchmark.rows(1)) == 2 and len(benchmark.rows(2)) == 5
+    row = benchmark.Row("system", 1, 1)
+    monkeypatch.setattr(benchmark, "rows", lambda cores: [row])
+    words = ["--configs", "debug", "--task", "dummy_vector"]
+    few = ["--updates", "1", "--rounds", "1", "--out", str(tmp_path / "new" / "found.json")]
+    assert benchmark.main([*words, *few]) == 0
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
+    assert json.loads(capfd.readouterr().out) == found
+    measured = found["rows"]["system, 1 threads, beside 1 busy"]
+    assert set(measured) == set(benchmark.KEYS) and measured["cpu_s"] > 0.0
+    assert not any("BUSY" in line or "getppid" in line for line in running())
+
+
+def running():
+    """The command lines of this process's children."""
+    listed = subprocess.run(
+        ["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    return listed.stdout.splitlines()
+
+
+def test_the_benchmark_stops_what_takes_too_long_and_says_so(capfd):
+    row = benchmark.Row("kept", 1, 0)
+    run = {key: 2.0 for key in benchmark.KEYS}
+    assert benchmark.one(["--configs", "debug"], row, 0.05) is None
+    assert benchmark.summary([None, run], 9) == run | {"stopped": "1 of 2, after 9 s"}
+    assert benchmark.summary([None], 9) == {"stopped": "1 of 1, after 9 s"}
+    assert benchmark.main(["--configs", "nonsense"]) == 2
+    assert benchmark.main(["--updates", "many"]) == 2
+    assert capfd.readouterr().err.count("error:") == 2
+
+
+@pytest.mark.slow
+def test_an_update_against_an_older_commit(tmp_path, capfd):
+    words = ["--configs", "debug", "--task", "dummy_vector", "--repeats", "1"]
+    out = tmp_path / "found.json"
+    assert before.main(["HEAD", "--rounds", "1", "--out", str(out), "--", *words]) == 0
+    found = json.loads(out.read_text())
+    assert found["now"]["kernels"] > 0 and 0.2 < found["cpu_ratio"] < 5.0
+    assert found["words"] == words and found["before_commit"] == "HEAD"
+
+
+def test_an_older_commit_that_there_is_not_is_one_line(capfd):
+    assert before.main(["nonsense", "--", "--configs", "debug"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "error: git archive --format=tar fails"

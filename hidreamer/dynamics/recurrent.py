@@ -217,8 +217,8 @@ class Recurrent(Dynamics):
         """Of the norms."""
         return self.cell.norm.eps
 
-    def scan_forward(self, weights: Tensors, inputs: StepInputs, carry: Tensors) -> tuple:
-        return forward_step(self, weights, inputs, carry)
+    def scan_forward(self, weights: Tensors, begin: Tensors, *step: Any) -> tuple:
+        return forward_step(self, weights, begin, *step)
 
     def scan_backward(self, weights: Tensors, saved: Tensors, *grads: Any) -> tuple:
         return backward_step(self, weights, saved, *grads)

@@ -99,7 +99,7 @@ class ScanDynamics(Protocol):
         """Of ``post_weights``, from what all steps saved and found, (T,B,.) each."""
         ...
 
-    def scan_forward(self, weights: Tensors, inputs: StepInputs, carry: Tensors) -> tuple: ...
+    def scan_forward(self, weights: Tensors, begin: Tensors, *step: Any) -> tuple: ...
 
     def scan_backward(self, weights: Tensors, saved: Tensors, *grads: Any) -> tuple: ...
 
@@ -112,6 +112,10 @@ def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
     x = x.to(weight.dtype)
     if added is None:
         return x @ weight.t()
+    if added.ndim > 1 and torch.compiler.is_compiling():
+        # A sum that is one kernel with what follows it: CUDA's addmm copies ``added`` first, and
+        # the compiler would make one of both, were it not for the axis.
+        return (added.unsqueeze(0) + x @ weight.t()).squeeze(0)
     return torch.addmm(added.to(weight.dtype), x, weight.t())
 
 
@@ -151,10 +155,10 @@ def norm_weight_grads(grad: Tensor, saved: Tensors, weight: Tensor, bias: Tensor
 def sample(logit: Tensor, shape: tuple[int, int], unimix: float, noise: Tensor | None) -> Tensors:
     """One level's logits (B, S * K), with given noise (B,S,1) or None for the mode.
 
-    -> one-hots (B, S * K), logits (B,S,K), their softmax.
+    -> one-hots (B, S * K), logits (B,S,K) in their own precision, their softmax.
     """
-    logit = dists.at_least_float32(logit).unflatten(-1, shape)
-    probs = softmax = torch.softmax(logit, -1)
+    logit = logit.unflatten(-1, shape)
+    probs = softmax = torch.softmax(dists.at_least_float32(logit), -1)
     if unimix:
         probs = torch.add(unimix / shape[1], softmax, alpha=1.0 - unimix)
     return dists.invert_cdf(probs, noise).flatten(-2), logit, softmax
@@ -170,29 +174,45 @@ def sample_grad(stoch: Tensor, logit: Tensor, softmax: Tensor, unimix: float) ->
 # ---------------------------------------------------------------- one step
 
 
-def forward_step(
-    dynamics: ScanDynamics, weights: Tensors, inputs: StepInputs, carry: Tensors
-) -> tuple[Tensor, Tensor, Tensors, Tensors]:
-    """weights: CellWeights, then ``post_weights``; inputs of one step; carry: deter, stoch.
+def begin_step(deter: Tensor, stoch: Tensor, reset: Tensors, dtype: torch.dtype) -> Tensors:
+    """The state before a step (B,.), reset where an episode starts -> stoch (B,Z) as ``dtype``, for
+    its product, and deter (B,D).
 
-    -> deter (B,D), stoch (B,Z), logits by level (B,S,K), what the gradient needs.
+    reset: the step's keep, deter0 and stoch0.
     """
-    cell, eps = CellWeights(*weights[:9]), dynamics.eps
-    deter, stoch = carry
-    deter = torch.addcmul(inputs.deter0, deter, inputs.keep)  # (B, D)
-    stoch = torch.addcmul(inputs.stoch0, stoch, inputs.keep)  # (B, Z)
-    begin = stoch, deter
-    x = product(stoch, cell.img_in, inputs.action)
+    keep, deter0, stoch0 = reset
+    return torch.addcmul(stoch0, stoch, keep).to(dtype), torch.addcmul(deter0, deter, keep)
+
+
+def forward_step(
+    dynamics: ScanDynamics,
+    weights: Tensors,
+    begin: Tensors,
+    inputs: tuple[Tensor, Tensor, Tensors],
+    next_reset: Tensors | None,
+) -> tuple[Tensor, Tensor, Tensors, Tensors, Tensors | None]:
+    """weights: CellWeights, then ``post_weights``; begin: of ``begin_step``; inputs: action, embed
+    and noise of ``StepInputs``, of one step; next_reset: of the next step, None after the last.
+
+    -> deter (B,D), stoch (B,Z), logits by level (B,S,K), what the gradient needs, and what the next
+    step begins with: computed here, it is part of kernels that there are anyway.
+    """
+    cell, eps, (stoch, deter) = CellWeights(*weights[:9]), dynamics.eps, begin
+    action, embed, noise = inputs
+    x = product(stoch, cell.img_in, action)
     img = norm(x, cell.img_weight, cell.img_bias, eps)  # (B, W)
-    x = torch.cat([torch.nn.functional.silu(img[-1]), deter], -1)
+    x = torch.cat([x.to(cell.gru.dtype) for x in (torch.nn.functional.silu(img[-1]), deter)], -1)
     gru = norm(product(x, cell.gru), cell.gru_weight, cell.gru_bias, eps)  # (B, 3D)
     reset, cand, update = gru[-1].to(deter.dtype).chunk(3, -1)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
     deter = torch.lerp(deter, cand, torch.sigmoid(update))
-    obs = norm(product(deter, cell.obs_out, inputs.embed), cell.obs_weight, cell.obs_bias, eps)
+    obs = norm(product(deter, cell.obs_out, embed), cell.obs_weight, cell.obs_bias, eps)
     v = torch.nn.functional.silu(obs[-1])
-    stoch, logits, saved = dynamics.post_forward(weights[9:], deter, v, inputs.noise)
-    return deter, stoch, logits, (*begin, *img, *gru, *obs, *saved)
+    stoch, logits, saved = dynamics.post_forward(weights[9:], deter, v, noise)
+    saved, later = (*begin, *img, *gru, *obs, *saved), None
+    if next_reset is not None:
+        later = begin_step(deter, stoch, next_reset, cell.img_in.dtype)
+    return deter, stoch, logits, saved, later
 
 
 def split_saved(saved: Tensors) -> tuple[CellSaved, Tensors]:
@@ -209,16 +229,18 @@ def backward_step(
     deter: Tensor,
     stoch: Tensor,
     logits: Tensors,
-) -> tuple[Tensor, Tensor, Tensors]:
+) -> tuple[Tensor, Tensor, Tensor, Tensors]:
     """gates: ``gate_slopes`` of the step; deter, stoch, logits: gradients of what it returned,
-    without those of the step after it. carried: what that one begins with of it (B,1), and the
-    gradients of its deter (B,D) and stoch (B,Z).
+    without those of the step after it. carried: what that one begins with of it (B,1), how its new
+    memory depends on that (B,D), and what this function returned of it.
 
-    -> gradients of the deter (B,D) and stoch (B,Z) that it begins with, and what those of the
-    weights need: CellGrads flat, then the posterior's.
+    -> of the deter (B,D) that it begins with, the gradient through the gates' product and that of
+    the new memory (``begin_grad``); the gradient of the stoch (B,Z) that it begins with; what those
+    of the weights need: CellGrads flat, then the posterior's.
     """
-    keep, *later = carried
-    deter, stoch = torch.addcmul(deter, later[0], keep), torch.addcmul(stoch, later[1], keep)
+    keep, stayed, through, later, later_stoch = carried
+    deter = torch.addcmul(deter, begin_grad(through, later, stayed), keep)
+    stoch = torch.addcmul(stoch, dists.at_least_float32(later_stoch), keep)
     w, (cell, post) = CellWeights(*weights[:9]), split_saved(saved)
     silu_grad = torch.ops.aten.silu_backward
     v, post_grads = dynamics.post_backward(weights[9:], post, stoch, logits)  # (B, W)
@@ -228,13 +250,17 @@ def backward_step(
     slope, stays = gates  # (B, 3D), (B, D)
     gru = (deter.unsqueeze(-2) * slope.unflatten(-1, (3, -1))).flatten(-2)
     gru = gru, norm_grad(gru, cell.gru_norm, w.gru_weight, w.gru_bias)
-    x = dists.at_least_float32(product(gru[1], w.gru.t()))
+    x = product(gru[1], w.gru.t())
     x, through = x.split([x.shape[-1] - stays.shape[-1], stays.shape[-1]], -1)  # (B, W), (B, D)
-    img = silu_grad(x, cell.img_norm[-1])
+    img = silu_grad(dists.at_least_float32(x), cell.img_norm[-1])
     img = img, norm_grad(img, cell.img_norm, w.img_weight, w.img_bias)
-    stoch = dists.at_least_float32(product(img[1], w.img_in.t()))
-    deter = torch.addcmul(through, deter, stays)
-    return deter, stoch, (*img, *gru, *obs, *post_grads)
+    stoch = product(img[1], w.img_in.t())
+    return through, deter, stoch, (*img, *gru, *obs, *post_grads)
+
+
+def begin_grad(through: Tensor, deter: Tensor, stays: Tensor) -> Tensor:
+    """Of the memory that a step begins with (.., D), from what ``backward_step`` returned."""
+    return torch.addcmul(dists.at_least_float32(through), deter, stays)
 
 
 def gate_slopes(saved: CellSaved) -> Tensors:
@@ -292,16 +318,16 @@ def run_steps(
     dynamics: ScanDynamics, weights: Tensors, inputs: StepInputs, carry: Tensors, save: bool = True
 ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
     """-> deter (T,B,D), stoch (T,B,Z), logits by level (T,B,S,K), what is saved of all steps."""
-    steps, (deter, stoch) = [], carry
-    with torch.autocast(deter.device.type, enabled=False):
-        for t in range(len(inputs.keep)):
-            noise = tuple(x[t] for x in inputs.noise)
-            step = StepInputs(*(x[t] for x in inputs[:5]), noise)
-            deter, stoch, logits, saved = dynamics.scan_forward(weights, step, (deter, stoch))
+    steps, resets = [], [*zip(*(x.unbind() for x in inputs[:3]), strict=True), None]
+    with torch.autocast(carry[0].device.type, enabled=False):
+        begin = begin_step(*carry, resets[0], weights[0].dtype)
+        for t, reset in enumerate(resets[1:]):
+            step = inputs.action[t], inputs.embed[t], tuple(x[t] for x in inputs.noise)
+            deter, stoch, logits, saved, begin = dynamics.scan_forward(weights, begin, step, reset)
             steps.append((deter, stoch, *logits, *(saved if save else ())))
         deters, stochs, *rest = (torch.stack(x) for x in zip(*steps, strict=True))
     levels = len(logits)
-    return deters, stochs, tuple(rest[:levels]), tuple(rest[levels:])
+    return deters, stochs, tuple(map(dists.at_least_float32, rest[:levels])), tuple(rest[levels:])
 
 
 def walk_back(
@@ -311,19 +337,20 @@ def walk_back(
     and of all steps (T,B,.) what those of the weights need.
     """
     gates, (out_deter, out_stoch, *out_logits) = gate_slopes(split_saved(saved)[0]), grads
-    deter, stoch = torch.zeros_like(out_deter[0]), torch.zeros_like(out_stoch[0])
-    kept, begins, steps = torch.zeros_like(keep[0]), [], []  # after the last step comes nothing
+    nothing, stays = torch.zeros_like(out_deter[0]), gates[1]  # after the last step comes nothing
+    carried = torch.zeros_like(keep[0]), nothing, nothing, nothing, torch.zeros_like(out_stoch[0])
+    steps = []
     for t in reversed(range(len(keep))):
         of_step = [tuple(x[t] for x in part) for part in (saved, gates, out_logits)]
-        args = *of_step[:2], (kept, deter, stoch), out_deter[t], out_stoch[t], of_step[2]
-        deter, stoch, step = dynamics.scan_backward(weights, *args)
-        kept = keep[t]
-        begins.append(deter)
-        steps.append(step)
-    carry = deter * keep[0], stoch * keep[0]
-    steps = tuple(torch.stack(x) for x in zip(*steps[::-1], strict=True))
-    inputs = None, torch.stack(begins[::-1]), None, steps[1], steps[5]
-    return inputs, carry, steps
+        args = *of_step[:2], carried, out_deter[t], out_stoch[t], of_step[2]
+        through, deter, stoch, step = dynamics.scan_backward(weights, *args)
+        carried = keep[t], stays[t], through, deter, stoch
+        steps.append((through, deter, *step))
+    through, deter, *steps = (torch.stack(x) for x in zip(*steps[::-1], strict=True))
+    begins = begin_grad(through, deter, stays)  # (T, B, D)
+    carry = begins[0] * keep[0], dists.at_least_float32(stoch) * keep[0]
+    inputs = None, begins, None, steps[1], steps[5]
+    return inputs, carry, tuple(steps)
 
 
 def weight_grads(

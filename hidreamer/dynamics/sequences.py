@@ -127,7 +127,18 @@ class Sequences(Tokens):
         steps = torch.arange(length, device=cache.segment.device)[chosen] + cached
         deter, stoch = (x[:, chosen].flatten(0, 1).detach() for x in post.feat)  # (B * n, .)
         where = steps.repeat(len(cache.segment))
-        return cache._replace(deter=deter, stoch=stoch, step=where)
+        start = cache._replace(deter=deter, stoch=stoch, step=where)
+        # A start sees a window of the steps before it: with pieces of the sequence, of about as
+        # many steps, products of starts and steps grow with the length and not with its square.
+        count = length // self.window if self.window else 1
+        starts = len(range(length)[chosen])
+        if count < 3 or starts % count:
+            return start
+        each = starts // count
+        lasts = range(
+            cached + chosen.start + (each - 1) * chosen.step, cached + length, each * chosen.step
+        )
+        return start.cut(lasts, self.window + (each - 1) * chosen.step)
 
     def fixed_size(self, carry: Carry) -> Carry:
         return carry.padded(self.window, self.positions + 1)
@@ -137,6 +148,8 @@ class Sequences(Tokens):
         # Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
+        self._draw = torch.compile(self._draw)
+        self.transformer.score_bias = torch.compile(self.transformer.score_bias)
         for layer in self.transformer.layers:
             layer.project = torch.compile(layer.project)
             layer.add_residuals = torch.compile(layer.add_residuals)
