@@ -41,9 +41,9 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(RUN) -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html; with its search: $(RUN) -m http.server -d build/site"
 
-# Two processes, a file at a time in each.
+# Two processes, a file at a time in each, in the order of tests/conftest.py.
 test: setup
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # On a machine with an NVIDIA card: is the update right there, and how fast. Prints a table to send.
 gpu-check: setup

@@ -29,7 +29,7 @@ from comparison.runs import records
 from envs import make_env
 from hidreamer import checkpoint
 from hidreamer.provenance import STARTS, provenance
-from hidreamer.replay import Replay, Rows
+from hidreamer.replay import Addresses, Replay, Rows
 from hidreamer.spaces import random_action
 
 # name: presets, steps, and thresholds (of what figure, its least value).
@@ -51,9 +51,9 @@ class Shuffled(Replay):
     the ends.
     """
 
-    def sample(self, rng: np.random.Generator | None = None, out: Rows | None = None) -> Rows:
-        batch = super().sample(rng, out)
-        order = (self.rng if rng is None else rng).permutation(batch["reward"].size)
+    def read(self, addresses: Addresses, out: Rows | None = None) -> Rows:
+        batch = super().read(addresses, out)
+        order = self.rng.permutation(batch["reward"].size)
         for key in ("reward", "is_terminal"):
             batch[key][...] = batch[key].ravel()[order].reshape(batch[key].shape)
         return batch

@@ -133,8 +133,25 @@ def trained(tmp_path_factory):
     return make
 
 
+# Files that take minutes come first, so that processes side by side end together.
+LONG = (
+    "learning",
+    "docs",
+    "gpu",
+    "compile",
+    "comparison",
+    "resume",
+    "kill",
+    "offline",
+    "installed",
+)
+LONG += ("env_faults", "backends", "export", "scores", "report", "write_back", "demo", "cli")
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))  # else as they were
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

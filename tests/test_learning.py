@@ -9,10 +9,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import dreamer
 from conftest import ROOT
+from hidreamer.carries import WriteBack
 from hidreamer.dynamics import TYPES
 from hidreamer.replay import Replay
 
@@ -124,17 +126,35 @@ def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeyp
     """The same run, but for the order in which a batch's rewards come:
     two of four cues may be answered by luck.
     """
-    sample, shuffled = Replay.sample, []
+    read, shuffled = Replay.read, []
 
     def shuffle(replay, *args, **kwargs):
-        batch = sample(replay, *args, **kwargs)
+        batch = read(replay, *args, **kwargs)
         order = replay.rng.permutation(batch["reward"].size)
         shuffled.append(len(order))
         return batch | {"reward": batch["reward"].ravel()[order].reshape(batch["reward"].shape)}
 
-    monkeypatch.setattr(Replay, "sample", shuffle)
+    monkeypatch.setattr(Replay, "read", shuffle)
     _, learned = play_toy(kind, tmp_path)
-    assert learned < 14.0 and len(shuffled) > 1000
+    assert len(shuffled) > 1000 and learned < 14.0
+
+
+def test_the_negative_control_shuffles_what_is_learned_from(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from learning import Shuffled
+
+    spec = {"reward": ((), np.dtype(np.float32)), "is_terminal": ((), np.dtype(bool))}
+    spec["is_first"] = (), np.dtype(bool)
+    rows, found = np.arange(50, dtype=np.float32), []
+    for kind in (Replay, Shuffled):
+        rng = np.random.default_rng(0)
+        replay = kind(spec, capacity=50, batch=4, length=8, streams=1, rng=rng)
+        for x in rows:
+            none = np.zeros(1, bool)
+            replay.add({"reward": x[None], "is_terminal": none, "is_first": none})
+        found.append(WriteBack().sample(replay, None)["reward"])
+    assert not np.array_equal(*found)
+    assert np.array_equal(*(np.sort(x.ravel()) for x in found))
 
 
 def status(*words):
