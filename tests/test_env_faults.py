@@ -523,7 +523,7 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
     assert "Traceback" not in run.communicate()[1]
 
 
-@pytest.mark.parametrize("parallel", ["false", "true"])
+@pytest.mark.parametrize("parallel", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path, parallel):
     """Not until env.timeout: who asks a job to end kills it soon after."""
     run = command(tmp_path, "step hang", "--env.timeout", "300", "--env.parallel", parallel)

@@ -135,6 +135,7 @@ def test_spaces_come_back(space):
 # ---------------------------------------------------------------- damage
 
 
+@pytest.mark.slow
 def test_random_damage_is_one_line(copy):
     """120 files: bytes changed, cut off, inserted, anywhere. safetensors alone would not notice
     most of them.

@@ -14,7 +14,11 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kills
 
-KINDS = [("dummy_vector", "rssm"), ("gym_CartPole-v1", "hrvq"), ("dummy_vector", "hrssm")]
+KINDS = [
+    ("dummy_vector", "rssm"),
+    ("gym_CartPole-v1", "hrvq"),
+    pytest.param("dummy_vector", "hrssm", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("task", "dynamics"), KINDS)

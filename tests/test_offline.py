@@ -404,6 +404,7 @@ def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
     assert np.array_equal(shown[:128:8, ::8], frames)
 
 
+@pytest.mark.slow
 def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     """Every row trains and is judged; a state without codes leaves their columns empty."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -116,7 +116,9 @@ def length(logdir):
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", ["tokens", "classic", "atari", pytest.param("minatar", marks=pytest.mark.slow)]
+)
 def test_killed_runs_go_on_exactly(kind, whole, tmp_path):
     expected = records(whole(kind))
     assert any("model_loss" in record for record in expected[len(expected) // 2 :])
