@@ -168,6 +168,10 @@ def main() -> int:
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for folder, file in ((args.upstream, "models.py"), (args.r2dreamer, "rssm.py")):
+        if folder and not (folder / file).is_file():
+            print(f"error: {folder} is no such checkout: it has no {file}", file=sys.stderr)
+            return 2
     process.keep_freed_memory()  # as a run does; for all of them
     cuda = device.type == "cuda"
     report = (
