@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hidreamer import carries
-from hidreamer.behavior import Replayed
+from hidreamer.behavior import Replayed, by_step
 from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import probe_loss
@@ -103,8 +103,9 @@ def model_loss(
     """-> the model's loss (), metrics, what the rest of the update needs."""
     with agent.autocast():
         losses, carry, post, embed, metrics = agent.world_model.loss(obs, generator)
-    loss = sum(losses.values()).mean()
-    named = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
+    means = torch.stack(list(losses.values())).mean((1, 2))
+    loss = means.sum()
+    named = {f"{n}_loss": x for n, x in zip(losses, means.detach().unbind(), strict=True)}
     return loss, named | {"model_loss": loss.detach()} | metrics, Seen(obs, carry, post, embed)
 
 
@@ -164,5 +165,6 @@ def behavior_losses(
     with agent.autocast():
         traj = behavior.imagine(model, start, terminal, generator)
         with torch.set_grad_enabled(behavior.backprop):
-            rew = reward(traj, model.reward(traj.x).mode())
+            found = behavior.loss_parts.head_mode(model.reward, by_step(traj.x))  # (H+1, N)
+            rew = reward(traj, found.t())
         return behavior.losses(traj, rew, replayed)

@@ -6,6 +6,7 @@ D deter, Z stoch, S variables of K classes in a level.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from hidreamer import distributions as dists
 from hidreamer.dynamics.base import (
     Dynamics,
     Feat,
+    Joined,
     KLConfig,
     Level,
     Losses,
@@ -22,9 +24,11 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
+    stack_steps,
     start_steps,
     unroll,
 )
+from hidreamer.dynamics.sampler import Sampler, dream_noise, policy_and_noise
 from hidreamer.dynamics.scan import (
     CellWeights,
     StepInputs,
@@ -272,19 +276,66 @@ class Recurrent(Dynamics):
         v = obs_out(0, deter, embed)  # (B, hidden)
         return deter, *self.post_step(deter, v, noise)
 
+    def imagined_stoch(self, deter: Tensor, stoch: Tensor, noise: Noise) -> Tensor:
+        """The new memory (N,D), the stoch (N,Z) before -> an imagined stoch (N,Z)."""
+        return self.prior_step(deter, noise)
+
     def imagine_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
         read = stoch[..., : self.reads]
         deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
-        return deter, self.prior_step(deter, noise)
+        return deter, self.imagined_stoch(deter, stoch, noise)
+
+    def dream_step(
+        self, sampler: Sampler, x: Tensor, read: Tensor, state_noise: Noise, action_noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """Features x (N,F) and what the memory reads of them and of the action (N, reads + A) ->
+        the same a step later.
+
+        Side by side already, so that what computes them also puts them there.
+        """
+        stoch, deter = x.split([self.stoch_dim, self.deter_dim], -1)
+        deter = self.cell(self.img_in(read), deter)
+        stoch = self.imagined_stoch(deter, stoch, state_noise)
+        x = torch.cat([stoch, deter], -1)
+        action = sampler.given(x, action_noise)
+        return x, torch.cat([stoch[..., : self.reads], action], -1)
+
+    def _noise_shapes(self, carry: Carry) -> list[tuple[int, ...]]:
+        """Of what one step of each level of N states is drawn from."""
+        return [(len(carry.deter), variables, 1) for variables, _ in self.shapes]
+
+    def _dream(
+        self,
+        carry: Carry,
+        sampler: Sampler,
+        horizon: int,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Carry, Feat, Tensor]:
+        """``imagine``, each step compiled as one with the action that is taken after it."""
+        deter, stoch = carry[:2]
+        draws = self._noise_shapes(carry), deter, sample, generator
+        noises = dream_noise(sampler, horizon, *draws)
+        x = self.feat(carry).cat()  # (N, F)
+        read = torch.cat([stoch[..., : self.reads], sampler.given(x, noises[0].action)], -1)
+        xs, reads = [x], [read]
+        for now, then in itertools.pairwise(noises):
+            x, read = self.dream_step(sampler, x, read, now.state, then.action)
+            xs.append(x)
+            reads.append(read)
+        feat = Joined.of(stack_steps(xs), self.stoch_dim)
+        action = stack_steps([read[..., self.reads :] for read in reads])
+        return Carry(*(part[:, -1] for part in feat)), feat, action
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.dream_step = torch.compile(self.dream_step)
         self.loss = torch.compile(self.loss)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
@@ -317,10 +368,11 @@ class Recurrent(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
+        if isinstance(actor, Sampler):
+            return self._dream(carry, actor, horizon, sample, generator)
 
-        def step(state: Feat, action: Tensor) -> Feat:
-            noise = self.noise(1, state.deter, sample, generator)[0]
-            return Feat(*self.imagine_step(*state, action, noise))
-
+        draws = self._noise_shapes(carry), carry.deter, sample, generator
+        actor, noise = policy_and_noise(actor, horizon, *draws)
+        step = lambda feat, action: Feat(*self.imagine_step(*feat, action, noise()))
         last, feat, action = unroll(step, self.feat(carry), actor, horizon)
         return Carry(*last), feat, action
