@@ -75,7 +75,7 @@ class Behavior(nn.Module):
         REINFORCE needs no gradient through the trajectory, so none is recorded for it.
         """
         grad, horizon = torch.set_grad_enabled(self.backprop), self.imag.horizon
-        with grad, cast_weights(model.dynamics, self.actor):
+        with grad, cast_weights(model.dynamics, self.actor, model.cont):
             sampler = Sampler(self.actor, generator, *self.actor.noise(), self.sample_action)
             _, feat, action = model.dynamics.imagine(start, sampler, horizon, generator=generator)
             x, discount = feat.cat(), self.imag.discount

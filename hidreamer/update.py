@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from hidreamer.behavior import Replayed, by_step
 from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import probe_loss
+from hidreamer.precision import cast_weights
 
 Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]  # each (), without gradient
@@ -101,7 +103,7 @@ def model_loss(
     agent: Any, generator: torch.Generator | None, obs: Batch
 ) -> tuple[Tensor, Metrics, Seen]:
     """-> the model's loss (), metrics, what the rest of the update needs."""
-    with agent.autocast():
+    with agent.autocast(), cast_weights(agent.world_model, trained=True):
         losses, carry, post, embed, metrics = agent.world_model.loss(obs, generator)
     means = torch.stack(list(losses.values())).mean((1, 2))
     loss = means.sum()
@@ -162,7 +164,13 @@ def behavior_losses(
     metrics. ``reward``: as of ``Agent.update_behavior``.
     """
     behavior, model = agent.behaviors()[prefix], agent.world_model
-    with agent.autocast():
+    casts = contextlib.ExitStack()
+    with agent.autocast(), casts:
+        for module in (behavior.actor, behavior.critic):  # one each, as their losses are
+            casts.enter_context(cast_weights(module, trained=True))
+        with torch.no_grad():
+            fixed = model.dynamics, model.reward, model.cont, behavior.slow
+            casts.enter_context(cast_weights(*fixed))
         traj = behavior.imagine(model, start, terminal, generator)
         with torch.set_grad_enabled(behavior.backprop):
             found = behavior.loss_parts.head_mode(model.reward, by_step(traj.x))  # (H+1, N)

@@ -38,6 +38,7 @@ from hidreamer.dynamics.scan import (
     scan,
 )
 from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
+from hidreamer.precision import casts_early, side_by_side
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -288,20 +289,27 @@ class Recurrent(Dynamics):
         deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
         return deter, self.imagined_stoch(deter, stoch, noise)
 
-    def dream_step(
-        self, sampler: Sampler, x: Tensor, read: Tensor, state_noise: Noise, action_noise: Noise
-    ) -> tuple[Tensor, Tensor]:
-        """Features x (N,F) and what the memory reads of them and of the action (N, reads + A) ->
-        the same a step later.
+    def dream_action(
+        self, sampler: Sampler, deter: Tensor, stoch: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A state (N,.) -> its features x (N,F), what the memory reads of it and of the action
+        (N, reads + A), the action (N,A).
 
         Side by side already, so that what computes them also puts them there.
         """
+        x = torch.cat([stoch, deter], -1)
+        of_actor = side_by_side(stoch, deter) if casts_early(x.device) else x
+        action = sampler.given(of_actor, noise)
+        return x, side_by_side(stoch[..., : self.reads], action), action
+
+    def dream_step(
+        self, sampler: Sampler, x: Tensor, read: Tensor, state_noise: Noise, action_noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x and read: of ``dream_action``, which this returns of the next state."""
         stoch, deter = x.split([self.stoch_dim, self.deter_dim], -1)
         deter = self.cell(self.img_in(read), deter)
         stoch = self.imagined_stoch(deter, stoch, state_noise)
-        x = torch.cat([stoch, deter], -1)
-        action = sampler.given(x, action_noise)
-        return x, torch.cat([stoch[..., : self.reads], action], -1)
+        return self.dream_action(sampler, deter, stoch, action_noise)
 
     def _noise_shapes(self, carry: Carry) -> list[tuple[int, ...]]:
         """Of what one step of each level of N states is drawn from."""
@@ -319,22 +327,21 @@ class Recurrent(Dynamics):
         deter, stoch = carry[:2]
         draws = self._noise_shapes(carry), deter, sample, generator
         noises = dream_noise(sampler, horizon, *draws)
-        x = self.feat(carry).cat()  # (N, F)
-        read = torch.cat([stoch[..., : self.reads], sampler.given(x, noises[0].action)], -1)
-        xs, reads = [x], [read]
+        x, read, action = self.dream_action(sampler, deter, stoch, noises[0].action)
+        xs, actions = [x], [action]
         for now, then in itertools.pairwise(noises):
-            x, read = self.dream_step(sampler, x, read, now.state, then.action)
+            x, read, action = self.dream_step(sampler, x, read, now.state, then.action)
             xs.append(x)
-            reads.append(read)
+            actions.append(action)
         feat = Joined.of(stack_steps(xs), self.stoch_dim)
-        action = stack_steps([read[..., self.reads :] for read in reads])
-        return Carry(*(part[:, -1] for part in feat)), feat, action
+        return Carry(*(part[:, -1] for part in feat)), feat, stack_steps(actions)
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.dream_action = torch.compile(self.dream_action)
         self.dream_step = torch.compile(self.dream_step)
         self.loss = torch.compile(self.loss)
 
