@@ -141,12 +141,16 @@ class Recurrent(Dynamics):
         return dists.sample_onehot(probs, noise).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
+        return Carry(*(x.expand(batch, -1) for x in self.initial_state()))
+
+    def initial_state(self) -> tuple[Tensor, Tensor]:
+        """(1,D), (1,Z)."""
         # The memory is learned; the state is the prior's mode there, a constant, so that no loss
         # of the posterior reaches the prior through it.
-        deter = torch.tanh(self.initial_deter).unsqueeze(0)  # (1, D)
+        deter = torch.tanh(self.initial_deter).unsqueeze(0)
         mode = self.noise(1, deter, False, None)[0]
-        stoch = self.prior_step(deter, mode).detach()  # (1, Z)
-        return Carry(deter.expand(batch, -1), stoch.expand(batch, -1))
+        with torch.no_grad():
+            return deter, self.prior_step(deter, mode)
 
     def observe(
         self,
@@ -341,6 +345,8 @@ class Recurrent(Dynamics):
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.initial_state = torch.compile(self.initial_state)
+        self.priors = torch.compile(self.priors)
         self.dream_action = torch.compile(self.dream_action)
         self.dream_step = torch.compile(self.dream_step)
         self.loss = torch.compile(self.loss)
