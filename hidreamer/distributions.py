@@ -143,8 +143,7 @@ class OneHotCategorical:
         self, generator: torch.Generator | None = None, noise: Sequence[Tensor] | None = None
     ) -> Tensor:
         """noise: uniform numbers (..., 1) for each variable, instead of the generator's."""
-        if noise is None:
-            noise = [uniform((*p.shape[:-1], 1), p, generator) for p in self.probs]
+        noise = noise or [uniform((*p.shape[:-1], 1), p, generator) for p in self.probs]
         drawn = [sample_onehot(p, x) for p, x in zip(self.probs, noise, strict=True)]
         return torch.cat(drawn, -1) if len(drawn) > 1 else drawn[0]
 
@@ -178,9 +177,8 @@ class ClippedNormal:
         self, generator: torch.Generator | None = None, noise: Sequence[Tensor] | None = None
     ) -> Tensor:
         """noise: one tensor of standard normal numbers (..., A), instead of the generator's."""
-        if noise is None:
-            noise = (normal(self.std.shape, self.std, generator),)
-        return torch.clamp(torch.addcmul(self.loc, self.std, *noise), -1.0, 1.0)
+        (noise,) = noise or (normal(self.std.shape, self.std, generator),)
+        return torch.clamp(torch.addcmul(self.loc, self.std, noise), -1.0, 1.0)
 
     def mode(self) -> Tensor:
         return self.loc
