@@ -70,15 +70,15 @@ class StackedOptimizer(Optimizer):
     def gather(self, loss: Tensor, modules: Any = None, retain: bool = False) -> None:
         super().gather(loss.sum(), modules, retain)
 
-    def norm(self, grads: list[Tensor]) -> Tensor:
-        """-> (P,)."""
-        return torch.linalg.vector_norm(torch.stack([norms(grad) for grad in grads]), dim=0)
+    def norms(self, grads: list[Tensor]) -> Tensor:
+        """-> (M,P)."""
+        return torch.stack([norms(grad) for grad in grads])
 
     def rescale(self, total: Tensor) -> None:
         """total: (P,)."""
-        scale = (self.clip / (total + 1e-6)).clamp(max=1.0)  # as torch's clipping has it
+        ratio = (total / self.clip).clamp(min=1.0)
         for p in self.params.values():
-            p.grad.mul_(scale.view(-1, *[1] * (p.ndim - 1)))
+            p.grad.div_(ratio.view(-1, *[1] * (p.ndim - 1)))
 
     @torch.no_grad()
     def clip_each(self) -> Tensor:
