@@ -25,14 +25,17 @@ from hidreamer.dynamics.base import (
     start_steps,
     unroll,
 )
-from hidreamer.dynamics.scan import (
+from hidreamer.dynamics.scan import scan
+from hidreamer.dynamics.scan_steps import (
+    BeforeSteps,
     CellWeights,
     StepInputs,
-    Tensors,
+    after_steps,
     backward_step,
+    before_steps,
     forward_step,
-    scan,
 )
+from hidreamer.gradients import Tensors
 from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
@@ -49,9 +52,9 @@ class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
-    scan, what ``scan.ScanDynamics`` asks for. reads: how many numbers of stoch, the first ones, go
-    into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
+    scan, what ``scan_steps.ScanDynamics`` asks for. reads: how many numbers of stoch, the first
+    ones, go into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``,
+    ``norm`` and ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
     ``ACTIVATIONS``; ``prior_layers`` are the hidden layers of the prior.
     """
 
@@ -184,13 +187,12 @@ class Recurrent(Dynamics):
         obs_out = self.obs_out.split([self.deter_dim, self.embed_dim])
         first = self.initial(len(embed))
         keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
-        deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first[:2])  # (B, T, .)
         action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
         embed = obs_out.project(1, embed)  # (B, T, hidden)
-        inputs = keep, deter0, stoch0, action, embed
         if self.has_scan:
             noises = self.noises(is_first.shape[1], carry.deter, generator) if sample else ()
-            steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noises)
+            by_step = (x.transpose(0, 1) for x in (keep, action, embed))  # (T, B, .)
+            steps = StepInputs(*first[:2], *by_step, noises)
             found = scan(self, self._cell_weights(img_in, obs_out), steps, carry[:2])
             deter, stoch, logits = found  # (T, B, .)
             last = Carry(deter[-1], stoch[-1])
@@ -198,6 +200,8 @@ class Recurrent(Dynamics):
             post = [logit.transpose(0, 1) for logit in logits]  # (B, T, S, K) each
         else:
             noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
+            deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first[:2])  # (B, T, .)
+            inputs = keep, deter0, stoch0, action, embed
             last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
         return last, feat, post
 
@@ -217,11 +221,26 @@ class Recurrent(Dynamics):
         """Of the norms."""
         return self.cell.norm.eps
 
-    def scan_forward(self, weights: Tensors, begin: Tensors, *step: Any) -> tuple:
-        return forward_step(self, weights, begin, *step)
+    @property
+    def unimix(self) -> float:
+        """Share of the uniform distribution in what is sampled."""
+        return self.kl_config.unimix
 
-    def scan_backward(self, weights: Tensors, saved: Tensors, *grads: Any) -> tuple:
-        return backward_step(self, weights, saved, *grads)
+    def post_reads(self, weights: Tensors) -> Tensors:
+        """None of the posterior's weights multiply the memory (see ``scan_steps.ScanDynamics``)."""
+        return ()
+
+    def scan_forward(self, weights: Tensors, *step: Any) -> tuple:
+        return forward_step(self, weights, *step)
+
+    def scan_before(self, weights: Tensors, *all_steps: Any) -> BeforeSteps:
+        return before_steps(self, weights, *all_steps)
+
+    def scan_backward(self, weights: Tensors, *step: Any) -> tuple:
+        return backward_step(self, weights, *step)
+
+    def scan_after(self, weights: Tensors, *all_steps: Any) -> tuple:
+        return after_steps(self, weights, *all_steps)
 
     def _observe_steps(
         self,
@@ -276,14 +295,18 @@ class Recurrent(Dynamics):
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
-        read = stoch[..., : self.reads]
-        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
+        deter = self.cell(self.read(stoch, action), deter)
         return deter, self.prior_step(deter, noise)
+
+    def read(self, stoch: Tensor, action: Tensor) -> Tensor:
+        """(N,Z), (N,A) -> what the cell reads (N,hidden)."""
+        img_in = self.img_in.split([self.reads, self.act_dim])
+        return img_in(0, stoch[..., : self.reads], img_in.project(1, action))
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
-        self.scan_forward = torch.compile(self.scan_forward)
-        self.scan_backward = torch.compile(self.scan_backward)
+        for name in ("scan_forward", "scan_before", "scan_backward", "scan_after"):
+            setattr(self, name, torch.compile(getattr(self, name)))
         self.imagine_step = torch.compile(self.imagine_step)
         self.loss = torch.compile(self.loss)
 
