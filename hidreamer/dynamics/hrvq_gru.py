@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hidreamer.depth import Depth
-from hidreamer.dynamics.base import Dynamics, Feat, KLConfig, Level, Policy, Post, start_steps
+from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, start_steps
 from hidreamer.dynamics.cell_scan import cell_scan
 from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
 from hidreamer.dynamics.residual_scan import ResidualScan
@@ -164,8 +164,22 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         post = self._found(carry, feat, tuple(logits), is_first, generator)
         return TokenCarry(*last, post.aux.before[:, -1]), post
 
-    # ``Recurrent``'s shortcut does not know the state before, which this carry holds as well.
-    observe_features = Dynamics.observe_features
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Feat]:
+        steps = prev_action, is_first
+        if self.sees_memory:
+            feat = self._observe(carry, embed, *steps, True, generator)[1]
+        else:
+            stoch = self._stoch(self.encode(embed, True, generator).code.flatten(2))  # (B, T, Z)
+            feat = Feat(self._memory(carry, stoch, *steps), stoch)
+        before = before_each(feat.stoch, carry.stoch)[:, -1] * ~is_first[:, -1:]  # (B, Z)
+        return TokenCarry(feat.deter[:, -1], feat.stoch[:, -1], before), feat
 
     def _found(
         self,

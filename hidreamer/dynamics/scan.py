@@ -74,13 +74,14 @@ def run_steps(
     count, dtype = len(action), weights[0].dtype
     noise = list(zip(*(x.unbind() for x in noise), strict=True)) or [()] * count
     with torch.autocast(carry[0].device.type, enabled=False):
-        memory, resets = Memory.of(dynamics, weights), [None] * count
-        if keep is not None:
-            keep_product, gates0 = keep.to(dtype), memory.gates(deter0)
-            # (T, B, W) with what a start's state adds
-            action = torch.addcmul(action, product(stoch0, weights[0]), 1.0 - keep_product)
-            keeps = zip(keep.unbind(), keep_product.unbind(), strict=True)
-            resets = [(*both, deter0, gates0) for both in keeps]
+        memory, keep_product = Memory.of(dynamics, weights), keep.to(dtype)
+        # (T, B, W) with what a start's state adds
+        action = torch.addcmul(action, product(stoch0, weights[0]), 1.0 - keep_product)
+        starts, keeps = (
+            (deter0, memory.gates(deter0)),
+            zip(keep.unbind(), keep_product.unbind(), strict=True),
+        )
+        resets = [(*both, *starts) for both in keeps]
         begin = *carry, memory.gates(carry[0])
         of_steps = zip(resets, action.unbind(), embed.unbind(), noise, strict=True)
         for t, (reset, *step) in enumerate(of_steps):

@@ -47,9 +47,9 @@ class CellWeights(NamedTuple):
 class StepInputs(NamedTuple):
     """What does not wait for the recurrence."""
 
-    deter0: Tensor | None  # (B, D) memory of an episode's start; None where none starts
-    stoch0: Tensor | None  # (B, Z) its state, a constant
-    keep: Tensor | None  # (T, B, 1) 0 where an episode starts, else 1
+    deter0: Tensor  # (B, D) memory of an episode's start
+    stoch0: Tensor  # (B, Z) its state, a constant
+    keep: Tensor  # (T, B, 1) 0 where an episode starts, else 1
     action: Tensor  # (T, B, W) product with the input layer
     embed: Tensor  # (T, B, W) product with the layer of memory and embedding
     noise: Tensors  # (T, B, S, 1) of each level, uniform; none where modes are taken
@@ -154,26 +154,23 @@ def forward_step(
     weights: Tensors,
     memory: Memory,
     begin: Tensors,
-    reset: Tensors | None,
+    reset: Tensors,
     inputs: tuple[Tensor, Tensor, Tensors],
 ) -> tuple[Tensors, Tensors, Tensors]:
     """weights: CellWeights, then ``post_weights``. begin: deter (B,D), stoch (B,Z) and the gates'
     product with that deter (B,3D), before a reset. reset: keep (B,1), the same in the precision of
-    products, an episode's first deter (B,D) and the gates' product with it; None where none starts.
-    inputs: action with what a start adds to it, embed, noise, as ``StepInputs`` of one step.
+    products, an episode's first deter (B,D) and the gates' product with it. inputs: action with
+    what a start adds to it, embed, noise, as ``StepInputs`` of one step.
 
     -> what the next step begins with (after the last one without gates), logits by level (B,S,K),
     what the gradient needs.
     """
     w, eps, (deter, stoch, gates) = CellWeights(*weights[:9]), dynamics.eps, begin
     action, embed, noise = inputs
-    if reset is None:
-        img = product(stoch, w.img_in, action)  # (B, W)
-    else:
-        # Products are reset, in place of what they are of: in kernels that there are anyway.
-        keep, keep_product, deter0, gates0 = reset
-        img = torch.addcmul(action, product(stoch, w.img_in), keep_product)
-        deter, gates = torch.lerp(deter0, deter, keep), torch.lerp(gates0, gates, keep_product)
+    # Products are reset, in place of what they are of: in kernels that there are anyway.
+    keep, keep_product, deter0, gates0 = reset
+    img = torch.addcmul(action, product(stoch, w.img_in), keep_product)  # (B, W)
+    deter, gates = torch.lerp(deter0, deter, keep), torch.lerp(gates0, gates, keep_product)
     x = F.silu(norm(img, w.img_weight, w.img_bias, eps))
     deter, gru = gated(deter, x, memory.of_img, gates, w[4:6], eps)
     obs, *products = product(deter, memory.of_deter).split(memory.sizes, -1)
