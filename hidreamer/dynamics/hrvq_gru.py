@@ -98,7 +98,8 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
     def imagine_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
-        deter = self.cell(self.read(stoch, action), deter)
+        read = stoch[..., : self.reads]
+        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
         return deter, self._sample_levels(deter, noise, self._last(stoch))
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:

@@ -308,13 +308,9 @@ class Recurrent(Dynamics):
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
-        deter = self.cell(self.read(stoch, action), deter)
+        read = stoch[..., : self.reads]
+        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
         return deter, self.prior_step(deter, noise)
-
-    def read(self, stoch: Tensor, action: Tensor) -> Tensor:
-        """(N,Z), (N,A) -> what the cell reads (N,hidden)."""
-        img_in = self.img_in.split([self.reads, self.act_dim])
-        return img_in(0, stoch[..., : self.reads], img_in.project(1, action))
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
