@@ -50,6 +50,7 @@ LAYERS = {
     "hidreamer.rollout": 2,
     "hidreamer.experts": 2,
     "hidreamer.dynamics.base": 1,
+    "hidreamer.dynamics.sampler": 1,
     "hidreamer.dynamics.scan": 2,
     "hidreamer.dynamics.scan_steps": 1,
     "hidreamer.depth": 1,
@@ -199,7 +200,7 @@ def test_the_dynamics_never_import_each_other():
     project = Project(ROOT)
     kinds = {name for name in project.paths if name.startswith("hidreamer.dynamics.")}
     shared = ("base", "recurrent", "scan", "tokens", "sequences")
-    shared += ("cell_scan", "residual_scan", "scan_steps")
+    shared += ("cell_scan", "residual_scan", "sampler", "scan_steps")
     kinds -= {f"hidreamer.dynamics.{name}" for name in shared}
     for name in kinds:
         assert not (project.always[name] | project.lazily[name]) & (kinds - {name})

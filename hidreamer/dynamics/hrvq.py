@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hidreamer import distributions as dists
 from hidreamer.depth import Depth
 from hidreamer.dynamics.base import (
     Feat,
@@ -37,6 +36,7 @@ from hidreamer.dynamics.base import (
     Post,
     unroll,
 )
+from hidreamer.dynamics.sampler import Noise, policy_and_noise
 from hidreamer.dynamics.sequences import Sequences
 from hidreamer.dynamics.tokens import before_each
 from hidreamer.experts import expert_use, make_transformer
@@ -227,8 +227,12 @@ class HRVQ(Sequences):
         rollout = Rollout(
             self.transformer, self.level_mask, self.slots, self.window, carry, horizon
         )
-        step = lambda feat, action: self._imagine_step(rollout, feat, action, sample, generator)
-        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        start = self.feat(carry)
+        levels = [(len(start.deter), variables, 1) for variables, _ in self.shapes]
+        draws = levels, start.deter, sample, generator
+        actor, noise = policy_and_noise(actor, horizon, *draws)
+        step = lambda feat, action: self._imagine_step(rollout, feat, action, noise())
+        last, feat, action = unroll(step, start, actor, horizon)
         return RolloutCarry(*last, rollout), feat, action
 
     def _imagine_step(
@@ -236,17 +240,17 @@ class HRVQ(Sequences):
         rollout: Rollout,
         feat: Feat,
         action: Tensor,
-        sample: bool,
-        generator: torch.Generator | None,
+        noise: Noise,
     ) -> Feat:
-        """A state (N, .), action (N, A) -> the next, whose codes are sampled coarse to fine."""
+        """A state (N, .), action (N, A), noise (N, G, 1) by level -> the next, whose codes are
+        sampled coarse to fine.
+        """
         deter = out = rollout.advance(self._action_token(action, feat.stoch))  # (N, W)
         last, codes, rollout.logits = self._last(feat.stoch), [], []
         for level in range(self.levels):
             of_level = out if self.depth is None else self.depth(level, deter, codes)
             logit = self._logit(level, of_level, last)  # (N, G, K)
-            noise = dists.uniform((*logit.shape[:-1], 1), logit, generator) if sample else None
-            code, logit = self._draw(level, logit, noise, out.dtype)  # (N, G * d)
+            code, logit = self._draw(level, logit, noise[level], out.dtype)  # (N, G * d)
             rollout.logits.append(logit)
             codes.append(code)
             if level < self.positions:
