@@ -129,26 +129,24 @@ class HRSSM(Recurrent):
     def post_reads(self, weights: Tensors) -> Tensors:
         return weights[7:]
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        """u (.., hidden) from the memory's product."""
-        u_norm = self.img_out.norm
-        return nn.functional.silu(norm(x, u_norm.weight, u_norm.bias, self.eps))
-
     def post_forward(
         self, weights: Tensors, deter: Tensor, read: Tensors, v: Tensor, noise: Tensors
     ) -> tuple[Tensor, Tensors, Tensors]:
         both, bias, of_top = weights[4:7]
         noises = noise or (None, None)
-        logits = product(torch.cat([self._hidden(read[0]), v], -1), both, bias)
+        u_norm = self.img_out.norm
+        u = nn.functional.silu(norm(read[0], u_norm.weight, u_norm.bias, self.eps))
+        logits = product(torch.cat([u, v], -1), both, bias)
         logit_top, rest = logits.split([len(weights[0]), len(of_top)], -1)
         top, logit_top = sample(logit_top, self.shapes[0], self.unimix, noises[0])
         bottom = sample(product(top, of_top, rest), self.shapes[1], self.unimix, noises[1])
-        return torch.cat([top, bottom[0]], -1), (logit_top, bottom[1]), read
+        return torch.cat([top, bottom[0]], -1), (logit_top, bottom[1]), (u,)
 
     def post_seen(self, saved: Tensors, stoch: Tensor, logits: Tensors) -> Tensors:
         """Softmax of both levels, u, z_top."""
+        # Under vmap the module's own parameters are not those of one member here.
         softmax = (torch.softmax(logit, -1) for logit in logits)
-        return *softmax, self._hidden(saved[0]), self._top_of(stoch)
+        return *softmax, *saved, self._top_of(stoch)
 
     def post_backward(
         self,
