@@ -36,6 +36,8 @@ from equality import (
     dream_attention,
     log_ndtr,
     make_agent,
+    population_equals_alone,
+    population_replays_equal_eager,
     replay_equals_eager,
     resume_equals_going_on,
     seeded,
@@ -43,6 +45,7 @@ from equality import (
 from equality import (
     compiled as make_compiled,
 )
+from populations import going_on, recorded_acting, without_graphs
 from torch import Tensor
 
 import models
@@ -194,6 +197,21 @@ def members(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
     return {f"P={count} ms": round(1000 * x["wall_s"], 2) for count, x in updates.items()} | report
 
 
+def whole_runs(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
+    """The loop of 1 and of 16 seeds of Breakout by the clock; minutes of 50,000 frames, which
+    follow from it.
+    """
+    found = out / "population_clock.json"
+    words = [sys.executable, "benchmarks/population_clock.py", "--out", str(found)]
+    words += ["--configs", "minatar", *(["debug"] if dry else [])]
+    words += ["--members", *(["2"] if dry else ["16", "1"]), "--device", "cpu" if dry else "cuda"]
+    command([*words, "--seconds", "1" if dry else "40"], seconds)
+    lines: dict[str, Any] = {}
+    for count, line in json.loads(found.read_text())["members"].items():
+        lines |= {f"P={count} {key}": x for key, x in line.items()}
+    return lines
+
+
 def train(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
     """The whole command; ratio 1024 on Pong."""
     logdir, size = out / "run", ["--configs", "atari100k", "tiny_dreamerv3"]
@@ -274,6 +292,22 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
     for precision in ("bfloat16", "tf32"):
         yield timed(f"captured {precision}, hidreamer", 20, words, precision=precision, **hrvq)
     yield timed("compiled tf32, hidreamer", 60, words, True, precision="tf32", **hrvq)
+    memories = {"": {}, " stacked": {"dynamics.hrvq.memory": "stacked"}}
+    memories |= {" gru": {"dynamics.hrvq.memory": "gru"}}
+    for name, over in memories.items():
+        over = {"precision": "float32"} | hrvq | over
+        run = functools.partial(population_equals_alone, device, **over)
+        yield Item(f"population = members alone, hrvq{name}", 15, run)
+    for kind in TINY:
+        run = functools.partial(recorded_acting, device, **{"dynamics.type": kind})
+        yield Item(f"population's acting = eager, {kind}", 10, run)
+    over = hrvq | {"precision": "bfloat16"}
+    run = functools.partial(population_replays_equal_eager, device, **over)
+    yield Item("population's replays = eager, hrvq bfloat16", 15, run)
+    run = functools.partial(without_graphs, device, **{"dynamics.type": "hrssm"})
+    yield Item("population without graphs", 10, run)
+    yield Item("population without a member", 15, lambda: going_on(device))
+    yield Item("whole runs of a population", 200, lambda: whole_runs(out, dry, left()))
     yield Item("population", 120, lambda: members(out, dry, left()))
     yield Item("training", 60, lambda: train(out, dry, left()))
     yield Item("pytest -m gpu", 40, lambda: tests(dry, left()))

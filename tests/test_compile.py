@@ -205,9 +205,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "precision", "bound"),
     [
-        ("rssm", "tf32", 625),
+        ("rssm", "tf32", 577),
         pytest.param("rssm", "bfloat16", 670, marks=SLOW),
-        pytest.param("hrssm", "tf32", 765, marks=SLOW),
+        pytest.param("hrssm", "tf32", 731, marks=SLOW),
         pytest.param("hrvq", "tf32", 1255, marks=SLOW),
     ],
 )
