@@ -13,7 +13,7 @@ import tools
 from hidreamer import cost, rollout
 from hidreamer.dynamics import hrvq, make_dynamics
 from hidreamer.quantizer import KINDS
-from hidreamer.transformer import KV, MASKED, attend, attend_in_place, score_bias
+from hidreamer.transformer import KV, MASKED, Bias, as_bias, attend_shared
 
 E, A = 7, 4
 SIZES = {
@@ -456,21 +456,37 @@ def test_memory_of_imagination_does_not_grow_with_starts_times_context():
     assert start.keys.numel() == carry.keys.numel()
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attention_without_a_gradient_is_attention(dtype):
+def test_attention_of_branches_is_attention(dtype, grad):
     """Over a shared prefix and own positions, of which some rows see nothing but themselves."""
     torch.manual_seed(0)
     make_kv = lambda *shape: KV(*torch.randn(2, *shape, dtype=dtype).unbind())
-    q = torch.randn(2, 3, 4, 5, 6, dtype=dtype).transpose(2, 3).contiguous().transpose(2, 3)
+    q = torch.randn(2, 3, 4, 5, 6, dtype=dtype, requires_grad=grad)
     own, prefix = make_kv(2, 3, 4, 9, 6), make_kv(2, 3, 7, 6)
-    own = KV(*(x[..., :5, :] for x in own))  # a part of what there is room for
-    prefix_mask, own_mask = torch.rand(2, 4, 5, 7) < 0.5, torch.ones(5, 5).tril().bool()
-    prefix_mask[:, 1] = False
-    for mask in (own_mask, own_mask.expand(2, 4, 5, 5)):
-        bias = score_bias(mask, prefix_mask, dtype)
-        found = attend_in_place(q, own, prefix, bias)
-        assert torch.allclose(found, attend(q, own, mask, prefix, prefix_mask), atol=1e-6)
-    assert bias.unique().tolist() == [MASKED, 0.0]
+    near, far = (KV(*(x[..., part, :] for x in own)) for part in (slice(3), slice(3, 5)))
+    prefix_mask, own_mask = torch.rand(2, 1, 4, 5, 7) < 0.5, torch.ones(5, 5).tril().bool()
+    prefix_mask[:, :, 1] = False
+    biases = [as_bias(mask, dtype) for mask in (prefix_mask, own_mask[:, :3], own_mask[:, 3:])]
+    whole = [near, far], prefix, Bias(biases[0], biases[1:])
+    alone = [near], None, Bias(None, biases[1:2])
+    for own, cached, bias in (whole, alone):
+        for rows in (slice(None), slice(3, 4)):  # all, or one of several new positions
+            given = q[..., rows, :], own, cached, bias.rows(rows)
+            assert torch.allclose(attend_shared(*given), dense(*given), atol=1e-6)
+    assert all(bias.unique().tolist() == [MASKED, 0.0] for bias in biases)
+
+
+def dense(q, own, prefix, bias):
+    """The same with the prefix copied for every branch. -> (B, n, Q, h * d)."""
+    keys, values = (torch.cat(x, -2) for x in zip(*own, strict=True))
+    scores = torch.cat(bias.own, -1).expand(*q.shape[:4], -1)
+    if prefix:
+        each = [x.unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1) for x in prefix]
+        keys, values = torch.cat([each[0], keys], -2), torch.cat([each[1], values], -2)
+        scores = torch.cat([bias.prefix.expand(-1, q.shape[1], -1, -1, -1), scores], -1)
+    scores = scores + q @ keys.mT * q.shape[-1] ** -0.5
+    return (torch.softmax(scores, -1) @ values).permute(0, 2, 3, 1, 4).flatten(-2)
 
 
 @pytest.mark.parametrize(("memory", "bound"), [("interleaved", 215), ("stacked", 100), ("gru", 67)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hidreamer.mask import KINDS, attn_mask, make_level_mask, visible
-from hidreamer.transformer import Transformer, rotary
+from hidreamer.transformer import Transformer, Whole, rotary
 
 LEVELS, STEPS = 3, 3
 POSITION = {"L0": 0, "L1": 1, "L2": 2, "A": 3}
@@ -86,7 +86,7 @@ def influence(kind, depth, steps=4):
     x = torch.randn(len(time), 16, dtype=torch.float64)
     rope = rotary(time, net.head_dim, x.dtype)
     level = torch.arange(LEVELS + 1).repeat(steps)
-    run = lambda x: net(x[None, None], rope, level, net.branches(len(time)), seen)[0][0, 0]
+    run = lambda x: net(x[None, None], rope, level, Whole(seen))[0][0, 0]
     return torch.autograd.functional.jacobian(run, x).abs().amax((1, 3))
 
 

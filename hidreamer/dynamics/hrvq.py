@@ -186,8 +186,8 @@ class HRVQ(Sequences):
             else:
                 of_level = prior_out[:, :, i if self.chain else 0]
             levels.append(Level(logit, self._logit(i, of_level, last)))
-        keys = torch.stack([branch.kv.keys.squeeze(2) for branch in own], 1).detach()
-        values = torch.stack([branch.kv.values.squeeze(2) for branch in own], 1).detach()
+        keys = torch.stack([kv.keys.squeeze(2) for kv in own], 1).detach()
+        values = torch.stack([kv.values.squeeze(2) for kv in own], 1).detach()
         cache = carry.extend(keys, values, segment, feat.deter[:, -1], feat.stoch[:, -1])
         aux = Aux(codes, is_first, cache, ffn_losses)
         return cache.last_steps(self.window), Post(feat, tuple(levels), aux)
@@ -211,9 +211,8 @@ class HRVQ(Sequences):
     ) -> tuple[RolloutCarry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
-        rollout = Rollout(
-            self.transformer, self.level_mask, self.slots, self.window, carry, horizon
-        )
+        made = self.transformer, self._enter, self.level_mask, self.slots
+        rollout = Rollout(*made, self.window, carry, horizon, self.chain)
         step = lambda feat, action: self._imagine_step(rollout, feat, action, sample, generator)
         last, feat, action = unroll(step, self.feat(carry), actor, horizon)
         return RolloutCarry(*last, rollout), feat, action
@@ -227,19 +226,29 @@ class HRVQ(Sequences):
         generator: torch.Generator | None,
     ) -> Feat:
         """A state (N, .), action (N, A) -> the next, whose codes are sampled coarse to fine."""
-        deter = out = rollout.advance(self._action_token(action, feat.stoch))  # (N, W)
+        deter = out = rollout.advance(action, feat.stoch)  # (N, W)
         last, codes, rollout.logits = self._last(feat.stoch), [], []
         for level in range(self.levels):
-            of_level = out if self.depth is None else self.depth(level, deter, codes)
-            logit = self._logit(level, of_level, last)  # (N, G, K)
-            noise = dists.uniform((*logit.shape[:-1], 1), logit, generator) if sample else None
-            code, logit = self._draw(level, logit, noise, out.dtype)  # (N, G * d)
+            shape = len(out), self.code_shape[0], 1
+            noise = dists.uniform(shape, out, generator) if sample else None
+            code, logit = self._choose(level, out, codes, last, noise)  # (N, G * d), (N, G, K)
             rollout.logits.append(logit)
             codes.append(code)
             if level < self.positions:
-                token = self._token(level, code)
                 if self.chain and level < self.levels - 1:
-                    out = rollout.advance(token)
+                    out = rollout.advance(code)
                 else:  # predicts nothing before the next action: computed together with that
-                    rollout.append(token)
+                    rollout.append(code)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
+
+    def _choose(
+        self,
+        level: int,
+        out: Tensor,
+        codes: list[Tensor],
+        last: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A level's code of outputs (N, W) and the coarser codes, as of ``_draw``."""
+        of_level = out if self.depth is None else self.depth(level, out, codes)
+        return self._draw(level, self._logit(level, of_level, last), noise, out.dtype)
