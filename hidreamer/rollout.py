@@ -371,37 +371,3 @@ class RolloutCarry(NamedTuple):
 
     def select(self, index: Tensor, window: int) -> Carry:
         return self.sequences().select(index, window)
-
-
-class Attention(NamedTuple):
-    """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
-
-    rope: Tensor  # (Q, 2, width of a head) their rotations
-    level: Tensor  # (Q,) their levels, L for the action
-    attn_mask: Tensor  # (B, 1, Q, Q) among themselves
-    prefix: list[KV] | None  # of each layer, cached steps
-    prefix_mask: Tensor | None  # (B, 1, Q, P)
-
-
-def attention_after(
-    carry: Carry, segment: Tensor, level_mask: Tensor, window: int, head_dim: int
-) -> Attention:
-    """Masks and rotary angles for T steps after the carry's.
-
-    segment (B, T): which episode each is of, 0 being that of the carry's last step.
-    """
-    levels = level_mask.shape[-1] - 1
-    new = Layout.of(segment.shape[1], levels, 1, segment.device)
-    rows = new.time, new.level
-    episode = segment.repeat_interleave(levels + 1, 1)  # (B, Q)
-    mask = attn_mask(level_mask, rows, rows, window)  # (Q, Q)
-    mask = (mask & (episode.unsqueeze(2) == episode.unsqueeze(1))).unsqueeze(1)
-    rope = rotary(new.time, head_dim, carry.deter.dtype)
-    steps = carry.segment.shape[1]
-    if not steps:
-        return Attention(rope, new.level, mask, None, None)
-    old = Layout.of(steps, levels, 1 - steps, segment.device)
-    past = carry.segment.repeat_interleave(levels + 1, 1)  # (B, P)
-    prefix_mask = attn_mask(level_mask, rows, (old.time, old.level), window)  # (Q, P)
-    prefix_mask = (prefix_mask & (episode.unsqueeze(2) == past.unsqueeze(1))).unsqueeze(1)
-    return Attention(rope, new.level, mask, carry.prefix(), prefix_mask)

@@ -240,31 +240,6 @@ def call_fused(
     return fused(q.to(dtype), *kv, *(x.expand(shape) for x in biases))
 
 
-class Whole:
-    """What the rows of whole sequences attend to: each other, and steps that are cached.
-
-    mask (Q,Q) or (B,1,Q,Q); prefix_mask (B,1,Q,P) is about the positions of ``prefix``, of each
-    layer (B,h,P,d).
-    """
-
-    def __init__(
-        self, mask: Tensor, prefix: list[KV] | None = None, prefix_mask: Tensor | None = None
-    ):
-        self.prefix, self.kv = prefix, []  # of the new rows, by layer
-        self.mask = mask if prefix is None else torch.cat([prefix_mask, mask], -1)
-
-    def room(self, layer: int) -> None:
-        """Keys and values become tensors of their own."""
-
-    def attend(self, layer: int, q: Tensor, new: KV, rows: slice) -> Tensor:
-        """q (B,h,1,R,d) of ``rows``; keys and values of all rows -> (B,1,R,W)."""
-        self.kv.append(new)
-        if self.prefix is not None:
-            both = zip(self.prefix[layer], new, strict=True)
-            new = KV(*(torch.cat([x.unsqueeze(2).to(y.dtype), y], -2) for x, y in both))
-        return attend(q, new, self.mask[..., rows, :])
-
-
 def add_losses(total: FFNLosses, losses: FFNLosses) -> None:
     for name, loss in losses.items():
         total[name] = total[name] + loss if name in total else loss

@@ -10,7 +10,7 @@ from test_agent import EVERYTHING, VECTOR, make
 import models
 import networks
 import tools
-from hidreamer import cost, rollout
+from hidreamer import cost, parallel, rollout
 from hidreamer.dynamics import hrvq, make_dynamics
 from hidreamer.quantizer import KINDS
 from hidreamer.transformer import KV, MASKED, Bias, as_bias, attend_shared
@@ -580,3 +580,32 @@ def test_what_a_finer_level_codes():
     prior = torch.randn(1, 4, dtype=torch.float64)
     found = quantizer.encode(z, residual="innovation", expected=lambda level, codes: prior)
     assert torch.allclose(found.residual[:, 0], z - prior)
+
+
+@pytest.mark.parametrize("variant", [{}, STACKED, {"mask": "barrier"}], ids=str)
+def test_observing_in_chunks_is_observing(variant, monkeypatch):
+    """Five chunks of 3 steps, the last of them not full; across resets, with gradients."""
+    embed, action, is_first = inputs()
+    found = []
+    for chunks in (2, 100):
+        monkeypatch.setattr(parallel, "CHUNKS", chunks)
+        torch.manual_seed(0)
+        dynamics, x = build(window=3, **variant), embed.clone().requires_grad_()
+        carry, post = dynamics.observe(dynamics.initial(3), x, action, is_first)
+        loss = post.feat.cat().pow(3).sum() + dynamics.loss(post)[0]["dyn"].sum()
+        grads = torch.autograd.grad(loss, [x, *dynamics.transformer.parameters()])
+        found.append([*post.feat, *(level.prior for level in post.levels), *carry, *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", ["interleaved", "stacked"])
+@torch.no_grad()
+def test_observing_costs_the_same_every_step(memory):
+    dynamics = build(torch.float32, memory=memory)
+
+    def flops(length):
+        steps = inputs(length=length, dtype=torch.float32)
+        return cost.flops(lambda: dynamics.observe(dynamics.initial(3), *steps))
+
+    assert flops(80) - flops(60) == flops(60) - flops(40)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hidreamer.mask import KINDS, attn_mask, make_level_mask, visible
-from hidreamer.transformer import Transformer, Whole, rotary
+from hidreamer.parallel import Whole
+from hidreamer.transformer import Transformer, rotary
 
 LEVELS, STEPS = 3, 3
 POSITION = {"L0": 0, "L1": 1, "L2": 2, "A": 3}

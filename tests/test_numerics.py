@@ -16,9 +16,10 @@ import tools
 from hidreamer import distributions as dists
 from hidreamer import nets
 from hidreamer.optim import Optimizer
+from hidreamer.parallel import Whole
 from hidreamer.quantizer import Quantizer
 from hidreamer.returns import ReturnNorm, lambda_return
-from hidreamer.transformer import Transformer, Whole, rotary, rotate
+from hidreamer.transformer import Transformer, rotary, rotate
 
 
 def test_symlog():

@@ -41,8 +41,9 @@ from hidreamer.dynamics.sequences import Sequences
 from hidreamer.dynamics.tokens import before_each
 from hidreamer.experts import expert_use, make_transformer
 from hidreamer.mask import read_levels
+from hidreamer.parallel import attention_after
 from hidreamer.quantizer import Codes
-from hidreamer.rollout import Carry, Rollout, RolloutCarry, attention_after
+from hidreamer.rollout import Carry, Rollout, RolloutCarry
 from hidreamer.transformer import FFNLosses
 from hidreamer.weights import former_hrvq_names
 

@@ -13,8 +13,9 @@ from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.dynamics.tokens import Tokens, before_each
 from hidreamer.mask import make_level_mask
 from hidreamer.nets import linear
-from hidreamer.rollout import Attention, Carry, Given, RolloutCarry
-from hidreamer.transformer import KV, FFNLosses, Transformer, Whole
+from hidreamer.parallel import Attention, Whole
+from hidreamer.rollout import Carry, Given, RolloutCarry
+from hidreamer.transformer import KV, FFNLosses, Transformer
 
 COMPILED_KINDS = 16  # at most, of calls that a compiled piece meets
 
@@ -105,8 +106,8 @@ class Sequences(Tokens):
             tokens.append(self._token(i, code))
         x = torch.stack(tokens, 2).flatten(1, 2).unsqueeze(1)  # (B, 1, T * (l+1), W)
         out_index = slice(0, None, 1 if all_positions else slots)
-        rope, level, mask, prefix, prefix_mask = attention
-        whole = Whole(mask, prefix, prefix_mask)
+        rope, level, *seen = attention
+        whole = Whole(*seen)
         out, losses = self.transformer(x, rope, level, whole, out_index)
         return out.squeeze(1).unflatten(1, (length, -1)), whole.kv, losses
 
