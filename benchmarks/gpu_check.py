@@ -11,9 +11,11 @@ the CPU, where an update is not captured and compiled code is not generated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -34,6 +36,7 @@ from equality import (
     captured,
     compiled_equals_eager,
     dream_attention,
+    dream_inputs,
     log_ndtr,
     make_agent,
     replay_equals_eager,
@@ -48,7 +51,9 @@ from torch import Tensor
 import models
 import networks
 from hidreamer import capture, cost, provenance
+from hidreamer.transformer import attend_shared
 
+TRIED = list(itertools.product((16, 32), (8, 16, 32), (32, 64, 128), (2, 4, 8)))  # tiles
 TINY = {"rssm": "tiny_dreamerv3", "hrssm": "tiny_hdreamer", "hrvq": "tiny_hidreamer"}
 
 
@@ -158,6 +163,34 @@ def profile(fn: Callable[[], object], count: int = 3) -> tuple[dict[str, Any], s
     found = {"kernel_ms": round(ms, 3), "kernels": sum(event.count for event in events) // count}
     order = {"sort_by": "self_device_time_total", "row_limit": 60, "max_name_column_width": 90}
     return found, events.table(**order)
+
+
+@torch.no_grad()
+def tiles(device: torch.device, dry: bool) -> dict[str, Any]:
+    """ms of a call of dreams' attention in the middle of a tiny dream, by the kernel's tiles: rows,
+    own positions, prefix, warps. The fastest ones, and those that are set.
+    """
+    batch, count, repeats = (2, 2, 2) if dry else (64, 16, 100)
+    draw = functools.partial(torch.randn, device=device)
+    q, seen = draw(batch, 4, count, 1, 64), draw(batch, 1, count, 1, 124) < 0
+    keys, values = draw(2, batch, 4, count, 32, 64)
+    mine = torch.ones(1, 32, dtype=torch.bool, device=device)
+    given = dream_inputs([q, keys, values, *draw(2, batch, 4, 124, 64)], seen, mine)
+    call = lambda: attend_shared(*given)
+    if dry:
+        return {"ms": median_ms(call, device, repeats)}
+    from hidreamer.fused_attention import TILES
+
+    kept, found = dict(TILES), {}
+    try:
+        for sizes in [tuple(kept.values()), *TRIED]:
+            TILES.update(zip(kept, sizes, strict=True))
+            with contextlib.suppress(Exception):  # some take more memory than there is on a chip
+                found[" ".join(map(str, sizes))] = median_ms(call, device, repeats)
+    finally:
+        TILES.update(kept)
+    fastest = sorted(found, key=found.__getitem__)[:5]
+    return {"set": next(iter(found.values()))} | {name: found[name] for name in fastest}
 
 
 # ---------------------------------------------------------------- whole commands
@@ -274,6 +307,7 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
     for precision in ("bfloat16", "tf32"):
         yield timed(f"captured {precision}, hidreamer", 20, words, precision=precision, **hrvq)
     yield timed("compiled tf32, hidreamer", 60, words, True, precision="tf32", **hrvq)
+    yield Item("tiles", 60, lambda: tiles(device, dry))
     yield Item("population", 120, lambda: members(out, dry, left()))
     yield Item("training", 60, lambda: train(out, dry, left()))
     yield Item("pytest -m gpu", 40, lambda: tests(dry, left()))
