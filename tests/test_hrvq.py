@@ -489,7 +489,7 @@ def dense(q, own, prefix, bias):
     return (torch.softmax(scores, -1) @ values).permute(0, 2, 3, 1, 4).flatten(-2)
 
 
-@pytest.mark.parametrize(("memory", "bound"), [("interleaved", 215), ("stacked", 100), ("gru", 67)])
+@pytest.mark.parametrize(("memory", "bound"), [("interleaved", 180), ("stacked", 92), ("gru", 61)])
 def test_kernels_of_an_imagined_step(memory, bound):
     """Two layers and three levels, uncompiled, with the policy; and nothing is read on the host."""
     sizes = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.layers": 2, "dynamics.hrvq.memory": memory}
