@@ -3,8 +3,9 @@
     python dreamer.py --configs PRESET [PRESET ...] --task SUITE_NAME --logdir FOLDER
         [--key value | --group.key value]
 
-The same command again continues the run. --seeds 0 1 2 ... (or --population 3) trains several
-seeds in one process, each in FOLDER/SEED (docs/population.md).
+The same command again continues the run. In one process (docs/population.md), each in FOLDER/SEED:
+  --seeds SEED ...       Train these seeds.
+  --population COUNT     Train so many, from --seed on.
 """
 
 # ruff: noqa: E402  what needs no torch is done before it is loaded
@@ -25,7 +26,7 @@ from typing import Any
 
 import tools
 from hidreamer import app
-from seeds import member_seeds
+from seeds import member_args, member_seeds, members_in, several
 from tools import Config, ConfigError
 
 
@@ -77,7 +78,9 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         found = [source / name for name in names if (source / name).exists()]
         source = found[0] if found else source / "checkpoints" / "latest.pt"
     if source is not None and not source.exists():
-        raise ConfigError(f"--resume: there is no checkpoint {source}")
+        seeds = members_in(Path(args.resume).expanduser())
+        hint = f": {several(seeds)}, which --seeds names" if seeds else ""
+        raise ConfigError(f"--resume: there is no checkpoint {source}{hint}")
     home = (
         source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
     )
@@ -91,6 +94,11 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     logdir = Path(
         config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
     ).expanduser()
+    if seeds := members_in(logdir):
+        raise ConfigError(
+            f"{logdir} is no folder of one run: {several(seeds)}, which --seeds continues; for"
+            " another run choose another --logdir"
+        )
     own = home is not None and logdir.resolve() == home.resolve()
     return config, logdir, None if own else source
 
@@ -222,26 +230,23 @@ def train_population(args: tools.Args, argv: list[str], seeds: list[int], signal
     """Train a run of every seed, in LOGDIR/SEED, all at once. -> exit status."""
     import population
 
-    if args.resume and "logdir" not in args.overrides:
-        raise ConfigError("--resume with several seeds needs a --logdir for their folders")
-    plans = []
-    for seed in seeds:
-        values = args.overrides | {"seed": seed}
-        if "logdir" in values:
-            values["logdir"] = str(Path(str(values["logdir"])) / str(seed))
-        plans.append(prepare(args._replace(overrides=values)))
-    folders = [logdir for _, logdir, _ in plans]
+    plans = [prepare(one) for one in member_args(args, seeds)]
+    folders = {logdir: config for config, logdir, _ in plans}
+    population.check_alike(folders)
     screen = Screen(plans[0][0].steps)
     screen.console.on_broken_pipe = functools.partial(hide_output, screen)
     with contextlib.ExitStack() as stack:
         for folder in folders:
             stack.enter_context(checkpoint.locked(folder))
         population.roll_back(folders)
-        runs = []
-        for seed, (config, logdir, source) in zip(seeds, plans, strict=True):
-            report = lambda text, seed=seed: screen.line(f"{seed}: {text}")
-            runs.append(Run(config, logdir, source, models.pick_device(config), report))
-            stack.callback(runs[-1].close)
+        runs, lines = [], population.Lines(screen.line)
+        with lines:
+            for seed, (config, logdir, source) in zip(seeds, plans, strict=True):
+                report = functools.partial(lines, seed)
+                runs.append(Run(config, logdir, source, models.pick_device(config), report))
+                stack.callback(runs[-1].close)
+        if plans[0][0].compile == "on" and len(runs) > 1 and runs[0].device.type == "cuda":
+            screen.line("compile on: the update of several seeds is not compiled")
         members = population.Population(runs, screen.line)
         screen.rates = Rates(*members.totals()[:2])
 
@@ -353,27 +358,31 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        status, message = 2 if isinstance(error, WRONG_PLACE) else 1, resource(error)
+        several = any(word.startswith(("--seeds", "--population")) for word in argv)
+        status = 2 if isinstance(error, WRONG_PLACE) else 1
+        message = resource(error, ", or fewer seeds at a time" if several else "")
         if not message:
             raise
     print(f"error: {message}", file=sys.stderr)
     return status
 
 
-def resource(error: Exception) -> str:
-    """What ran out, and which keys ask for less of it; "" where that was no disk and no memory."""
+def resource(error: Exception, also: str = "") -> str:
+    """What ran out, and which keys ask for less of it, ``also`` what else would; "" where that was
+    no disk and no memory.
+    """
     cause = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
         what = (
             f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
-            "replay.length or imag.starts"
+            f"replay.length or imag.starts{also}"
         )
     elif (
         isinstance(error, MemoryError)
         or getattr(error, "errno", 0) == errno.ENOMEM
         or "allocate memory" in cause
     ):
-        less = "replay.capacity or replay.store disk, replay.batch, env.count"
+        less = f"replay.capacity or replay.store disk, replay.batch, env.count{also}"
         what = f"the memory is full ({cause}): ask for less with {less}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = f"the disk is full, or what the output goes to ({error})"

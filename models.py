@@ -20,11 +20,11 @@ from hidreamer import carries, precision
 from hidreamer.behavior import Behavior, Replayed
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.dynamics import make_dynamics
-from hidreamer.dynamics.base import Feat, Post, start_steps
+from hidreamer.dynamics.base import Feat, Joined, Post, start_steps
 from hidreamer.explorer import Explorer
 from hidreamer.losses import scaled
 from hidreamer.metrics import prefixed
-from hidreamer.objectives import Harmony, make_objectives
+from hidreamer.objectives import NLL, Harmony, make_objectives
 from hidreamer.optim import Optimizer, joint_name, make_optimizers
 from hidreamer.update import behavior_losses, step_together, train_step
 from hidreamer.weights import load_state
@@ -55,6 +55,7 @@ class WorldModel(nn.Module):
         self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_continue_head(self.feat_dim, config)
+        self.nll = NLL()
         self.objectives = make_objectives(self, config)
         for name, objective in self.objectives.items():
             if isinstance(objective, nn.Module):
@@ -87,8 +88,9 @@ class WorldModel(nn.Module):
         carry, post, embed = self.observe(obs, start, generator=generator)
         losses, metrics = self.dynamics.loss(post)
         groups = dict.fromkeys(losses, "dynamics")  # for ``Harmony``
+        joined = post._replace(feat=Joined.of(post.feat.cat(), self.dynamics.stoch_dim))
         for name, objective in self.objectives.items():
-            found, more = objective.loss(post, embed, obs, generator)
+            found, more = objective.loss(joined, embed, obs, generator)
             assert not found.keys() & losses.keys(), (name, found.keys())
             losses |= {key: scaled(loss, self.scales[name]) for key, loss in found.items()}
             groups |= dict.fromkeys(found, name if name in ("reward", "cont") else "observation")
@@ -222,12 +224,11 @@ class Agent(nn.Module):
         return FastUpdate(self, self._compile if compiling else None, cuda, generator, report)
 
     def _compile(self) -> None:
-        wm, behavior = self.world_model, self.behavior
-        heads = (wm.decoder, wm.reward, wm.cont, behavior.actor, behavior.critic)
-        for module in (wm.encoder, *heads):
+        wm = self.world_model
+        for module in (wm.encoder, wm.nll, wm.decoder, wm.reward, wm.cont):
             module.compile()
-        for one in self.behaviors().values():
-            one.policy, one.loss_parts = torch.compile(one.policy), one.loss_parts.compiled()
+        for behavior in self.behaviors().values():
+            behavior.compile_parts()
         wm.dynamics.compile_steps()
 
     def save_state(self) -> dict[str, Any]:
@@ -394,7 +395,6 @@ def make_agent(env: Any, config: Config, device: torch.device) -> Agent:
     try:
         agent = Agent(env.obs_space, env.act_space, env.act_dim, config).to(device)
         # cuDNN's convolutions of channels-last images would reorder their weights at every use
-        cuda = device.type == "cuda"
-        return agent.to(memory_format=torch.channels_last) if cuda else agent
+        return agent.to(memory_format=torch.channels_last) if device.type == "cuda" else agent
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -98,10 +98,8 @@ class ChannelRMSNorm(RMSNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-CHANNEL_NORMS = {
-    "layer": ChannelNorm,
-    "rms": ChannelRMSNorm,
-}  # each: channels -> module over (B, C, H, W)
+# each: channels -> module over (B, C, H, W)
+CHANNEL_NORMS = {"layer": ChannelNorm, "rms": ChannelRMSNorm}
 
 
 def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> nn.Module:
@@ -387,6 +385,12 @@ class Actor(MLP):
         out = sum(sizes) if sizes else 2 * space.shape[0]
         super().__init__(feat_dim, layers, units, out, **names)
         self.sizes, self.unimix, self.std = sizes, unimix, (min_std, max_std)
+
+    def noise(self) -> tuple[tuple[tuple[int, ...], ...], bool]:
+        """Shapes of what one action is sampled from; whether that is normal, otherwise uniform."""
+        if self.sizes is None:
+            return ((self.out.out_features // 2,),), True
+        return ((1,),) * len(self.sizes), False
 
     def forward(self, x: Tensor) -> dists.OneHotCategorical | dists.ClippedNormal:
         x = super().forward(x)

@@ -10,7 +10,7 @@ Shapes: P members, N environments of a member.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,12 @@ from torch.utils import _pytree as pytree
 
 import models
 import run_state
+import tools
 from envs import EnvError
 from hidreamer import checkpoint
 from hidreamer.feed import Feed
-from hidreamer.stacked import Stack, stack_trees
+from hidreamer.stacked import Stack, stack_trees, steps_made
+from tools import Config, ConfigError
 from training import Failure, Run
 
 
@@ -30,14 +32,17 @@ class Population:
 
     What a run does, and when, depends on itself alone: it collects until its next update is due,
     and updates are made when all runs that go on have come to one. A run that ends or fails leaves
-    the others to go on. report: takes lines for people. ``poll`` may be replaced, as of ``Run``.
+    the others to go on; those that end between the same two updates leave together, as every other
+    company is another stack. report: takes lines for people. ``poll`` may be replaced, as of
+    ``Run``.
     """
 
     def __init__(self, runs: Sequence[Run], report: Callable[[str], None] = print):
         self.runs, self.report = list(runs), report
         self.poll: Callable[[], None] = lambda: None
         self.active: list[Run] = []
-        self.stack: Stack | None = None
+        self.stack: Stack | None = None  # of several that go on
+        self.update: Callable | None = None  # of all in it
         self.failed: dict[Run, str] = {}
         self.feed = Feed(runs[0].device)
         for run in runs:
@@ -45,12 +50,20 @@ class Population:
 
     def train(self) -> None:
         """Raises OSError and what ``poll`` raises, where all runs can be saved and continued."""
-        groups: dict[int, list[Run]] = {}  # by updates; more than one where some went on alone
+        groups: dict[tuple, list[Run]] = {}  # more than one where some went on alone
         for run in self.runs:
-            groups.setdefault(-1 if over(run) else run.updates, []).append(run)
-        for run in groups.pop(-1, []):
-            self._try(run, run.finish)
-        for group in groups.values():
+            if over(run):
+                self._try(run, run.finish)
+            else:
+                made = run.updates, steps_made(run.agent)
+                groups.setdefault(made, []).append(run)
+        for i, group in enumerate(groups.values()):
+            if len(groups) > 1:
+                seeds, then = (
+                    " ".join(str(run.config.seed) for run in group),
+                    "then" if i else "first",
+                )
+                self.report(f"{then} {seeds}: the others have made another number of updates")
             self._train(group)
 
     def _train(self, runs: list[Run]) -> None:
@@ -59,13 +72,13 @@ class Population:
             self.poll()
             self._restack()
             waiting = [run for run in self.active if not run.update_due]
-            if ended := [run for run in waiting if over(run)]:
-                self._leave(ended)
-            elif waiting:
-                for run in waiting:
+            if collecting := [run for run in waiting if not over(run)]:
+                for run in collecting:
                     self._try(run, functools.partial(run.run_periodic, self.save))
-                if not self.failed.keys() & waiting:
-                    self._collect(waiting)
+                if not self.failed.keys() & collecting:
+                    self._collect(collecting)
+            elif waiting:
+                self._leave(waiting)
             elif self.stack:
                 self._learn()
             else:
@@ -79,18 +92,26 @@ class Population:
 
     def save(self) -> None:
         """A checkpoint of every run that goes on, all of this moment."""
-        moment = 1 + max((run.moment for run in self.active), default=0)
-        for run in list(self.active):
-            run.moment = moment
-            self._try(run, run.save)
+        company: list[Run] = []
+        while company != self.active:  # again without those that failed to
+            company = list(self.active)
+            before = {run.config.seed: run.moment for run in company}
+            furthest = max(run.step for run in company)
+            for run in company:
+                run.moment, run.company = 1 + max(before.values()), before
+                run.every["checkpoint"].done(furthest)  # those behind come to that step as well
+                self._try(run, run.save)
 
     def _restack(self) -> None:
         """Have the runs that go on in one stack, or a single one by itself."""
         agents = [run.agent for run in self.active]
+        for run in self.active:
+            run.members = len(agents)
         if self.stack and self.stack.agents != agents:
             self.stack.dissolve()
-            self.stack = None
-            self.save()
+            self.stack = self.update = None
+            if any(run.unsaved for run in self.active):  # one failed
+                self.save()
         if self.stack is None and len(agents) > 1:
             first = self.active[0]
             template = models.make_agent(first.envs, first.config, first.device)
@@ -168,27 +189,75 @@ class Population:
         return list(new.action.cpu().numpy())
 
 
+class Lines:
+    """Prints what runs report, with the seed before it; in a ``with`` block what several report is
+    kept, and printed once at its end.
+    """
+
+    def __init__(self, report: Callable[[str], None]):
+        self.report = report
+        self.kept: dict[str, list[int]] | None = None  # seeds by what they said
+
+    def __call__(self, seed: int, text: str) -> None:
+        if self.kept is None:
+            self.report(f"{seed}: {text}")
+        else:
+            self.kept.setdefault(text, []).append(seed)
+
+    def __enter__(self) -> None:
+        self.kept = {}
+
+    def __exit__(self, *error: object) -> None:
+        kept, self.kept = self.kept, None
+        for text, seeds in kept.items():
+            self.report(f"{' '.join(map(str, seeds))}: {text}")
+
+
 def over(run: Run) -> bool:
     """Whether a run has nothing left to do but its end: the last record, evaluation, checkpoint."""
     return run.step >= run.config.steps and not run.update_due
 
 
-def roll_back(folders: Sequence[Path]) -> None:
+def check_alike(folders: Mapping[Path, Config]) -> None:
+    """Raises ConfigError where runs in these folders differ in more than their seeds: resumed
+    without --configs each has its own config.
+    """
+    first, *others = ((folder, config.flat()) for folder, config in folders.items())
+    for folder, config in others:
+        for key, value in config.items():
+            if key not in ("seed", "logdir") and value != first[1][key]:
+                raise ConfigError(
+                    f"{folder} and {first[0]} differ in {key} ({value}, {first[1][key]}), where"
+                    " seeds share a config: give --configs and keys, or continue them one by one"
+                )
+
+
+def roll_back(folders: Mapping[Path, Config]) -> None:
     """Have the runs in these folders begin from one moment.
 
     A process that was killed while it saved has left some a checkpoint later than the others: these
-    return to the one before. Raises CheckpointError.
+    return to the one before. folders: with the config that each is to be continued with.
+    Raises CheckpointError, ConfigError; nothing was changed then.
     """
-    moments = {}
-    for folder in folders:
+    states = {}
+    for folder, config in folders.items():
         state = checkpoint.find_checkpoint(folder / "checkpoints", run_state.FIELDS)[0]
-        if state and state["step"] < state["config"]["steps"]:
-            moments[folder / "checkpoints"] = state.get("moment", 0)
+        if state:
+            tools.check_same_run(folder, state["config"], config)
+            states[folder] = state
+    moments = {folder: state.get("moment", 0) for folder, state in states.items()}
     newest = max(moments.values(), default=0)
-    if newest - 1 not in moments.values():
+    latest, behind, company = [], {}, {}
+    for folder, state in states.items():
+        if moments[folder] == newest:
+            latest.append(folder)
+            company |= state.get("company", {})
+        else:
+            behind[state["config"]["seed"]] = moments[folder]
+    if not behind.items() & company.items():  # all of the company have this moment, or went on
         return
-    for folder, moment in moments.items():
-        if moment == newest and (before := folder / "previous.pt").exists():
+    for folder in latest:
+        if (before := folder / "checkpoints" / "previous.pt").exists():
             state = checkpoint.load_checkpoint(before)
-            if state.get("moment", 0) == newest - 1:
-                before.replace(folder / "latest.pt")
+            if state.get("moment", 0) < newest:
+                before.replace(before.with_name("latest.pt"))

@@ -124,8 +124,8 @@ def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
         if kind is bool:
             out = {"true": True, "false": False}[str(value).lower()]
         elif kind is int:
-            out = int(float(value))
-            if isinstance(value, bool) or out != float(value):
+            out = int(value if str(value).lstrip("+-").isdecimal() else float(value))
+            if isinstance(value, bool) or float(out) != float(value):
                 raise ValueError
         elif kind is float:
             out = float(value)
@@ -317,4 +317,4 @@ class Every:
         return step // self.every > self.last // self.every
 
     def done(self, step: int) -> None:
-        self.last = step
+        self.last = max(self.last, step)

@@ -90,6 +90,8 @@ class Run:
         self.started = False  # whether there was enough data for a first update
         self.restarts = 0  # of environments, before this process
         self.moment = 0  # of the last checkpoint that a population's members wrote together
+        self.members = 1  # runs that are trained together now
+        self.company: dict[int, int] = {}  # {seed: its moment before}, of these members
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
         self.scores = EpisodeScores(n, self.envs.log_keys)
@@ -114,7 +116,8 @@ class Run:
         checkpoint.replace_file(logdir / "config.yaml", write)
         if not self.finished:
             note_start(logdir, provenance() | {"precision": precision.name(config, device)})
-            rows = 0 if self.started else max(self._prefill_rows(), config.replay.length)
+            filled = self.started or self.copy_from
+            rows = 0 if filled else max(self._prefill_rows(), config.replay.length)
             for line in notes(config, self.envs.repeat, rows):
                 report(line)
         self.rates = Rates(self.step, self.updates)
@@ -315,6 +318,7 @@ class Run:
             "perf/updates_per_s": updates,
             "perf/cpu_s": self.rates.cpu_s,
             "perf/peak_mb": cost.peak_mb(self.device),
+            "perf/members": self.members,
         }
         self.logger.scalars(self.step, self.logged | counts | rates)
         self.logger.flush()

@@ -135,6 +135,7 @@ def compiling(pieces: Pieces) -> Iterator[None]:
 def kernels(presets: list[str], compiled: bool = True, **overrides: Any) -> dict[str, int]:
     """Of one update: of compiled pieces, between them, in all; and how many pieces are called."""
     agent, (batch,) = make_agent(presets, torch.device("cpu"), **{**SMALL, **overrides})
+    agent.to(memory_format=torch.channels_last)  # as on CUDA
     generator = torch.Generator().manual_seed(0)  # a run has one, too
 
     def update() -> None:

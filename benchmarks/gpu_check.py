@@ -11,11 +11,9 @@ the CPU, where an update is not captured and compiled code is not generated.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -36,9 +34,10 @@ from equality import (
     captured,
     compiled_equals_eager,
     dream_attention,
-    dream_inputs,
     log_ndtr,
     make_agent,
+    population_equals_alone,
+    population_replays_equal_eager,
     replay_equals_eager,
     resume_equals_going_on,
     seeded,
@@ -46,14 +45,14 @@ from equality import (
 from equality import (
     compiled as make_compiled,
 )
+from populations import recorded_acting, without_graphs
+from tiles import tiles
 from torch import Tensor
 
 import models
 import networks
 from hidreamer import capture, cost, provenance
-from hidreamer.transformer import attend_shared
 
-TRIED = list(itertools.product((16, 32), (8, 16, 32), (32, 64, 128), (2, 4, 8)))  # tiles
 TINY = {"rssm": "tiny_dreamerv3", "hrssm": "tiny_hdreamer", "hrvq": "tiny_hidreamer"}
 
 
@@ -165,34 +164,6 @@ def profile(fn: Callable[[], object], count: int = 3) -> tuple[dict[str, Any], s
     return found, events.table(**order)
 
 
-@torch.no_grad()
-def tiles(device: torch.device, dry: bool) -> dict[str, Any]:
-    """ms of a call of dreams' attention in the middle of a tiny dream, by the kernel's tiles: rows,
-    own positions, prefix, warps. The fastest ones, and those that are set.
-    """
-    batch, count, repeats = (2, 2, 2) if dry else (64, 16, 100)
-    draw = functools.partial(torch.randn, device=device)
-    q, seen = draw(batch, 4, count, 1, 64), draw(batch, 1, count, 1, 124) < 0
-    keys, values = draw(2, batch, 4, count, 32, 64)
-    mine = torch.ones(1, 32, dtype=torch.bool, device=device)
-    given = dream_inputs([q, keys, values, *draw(2, batch, 4, 124, 64)], seen, mine)
-    call = lambda: attend_shared(*given)
-    if dry:
-        return {"ms": median_ms(call, device, repeats)}
-    from hidreamer.fused_attention import TILES
-
-    kept, found = dict(TILES), {}
-    try:
-        for sizes in [tuple(kept.values()), *TRIED]:
-            TILES.update(zip(kept, sizes, strict=True))
-            with contextlib.suppress(Exception):  # some take more memory than there is on a chip
-                found[" ".join(map(str, sizes))] = median_ms(call, device, repeats)
-    finally:
-        TILES.update(kept)
-    fastest = sorted(found, key=found.__getitem__)[:5]
-    return {"set": next(iter(found.values()))} | {name: found[name] for name in fastest}
-
-
 # ---------------------------------------------------------------- whole commands
 
 
@@ -225,6 +196,21 @@ def members(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
     report = command(words, seconds - (time.time() - begun))
     updates = json.loads(found.read_text())["updates"]
     return {f"P={count} ms": round(1000 * x["wall_s"], 2) for count, x in updates.items()} | report
+
+
+def whole_runs(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
+    """The loop of 1 and of 16 seeds of Breakout by the clock; minutes of 50,000 frames, which
+    follow from it.
+    """
+    found = out / "population_clock.json"
+    words = [sys.executable, "benchmarks/population_clock.py", "--out", str(found)]
+    words += ["--configs", "minatar", *(["debug"] if dry else [])]
+    words += ["--members", *(["2"] if dry else ["16", "1"]), "--device", "cpu" if dry else "cuda"]
+    command([*words, "--seconds", "1" if dry else "40"], seconds)
+    lines: dict[str, Any] = {}
+    for count, line in json.loads(found.read_text())["members"].items():
+        lines |= {f"P={count} {key}": x for key, x in line.items()}
+    return lines
 
 
 def train(out: Path, dry: bool, seconds: float) -> dict[str, Any]:
@@ -308,6 +294,21 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
         yield timed(f"captured {precision}, hidreamer", 20, words, precision=precision, **hrvq)
     yield timed("compiled tf32, hidreamer", 60, words, True, precision="tf32", **hrvq)
     yield Item("tiles", 60, lambda: tiles(device, dry))
+    memories = {"": {}, " stacked": {"dynamics.hrvq.memory": "stacked"}}
+    memories |= {" gru": {"dynamics.hrvq.memory": "gru"}}
+    for name, over in memories.items():
+        over = {"precision": "float32"} | hrvq | over
+        run = functools.partial(population_equals_alone, device, **over)
+        yield Item(f"population = members alone, hrvq{name}", 15, run)
+    for kind in TINY:
+        run = functools.partial(recorded_acting, device, **{"dynamics.type": kind})
+        yield Item(f"population's acting = eager, {kind}", 10, run)
+    over = hrvq | {"precision": "bfloat16"}
+    run = functools.partial(population_replays_equal_eager, device, **over)
+    yield Item("population's replays = eager, hrvq bfloat16", 15, run)
+    run = functools.partial(without_graphs, device, **{"dynamics.type": "hrssm"})
+    yield Item("population without graphs", 10, run)
+    yield Item("whole runs of a population", 200, lambda: whole_runs(out, dry, left()))
     yield Item("population", 120, lambda: members(out, dry, left()))
     yield Item("training", 60, lambda: train(out, dry, left()))
     yield Item("pytest -m gpu", 40, lambda: tests(dry, left()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -46,6 +47,18 @@ LOOK = {
 
 def colours(models: list[str]) -> dict[str, str]:
     return {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(models)}
+
+
+def wrapped(text: str, width: int = 22) -> str:
+    """In lines of at most ``width`` characters where it can be broken: behind ``, / = _``, a blank,
+    or a dot before a letter. Names of --vary's arms are longer than a picture is wide.
+    """
+    lines = [""]
+    for piece in re.split(r"(?<=[,/=_ ])|(?<=\.)(?=[a-z])", text):
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def picture(draw: Callable[[Axes], None], height: float = HEIGHT) -> str:
@@ -193,7 +206,7 @@ def reaching(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         ylim=(len(names) - 0.5, -0.5),
     )
     ax.axvline(facts["steps"], color=SOFT, lw=0.9, ls=":")
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), list(map(wrapped, names)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.grid(axis="y", visible=False)
 
@@ -215,8 +228,8 @@ def forest(
             ax.plot([low, high], [i, i], color=colour, lw=4, alpha=0.35, solid_capstyle="round")
         ax.plot(value, i, "o", color=colour, ms=6)
     ax.axvline(zero, color="#444a55", lw=1)
-    ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
-    ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+    ax.set_yticks(range(len(rows)), [wrapped(name) for name, *_ in rows])
+    ax.set(xlabel=wrapped(label, 44), ylim=(len(rows) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
 
 

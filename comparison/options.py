@@ -111,6 +111,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
             options[key] = switched_on or tools.coerce(key, given, like, sentence)
     if options["from"] and options["paired_offline"]:
         raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
+    if options["side_by_side"] and (options["from"] or options["paired_offline"]):
+        raise ConfigError("--side-by-side is for seeds that are trained in an environment")
     if options["until"] and not options["from"]:
         raise ConfigError("--until is for runs that exist (--from); a new one has --steps")
     if options["export"] and options["paired_offline"]:

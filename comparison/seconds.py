@@ -19,19 +19,23 @@ def axis(run: Run) -> tuple[str, np.ndarray]:
 
     On a GPU seconds are those during which the run held it. On CPUs they are those of the
     process, all its threads together, so that a busy machine does not count; of runs from before
-    they were logged, wall-clock time. Work that a kill undid does not count.
+    they were logged, wall-clock time. Members of a population share their process's seconds
+    equally. Work that a kill undid does not count.
     """
     if "seconds" in run.series:
         return run.start.get("clock", WALL), run.series["seconds"]
     frames, cpu = run.get("perf/frames_per_s"), run.get("perf/cpu_s")
     moving = frames[frames[:, 1] > 0]
-    wall = (np.diff(moving[:, 0], prepend=0.0) / moving[:, 1]).cumsum()
+    members = dict(run.get("perf/members").tolist())
+    share = lambda steps: np.array([1.0 / members.get(step, 1.0) for step in steps.tolist()])
+    wall = np.diff(moving[:, 0], prepend=0.0) / moving[:, 1]
+    wall = (wall * share(moving[:, 0])).cumsum()
     # "MODEL, N threads, NAME OF THE GPU": see provenance
     on_gpu = re.search(r"threads, \S", run.start.get("hardware", ""))
     if on_gpu and run.config.get("device") != "cpu":
         return GPU, np.stack([moving[:, 0], wall], 1)
     if len(cpu) and len(cpu) == len(frames):
-        return CPU, np.stack([cpu[:, 0], cpu[:, 1].cumsum()], 1)
+        return CPU, np.stack([cpu[:, 0], (cpu[:, 1] * share(cpu[:, 0])).cumsum()], 1)
     return WALL, np.stack([moving[:, 0], wall], 1)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hidreamer.distributions import TwoHot
 from hidreamer.dynamics.base import Feat
+from hidreamer.dynamics.sampler import Sampler, sample_action
 from hidreamer.losses import PARTS, imag_loss, reinforce_gain, replay_returns, scaled
 from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
 Metrics = dict[str, Tensor]  # each ()
+
+
+def by_step(x: Tensor) -> Tensor:
+    """(N, H+1, ...) -> (H+1, N, ...): how dreams lie in memory."""
+    return x.transpose(0, 1)
 
 
 class Trajectory(NamedTuple):
@@ -45,6 +49,7 @@ class Behavior(nn.Module):
     """
 
     loss_parts = PARTS  # compiled or not
+    sample_action = staticmethod(sample_action)  # as well
 
     def __init__(self, actor: nn.Module, critic: nn.Module, config, backprop: bool):
         super().__init__()
@@ -56,6 +61,12 @@ class Behavior(nn.Module):
         self.entropy, self.scales = config.actor.entropy, config.loss_scales
         self.backprop = backprop
 
+    def compile_parts(self) -> None:
+        self.actor.compile()
+        self.critic.compile()
+        self.sample_action = torch.compile(self.sample_action)
+        self.loss_parts = self.loss_parts.compiled()
+
     def imagine(
         self, model: Any, start: Any, terminal: Tensor, generator: torch.Generator | None = None
     ) -> Trajectory:
@@ -64,17 +75,12 @@ class Behavior(nn.Module):
         REINFORCE needs no gradient through the trajectory, so none is recorded for it.
         """
         grad, horizon = torch.set_grad_enabled(self.backprop), self.imag.horizon
-        with grad, cast_weights(model.dynamics, self.actor):
-            policy = functools.partial(self.policy, generator=generator)
-            _, feat, action = model.dynamics.imagine(start, policy, horizon, generator=generator)
-            x = feat.cat()
-            cont = model.cont(x[:, 1:]).mean()
-            cont = torch.cat([1.0 - terminal.unsqueeze(1), cont], 1)
-            return Trajectory(feat, x, action, self.imag.discount * cont)
-
-    def policy(self, feat: Feat, generator: torch.Generator | None) -> Tensor:
-        """Actions (N,A) sampled in imagined states (N,.)."""
-        return self.actor(feat.cat().detach()).sample(generator)
+        with grad, cast_weights(model.dynamics, self.actor, model.cont):
+            sampler = Sampler(self.actor, generator, *self.actor.noise(), self.sample_action)
+            _, feat, action = model.dynamics.imagine(start, sampler, horizon, generator=generator)
+            x, discount = feat.cat(), self.imag.discount
+            disc = self.loss_parts.discounts(model.cont, by_step(x), terminal, discount)
+            return Trajectory(feat, x, action, disc)
 
     def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
         """What the actor maximises, of its actions' log-probabilities and advantages, (N, H)."""
@@ -87,29 +93,34 @@ class Behavior(nn.Module):
 
         With ``replayed`` the critic learns from these steps as well.
         """
-        x = traj.x.detach()
-        value_dist = self.critic(x[:, :-1])
+        x, parts = by_step(traj.x), self.loss_parts
+        fixed = x.detach()  # (H+1, N, F)
+        value_dist = self.critic(fixed)
         # Backpropagating through the dynamics, returns depend on the features; for REINFORCE they
         # are constants.
-        value = self.critic(traj.x).mode() if self.backprop else self._values(value_dist, x)
+        if self.backprop:
+            value = parts.head_mode(self.critic, x)
+        else:
+            with torch.no_grad():
+                value = parts.dist_mode(value_dist)
         loss = imag_loss(
             traj.action,
             traj.disc,
             rew,
-            value,
-            policy=self.actor(x[:, :-1]),
-            value_dist=value_dist,
-            slow_value=self.slow(x[:, :-1]).mode(),
+            value.t(),
+            policy=self.actor(fixed[:-1]),
+            value_dist=value_dist[:-1],
+            slow_value=parts.head_mode(self.slow, fixed[:-1]),
             scale=self.norm,
             discount=self.imag.discount,
             lam=self.imag.lam,
             entropy=self.entropy,
             reinforce=not self.backprop,
             surrogate=self.surrogate,
-            parts=self.loss_parts,
+            parts=parts,
         )
-        actor_loss = scaled(loss.actor.mean(), self.scales.actor)
-        critic_loss = scaled(loss.critic.mean(), self.scales.critic)
+        actor_loss = scaled(loss.actor, self.scales.actor)
+        critic_loss = scaled(loss.critic, self.scales.critic)
         metrics = {"actor_loss": actor_loss.detach(), "critic_loss": critic_loss.detach()}
         if replayed is not None:
             replay_loss = self.replay_weight * self.replay_loss(replayed, loss.returns[:, 0])
@@ -135,16 +146,11 @@ class Behavior(nn.Module):
             where = replayed.terminal, ends.to(boot.dtype), boot
             returns = replay_returns(replayed.reward, *where, **settings)  # (B, T - 1)
             pad = torch.cat([returns, torch.zeros_like(returns[:, :1])], 1)
-            slow = self.slow(x).mode()
+            slow = self.loss_parts.head_mode(self.slow, x)
         counts = ~ends & (torch.arange(length, device=x.device) < length - 1)
         return torch.where(counts, -dist.log_prob(pad, slow), 0.0)[:, :-1].mean()
 
     @torch.no_grad()
-    def _values(self, known: TwoHot, x: Tensor) -> Tensor:
-        """(N, H+1) values: those of ``known`` (N, H), and the last state's."""
-        return torch.cat([known.mode(), self.critic(x[:, -1:]).mode()], 1)
-
-    @torch.no_grad()
     def update_slow(self) -> None:
-        for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-            slow.lerp_(fast, self.slow_rate)
+        slow, fast = (list(critic.parameters()) for critic in (self.slow, self.critic))
+        torch._foreach_lerp_(slow, fast, self.slow_rate)

@@ -20,6 +20,7 @@ VIEWS = {
     "empty_like", "empty_strided", "expand", "lift_fresh", "narrow", "new_empty",
     "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "squeeze",
     "squeeze_", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "_record_function_enter_new", "_record_function_exit",  # names for a profiler
 }  # fmt: skip
 # the host must wait for the device
 HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,28 @@ def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | Non
 
     generator: None is torch's default one, here and wherever else a generator is asked for.
     """
+    return torch.rand(*shape, generator=generator, **_where(like))
+
+
+def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers, otherwise as ``uniform``."""
+    return torch.randn(*shape, generator=generator, **_where(like))
+
+
+def _where(like: Tensor) -> dict[str, Any]:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.rand(*shape, dtype=dtype, device=like.device, generator=generator)
+    return {"dtype": dtype, "device": like.device}
+
+
+def uniforms(
+    shapes: Sequence[Sequence[int]], like: Tensor, generator: torch.Generator | None
+) -> list[Tensor]:
+    """``uniform`` numbers of several shapes from one call, as in memory of one another: a CPU's
+    generator gives the same numbers as one call for each.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = uniform((sum(sizes),), like, generator).split(sizes)
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
@@ -122,11 +143,13 @@ class OneHotCategorical:
         self.probs = [unimix_probs(x, unimix) for x in logit.split(sizes, -1)]
         self.sizes = sizes
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        drawn = []
-        for p in self.probs:
-            noise = uniform((*p.shape[:-1], 1), p, generator)
-            drawn.append(sample_onehot(p, noise))
+    def sample(
+        self, generator: torch.Generator | None = None, noise: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """noise: uniform numbers (..., 1) for each variable, instead of the generator's."""
+        if noise is None:
+            noise = [uniform((*p.shape[:-1], 1), p, generator) for p in self.probs]
+        drawn = [sample_onehot(p, x) for p, x in zip(self.probs, noise, strict=True)]
         return torch.cat(drawn, -1) if len(drawn) > 1 else drawn[0]
 
     def mode(self) -> Tensor:
@@ -155,10 +178,13 @@ class ClippedNormal:
         self.loc = torch.tanh(at_least_float32(mean))
         self.std = (high - low) * torch.sigmoid(at_least_float32(std) + 2.0) + low
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        where = {"dtype": self.std.dtype, "device": self.std.device}
-        noise = torch.randn(self.std.shape, generator=generator, **where)  # (..., A)
-        return torch.clamp(torch.addcmul(self.loc, self.std, noise), -1.0, 1.0)
+    def sample(
+        self, generator: torch.Generator | None = None, noise: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """noise: one tensor of standard normal numbers (..., A), instead of the generator's."""
+        if noise is None:
+            noise = (normal(self.std.shape, self.std, generator),)
+        return torch.clamp(torch.addcmul(self.loc, self.std, *noise), -1.0, 1.0)
 
     def mode(self) -> Tensor:
         return self.loc
@@ -182,6 +208,10 @@ class TwoHot:
 
     def __init__(self, logit: Tensor):
         self.logit = at_least_float32(logit)
+
+    def __getitem__(self, index: Any) -> TwoHot:
+        """Of some of its leading axes."""
+        return type(self)(self.logit[index])
 
     def mode(self) -> Tensor:
         half = BINS // 2

@@ -54,7 +54,8 @@ class Explorer(nn.Module):
         The bonus is the disagreement of the ensemble on the next state. Conditioned on the action,
         it belongs to taking that, and is the reward of the step after.
         """
-        bonus = self._predict(traj.x, traj.action).std(0).mean(-1)  # (N, H+1)
+        steps = (x.transpose(0, 1) for x in (traj.x, traj.action))  # as they lie in memory
+        bonus = self._predict(*steps).std(0).mean(-1).t()  # (N, H+1)
         bonus = bonus.clamp(min=1e-8).log() if self.config.log else bonus
         if self.config.action_cond:
             bonus = torch.cat([torch.zeros_like(bonus[:, :1]), bonus[:, :-1]], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import math
 import os
@@ -145,10 +146,12 @@ class Logger:
         if self.module == "wandb":
             mode = os.environ.get("WANDB_MODE", "offline")
             settings |= {"name": name, "id": self.wandb_id, "mode": mode, "dir": str(self.logdir)}
+            settings |= {"reinit": "create_new"}  # beside those of other seeds in this process
         else:  # its runs are continued by name
             settings |= {"name": f"{name}-{self.wandb_id}", "embed": False}
             settings |= {"auto_log_gpu": False, "auto_log_cpu": False}
-        self.run = module.init(**settings)
+        # In a context of its own: Trackio ends the run that the present one knows of.
+        self.run = contextvars.Context().run(module.init, **settings)
 
     def _log_service(self, step: int, values: dict[str, Any]) -> None:
         if self.module == "trackio":  # its SQLite holds no NaN

@@ -1,14 +1,15 @@
 """Losses as free functions of distributions and tensors.
 
 Shapes: N imagined trajectories of H steps, A action. Entry t of an (N, H+1) tensor belongs to state
-t, the first of which is the replayed one that the trajectory starts from. B replayed sequences of T
-steps, U numbers of a projection.
+t, the first of which is the replayed one that the trajectory starts from. What networks read of
+them and put out lies step by step, (H+1,N,.), so that the first H states need no copy. B replayed
+sequences of T steps, U numbers of a projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from hidreamer.returns import lambda_return
 
 
 class Policy(Protocol):
-    """What ``imag_loss`` needs of the actor's distribution in (N, H) states: (N, H) each."""
+    """What ``imag_loss`` needs of the actor's distribution in (H, N) states: (H, N) each."""
 
     def log_prob(self, x: Tensor) -> Tensor: ...
 
@@ -27,16 +28,16 @@ class Policy(Protocol):
 
 
 class Value(Protocol):
-    """What ``imag_loss`` needs of the critic's distribution in (N, H) states."""
+    """What ``imag_loss`` needs of the critic's distribution in (H, N) states."""
 
     def log_prob(self, *targets: Tensor) -> Tensor: ...
 
 
 class ImagLoss(NamedTuple):
-    """Of each imagined state but the last one, not yet averaged."""
+    """Of all imagined states but the last ones."""
 
-    actor: Tensor  # (N, H)
-    critic: Tensor  # (N, H)
+    actor: Tensor  # (), a mean
+    critic: Tensor  # ()
     returns: Tensor  # (N, H) what the critic is trained on
     metrics: dict[str, Tensor]  # each (), without gradient
 
@@ -65,8 +66,28 @@ class Targets(NamedTuple):
     returns: Tensor  # (N, H)
     weight: Tensor  # (N, H) how much a state counts
     adv: Tensor  # (N, H) the advantage of the action taken in it
-    denominator: Tensor  # () what advantages were divided by
-    alive: Tensor  # (N, H+1) how likely the episode continues after each state
+    metrics: dict[str, Tensor]  # each (), without gradient
+
+
+def discounts(
+    head: Callable[[Tensor], Any], x: Tensor, terminal: Tensor, discount: float
+) -> Tensor:
+    """``discount`` times the probability that the episode continues after each state, (N,H+1).
+
+    head: features -> distribution of the continue flag; x (H+1,N,F), of which the first state is
+    replayed, and ``terminal`` (N,) or not.
+    """
+    cont = torch.cat([1.0 - terminal.unsqueeze(0), head(x[1:]).mean()])  # (H+1, N)
+    return discount * cont.t()
+
+
+def head_mode(head: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """What a head says of x (..., F)."""
+    return head(x).mode()
+
+
+def dist_mode(dist: Any) -> Tensor:
+    return dist.mode()
 
 
 def imag_targets(
@@ -85,7 +106,15 @@ def imag_targets(
     weight = torch.cat([alive[:, :1], disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
     denominator = scale(returns)
     adv = (returns - value[:, :-1]) / denominator  # (N, H)
-    return Targets(returns, weight, adv, denominator, alive)
+    metrics = {
+        "imag_reward": rew[:, 1:].mean(),
+        "imag_return": returns.mean(),
+        "imag_value": value.mean(),
+        "imag_cont": alive[:, 1:].mean(),
+        "return_scale": denominator,
+        "adv_std": adv.std(),
+    }
+    return Targets(returns, weight, adv, {name: x.detach() for name, x in metrics.items()})
 
 
 def actor_loss(
@@ -96,24 +125,30 @@ def actor_loss(
     reinforce: bool,
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor]:
-    """-> the actor's loss and its entropy (N,H). The arguments are those of ``imag_loss``."""
-    policy_entropy = policy.entropy()  # (N, H)
+    """-> the actor's loss () and its entropy (). The arguments are those of ``imag_loss``."""
+    policy_entropy = policy.entropy().t()  # (N, H)
     gain = targets.adv  # (N, H)
     if reinforce:
-        gain = surrogate(policy.log_prob(action[:, :-1].detach()), targets.adv.detach())
-    return -(targets.weight * (gain + entropy * policy_entropy)), policy_entropy
+        log_prob = policy.log_prob(action[:, :-1].detach().transpose(0, 1)).t()  # (N, H)
+        gain = surrogate(log_prob, targets.adv.detach())
+    loss = -(targets.weight * (gain + entropy * policy_entropy))
+    return loss.mean(), policy_entropy.mean().detach()
 
 
 def critic_loss(targets: Targets, value_dist: Value, slow_value: Tensor) -> Tensor:
-    """-> (N,H). The arguments are those of ``imag_loss``."""
-    return -(targets.weight * value_dist.log_prob(targets.returns.detach(), slow_value))
+    """-> (). The arguments are those of ``imag_loss``."""
+    of_value = value_dist.log_prob(targets.returns.detach().t(), slow_value)  # (H, N)
+    return -(targets.weight.t() * of_value).mean()
 
 
 class Parts(NamedTuple):
-    """Of ``imag_loss``, compiled or not. Actor and critic have one each, as their gradients are
-    taken one after the other.
+    """Of ``imag_loss`` and what it is given, compiled or not. Actor and critic have one each, as
+    their gradients are taken one after the other.
     """
 
+    discounts: Callable[..., Tensor] = discounts
+    head_mode: Callable[..., Tensor] = head_mode
+    dist_mode: Callable[..., Tensor] = dist_mode
     targets: Callable[..., Targets] = imag_targets
     actor: Callable[..., tuple[Tensor, Tensor]] = actor_loss
     critic: Callable[..., Tensor] = critic_loss
@@ -146,9 +181,9 @@ def imag_loss(
 
     action (N,H+1,A) taken in each state; rew (N,H+1) for arriving in it; disc (N,H+1), ``discount``
     times the probability that the episode continues after it; value (N,H+1), the critic's. policy
-    and value_dist are the outputs of actor and critic in the first H states, whose features have no
-    gradient; slow_value (N,H) is the slow critic's, towards which the critic is regularised. scale:
-    takes the returns (N,H) and gives what advantages are divided by, ().
+    and value_dist (H,N) are the outputs of actor and critic in the first H states, whose features
+    have no gradient; slow_value (H,N) is the slow critic's, towards which the critic is
+    regularised. scale: takes the returns (N,H) and gives what advantages are divided by, ().
 
     reinforce: the actor's gradient is that of its actions' log-probabilities, by ``surrogate``;
     otherwise it is that of the returns, which must then depend on the actions.
@@ -158,16 +193,7 @@ def imag_loss(
     targets = parts.targets(disc, rew, value, scale, discount, lam)
     actor, policy_entropy = parts.actor(targets, action, policy, entropy, reinforce, surrogate)
     critic = parts.critic(targets, value_dist, slow_value)
-    metrics = {
-        "actor_entropy": policy_entropy.mean(),
-        "imag_reward": rew[:, 1:].mean(),
-        "imag_return": targets.returns.mean(),
-        "imag_value": value.mean(),
-        "imag_cont": targets.alive[:, 1:].mean(),
-        "return_scale": targets.denominator,
-        "adv_std": targets.adv.std(),
-    }
-    metrics = {name: x.detach() for name, x in metrics.items()}
+    metrics = {"actor_entropy": policy_entropy} | targets.metrics
     return ImagLoss(actor, critic, targets.returns, metrics)
 
 

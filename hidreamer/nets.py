@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer.distributions import at_least_float32
+from hidreamer.precision import side_by_side
 
 EPS = 1e-3  # of every LayerNorm, as upstream
 T = TypeVar("T")
@@ -195,7 +196,7 @@ class GRUCell(nn.Module):
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         # The memory stays in its own precision: bfloat16 would round away small updates.
-        gates = self.norm(self.linear(torch.cat([x, deter], -1))).to(deter.dtype)  # (B, 3D)
+        gates = self.norm(self.linear(side_by_side(x, deter))).to(deter.dtype)  # (B, 3D)
         return gated(deter, *gates.chunk(3, -1))
 
 

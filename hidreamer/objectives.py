@@ -33,49 +33,66 @@ class Objective(Protocol):
         ...
 
 
+def nll(head: nn.Module, x: Tensor, target: Any) -> Any:
+    """Minus the log-likelihood of ``target`` (B,T,...) where ``head`` reads features x (B,T,F).
+
+    -> (B,T); of a head that gives a dict of distributions, for a dict of targets, a dict of them.
+    """
+    found = head(x)
+    if isinstance(found, dict):
+        return {key: -dist.log_prob(target[key]) for key, dist in found.items()}
+    return -found.log_prob(target)
+
+
+class NLL(nn.Module):
+    """``nll`` as a module without parameters, which is compiled as one with the head."""
+
+    def forward(self, *args: Any) -> Any:
+        return nll(*args)
+
+
 class Reconstruction:
     """The likelihood of each observation, given the features that the dynamics trains its decoder
     on.
     """
 
-    def __init__(self, decoder: nn.Module, dynamics: Dynamics):
-        self.decoder, self.dynamics = decoder, dynamics
+    def __init__(self, decoder: nn.Module, nll: Callable, dynamics: Dynamics):
+        self.decoder, self.nll, self.dynamics = decoder, nll, dynamics
 
     def loss(
         self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
     ) -> tuple[Losses, Metrics]:
-        dists = self.decoder(self.dynamics.decoder_features(post, generator).cat())
-        return {key: -dist.log_prob(obs[key]) for key, dist in dists.items()}, {}
+        x = self.dynamics.decoder_features(post, generator).cat()
+        return self.nll(self.decoder, x, obs), {}
 
 
 def probe_loss(decoder: nn.Module, feat: Feat, obs: Batch) -> Losses:
     """Reconstruction from stopped features (B,T,.): it trains the decoder alone. -> (B,T) each."""
-    dists = decoder(feat.cat().detach())
-    return {key: -dist.log_prob(obs[key]) for key, dist in dists.items()}
+    return nll(decoder, feat.cat().detach(), obs)
 
 
 class Reward:
     """The likelihood of the reward for arriving in a state."""
 
-    def __init__(self, head: nn.Module):
-        self.head = head
+    def __init__(self, head: nn.Module, nll: Callable):
+        self.head, self.nll = head, nll
 
     def loss(
         self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
     ) -> tuple[Losses, Metrics]:
-        return {"reward": -self.head(post.feat.cat()).log_prob(obs["reward"])}, {}
+        return {"reward": self.nll(self.head, post.feat.cat(), obs["reward"])}, {}
 
 
 class Continue:
     """The likelihood that the episode continues, or ends, after a state."""
 
-    def __init__(self, head: nn.Module):
-        self.head = head
+    def __init__(self, head: nn.Module, nll: Callable):
+        self.head, self.nll = head, nll
 
     def loss(
         self, post: Post, embed: Tensor, obs: Batch, generator: torch.Generator | None = None
     ) -> tuple[Losses, Metrics]:
-        return {"cont": -self.head(post.feat.cat()).log_prob(1.0 - obs["is_terminal"])}, {}
+        return {"cont": self.nll(self.head, post.feat.cat(), 1.0 - obs["is_terminal"])}, {}
 
 
 class ActionConditionedCPC(nn.Module):
@@ -237,11 +254,11 @@ def _next_embed(model: Any, config: Any) -> Objective:
 
 
 # {name in ``model.losses``: what makes it of a world model and a config of all keys}. The model has
-# encoder, dynamics, decoder, reward, cont, feat_dim.
+# encoder, dynamics, decoder, reward, cont, nll, feat_dim.
 OBJECTIVES: dict[str, Callable[[Any, Any], Objective]] = {
-    "decoder": lambda model, config: Reconstruction(model.decoder, model.dynamics),
-    "reward": lambda model, config: Reward(model.reward),
-    "cont": lambda model, config: Continue(model.cont),
+    "decoder": lambda model, config: Reconstruction(model.decoder, model.nll, model.dynamics),
+    "reward": lambda model, config: Reward(model.reward, model.nll),
+    "cont": lambda model, config: Continue(model.cont, model.nll),
     "ac_cpc": _ac_cpc,
     "barlow": lambda m, config: Barlow(m.feat_dim, m.encoder.dim, **config.model.barlow),
     "next_embed": _next_embed,

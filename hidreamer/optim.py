@@ -131,15 +131,18 @@ class Optimizer:
 
         -> gradient norm in all, by module, and whether the step was clipped; each ().
         """
-        norms = {}
+        grads: dict[str, list[Tensor]] = {}
         for name, group in self.groups.items():
-            grads = [p.grad for p in group.values() if p.grad is not None]
-            if grads:
-                norms[name] = self.norm(grads)
-        total = torch.stack(list(norms.values())).norm(dim=0)
+            found = [p.grad for p in group.values() if p.grad is not None]
+            if found:
+                grads[name] = found
+        norms = self.norms([grad for group in grads.values() for grad in group])
+        total = torch.linalg.vector_norm(norms, dim=0)
         metrics = {"grad_norm": total}
-        if len(norms) > 1:
-            metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
+        if len(grads) > 1:
+            parts = norms.split([len(group) for group in grads.values()])
+            for name, part in zip(grads, parts, strict=True):
+                metrics[f"grad_norm_{name}"] = torch.linalg.vector_norm(part, dim=0)
         if self.agc:
             metrics["agc_clipped"] = self.clip_each()
         if self.clip:
@@ -151,13 +154,15 @@ class Optimizer:
         self.optim.zero_grad()
         return metrics
 
-    def norm(self, grads: list[Tensor]) -> Tensor:
-        """Of all of them together, ()."""
-        return nn.utils.get_total_norm(grads)
+    def norms(self, grads: list[Tensor]) -> Tensor:
+        """Of each of M gradients, (M,)."""
+        return torch.stack(torch._foreach_norm(grads))
 
+    @torch.no_grad()
     def rescale(self, total: Tensor) -> None:
-        """Clip the gradients, whose norm is ``total``."""
-        nn.utils.clip_grads_with_norm_(self.params.values(), self.clip, total)
+        """Clip the gradients, whose norm is ``total``, ()."""
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        torch._foreach_div_(grads, (total / self.clip).clamp(min=1.0))
 
     @torch.no_grad()
     def clip_each(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,27 +46,82 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
-@contextlib.contextmanager
-def cast_weights(*modules: nn.Module) -> Iterator[None]:
-    """Cast the weights of all linear layers once for autocast, instead of at every use.
+def side_by_side(*parts: Tensor) -> Tensor:
+    """(.., n1), (.., n2) .. as one (.., n1 + n2), for a product.
 
-    Only where no gradient is recorded: a cast without one must not be used where there is one,
-    which is what autocast's own cache would do.
+    Compiled under autocast they are cast before: as a part of the kernels that compute them.
     """
-    linears = [part for module in modules for part in module.modules() if type(part) is nn.Linear]
-    dtype = autocast_dtype(linears[0].weight.device) if linears else None
-    if dtype is None or torch.is_grad_enabled():
+    if casts_early(parts[0].device):
+        dtype = autocast_dtype(parts[0].device)
+        parts = tuple(x.to(dtype) for x in parts)
+    return torch.cat(parts, -1)
+
+
+def casts_early(device: torch.device) -> bool:
+    """Whether ``side_by_side`` casts."""
+    return torch.compiler.is_compiling() and autocast_dtype(device) is not None
+
+
+class CastTogether(torch.autograd.Function):
+    """Tensors in another precision, and their gradients back, by one kernel each."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [x.dtype for x in tensors]
+        return cast_together(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [i for i, grad in enumerate(grads) if grad is not None]
+        cast = cast_together([grads[i] for i in given], [ctx.dtypes[i] for i in given])
+        found: list[Tensor | None] = [None] * len(grads)
+        for i, grad in zip(given, cast, strict=True):
+            found[i] = grad
+        return None, *found
+
+
+def cast_together(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    out = [torch.empty_like(x, dtype=d) for x, d in zip(tensors, dtypes, strict=True)]
+    if out:
+        torch._foreach_copy_(out, list(tensors))
+    return tuple(out)
+
+
+PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+@contextlib.contextmanager
+def cast_weights(*modules: nn.Module, trained: bool = False) -> Iterator[None]:
+    """Cast the weights of all linear layers and convolutions once for autocast, instead of at every
+    use.
+
+    trained: with a gradient. A cast without one must not be used where there is one, which is what
+    autocast's own cache would do; the other way round is right.
+    """
+    parts = {part for module in modules for part in module.modules() if type(part) in PRODUCTS}
+    uncast: list[tuple[nn.Module, str, Tensor]] = []
+    for part in parts:
+        dtype = autocast_dtype(part.weight.device)
+        for name, p in part._parameters.items():
+            if dtype is not None and p is not None and p.dtype != dtype:
+                uncast.append((part, name, p))
+    if not uncast or (torch.is_grad_enabled() and not trained):
         yield
         return
-    kept = [dict(part._parameters) for part in linears]
+    weights = [p for _, _, p in uncast]
+    if any(map(is_mapped, weights)):
+        cast = [p.to(dtype) for p in weights]
+    else:
+        cast = CastTogether.apply(dtype, *weights)
     try:
-        for part in linears:
-            for name, p in part._parameters.items():
-                part._parameters[name] = None if p is None else p.to(dtype)
+        for (part, name, _), p in zip(uncast, cast, strict=True):
+            part._parameters[name] = p
         yield
     finally:
-        for part, params in zip(linears, kept, strict=True):
-            part._parameters.update(params)
+        for part, name, p in uncast:
+            part._parameters[name] = p
 
 
 def is_mapped(x: Tensor) -> bool:

@@ -70,15 +70,15 @@ class StackedOptimizer(Optimizer):
     def gather(self, loss: Tensor, modules: Any = None, retain: bool = False) -> None:
         super().gather(loss.sum(), modules, retain)
 
-    def norm(self, grads: list[Tensor]) -> Tensor:
-        """-> (P,)."""
-        return torch.linalg.vector_norm(torch.stack([norms(grad) for grad in grads]), dim=0)
+    def norms(self, grads: list[Tensor]) -> Tensor:
+        """-> (M,P)."""
+        return torch.stack([norms(grad) for grad in grads])
 
     def rescale(self, total: Tensor) -> None:
         """total: (P,)."""
-        scale = (self.clip / (total + 1e-6)).clamp(max=1.0)  # as torch's clipping has it
+        ratio = (total / self.clip).clamp(min=1.0)
         for p in self.params.values():
-            p.grad.mul_(scale.view(-1, *[1] * (p.ndim - 1)))
+            p.grad.div_(ratio.view(-1, *[1] * (p.ndim - 1)))
 
     @torch.no_grad()
     def clip_each(self) -> Tensor:
@@ -137,13 +137,9 @@ class Stack:
                     key = f"{path}.{name}" if path else name
                     if x is None or key not in saved:
                         continue
-                    own = [getattr(row, kind)[name] for _, row in rows]
-                    whole = torch.stack([x.detach() for x in own])
+                    whole = torch.stack([getattr(row, kind)[name].detach() for _, row in rows])
                     for i, (_, row) in enumerate(rows):
-                        if kind == "_parameters":
-                            own[i].data = whole[i]
-                        else:
-                            setattr(row, name, whole[i])
+                        replace_tensor(row, name, whole[i])
                     if kind == "_parameters":
                         whole = nn.Parameter(whole, x.requires_grad)
                     setattr(module, name, whole)
@@ -153,9 +149,7 @@ class Stack:
             optimizer.load_state_dict(self._optimizer_state(name))
             for i, row in enumerate(agents):
                 row.optimizers[name] = Row(optimizer, i)
-        for row in agents:
-            if row.captured_act:
-                row.captured_act.graphs.clear()  # of parameters that lay elsewhere
+        forget_graphs(agents)
         for start in SLOWER:
             warnings.filterwarnings("ignore", start)
         device = self.own[0].device
@@ -193,12 +187,19 @@ class Stack:
         return FastUpdate(self, None, True, self.own)
 
     def dissolve(self) -> None:
-        """Give every agent an optimiser of its own again."""
+        """Give every agent parameters and an optimiser of its own again: a row would keep the
+        memory of all.
+        """
         for agent in self.agents:
+            for module in agent.modules():
+                for name, x in [*module._parameters.items(), *module._buffers.items()]:
+                    if x is not None:
+                        replace_tensor(module, name, x.detach().clone())
             states = {name: opt.state_dict() for name, opt in agent.optimizers.items()}
             agent.make_optimizers()
             for name, state in states.items():
                 agent.optimizers[name].load_state_dict(state)
+        forget_graphs(self.agents)
 
     def each(self, fn: Callable, *args: Any) -> Any:
         """``fn`` of every member's trees of tensors, given those of all (P, ...). What it returns
@@ -228,6 +229,32 @@ class Stack:
         """``act``, an operation at a time."""
         act = functools.partial(self.agent.plain_act, mode=mode, generator=self.generator)
         return self.each(act, state, obs)
+
+
+def replace_tensor(module: nn.Module, name: str, x: Tensor) -> None:
+    """Let a parameter or buffer of ``module`` be ``x``; a parameter stays the same object."""
+    if name in module._parameters:
+        module._parameters[name].data = x
+    else:
+        module._buffers[name] = x
+
+
+def forget_graphs(agents: Sequence[Any]) -> None:
+    """Of acting, whose parameters lie elsewhere now."""
+    for agent in agents:
+        if agent.captured_act:
+            agent.captured_act.graphs.clear()
+
+
+def steps_made(agent: Any) -> tuple[tuple[str, str, int], ...]:
+    """How many steps each optimiser of an agent has made of each parameter, as (optimiser,
+    parameter, steps). Agents can be stacked where these are equal.
+    """
+    found = []
+    for name, optimizer in agent.optimizers.items():
+        for key, state in optimizer.state_dict().items():
+            found.append((name, key, int(state["step"])))
+    return tuple(found)
 
 
 def replaced(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:

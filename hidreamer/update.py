@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hidreamer import carries
-from hidreamer.behavior import Replayed
+from hidreamer.behavior import Replayed, by_step
 from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.metrics import prefixed
 from hidreamer.objectives import probe_loss
+from hidreamer.precision import cast_weights
 
 Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]  # each (), without gradient
@@ -101,10 +103,11 @@ def model_loss(
     agent: Any, generator: torch.Generator | None, obs: Batch
 ) -> tuple[Tensor, Metrics, Seen]:
     """-> the model's loss (), metrics, what the rest of the update needs."""
-    with agent.autocast():
+    with agent.autocast(), cast_weights(agent.world_model, trained=True):
         losses, carry, post, embed, metrics = agent.world_model.loss(obs, generator)
-    loss = sum(losses.values()).mean()
-    named = {f"{name}_loss": value.detach().mean() for name, value in losses.items()}
+    means = torch.stack(list(losses.values())).mean((1, 2))
+    loss = means.sum()
+    named = {f"{n}_loss": x for n, x in zip(losses, means.detach().unbind(), strict=True)}
     return loss, named | {"model_loss": loss.detach()} | metrics, Seen(obs, carry, post, embed)
 
 
@@ -161,8 +164,15 @@ def behavior_losses(
     metrics. ``reward``: as of ``Agent.update_behavior``.
     """
     behavior, model = agent.behaviors()[prefix], agent.world_model
-    with agent.autocast():
+    casts = contextlib.ExitStack()
+    with agent.autocast(), casts:
+        for module in (behavior.actor, behavior.critic):  # one each, as their losses are
+            casts.enter_context(cast_weights(module, trained=True))
+        with torch.no_grad():
+            fixed = model.dynamics, model.reward, model.cont, behavior.slow
+            casts.enter_context(cast_weights(*fixed))
         traj = behavior.imagine(model, start, terminal, generator)
         with torch.set_grad_enabled(behavior.backprop):
-            rew = reward(traj, model.reward(traj.x).mode())
+            found = behavior.loss_parts.head_mode(model.reward, by_step(traj.x))  # (H+1, N)
+            rew = reward(traj, found.t())
         return behavior.losses(traj, rew, replayed)

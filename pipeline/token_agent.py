@@ -33,6 +33,10 @@ class First(nn.Module):
     def forward(self, x: Tensor) -> Any:
         return self.net(x[..., : self.size])
 
+    def noise(self) -> Any:
+        """As of ``networks.Actor``."""
+        return self.net.noise()
+
 
 class PPO(Behavior):
     """``Behavior`` whose actor maximises PPO's clipped surrogate; everything else is shared."""

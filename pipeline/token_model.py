@@ -17,7 +17,7 @@ import models
 import networks
 from hidreamer.dynamics.base import KLConfig, Post
 from hidreamer.dynamics.hrvq import HRVQ
-from hidreamer.objectives import Continue, Reward
+from hidreamer.objectives import Continue, Reward, nll
 from hidreamer.quantizer import HARD_LOGIT, Codes, Quantizer, onehots
 from hidreamer.replay import Addresses, Replay, Rows
 from pipeline import tokenizer
@@ -120,7 +120,7 @@ class TokenWorldModel(models.WorldModel):
         self.feat_dim = self.dynamics.feat_dim
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_continue_head(self.feat_dim, config)
-        self.objectives = {"reward": Reward(self.reward), "cont": Continue(self.cont)}
+        self.objectives = {"reward": Reward(self.reward, nll), "cont": Continue(self.cont, nll)}
         self.scales = {name: config.model.losses[name] for name in self.objectives}
         self.harmony, self.probed = None, False
 

@@ -213,6 +213,8 @@ BAD = {
     "no runs": (["--from", "/nonexistent"], "there is no run"),
     "another size": (["--dynamics.hrvq.levels", "0"], "at least 1"),
     "both": (["--from", "x", "--paired-offline", "y"], "leave one of them out"),
+    "seeds side by side, offline": (["--side-by-side", "--paired-offline", "y"], "--side-by-side"),
+    "seeds side by side, again": (["--side-by-side", "--from", "y"], "--side-by-side"),
     "resume": (["--resume", "x"], "dreamer.py"),
 }
 

@@ -17,6 +17,8 @@ from hidreamer.mask import KINDS
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import equality
 import gpu_check
+import population_clock
+import populations
 
 CUDA = torch.device("cuda")
 POSTERIORS = [f"hrvq {name}" for name in ("sampled", "nearest", "frozen", "fsq")]
@@ -91,6 +93,37 @@ def test_the_comparison_sees_members_that_are_mixed_up(monkeypatch):
     monkeypatch.setattr(equality.Stack, "update", mixed)
     with pytest.raises(equality.Wrong, match="metrics"):
         equality.population_equals_alone(torch.device("cpu"), **over)
+
+
+def test_the_checks_of_a_population_see_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(equality, "SMALL", {"vector": equality.SMALL["vector"]})
+    cpu, over = torch.device("cpu"), {"dynamics.type": "rssm"}
+    assert "cannot record" in populations.without_graphs(cpu, **over)["line"]
+    with monkeypatch.context() as patch, pytest.raises(equality.Wrong, match="difference"):
+        patch.setattr(populations.capture.RandomState, "restore", lambda self: None)
+        populations.without_graphs(cpu, **over)
+    with monkeypatch.context() as patch, pytest.raises(equality.Wrong, match="with 0 lines"):
+        patch.setattr(populations.Broken, "__call__", lambda self, batch: self.fn(batch))
+        populations.without_graphs(cpu, **over)
+    act, calls = populations.Stack.act, []
+
+    def mixed(self, state, obs, mode):
+        calls.append(self)
+        new = act(self, state, obs, mode)
+        return new._replace(action=new.action.flip(0)) if self is calls[0] else new
+
+    monkeypatch.setattr(populations.Stack, "act", mixed)
+    with pytest.raises(equality.Wrong, match="difference"):
+        populations.recorded_acting(cpu, **over)
+
+
+def test_minutes_are_extrapolated_from_all_that_a_run_does():
+    values = {"steps": 50_000, "eval_every": 10_000, "checkpoint_every": 5_000}
+    config = population_clock.tools.load_config([], values)
+    measured = {"frames_per_s": 8_000.0, "save_s": 2.0, "evaluation_s": 1.5, "until_ready_s": 20.0}
+    found = population_clock.extrapolated(config, 16, measured)
+    assert found["extrapolated_minutes_of_training"] == round(100 / 60, 2)
+    assert found["extrapolated_minutes"] == round((20 + 100 + 5 * 16 * 1.5 + 10 * 2) / 60, 2)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -231,6 +264,7 @@ def test_every_item_runs_on_a_cpu_without_any_extra(tmp_path):
     table = done.stdout[done.stdout.rindex("\nmachine ") :]
     assert all(name in table for name in found)
     assert found["training"]["updates_per_s"] > 0
+    assert found["whole runs of a population"]["P=2 frames_per_s"] > 0
     assert "tests collected" in found["pytest -m gpu"]["last"][0]
     assert all("update_ms" in line for name, line in found.items() if name.startswith("captured"))
 

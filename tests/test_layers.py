@@ -53,6 +53,7 @@ LAYERS = {
     "hidreamer.experts": 2,
     "hidreamer.dynamics.base": 1,
     "hidreamer.dynamics.scan": 1,
+    "hidreamer.dynamics.sampler": 1,
     "hidreamer.depth": 1,
     "hidreamer.quantizer": 1,
     "hidreamer.transformer": 1,
@@ -200,7 +201,7 @@ def test_the_dynamics_never_import_each_other():
     project = Project(ROOT)
     kinds = {name for name in project.paths if name.startswith("hidreamer.dynamics.")}
     shared = ("base", "recurrent", "scan", "tokens", "sequences")
-    shared += ("cell_scan", "residual_scan")
+    shared += ("cell_scan", "residual_scan", "sampler")
     kinds -= {f"hidreamer.dynamics.{name}" for name in shared}
     for name in kinds:
         assert not (project.always[name] | project.lazily[name]) & (kinds - {name})

@@ -3,6 +3,8 @@ and that only the first of them may end it.
 """
 
 import contextlib
+import contextvars
+import functools
 import importlib.machinery
 import json
 import os
@@ -199,6 +201,48 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
     assert a["id"] == b["id"] == first.wandb_id != c["id"] and a["resume"] == "allow"
     assert a["name"] == "gym_CartPole-v1-hrvq-3" and a["config"] == CONFIG
     assert module.logged == [(1, {"x": 1.0})]
+
+
+class Contextual(Wandb):
+    """As Trackio: a run that begins ends the one before, of the same context."""
+
+    current = contextvars.ContextVar("current", default=None)
+
+    def init(self, **settings):
+        if before := self.current.get():
+            before.finish()
+        run = super().init(**settings)
+        self.current.set(run)
+        return run
+
+
+class Single(Wandb):
+    """As Weights & Biases: a second run is the first one, unless it is to be another."""
+
+    active = None
+
+    def init(self, reinit="default", **settings):
+        if self.active is None or reinit != "create_new":
+            self.active = self.active or super().init(**settings)
+            return self.active
+        return super().init(**settings)
+
+
+@pytest.mark.parametrize(("service", "kind"), [("trackio", Contextual), ("wandb", Single)])
+def test_seeds_in_one_process_have_a_run_of_the_service_each(tmp_path, monkeypatch, service, kind):
+    module, ended = kind(), []
+    monkeypatch.setitem(sys.modules, service, module)
+    logs = []
+    for seed in (3, 4):
+        (tmp_path / str(seed)).mkdir()
+        config = CONFIG | {"seed": seed}
+        logs.append(Logger(tmp_path / str(seed), 0, 0, config, service=service))
+        logs[-1].run.finish = functools.partial(ended.append, seed)
+    assert [run["config"]["seed"] for run in module.runs] == [3, 4]
+    assert logs[0].run is not logs[1].run and not ended
+    for log in logs:
+        log.close()
+    assert ended == [3, 4]
 
 
 def test_a_run_keeps_its_wandb_id_through_other_loggers(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ OWN = {"model": "world_model.", "actor": "behavior.actor.", "critic": "behavior.
 
 
 class Fixed:
-    """A distribution whose log-likelihood and entropy (N,H) are given."""
+    """A distribution whose log-likelihood and entropy (H,N) are given."""
 
     def __init__(self, logp, entropy=None):
         self.logp, self.of_entropy = logp, entropy
@@ -42,9 +42,9 @@ def test_imagination_losses_need_no_networks(reinforce):
         disc,
         rew,
         value,
-        policy=Fixed(torch.tensor([[-1.0, -2.0]]), torch.tensor([[0.5, 0.25]])),
-        value_dist=Fixed(torch.tensor([[-3.0, -5.0]])),
-        slow_value=torch.zeros(1, 2),
+        policy=Fixed(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [0.25]])),
+        value_dist=Fixed(torch.tensor([[-3.0], [-5.0]])),
+        slow_value=torch.zeros(2, 1),
         scale=lambda returns: torch.tensor(2.0),
         discount=0.8,
         lam=1.0,
@@ -56,8 +56,9 @@ def test_imagination_losses_need_no_networks(reinforce):
     gain = torch.tensor([[-1.0, -2.0]]) * adv if reinforce else adv
     weight = torch.tensor([[1.0, 0.4]])
     assert torch.allclose(loss.returns, returns)
-    assert torch.allclose(loss.actor, -weight * (gain + torch.tensor([[0.05, 0.025]])))
-    assert torch.allclose(loss.critic, torch.tensor([[3.0, 2.0]]))
+    per_state = -weight * (gain + torch.tensor([[0.05, 0.025]]))
+    assert torch.allclose(loss.actor, per_state.mean())
+    assert torch.allclose(loss.critic, torch.tensor(2.5))
     assert loss.actor.requires_grad is not reinforce
     assert not any(x.requires_grad for x in loss.metrics.values())
 

@@ -74,6 +74,24 @@ def test_captured_acting_of_all_is_that_of_each(kind, mode):
         assert torch.equal(one.get_state(), other.get_state())
 
 
+def test_a_member_that_leaves_keeps_no_memory_of_the_others():
+    agents, own, batch = members(**{"dynamics.type": "hrvq", "dynamics.hrvq.posterior": "nearest"})
+    stack = Stack(copy.deepcopy(agents[0]), agents, own)
+    stack.update(both(batch))
+    before = [agent.state_dict() for agent in agents]
+    before = [{key: x.clone() for key, x in state.items()} for state in before]
+    stack.dissolve()
+    for agent, state in zip(agents, before, strict=True):
+        tensors = agent.state_dict()
+        for optimizer in agent.optimizers.values():
+            for key, moments in optimizer.state_dict().items():
+                tensors |= {f"{key}.{what}": x for what, x in moments.items()}
+        for name, x in tensors.items():
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size(), name
+            assert name not in state or torch.equal(x, state[name])
+        agent.update(batch, own[0])
+
+
 def test_mapped_attention_takes_the_kernel_that_vmap_can_differentiate(monkeypatch):
     """The others fail on CUDA in the backward pass."""
     agents, own, batch = members(**{"dynamics.type": "hrvq"})

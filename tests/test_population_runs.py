@@ -19,6 +19,7 @@ import population
 from conftest import ROOT
 from envs.errors import ActionError
 from hidreamer import capture, checkpoint
+from tools import load_config, saved_config
 from training import Failure, Run
 
 STEPS = ("--steps", 60, "--checkpoint_every", 45)
@@ -106,16 +107,98 @@ class Killed(BaseException):
     pass
 
 
+def break_off(monkeypatch, number):
+    """Kill the process at the checkpoint of this number."""
+    save, count = checkpoint.save_checkpoint, [0]
+
+    def killed(path, state):
+        count[0] += 1
+        if count[0] == number:
+            raise Killed
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", killed)
+
+
+def begin_together(folder):
+    """What the next process begins from."""
+    folders = {path: load_config([], saved_config(path)) for path in sorted(folder.iterdir())}
+    population.roll_back(folders)
+    return [latest(path)["moment"] for path in folders]
+
+
+def test_members_that_end_take_part_in_the_last_moment_of_all(three, tmp_path, monkeypatch):
+    """Killed while all are saved because they end: the first of them has its last step."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        break_off(patch, 8)  # three first ones, three of step 45
+        run(tmp_path, *STEPS, "--seeds", 0, 1, 2)
+    assert [latest(tmp_path / seed)["moment"] for seed in "012"] == [2, 1, 1]
+    assert begin_together(tmp_path) == [1, 1, 1]
+    assert run(tmp_path, *STEPS, "--seeds", 0, 1, 2) == 0
+    exactly_the_same(tmp_path, three)
+
+
+def test_members_that_ended_apart_go_on_together(three, tmp_path, monkeypatch):
+    """Their moments differ until the first that they have again in common."""
+    folder = tmp_path / "runs"
+    shutil.copytree(three, folder)
+    path = folder / "1" / "checkpoints" / "latest.pt"
+    state = checkpoint.load_checkpoint(path)
+    torch.save(state | {"moment": 9}, path)  # as if it had left later
+    more = ("--steps", 90, "--checkpoint_every", 15, "--seeds", 0, 1, 2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        break_off(patch, 3)
+        run(folder, *more)
+    assert [latest(folder / seed)["moment"] for seed in "012"] == [10, 10, 2]
+    assert begin_together(folder) == [2, 9, 2]
+    # one that was put back from a backup calls nobody else back
+    state = latest(folder / "0") | {"moment": 20, "company": {0: 19, 1: 19}}
+    torch.save(state, folder / "0" / "checkpoints" / "latest.pt")
+    assert begin_together(folder) == [20, 9, 2]
+
+
+def test_all_are_saved_once_in_a_period(tmp_path, monkeypatch):
+    """Members are a few steps ahead of others, and come to a period one after the other."""
+    save, steps = population.Population.save, []
+
+    def spy(self):
+        steps.append([run.step for run in self.active])
+        save(self)
+
+    monkeypatch.setattr(population.Population, "save", spy)
+    words = ("--steps", 200, "--checkpoint_every", 40, "--eval_episodes", 0, "--env.count", 4)
+    words = ("--task", "gym_CartPole-v1", *words, "--replay.ratio", 0)
+    assert run(tmp_path, *words, "--seeds", 0, 1, 2) == 0
+    assert any(len(set(found)) > 1 for found in steps), steps  # else this shows nothing
+    assert len(steps) == 5, steps  # four periods and the end
+
+
+def test_agents_whose_optimisers_stepped_differently_are_trained_apart(made, tmp_path, capsys):
+    """As many updates of their runs: one began with the optimisers of another run."""
+    shutil.copytree(made, tmp_path / "0")
+    weights = shutil.copy(made / "checkpoints" / "latest.pt", tmp_path / "weights.pt")
+    assert run(tmp_path / "1", *STEPS, "--seed", 1, "--resume", weights) == 0
+    assert (
+        latest(tmp_path / "0")["counters"]["updates"]
+        == (latest(tmp_path / "1")["counters"]["updates"])
+    )
+    more = ("--steps", 90, "--checkpoint_every", 45)
+    assert run(tmp_path, *more, "--seeds", 0, 1) == 0
+    out = capsys.readouterr().out
+    assert "first 0: " in out and "then 1: " in out
+    assert [latest(tmp_path / seed)["step"] for seed in "01"] == [90, 90]
+
+
 def test_a_run_that_is_broken_off_goes_on_exactly(three, tmp_path, monkeypatch):
     learn, count = population.Population._learn, [0]
 
-    def break_off(self):
+    def killed(self):
         count[0] += 1
         if count[0] == 3:
             raise Killed
         learn(self)
 
-    monkeypatch.setattr(population.Population, "_learn", break_off)
+    monkeypatch.setattr(population.Population, "_learn", killed)
     with pytest.raises(Killed):
         run(tmp_path, *STEPS, "--seeds", 0, 1, 2)
     assert run(tmp_path, *STEPS, "--seeds", 0, 1, 2) == 0

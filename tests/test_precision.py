@@ -60,11 +60,16 @@ class Casts(TorchDispatchMode):
     def __init__(self, params):
         super().__init__()
         self.names = {p.data_ptr(): name for name, p in params}
-        self.seen = collections.Counter()
+        self.seen, self.together = collections.Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.names:
-            self.seen[self.names[args[0].data_ptr()]] += 1
+        sources = {torch.ops.aten._to_copy.default: args[:1]}
+        if func is torch.ops.aten._foreach_copy_.default:
+            sources[func] = args[1]
+            self.together += 1
+        for x in sources.get(func, ()):
+            if x.data_ptr() in self.names:
+                self.seen[self.names[x.data_ptr()]] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -95,6 +100,25 @@ def test_imagination_casts_each_weight_once(kind, monkeypatch):
     other, casts = imagined(agent, batch)
     assert max(casts.values()) >= agent.config.imag.horizon
     assert torch.equal(found.x, other.x) and torch.equal(found.action, other.action)
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_an_update_casts_the_weights_together(kind):
+    """Those of the model for its loss and once more, when they have changed, for the dreams; and
+    their gradients back.
+    """
+    agent, batch = make(EVERYTHING, **{"dynamics.type": kind, "precision": "bfloat16"})
+    with Casts(agent.named_parameters()) as casts:
+        agent.update(batch)
+    layers = {}
+    for name, module in agent.named_modules():
+        if type(module) in precision.PRODUCTS:
+            named = module.named_parameters(name)
+            layers |= {key: casts.seen[key] for key, _ in named}
+    assert len(layers) > 25 and max(layers.values()) == 2
+    once = [n for name, n in layers.items() if name.startswith(("behavior", "world_model.enc"))]
+    assert set(once) == {1}
+    assert casts.together == 4 + 3  # model, actor, critic, model with slow critic; gradients
 
 
 @pytest.mark.parametrize("kind", ["rssm", "hrssm"])

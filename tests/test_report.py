@@ -17,7 +17,7 @@ from rliable import library, metrics
 
 import run_comparison
 import tools
-from comparison import runs, stats, words
+from comparison import figures, runs, stats, words
 from hidreamer.provenance import note_start
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer")
@@ -408,6 +408,16 @@ def browse(path, folder, *args):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [20, 30])
+def test_long_names_are_broken_into_lines(width):
+    """An arm of --vary on an axis, which was cut off at the picture's edge."""
+    name = "tiny_dreamerv3,dynamics.hrvq.temperature=[1, 0.5]"
+    lines = figures.wrapped(name, width).split("\n")
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+    assert all(len(line) <= width for line in lines)
+    assert any("0.5" in line for line in lines)  # numbers stay whole
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_browser(known, width, tmp_path):
     """Nothing sticks out sideways, every figure has a height,

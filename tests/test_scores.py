@@ -237,6 +237,10 @@ def made(hardware, device="auto", cpu=True):
 def test_the_clock_is_that_of_the_device(run, clock, used):
     found, series = seconds.axis(run)
     assert found == clock and series.tolist() == [[100, used[0]], [200, used[1]]]
+    # four members until frame 100, then two: one has its share of their process
+    run.series["perf/members"] = np.array([[100, 4.0], [200, 2.0]])
+    shared = [used[0] / 4, used[0] / 4 + (used[1] - used[0]) / 2]
+    assert seconds.axis(run)[1].tolist() == [[100, shared[0]], [200, shared[1]]]
 
 
 def test_runs_with_different_clocks_are_not_compared_by_seconds(tmp_path):

@@ -32,6 +32,23 @@ class Feat(NamedTuple):
         return Feat(*map(fn, self))
 
 
+class Joined(Feat):
+    """Features that lie side by side in one tensor, ``x`` (..., Z + D)."""
+
+    @classmethod
+    def of(cls, x: Tensor, stoch_dim: int) -> Joined:
+        """x: as ``Feat.cat`` has it."""
+        self = cls(x[..., stoch_dim:], x[..., :stoch_dim])
+        self.x = x
+        return self
+
+    def cat(self) -> Tensor:
+        return self.x
+
+    def _replace(self, **parts: Tensor) -> Feat:
+        return Feat(*self)._replace(**parts)
+
+
 class Level(NamedTuple):
     """One level of the state, as logits before unimix."""
 
@@ -82,15 +99,20 @@ def unroll(
     step: (state, the action (N,A) taken in it) -> the next state. -> the last state (N,.), all
     states (N,H+1,.), actions (N,H+1,A).
     """
-    given = isinstance(actor, Tensor)
-    feats, actions = [feat], []
+    given, size = isinstance(actor, Tensor), feat.stoch.shape[-1]
+    feats, actions = [Joined.of(feat.cat(), size)], []
     for t in range(horizon):
         actions.append(actor[:, t] if given else actor(feats[-1]))
-        feats.append(step(feats[-1], actions[-1]))
+        feat = step(feats[-1], actions[-1])
+        feats.append(Joined.of(feat.cat(), size))
     actions.append(torch.zeros_like(actions[-1]) if given else actor(feats[-1]))
-    deter, stoch = zip(*feats, strict=True)
-    whole = Feat(torch.stack(deter, 1), torch.stack(stoch, 1))
-    return feats[-1], whole, torch.stack(actions, 1)
+    whole = Joined.of(stack_steps([feat.cat() for feat in feats]), size)
+    return feat, whole, stack_steps(actions)
+
+
+def stack_steps(steps: Sequence[Tensor]) -> Tensor:
+    """T tensors (N,.) -> (N,T,.), which lies step by step in memory."""
+    return torch.stack(list(steps)).transpose(0, 1)
 
 
 def kl_losses(
@@ -261,7 +283,8 @@ class Dynamics(nn.Module):
 
         carry: of ``initial``, ``observe``, ``starts``, or ``imagine`` itself: H1 steps and then H2
         from the carry that they led to equal H1 + H2 steps. actor: what samples actions (N,A) in
-        states (N,.), or the actions (N,H,A) themselves.
+        states (N,.), or the actions (N,H,A) themselves. A ``Sampler`` is compiled with the step
+        around it.
 
         -> carry after the last step; Feat (N,H+1,.), the given carry's own first; actions
         (N,H+1,A), the one taken *in* each state (of given actions the last one is zero).

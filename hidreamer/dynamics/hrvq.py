@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hidreamer import distributions as dists
 from hidreamer.depth import Depth
 from hidreamer.dynamics.base import (
     Feat,
@@ -37,6 +36,7 @@ from hidreamer.dynamics.base import (
     Post,
     unroll,
 )
+from hidreamer.dynamics.sampler import Noise, policy_and_noise
 from hidreamer.dynamics.sequences import Sequences
 from hidreamer.dynamics.tokens import before_each
 from hidreamer.experts import expert_use, make_transformer
@@ -214,8 +214,12 @@ class HRVQ(Sequences):
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
         made = self.transformer, self._enter, self.level_mask, self.slots
         rollout = Rollout(*made, self.window, carry, horizon, self.chain)
-        step = lambda feat, action: self._imagine_step(rollout, feat, action, sample, generator)
-        last, feat, action = unroll(step, self.feat(carry), actor, horizon)
+        start = self.feat(carry)
+        levels = [(len(start.deter), variables, 1) for variables, _ in self.shapes]
+        draws = levels, start.deter, sample, generator
+        actor, noise = policy_and_noise(actor, horizon, *draws)
+        step = lambda feat, action: self._imagine_step(rollout, feat, action, noise())
+        last, feat, action = unroll(step, start, actor, horizon)
         return RolloutCarry(*last, rollout), feat, action
 
     def _imagine_step(
@@ -223,16 +227,15 @@ class HRVQ(Sequences):
         rollout: Rollout,
         feat: Feat,
         action: Tensor,
-        sample: bool,
-        generator: torch.Generator | None,
+        noise: Noise,
     ) -> Feat:
-        """A state (N, .), action (N, A) -> the next, whose codes are sampled coarse to fine."""
+        """A state (N, .), action (N, A), noise (N, G, 1) by level -> the next, whose codes are
+        sampled coarse to fine.
+        """
         deter = out = rollout.advance(action, feat.stoch)  # (N, W)
         last, codes, rollout.logits = self._last(feat.stoch), [], []
         for level in range(self.levels):
-            shape = len(out), self.code_shape[0], 1
-            noise = dists.uniform(shape, out, generator) if sample else None
-            code, logit = self._choose(level, out, codes, last, noise)  # (N, G * d), (N, G, K)
+            code, logit = self._choose(level, out, codes, last, noise[level])  # (N, G * d), (N,G,K)
             rollout.logits.append(logit)
             codes.append(code)
             if level < self.positions:

@@ -95,12 +95,8 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
 
     # ------------------------------------------------------------ states, as Recurrent asks
 
-    def imagine_step(
-        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
-    ) -> tuple[Tensor, Tensor]:
-        read = stoch[..., : self.reads]
-        deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
-        return deter, self._sample_levels(deter, noise, self._last(stoch))
+    def imagined_stoch(self, deter: Tensor, stoch: Tensor, noise: Noise) -> Tensor:
+        return self._sample_levels(deter, noise, self._last(stoch))
 
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         return self._sample_levels(deter, noise, None)

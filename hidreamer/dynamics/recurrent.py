@@ -6,6 +6,7 @@ D deter, Z stoch, S variables of K classes in a level.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from hidreamer import distributions as dists
 from hidreamer.dynamics.base import (
     Dynamics,
     Feat,
+    Joined,
     KLConfig,
     Level,
     Losses,
@@ -22,9 +24,11 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
+    stack_steps,
     start_steps,
     unroll,
 )
+from hidreamer.dynamics.sampler import Sampler, dream_noise, policy_and_noise
 from hidreamer.dynamics.scan import (
     CellWeights,
     StepInputs,
@@ -34,6 +38,7 @@ from hidreamer.dynamics.scan import (
     scan,
 )
 from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
+from hidreamer.precision import casts_early, side_by_side
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -136,12 +141,16 @@ class Recurrent(Dynamics):
         return dists.sample_onehot(probs, noise).flatten(-2)
 
     def initial(self, batch: int) -> Carry:
+        return Carry(*(x.expand(batch, -1) for x in self.initial_state()))
+
+    def initial_state(self) -> tuple[Tensor, Tensor]:
+        """(1,D), (1,Z)."""
         # The memory is learned; the state is the prior's mode there, a constant, so that no loss
         # of the posterior reaches the prior through it.
-        deter = torch.tanh(self.initial_deter).unsqueeze(0)  # (1, D)
+        deter = torch.tanh(self.initial_deter).unsqueeze(0)
         mode = self.noise(1, deter, False, None)[0]
-        stoch = self.prior_step(deter, mode).detach()  # (1, Z)
-        return Carry(deter.expand(batch, -1), stoch.expand(batch, -1))
+        with torch.no_grad():
+            return deter, self.prior_step(deter, mode)
 
     def observe(
         self,
@@ -272,19 +281,74 @@ class Recurrent(Dynamics):
         v = obs_out(0, deter, embed)  # (B, hidden)
         return deter, *self.post_step(deter, v, noise)
 
+    def imagined_stoch(self, deter: Tensor, stoch: Tensor, noise: Noise) -> Tensor:
+        """The new memory (N,D), the stoch (N,Z) before -> an imagined stoch (N,Z)."""
+        return self.prior_step(deter, noise)
+
     def imagine_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """(N,D), (N,Z), action (N,A) -> the next deter (N,D), stoch (N,Z)."""
         read = stoch[..., : self.reads]
         deter = self.cell(self.img_in(torch.cat([read, action], -1)), deter)
-        return deter, self.prior_step(deter, noise)
+        return deter, self.imagined_stoch(deter, stoch, noise)
+
+    def dream_action(
+        self, sampler: Sampler, deter: Tensor, stoch: Tensor, noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A state (N,.) -> its features x (N,F), what the memory reads of it and of the action
+        (N, reads + A), the action (N,A).
+
+        Side by side already, so that what computes them also puts them there.
+        """
+        x = torch.cat([stoch, deter], -1)
+        of_actor = side_by_side(stoch, deter) if casts_early(x.device) else x
+        action = sampler.given(of_actor, noise)
+        return x, side_by_side(stoch[..., : self.reads], action), action
+
+    def dream_step(
+        self, sampler: Sampler, x: Tensor, read: Tensor, state_noise: Noise, action_noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x and read: of ``dream_action``, which this returns of the next state."""
+        stoch, deter = x.split([self.stoch_dim, self.deter_dim], -1)
+        deter = self.cell(self.img_in(read), deter)
+        stoch = self.imagined_stoch(deter, stoch, state_noise)
+        return self.dream_action(sampler, deter, stoch, action_noise)
+
+    def _noise_shapes(self, carry: Carry) -> list[tuple[int, ...]]:
+        """Of what one step of each level of N states is drawn from."""
+        return [(len(carry.deter), variables, 1) for variables, _ in self.shapes]
+
+    def _dream(
+        self,
+        carry: Carry,
+        sampler: Sampler,
+        horizon: int,
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Carry, Feat, Tensor]:
+        """``imagine``, each step compiled as one with the action that is taken after it."""
+        deter, stoch = carry[:2]
+        draws = self._noise_shapes(carry), deter, sample, generator
+        noises = dream_noise(sampler, horizon, *draws)
+        x, read, action = self.dream_action(sampler, deter, stoch, noises[0].action)
+        xs, actions = [x], [action]
+        for now, then in itertools.pairwise(noises):
+            x, read, action = self.dream_step(sampler, x, read, now.state, then.action)
+            xs.append(x)
+            actions.append(action)
+        feat = Joined.of(stack_steps(xs), self.stoch_dim)
+        return Carry(*(part[:, -1] for part in feat)), feat, stack_steps(actions)
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
         self.scan_forward = torch.compile(self.scan_forward)
         self.scan_backward = torch.compile(self.scan_backward)
         self.imagine_step = torch.compile(self.imagine_step)
+        self.initial_state = torch.compile(self.initial_state)
+        self.priors = torch.compile(self.priors)
+        self.dream_action = torch.compile(self.dream_action)
+        self.dream_step = torch.compile(self.dream_step)
         self.loss = torch.compile(self.loss)
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
@@ -317,10 +381,11 @@ class Recurrent(Dynamics):
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
+        if isinstance(actor, Sampler):
+            return self._dream(carry, actor, horizon, sample, generator)
 
-        def step(state: Feat, action: Tensor) -> Feat:
-            noise = self.noise(1, state.deter, sample, generator)[0]
-            return Feat(*self.imagine_step(*state, action, noise))
-
+        draws = self._noise_shapes(carry), carry.deter, sample, generator
+        actor, noise = policy_and_noise(actor, horizon, *draws)
+        step = lambda feat, action: Feat(*self.imagine_step(*feat, action, noise()))
         last, feat, action = unroll(step, self.feat(carry), actor, horizon)
         return Carry(*last), feat, action
