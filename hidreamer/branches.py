@@ -123,7 +123,8 @@ class Branch:
 
     def __init__(self, places: Places, like: Tensor, shape: tuple[int, int, int], dim: int):
         self.places = places
-        self.near: Tensor | None = None  # (2, B, h, n, C, d)
+        self.grown: KV | None = None  # with a gradient: all so far
+        self.near: Tensor | None = None  # without: (2, B, h, n, C, d)
         if not torch.is_grad_enabled():
             dtype = autocast_dtype(like.device) or like.dtype
             # zeros: some that are not written yet lie between those that are looked at
@@ -137,11 +138,14 @@ class Branch:
 
     def add(self, new: KV) -> None:
         """Add (B,h,n,Q,d), for which there was no room."""
-        kv = torch.stack(new)
-        self.near = kv if self.near is None else torch.cat([self.near, kv], -2)
+        if self.grown is not None:
+            new = KV(*(torch.cat(pair, -2) for pair in zip(self.grown, new, strict=True)))
+        self.grown = new
 
     def read(self, now: Pass) -> list[KV]:
         """What rows look at, (B,h,n,O,d): near positions, and far ones if any."""
+        if self.grown is not None:
+            return [KV(*(x[..., now.near.start :, :] for x in self.grown))]
         found = [KV(*self.near[..., now.near, :].unbind())]
         if now.far.stop > now.far.start:
             found.append(KV(*self.far[..., now.far, :].unbind()))
@@ -155,6 +159,8 @@ class Branch:
     def steps(self) -> Tensor:
         """All of H steps in the order of ``Layout``, (2, B, h, n, H * (l + 1), d)."""
         places = self.places
+        if self.grown is not None:
+            return torch.stack(self.grown)
         if not places.far:
             return self.near
         near = self.near[..., : places.near * places.horizon, :].unflatten(-2, (-1, places.near))

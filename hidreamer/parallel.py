@@ -37,8 +37,6 @@ def attention_after(
     segment (B, T): which episode each is of, 0 being that of the carry's last step.
     """
     (batch, length), slots = segment.shape, level_mask.shape[-1]
-    new = Layout.of(length, slots - 1, 1, segment.device)
-    rope = rotary(new.time, head_dim, carry.deter.dtype)
     steps, chunk = carry.segment.shape[1], 0
     if not steps and length >= CHUNKS * window:
         # Rows see a window of steps: in chunks of as many, products of rows and positions grow with
@@ -54,7 +52,10 @@ def attention_after(
     mask = attn_mask(level_mask, tuple(x[rows] for x in column), column, window)
     episode = seen.repeat_interleave(slots, 2)
     mask = mask & (episode[..., rows].unsqueeze(3) == episode.unsqueeze(2))
-    return Attention(rope, new.level, mask, carry.prefix(), chunk)
+    new = Layout.of(length, slots - 1, 1, segment.device) if chunk else place
+    time, level = (x if chunk else x[rows] for x in (new.time, new.level))
+    rope = rotary(time, head_dim, carry.deter.dtype)
+    return Attention(rope, level, mask, carry.prefix(), chunk)
 
 
 class Whole:

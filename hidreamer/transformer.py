@@ -112,8 +112,8 @@ class Layer(nn.Module):
         qk, v = qkv.flatten(-3, -2).split([2 * self.heads, self.heads], -2)
         q, k = rotate(qk, rope).chunk(2, -2)  # (B, n, Q, h, d)
         q, k, v = (part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
-        if room is None:
-            return q.contiguous(), KV(k, v)
+        if room is None:  # with a gradient, or of whole sequences
+            return q, KV(k, v)
         for kept, new in zip(room, (k, v), strict=True):
             kept.copy_(new)
         return q.contiguous(), None
@@ -150,7 +150,8 @@ MASKED = -1e9  # score of what a row may not see: finite, so that no row ever be
 def attend(q: Tensor, kv: KV, mask: Tensor) -> Tensor:
     """Softmax attention of q (B,h,1,Q,d) over kv (B,h,1,O,d) -> (B,1,Q,W).
 
-    mask (B,1,Q,O) or (Q,O) is True where a row may look; every row sees at least itself.
+    mask (B,1,Q,O) or (Q,O): True where a row may look, or added to scores; every row sees at least
+    itself.
     """
     with masked_attention(q):
         out = F.scaled_dot_product_attention(*(x.squeeze(2) for x in (q, *kv)), mask)
@@ -198,7 +199,12 @@ def attend_shared(q: Tensor, own: list[KV], prefix: KV | None, bias: Bias) -> Te
     if fused := fused_attention(q):
         return call_fused(fused, q, own, prefix, bias)
     batch, heads, count, rows, dim = q.shape
-    scale = dim**-0.5
+    if (
+        prefix is None and len(own) == 1 and torch.is_grad_enabled()
+    ):  # fewer kernels, above all backward
+        q, *kv = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (q, *own[0]))
+        return attend(q, KV(*kv), bias.own[0]).view(batch, count, rows, -1)
+    q, scale = q.contiguous(), dim**-0.5
     of_branch = q.flatten(0, 2)  # (B * h * n, Q, d)
     of_sequence = lambda x: x.unflatten(0, (batch * heads, count)).flatten(1, 2)
     # results side by side in memory: batches of small products are fast only if these are
