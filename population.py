@@ -44,7 +44,7 @@ class Population:
         self.stack: Stack | None = None  # of several that go on
         self.update: Callable | None = None  # of all in it
         self.failed: dict[Run, str] = {}
-        self.feed = Feed(runs[0].device)
+        self.feed = Feed(runs[0].device)  # to a stack; each has batches of another shape
         for run in runs:
             run.poll = lambda: self.poll()
 
@@ -57,13 +57,12 @@ class Population:
             else:
                 made = run.updates, steps_made(run.agent)
                 groups.setdefault(made, []).append(run)
-        for i, group in enumerate(groups.values()):
-            if len(groups) > 1:
-                seeds, then = (
-                    " ".join(str(run.config.seed) for run in group),
-                    "then" if i else "first",
-                )
-                self.report(f"{then} {seeds}: the others have made another number of updates")
+        if len(groups) > 1:
+            seeds = (" ".join(str(run.config.seed) for run in group) for group in groups.values())
+            self.report(
+                f"one after the other, as their updates are not as many: {'; '.join(seeds)}"
+            )
+        for group in groups.values():
             self._train(group)
 
     def _train(self, runs: list[Run]) -> None:
@@ -116,6 +115,7 @@ class Population:
             first = self.active[0]
             template = models.make_agent(first.envs, first.config, first.device)
             self.stack = Stack(template, agents, [run.generator for run in self.active])
+            self.feed = Feed(first.device)
             self.update = self.stack.make_update()
 
     def _leave(self, ended: Sequence[Run]) -> None:
@@ -135,7 +135,7 @@ class Population:
         except (Failure, EnvError) as error:
             self.failed[run] = f"{run.logdir}: {error}"
             others = sum(other is not run for other in self.active)
-            self.report(f"{self.failed[run]}; {others} others go on")
+            self.report(f"{self.failed[run]}; {others} of {len(self.runs)} go on")
             if run in self.active:
                 self.active.remove(run)
 

@@ -45,7 +45,7 @@ from equality import (
 from equality import (
     compiled as make_compiled,
 )
-from populations import recorded_acting, without_graphs
+from populations import going_on, recorded_acting, without_graphs
 from tiles import tiles
 from torch import Tensor
 
@@ -308,6 +308,7 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
     yield Item("population's replays = eager, hrvq bfloat16", 15, run)
     run = functools.partial(without_graphs, device, **{"dynamics.type": "hrssm"})
     yield Item("population without graphs", 10, run)
+    yield Item("population without a member", 15, lambda: going_on(device))
     yield Item("whole runs of a population", 200, lambda: whole_runs(out, dry, left()))
     yield Item("population", 120, lambda: members(out, dry, left()))
     yield Item("training", 60, lambda: train(out, dry, left()))

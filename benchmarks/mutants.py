@@ -74,6 +74,8 @@ LIKELY = {
     "hidreamer/dynamics/residual_scan.py": ("scan",),
     "hidreamer/dynamics/recurrent.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/scan.py": ("scan", "dynamics"),
+    "hidreamer/dynamics/scan_steps.py": ("scan", "dynamics"),
+    "hidreamer/gradients.py": ("scan",),
     "hidreamer/dynamics/rssm.py": ("wiring", "dynamics"),
     "hidreamer/explorer.py": ("wiring", "agent"),
     "hidreamer/losses.py": ("golden",),

@@ -1,11 +1,14 @@
 """What a population does on a GPU beside its updates (``equality``): acting from a graph, and going
-on without one where recording fails.
+on without one where recording fails, and without a member.
 """
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,11 +18,15 @@ from equality import Wrong, checked, flat_weights, gap, small_population
 from torch import Tensor
 
 import models
+import tools
 from hidreamer import capture
 from hidreamer.stacked import Stack, stack_trees
+from population import Population
+from training import Failure, Run
 
 EXACT = 1e-4  # largest difference between two ways through the same operations
 STEPS = 12
+UPDATES = 2 * capture.WARMUP  # by then an update is a replay
 
 
 def recorded_acting(device: torch.device, **overrides: Any) -> dict[str, Any]:
@@ -115,3 +122,43 @@ def compared(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any]
     """Raises Wrong where they differ."""
     gaps = [gap(x, y) for x, y in zip(found, truth, strict=True)]
     return checked({"largest difference": max(gaps)}, EXACT) | {"compared": len(gaps)}
+
+
+class Leaving(Run):
+    """Its seed 0 fails when its update is a replay of the graph."""
+
+    def store(self, action: Any) -> None:
+        super().store(action)
+        if self.config.seed == 0 and self.updates >= UPDATES:
+            raise Failure("made to fail")
+
+
+def going_on(device: torch.device, **overrides: Any) -> dict[str, Any]:
+    """Three seeds, one of which leaves: the others are recorded anew, and come to their end. Raises
+    Wrong.
+    """
+    over = {"task": "dummy_vector", "device": device.type, "steps": 80, "replay.ratio": 16}
+    over |= {"video": False, "eval_episodes": 0, **overrides}
+    with contextlib.ExitStack() as stack:
+        folder, runs = Path(stack.enter_context(tempfile.TemporaryDirectory())), []
+        for seed in range(3):
+            config = tools.load_config(["debug"], over | {"seed": seed})
+            runs.append(Leaving(config, folder / str(seed), None, device, str))
+            stack.callback(runs[-1].close)
+        population = Population(runs, str)
+        stacks: list[Stack] = []
+
+        def poll() -> None:
+            if population.stack and population.stack not in stacks:
+                stacks.append(population.stack)
+            recorded = device.type == "cuda" and runs[1].updates == 2 * UPDATES
+            if recorded and population.stack and not population.update.run.graph:
+                raise Wrong("the update of those that went on was not recorded")
+
+        population.poll = poll
+        population.train()
+        report = {"steps": [run.step for run in runs], "updates": [run.updates for run in runs]}
+    sizes = [len(one.agents) for one in stacks]
+    if list(population.failed) != runs[:1] or sizes[:2] != [3, 2] or min(report["steps"][1:]) < 80:
+        raise Wrong(f"{report}, stacks of {sizes}, {list(population.failed.values())}")
+    return report

@@ -191,10 +191,10 @@ class Stack:
         memory of all.
         """
         for agent in self.agents:
-            for module in agent.modules():
-                for name, x in [*module._parameters.items(), *module._buffers.items()]:
-                    if x is not None:
-                        replace_tensor(module, name, x.detach().clone())
+            for key in self.stacked:
+                path, _, name = key.removeprefix("agent.").rpartition(".")
+                module = agent.get_submodule(path)
+                replace_tensor(module, name, getattr(module, name).detach().clone())
             states = {name: opt.state_dict() for name, opt in agent.optimizers.items()}
             agent.make_optimizers()
             for name, state in states.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_agent import EVERYTHING, make
 
-from hidreamer import capture
+from hidreamer import capture, cost
 from hidreamer.dynamics import TYPES
 
 
@@ -118,3 +118,29 @@ def test_another_generator_than_the_runs_is_not_captured():
     assert not agent.captured_act.graphs
     agent.act(agent.initial(2), obs, "train", own)
     assert len(agent.captured_act.graphs) == 1
+
+
+GRU = {"dynamics.hrvq.memory": "gru", "dynamics.hrvq.posterior_sees": "memory"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "kernels", "more"),
+    [
+        ("rssm", {}, 48, 19),
+        ("hrssm", {}, 63, 27),
+        ("hrvq", {}, 189, 0),
+        ("hrvq", {"dynamics.hrvq.memory": "stacked"}, 185, 0),
+        ("hrvq", GRU, 92, 34),
+    ],
+)
+def test_kernels_of_a_step(kind, settings, kernels, more):
+    """No priors, and an episode's first state only where one starts: with ``more`` kernels."""
+    agent, batch = make(**{"dynamics.type": kind}, **settings)
+    obs = {key: batch[key][:2, 0] for key in ("vector", "is_first")}
+    state, found = agent.initial(2), []
+    for _ in range(20):  # the window of a transformer is full then
+        state = agent.act(state, obs)
+    for first in (False, True):
+        obs["is_first"] = torch.tensor([first, False])
+        found.append(cost.operators(lambda: agent.act(state, obs))["kernels"])
+    assert found[0] <= kernels and found[1] - found[0] <= more, found

@@ -38,22 +38,23 @@ LAYERS = {
     "hidreamer.explorer": 4,
     "hidreamer.objectives": 4,
     "hidreamer.update": 5,
-    "hidreamer.dynamics.rssm": 3,
-    "hidreamer.dynamics.hrssm": 3,
+    "hidreamer.dynamics.rssm": 4,
+    "hidreamer.dynamics.hrssm": 4,
     "hidreamer.dynamics.hrvq": 6,
     "hidreamer.dynamics.hrvq_gru": 4,
     "hidreamer.dynamics.residual_scan": 3,
     "hidreamer.dynamics.cell_scan": 2,
     "hidreamer.dynamics.sequences": 5,
     "hidreamer.dynamics.tokens": 2,
-    "hidreamer.dynamics.recurrent": 2,
+    "hidreamer.dynamics.recurrent": 3,
     "hidreamer.parallel": 4,
     "hidreamer.rollout": 3,
     "hidreamer.branches": 2,
     "hidreamer.experts": 2,
     "hidreamer.dynamics.base": 1,
-    "hidreamer.dynamics.scan": 1,
     "hidreamer.dynamics.sampler": 1,
+    "hidreamer.dynamics.scan": 2,
+    "hidreamer.dynamics.scan_steps": 1,
     "hidreamer.depth": 1,
     "hidreamer.quantizer": 1,
     "hidreamer.transformer": 1,
@@ -201,7 +202,7 @@ def test_the_dynamics_never_import_each_other():
     project = Project(ROOT)
     kinds = {name for name in project.paths if name.startswith("hidreamer.dynamics.")}
     shared = ("base", "recurrent", "scan", "tokens", "sequences")
-    shared += ("cell_scan", "residual_scan", "sampler")
+    shared += ("cell_scan", "residual_scan", "sampler", "scan_steps")
     kinds -= {f"hidreamer.dynamics.{name}" for name in shared}
     for name in kinds:
         assert not (project.always[name] | project.lazily[name]) & (kinds - {name})

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from hidreamer import distributions as dists
-from hidreamer.dynamics.scan import (
-    CellSaved,
+from hidreamer.gradients import (
+    Norm,
     Tensors,
     add_product,
     gate_slopes,
-    norm,
+    gated,
+    gated_grad,
+    norm_again,
     norm_grad,
-    norm_weight_grads,
-    product,
     weight_grad,
 )
 
@@ -43,49 +43,52 @@ class CellScan(torch.autograd.Function):
     ) -> Tensors:
         deter, steps = first, []
         with torch.autocast(first.device.type, enabled=False):
-            for t in range(len(keep)):
-                begin = torch.addcmul(deter0[t], deter, keep[t])  # (B, D)
-                gates = norm(product(begin, weight, given[t]), gain, bias, eps)  # (B, 3D)
-                reset, cand, update = gates[-1].to(begin.dtype).chunk(3, -1)
-                cand = torch.tanh(torch.sigmoid(reset) * cand)
-                deter = torch.lerp(begin, cand, torch.sigmoid(update))
-                steps.append((deter, begin, *gates))
+            for of_step, kept in zip(given.unbind(), keep.unbind(), strict=True):
+                begin = torch.lerp(deter0, deter, kept)  # (B, D)
+                deter, x = gated(begin, begin, weight, of_step, (gain, bias), eps)
+                steps.append((deter, x))
             return tuple(torch.stack(x) for x in zip(*steps, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-        _, keep, _, _, weight, gain, bias, _ = inputs
+        _, *rest, ctx.eps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(keep, weight, gain, bias, *output[1:])
+        ctx.save_for_backward(*rest, *output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, out: Tensor, *_: None) -> tuple:
-        keep, weight, gain, bias, begin, *gates = ctx.saved_tensors
+        keep, deter0, first, weight, gain, bias, deter, x = ctx.saved_tensors
         with torch.autocast(keep.device.type, enabled=False):
-            slopes, stays = gate_slopes(CellSaved(begin, begin, (), tuple(gates), ()))
-            deter, begins, wide = out[-1], [], []
-            for t in reversed(range(len(keep))):
-                if t < len(keep) - 1:
-                    deter = torch.addcmul(out[t], deter, keep[t + 1])
-                of_gates = (deter.unsqueeze(-2) * slopes[t].unflatten(-1, (3, -1))).flatten(-2)
-                of_norm = norm_grad(of_gates, [x[t] for x in gates], gain, bias)
-                deter = add_product(deter * stays[t], of_norm, weight.t())
-                begins.append(deter)
-                wide.append((of_gates, of_norm))
-            of_gates, of_norm = (torch.stack(x) for x in zip(*wide[::-1], strict=True))
+            begin = torch.lerp(deter0, torch.cat([first.unsqueeze(0), deter[:-1]]), keep)
+            whole, gates = norm_again(x, gain, bias, ctx.eps)
+            slopes, stays = gate_slopes(gates, begin)
+            found = walk_back(out, whole, weight, slopes * keep.unsqueeze(-1), stays * keep)
+            of_gates = (found.unsqueeze(-2) * slopes).flatten(-2)
+            of_norm, *of_affine = norm_grad(of_gates, whole, (True, True, True))
+            begins = add_product(found * stays, of_norm, weight.t())  # (T, B, D)
+            of_deter0, of_first = (begins * (1.0 - keep)).sum(0), begins[0] * keep[0]
             of_weight = weight_grad(of_norm, begin, weight)
-            of_affine = norm_weight_grads(of_gates, tuple(gates), gain, bias)
-        return (
-            of_norm,
-            None,
-            torch.stack(begins[::-1]),
-            deter * keep[0],
-            of_weight,
-            *of_affine,
-            None,
-        )
+        return of_norm, None, of_deter0, of_first, of_weight, *of_affine, None
+
+
+def walk_back(out: Tensor, norm: Norm, weight: Tensor, slopes: Tensor, stays: Tensor) -> Tensor:
+    """Gradients of the memories (T,B,D) that steps alone give -> those that later steps give, too.
+
+    slopes, stays: of ``gate_slopes``, 0 where an episode starts, which ends the gradient.
+    """
+    parts = (x.unbind() for x in (out, slopes, stays, *norm[:3]))
+    steps, found = list(zip(*parts, strict=True)), []
+    for t in reversed(range(len(steps))):
+        deter = steps[t][0]
+        if found:
+            _, of_gates, of_memory, *of_norm = steps[t + 1]
+            grad = gated_grad(found[-1], of_gates, Norm(*of_norm, *norm[3:]))  # (B, 3D)
+            deter = torch.addcmul(deter, found[-1], of_memory)
+            deter = add_product(deter, grad, weight.t())
+        found.append(deter)
+    return torch.stack(found[::-1])
 
 
 def cell_scan(
@@ -98,8 +101,8 @@ def cell_scan(
 ) -> Tensor:
     """T steps of a GRU from ``first`` (B,D) -> deter (T,B,D).
 
-    given: (T,B,3D) what the inputs add to the gates before their norm; keep, deter0: as of
-    ``scan.StepInputs``; weights: (3D,D) of the memory, the norm's weight and bias, the update
-    gate's offset included.
+    given: (T,B,3D) what the inputs add to the gates before their norm; keep (T,B,1) 0 where an
+    episode starts, else 1; deter0 (B,D) its memory there; weights: (3D,D) of the memory, the norm's
+    weight and bias, the update gate's offset included.
     """
     return CellScan.apply(given, keep, deter0, dists.at_least_float32(first), *weights, eps)[0]

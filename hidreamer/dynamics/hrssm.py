@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hidreamer import distributions as dists
 from hidreamer.dynamics.base import Feat, KLConfig
 from hidreamer.dynamics.recurrent import Noise, Recurrent
-from hidreamer.dynamics.scan import (
+from hidreamer.gradients import (
     Tensors,
     add_product,
     norm,
@@ -110,48 +110,72 @@ class HRSSM(Recurrent):
     # ------------------------------------------------------------ post_step, as a scan has it
 
     def post_weights(self) -> Tensors:
-        """Of the top, of u, of the bottom's prior and delta as one product with (u, v, z_top)."""
+        """Of the top and of delta; and put together, those of u and v for the logits of the top
+        and the bottom, those of the top for the bottom's, and those of the memory for u.
+
+        The bottom's are the sum of its prior's and delta's.
+        """
         top, delta, hidden = self.post_top, self.delta, self.img_out.linear.out_features
         with torch.no_grad():
             prior = self.prior_bottom.weight
-            of_v = torch.zeros_like(prior[:, :hidden])
-            base = torch.cat([prior[:, :hidden], of_v, prior[:, hidden:]], 1)
-            both = delta.weight + base, delta.bias + self.prior_bottom.bias
+            u, v, of_top = delta.weight.split([hidden, hidden, len(top.weight)], 1)
+            u, of_top = u + prior[:, :hidden], of_top + prior[:, hidden:]
+            rows = torch.cat([torch.zeros_like(top.weight), top.weight], 1), torch.cat([u, v], 1)
+            bias = torch.cat([top.bias, delta.bias + self.prior_bottom.bias])
         of_u = self.img_out.linear.weight.detach()
-        return top.weight, top.bias, delta.weight, delta.bias, *both, of_u
+        own = top.weight, top.bias, delta.weight, delta.bias
+        return *own, torch.cat(rows), bias, of_top, of_u
+
+    def post_reads(self, weights: Tensors) -> Tensors:
+        return weights[7:]
 
     def post_forward(
-        self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
+        self, weights: Tensors, deter: Tensor, read: Tensors, v: Tensor, noise: Tensors
     ) -> tuple[Tensor, Tensors, Tensors]:
-        of_top, both, of_u = weights[:2], weights[4:6], weights[6]
-        noises, unimix = noise or (None, None), self.kl_config.unimix
-        top, *seen_top = sample(product(v, *of_top), self.shapes[0], unimix, noises[0])
-        u_norm = self.img_out.norm.weight, self.img_out.norm.bias
-        u = nn.functional.silu(norm(product(deter, of_u), *u_norm, self.eps)[-1])
-        given = torch.cat([u, v, top], -1)  # (B, 2 hidden + S0 * K0)
-        bottom, *seen_bottom = sample(product(given, *both), self.shapes[1], unimix, noises[1])
-        logits, softmaxes = zip(seen_top, seen_bottom, strict=True)
-        return torch.cat([top, bottom], -1), logits, (*softmaxes, given)
+        both, bias, of_top = weights[4:7]
+        noises = noise or (None, None)
+        u_norm = self.img_out.norm
+        u = nn.functional.silu(norm(read[0], u_norm.weight, u_norm.bias, self.eps))
+        logits = product(torch.cat([u, v], -1), both, bias)
+        logit_top, rest = logits.split([len(weights[0]), len(of_top)], -1)
+        top, logit_top = sample(logit_top, self.shapes[0], self.unimix, noises[0])
+        bottom = sample(product(top, of_top, rest), self.shapes[1], self.unimix, noises[1])
+        return torch.cat([top, bottom[0]], -1), (logit_top, bottom[1]), (u,)
+
+    def post_seen(self, saved: Tensors, stoch: Tensor, logits: Tensors) -> Tensors:
+        """Softmax of both levels, u, z_top."""
+        # Under vmap the module's own parameters are not those of one member here.
+        softmax = (torch.softmax(logit, -1) for logit in logits)
+        return *softmax, *saved, self._top_of(stoch)
 
     def post_backward(
-        self, weights: Tensors, saved: Tensors, stoch: Tensor, logits: Tensors
+        self,
+        weights: Tensors,
+        seen: Tensors,
+        stoch: Tensor,
+        logits: Tensors | None = None,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensors]:
         of_top, of_delta, hidden = weights[0], weights[2], weights[0].shape[1]
-        unimix, size = self.kl_config.unimix, len(of_top)
-        top, bottom = stoch.split([size, stoch.shape[-1] - size], -1)
-        bottom = sample_grad(bottom, logits[1], saved[1], unimix)  # (B, S1 * K1)
+        top, bottom = stoch.split([len(of_top), stoch.shape[-1] - len(of_top)], -1)
+        scale = 1.0 - self.unimix if logits is None else 1.0
+        logit_top, logit_bottom = logits or (None, None)
+        bottom = sample_grad(bottom, logit_bottom, seen[1], self.unimix)  # (.., S1 * K1)
         # u and the bottom's prior have no gradient here
-        v, through = product(bottom, of_delta[:, hidden:].t()).split([hidden, size], -1)
-        top = sample_grad(top + through, logits[0], saved[0], unimix)  # (B, S0 * K0)
+        v, through = product(bottom, of_delta[:, hidden:].t()).split([hidden, len(of_top)], -1)
+        top = torch.add(top, through, alpha=scale)
+        top = sample_grad(top, logit_top, seen[0], self.unimix)  # (.., S0 * K0)
+        v = v if added is None else v + added
         return add_product(v, top, of_top.t()), (top, bottom)
 
     def post_weight_grads(
-        self, weights: Tensors, v: Tensor, saved: Tensors, grads: Tensors
+        self, weights: Tensors, v: Tensor, seen: Tensors, grads: Tensors
     ) -> tuple[Tensor | None, ...]:
         top, bottom = grads
+        given = torch.cat([seen[2], v, seen[3]], -1)  # (T, B, 2 hidden + S0 * K0)
         of_top = weight_grad(top, v, weights[0]), top.sum((0, 1))
-        of_delta = weight_grad(bottom, saved[2], weights[2]), bottom.sum((0, 1))
-        return *of_top, *of_delta, None, None, None
+        of_delta = weight_grad(bottom, given, weights[2]), bottom.sum((0, 1))
+        return *of_top, *of_delta, None, None, None, None
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Split the heads of a flat state over two levels: it computes the same until trained.

@@ -140,6 +140,18 @@ class HRVQ(Sequences):
         codes = self.encode(embed, sample, generator)
         return self.follow(carry, codes, prev_action, is_first, generator, torch.is_grad_enabled())
 
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Carry, Feat]:
+        args = self.encode(embed, True, generator), prev_action, is_first, generator
+        carry, post = self.follow(carry, *args, torch.is_grad_enabled(), with_priors=False)
+        return carry, post.feat
+
     def follow(
         self,
         carry: Any,
@@ -148,11 +160,12 @@ class HRVQ(Sequences):
         is_first: Tensor,
         generator: torch.Generator | None = None,
         trained: bool | None = None,
+        with_priors: bool = True,
     ) -> tuple[Carry, Post]:
         """What ``observe`` makes of codes (B,T,L,G,.) that are known: memories and priors.
 
         prev_action (B,T,A) and is_first (B,T) as of ``observe``. trained: whether codes have a
-        gradient; None looks, which ``torch.func.vmap`` hides.
+        gradient; None looks, which ``torch.func.vmap`` hides. Without priors there are no levels.
         """
         self.check_steps(carry, prev_action, is_first)
         expected = *is_first.shape, self.levels, *self.code_shape
@@ -178,10 +191,10 @@ class HRVQ(Sequences):
             prior_out, _, ffn_losses = self._remember(carry, known, steps, attention, **how)
         feat = Feat(out[:, :, 0], self._stoch(codes.code.flatten(2)))
         last, levels, coarser = None, [], known.unbind(2)
-        if self.copy:
+        if self.copy and with_priors:
             before = before_each(feat.stoch.detach(), carry.stoch)
             last = self._last(before * ~is_first.unsqueeze(-1))
-        for i, logit in enumerate(codes.logit):
+        for i, logit in enumerate(codes.logit if with_priors else ()):
             if self.depth is not None:
                 of_level = self.depth(i, prior_out[:, :, 0], coarser)
             else:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from hidreamer.depth import Depth
-from hidreamer.dynamics.base import Dynamics, Feat, KLConfig, Level, Policy, Post, start_steps
+from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, start_steps
 from hidreamer.dynamics.cell_scan import cell_scan
 from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
 from hidreamer.dynamics.residual_scan import ResidualScan
-from hidreamer.dynamics.scan import Tensors
 from hidreamer.dynamics.tokens import before_each
+from hidreamer.gradients import Tensors
 from hidreamer.precision import autocast_dtype
 from hidreamer.quantizer import Codes
 
@@ -161,8 +161,22 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         post = self._found(carry, feat, tuple(logits), is_first, generator)
         return TokenCarry(*last, post.aux.before[:, -1]), post
 
-    # ``Recurrent``'s shortcut does not know the state before, which this carry holds as well.
-    observe_features = Dynamics.observe_features
+    def observe_features(
+        self,
+        carry: Any,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[TokenCarry, Feat]:
+        steps = prev_action, is_first
+        if self.sees_memory:
+            feat = self._observe(carry, embed, *steps, True, generator)[1]
+        else:
+            stoch = self._stoch(self.encode(embed, True, generator).code.flatten(2))  # (B, T, Z)
+            feat = Feat(self._memory(carry, stoch, *steps), stoch)
+        before = before_each(feat.stoch, carry.stoch)[:, -1] * ~is_first[:, -1:]  # (B, Z)
+        return TokenCarry(feat.deter[:, -1], feat.stoch[:, -1], before), feat
 
     def _found(
         self,
@@ -217,18 +231,18 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
     def _memory(self, carry: Any, stoch: Tensor, action: Tensor, is_first: Tensor) -> Tensor:
         """States (M,T,Z) -> memories (M,T,D); M is B, or 2 B: then the others are used twice."""
         times = len(stoch) // len(is_first)
-        first, keep = self.initial(len(is_first)), (~is_first).to(stoch.dtype).unsqueeze(-1)
+        first = self.initial(len(is_first))
+        keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
         twice = lambda x: x.repeat(times, *(1,) * (x.ndim - 1))
         before = before_each(stoch, twice(carry.stoch))[..., : self.reads]
         start = first.stoch[:, : self.reads].unsqueeze(1) * (1.0 - keep)
         before = torch.addcmul(twice(start), before, twice(keep))
         x = self.img_in(torch.cat([before, twice(action * keep)], -1))  # (M, T, hidden)
-        deter0 = twice(first.deter.unsqueeze(1) * (1.0 - keep))
-        deter, keep = twice(carry.deter), twice(keep)
+        deter0, deter, keep = (twice(y) for y in (first.deter, carry.deter, keep))
         if not self.has_scan:
             found = []
             for t in range(x.shape[1]):
-                deter = self.cell(x[:, t], torch.addcmul(deter0[:, t], deter, keep[:, t]))
+                deter = self.cell(x[:, t], torch.lerp(deter0, deter, keep[:, t]))
                 found.append(deter)
             return torch.stack(found, 1)
         offset = torch.zeros_like(self.cell.norm.bias)
@@ -238,8 +252,8 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         of_input, of_deter = weight.split([x.shape[-1], self.deter_dim], 1)
         weights = of_deter, self.cell.norm.weight, self.cell.norm.bias - offset
         given = (x.to(weight.dtype) @ of_input.t()).transpose(0, 1)  # (T, M, 3D)
-        steps = given, keep.transpose(0, 1), deter0.transpose(0, 1)
-        return cell_scan(*steps, deter, weights, self.eps).transpose(0, 1)
+        starts = keep.transpose(0, 1), deter0, deter
+        return cell_scan(given, *starts, weights, self.eps).transpose(0, 1)
 
     def prior_logits(self, carry: TokenCarry) -> tuple[Tensor, ...]:
         codes = self._codes(carry.stoch)

@@ -7,6 +7,7 @@ D deter, Z stoch, S variables of K classes in a level.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,16 +30,19 @@ from hidreamer.dynamics.base import (
     unroll,
 )
 from hidreamer.dynamics.sampler import Sampler, dream_noise, policy_and_noise
-from hidreamer.dynamics.scan import (
+from hidreamer.dynamics.scan import scan
+from hidreamer.dynamics.scan_steps import (
+    BeforeSteps,
     CellWeights,
     StepInputs,
-    Tensors,
+    after_steps,
     backward_step,
+    before_steps,
     forward_step,
-    scan,
 )
+from hidreamer.gradients import Tensors
 from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
-from hidreamer.precision import casts_early, side_by_side
+from hidreamer.precision import casts_early, is_mapped, side_by_side
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -50,13 +54,23 @@ class Carry(NamedTuple):
     stoch: Tensor  # (B, Z)
 
 
+def none_starts(is_first: Tensor) -> bool:
+    """Whether the host knows without waiting that no episode starts at these steps (bool)."""
+    return is_first.device.type == "cpu" and not is_mapped(is_first) and not is_first.any()
+
+
+def by_step(parts: Sequence[Tensor]) -> Tensor:
+    """T tensors (B,...) -> (B,T,...), not copied if it is one."""
+    return torch.stack(tuple(parts), 1) if len(parts) > 1 else parts[0].unsqueeze(1)
+
+
 class Recurrent(Dynamics):
     """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
 
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
-    scan, what ``scan.ScanDynamics`` asks for. reads: how many numbers of stoch, the first ones, go
-    into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``, ``norm`` and
-    ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
+    scan, what ``scan_steps.ScanDynamics`` asks for. reads: how many numbers of stoch, the first
+    ones, go into the memory; 0 means all. sees_memory: whether the posterior does. ``cell``,
+    ``norm`` and ``act`` are names of ``nets.CELLS`` (or "block_gru", of ``blocks``), ``NORMS`` and
     ``ACTIVATIONS``; ``prior_layers`` are the hidden layers of the prior.
     """
 
@@ -191,23 +205,31 @@ class Recurrent(Dynamics):
         # embeddings add to the two input layers, and where episodes start.
         img_in = self.img_in.split([self.reads, self.act_dim])
         obs_out = self.obs_out.split([self.deter_dim, self.embed_dim])
-        first = self.initial(len(embed))
-        keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
-        deter0, stoch0 = (x.unsqueeze(1) * (1.0 - keep) for x in first[:2])  # (B, T, .)
-        action = img_in.project(1, prev_action * keep)  # (B, T, hidden)
+        length = is_first.shape[1]
+        acts = length == 1 and not torch.is_grad_enabled()
+        first, keep = None, None
+        if not (acts and none_starts(is_first)):
+            first = self.initial(len(embed))
+            keep = (~is_first).to(first.deter.dtype).unsqueeze(-1)  # (B, T, 1)
+            prev_action = prev_action * keep
+        action = img_in.project(1, prev_action)  # (B, T, hidden)
         embed = obs_out.project(1, embed)  # (B, T, hidden)
-        inputs = keep, deter0, stoch0, action, embed
-        if self.has_scan:
-            noises = self.noises(is_first.shape[1], carry.deter, generator) if sample else ()
-            steps = StepInputs(*(x.transpose(0, 1) for x in inputs), noises)
+        if self.has_scan and not acts:
+            noises = self.noises(length, carry.deter, generator) if sample else ()
+            given = (x.transpose(0, 1) for x in (keep, action, embed))  # (T, B, .)
+            steps = StepInputs(*first[:2], *given, noises)
             found = scan(self, self._cell_weights(img_in, obs_out), steps, carry[:2])
             deter, stoch, logits = found  # (T, B, .)
             last = Carry(deter[-1], stoch[-1])
             feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
             post = [logit.transpose(0, 1) for logit in logits]  # (B, T, S, K) each
         else:
-            noises = self.noise(is_first.shape[1], carry.deter, sample, generator)
-            last, feat, post = self._observe_steps(carry, inputs, img_in, obs_out, noises)
+            noises, resets = self.noise(length, carry.deter, sample, generator), [None] * length
+            if first is not None:
+                starts = (x.unsqueeze(1) * (1.0 - keep) for x in first[:2])  # (B, T, .)
+                resets = list(zip(*(x.unbind(1) for x in (keep, *starts)), strict=True))
+            steps = resets, action.unbind(1), embed.unbind(1), noises
+            last, feat, post = self._observe_steps(carry, steps, img_in, obs_out)
         return last, feat, post
 
     def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
@@ -226,57 +248,66 @@ class Recurrent(Dynamics):
         """Of the norms."""
         return self.cell.norm.eps
 
-    def scan_forward(self, weights: Tensors, begin: Tensors, *step: Any) -> tuple:
-        return forward_step(self, weights, begin, *step)
+    @property
+    def unimix(self) -> float:
+        """Share of the uniform distribution in what is sampled."""
+        return self.kl_config.unimix
 
-    def scan_backward(self, weights: Tensors, saved: Tensors, *grads: Any) -> tuple:
-        return backward_step(self, weights, saved, *grads)
+    def post_reads(self, weights: Tensors) -> Tensors:
+        """None of the posterior's weights multiply the memory (see ``scan_steps.ScanDynamics``)."""
+        return ()
+
+    def scan_forward(self, weights: Tensors, *step: Any) -> tuple:
+        return forward_step(self, weights, *step)
+
+    def scan_before(self, weights: Tensors, *all_steps: Any) -> BeforeSteps:
+        return before_steps(self, weights, *all_steps)
+
+    def scan_backward(self, weights: Tensors, *step: Any) -> tuple:
+        return backward_step(self, weights, *step)
+
+    def scan_after(self, weights: Tensors, *all_steps: Any) -> tuple:
+        return after_steps(self, weights, *all_steps)
 
     def _observe_steps(
-        self,
-        carry: Carry,
-        inputs: tuple[Tensor, ...],
-        img_in: SplitBlock,
-        obs_out: SplitBlock,
-        noises: list[Noise],
+        self, carry: Carry, steps: Sequence, img_in: SplitBlock, obs_out: SplitBlock
     ) -> tuple[Carry, Feat, list[Tensor]]:
-        """For other cells, norms and activations than ``scan`` knows, or for a state without one.
-
-        inputs: keep, deter0, stoch0, action, embed, of T steps (B,T,.).
+        """For other cells, norms and activations than ``scan`` knows, for a state without one, and
+        for acting. steps: reset, action, embed, noise of ``observe_step``, of each.
         """
         deters, stochs, logits = [], [], []
         deter, stoch = carry[:2]
-        for *step, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
-            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out, noise)
+        for step in zip(*steps, strict=True):
+            deter, stoch, logit = self.observe_step(deter, stoch, *step, img_in, obs_out)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
-        feat = Feat(torch.stack(deters, 1), torch.stack(stochs, 1))  # (B, T, .)
-        post = [torch.stack(level, 1) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
+        feat = Feat(by_step(deters), by_step(stochs))  # (B, T, .)
+        post = [by_step(level) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
         return Carry(deter, stoch), feat, post
 
     def observe_step(
         self,
         deter: Tensor,
         stoch: Tensor,
-        keep: Tensor,
-        deter0: Tensor,
-        stoch0: Tensor,
+        reset: tuple[Tensor, Tensor, Tensor] | None,
         action: Tensor,
         embed: Tensor,
+        noise: Noise,
         img_in: SplitBlock,
         obs_out: SplitBlock,
-        noise: Noise,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """One step of the scan: (B,.) each, action and embed as ``project`` products (B,hidden).
+        """One step: (B,.) each, action and embed as ``project`` products (B,hidden).
 
-        The rows of a starting episode have keep 0 and carry deter0, stoch0 instead, which are 0 in
-        the other rows.
+        reset: keep, deter0, stoch0. The rows of a starting episode have keep 0 and carry deter0,
+        stoch0 instead, which are 0 in the other rows. None where no episode starts.
 
         -> deter (B,D), stoch (B,Z), posterior logits per level (B,S,K).
         """
-        deter = torch.addcmul(deter0, deter, keep)  # (B, D)
-        stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
+        if reset is not None:
+            keep, deter0, stoch0 = reset
+            deter = torch.addcmul(deter0, deter, keep)  # (B, D)
+            stoch = torch.addcmul(stoch0, stoch, keep)  # (B, Z)
         deter = self.cell(img_in(0, stoch[..., : self.reads], action), deter)
         v = obs_out(0, deter, embed)  # (B, hidden)
         return deter, *self.post_step(deter, v, noise)
@@ -342,8 +373,8 @@ class Recurrent(Dynamics):
 
     def compile_steps(self) -> None:
         self.observe_step = torch.compile(self.observe_step)
-        self.scan_forward = torch.compile(self.scan_forward)
-        self.scan_backward = torch.compile(self.scan_backward)
+        for name in ("scan_forward", "scan_before", "scan_backward", "scan_after"):
+            setattr(self, name, torch.compile(getattr(self, name)))
         self.imagine_step = torch.compile(self.imagine_step)
         self.initial_state = torch.compile(self.initial_state)
         self.priors = torch.compile(self.priors)

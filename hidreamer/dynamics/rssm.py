@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hidreamer.dynamics.base import KLConfig
 from hidreamer.dynamics.recurrent import Noise, Recurrent
-from hidreamer.dynamics.scan import Tensors, product, sample, sample_grad, weight_grad
+from hidreamer.gradients import Tensors, product, sample, sample_grad, weight_grad
 from hidreamer.nets import linear
 
 
@@ -51,19 +52,27 @@ class RSSM(Recurrent):
         return self.post_out.weight, self.post_out.bias
 
     def post_forward(
-        self, weights: Tensors, deter: Tensor, v: Tensor, noise: Tensors
+        self, weights: Tensors, deter: Tensor, read: Tensors, v: Tensor, noise: Tensors
     ) -> tuple[Tensor, Tensors, Tensors]:
-        noise, unimix = noise[0] if noise else None, self.kl_config.unimix
-        stoch, logit, softmax = sample(product(v, *weights), self.shapes[0], unimix, noise)
-        return stoch, (logit,), (softmax,)
+        noise = noise[0] if noise else None
+        stoch, logit = sample(product(v, *weights), self.shapes[0], self.unimix, noise)
+        return stoch, (logit,), ()
+
+    def post_seen(self, saved: Tensors, stoch: Tensor, logits: Tensors) -> Tensors:
+        return (torch.softmax(logits[0], -1),)
 
     def post_backward(
-        self, weights: Tensors, saved: Tensors, stoch: Tensor, logits: Tensors
+        self,
+        weights: Tensors,
+        seen: Tensors,
+        stoch: Tensor,
+        logits: Tensors | None = None,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensors]:
-        logit = sample_grad(stoch, *logits, *saved, self.kl_config.unimix)  # (B, S * K)
-        return product(logit, weights[0].t()), (logit,)
+        logit = sample_grad(stoch, logits and logits[0], seen[0], self.unimix)  # (.., S * K)
+        return product(logit, weights[0].t(), added), (logit,)
 
     def post_weight_grads(
-        self, weights: Tensors, v: Tensor, saved: Tensors, grads: Tensors
+        self, weights: Tensors, v: Tensor, seen: Tensors, grads: Tensors
     ) -> Tensors:
         return weight_grad(grads[0], v, weights[0]), grads[0].sum((0, 1))
