@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hidreamer.mask import attn_mask
 from hidreamer.rollout import Layout
+from hidreamer.transformer import KV
 from models import WorldModel
 
 STEPS = 64  # of an episode that are looked at
@@ -69,10 +70,10 @@ def catching(layer: Any, caught: list[tuple[Tensor, Tensor]]) -> Any:
     """``layer.project``, which also keeps the queries and keys."""
     project = layer.project
 
-    def keep(x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = project(x, rope)
-        caught.append((q, k))
-        return q, k, v
+    def keep(x: Tensor, rope: Tensor, *room: Any) -> tuple[Tensor, KV]:
+        q, kv = project(x, rope, *room)
+        caught.append((q, kv.keys))
+        return q, kv
 
     return keep
 

@@ -21,7 +21,7 @@ import tools
 from hidreamer import capture, precision
 from hidreamer.spaces import random_rows
 from hidreamer.stacked import Stack
-from hidreamer.transformer import KV, attend, attend_in_place, score_bias
+from hidreamer.transformer import KV, Bias, as_bias, attend, attend_shared
 
 IMAGE = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 SMALL = {
@@ -261,20 +261,31 @@ def log_ndtr(device: torch.device) -> dict[str, Any]:
 def attention(device: torch.device) -> dict[str, Any]:
     """Masked attention in bfloat16 as the transformer calls it, against float64."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(4, 4, 3, 24, 16, device=device) for _ in range(3))
+    q, k, v = (torch.randn(12, 4, 1, 24, 16, device=device) for _ in range(3))
     mask = torch.ones(24, 24, dtype=torch.bool, device=device).tril()
-    episodes = torch.rand(4, 3, 24, device=device).lt(0.1).cumsum(-1)
-    mask = mask & (episodes.unsqueeze(-1) == episodes.unsqueeze(-2))  # (4, 3, 24, 24)
+    episodes = torch.rand(12, 1, 24, device=device).lt(0.1).cumsum(-1)
+    mask = mask & (episodes.unsqueeze(-1) == episodes.unsqueeze(-2))  # (12, 1, 24, 24)
     found = []
     for dtype in (torch.bfloat16, torch.float64):
         each = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
-        out = attend(each[0], KV(*each[1:]), mask, None, None)
+        out = attend(each[0], KV(*each[1:]), mask)
         found.append((out, *torch.autograd.grad(out.square().sum(), each)))
     names = ("value", "query", "keys", "values")
     gaps = {name: gap(*pair) for name, pair in zip(names, zip(*found, strict=True), strict=True)}
     return checked(gaps, 0.1)  # bfloat16 has 3 digits, and these are sums of many
 
 
+def dream_inputs(each: list[Tensor], seen: Tensor, mine: Tensor) -> tuple[Any, ...]:
+    """Queries, own and prefix K/V, masks -> what ``attend_shared`` takes; own in two parts."""
+    q, keys, values, *prefix = each
+    parts, bias, cut = [], [], mine.shape[-1] // 3
+    for part in (slice(cut), slice(cut, None)):
+        parts.append(KV(keys[..., part, :], values[..., part, :]))
+        bias.append(as_bias(mine[:, part], q.dtype))
+    return q, parts, KV(*prefix), Bias(as_bias(seen, q.dtype), bias)
+
+
+@torch.no_grad()
 def dream_attention(device: torch.device) -> dict[str, Any]:
     """The attention of dreams, over a shared prefix and own positions, against float64."""
     torch.manual_seed(0)
@@ -286,14 +297,13 @@ def dream_attention(device: torch.device) -> dict[str, Any]:
             q = torch.randn(4, 60, queries, 3, 64, device=device).permute(0, 3, 1, 2, 4)
             kept = torch.randn(2, 4, 3, 60, own + 8, 64, device=device)[..., :own, :]
             prefix = KV(*torch.randn(2, 4, 3, 130, 64, device=device))
-            seen = torch.rand(4, 60, queries, 130, device=device) < 0.3
+            seen = torch.rand(4, 1, 60, queries, 130, device=device) < 0.3
             mine = torch.ones(queries, own, dtype=torch.bool, device=device).tril(own - queries)
             dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
             each = [x.to(dtype) for x in (q, *kept, *prefix)]
-            bias = score_bias(mine, seen, dtype)
-            found = attend_in_place(each[0], KV(*each[1:3]), KV(*each[3:]), bias)
-            each = [x.double() for x in each]
-            truth = attend(each[0], KV(*each[1:3]), mine, KV(*each[3:]), seen)
+            found = attend_shared(*dream_inputs(each, seen, mine))
+            # in float64, of which there is no such kernel
+            truth = attend_shared(*dream_inputs([x.double() for x in each], seen, mine))
             report[f"{name}, {own} own"] = gap(found, truth) / bound
     return checked(report, 1.0)  # of the bounds
 

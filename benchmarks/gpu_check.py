@@ -46,6 +46,7 @@ from equality import (
     compiled as make_compiled,
 )
 from populations import going_on, recorded_acting, without_graphs
+from tiles import tiles
 from torch import Tensor
 
 import models
@@ -292,6 +293,7 @@ def items(device: torch.device, out: Path, dry: bool, left: Callable[[], float])
     for precision in ("bfloat16", "tf32"):
         yield timed(f"captured {precision}, hidreamer", 20, words, precision=precision, **hrvq)
     yield timed("compiled tf32, hidreamer", 60, words, True, precision="tf32", **hrvq)
+    yield Item("tiles", 60, lambda: tiles(device, dry))
     memories = {"": {}, " stacked": {"dynamics.hrvq.memory": "stacked"}}
     memories |= {" gru": {"dynamics.hrvq.memory": "gru"}}
     for name, over in memories.items():

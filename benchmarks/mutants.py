@@ -87,6 +87,8 @@ LIKELY = {
     "hidreamer/replay.py": ("replay", "write_back"),
     "hidreamer/carries.py": ("write_back",),
     "hidreamer/rollout.py": ("parts", "dynamics", "hrvq"),
+    "hidreamer/branches.py": ("hrvq", "dynamics"),
+    "hidreamer/parallel.py": ("hrvq", "dynamics"),
     "hidreamer/transformer.py": ("numerics", "parts", "dynamics", "hrvq"),
     "models.py": ("golden", "wiring"),
     "networks.py": ("numerics", "wiring", "legacy"),

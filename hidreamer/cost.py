@@ -36,12 +36,12 @@ def attention_backward_flops(grad, q, k, v, *_, **__) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-def shared_attention_flops(q, keys, values, own_keys, *_, **__) -> int:
+def shared_attention_flops(q, keys, _, near_keys, __, far_keys, *___, **____) -> int:
     """Of shapes, as ``FlopCounterMode`` calls it: every row's products with both kinds of keys, and
     the values'.
     """
     batch, heads, count, rows, dim = q
-    return 4 * batch * heads * count * rows * dim * (keys[2] + own_keys[3])
+    return 4 * batch * heads * count * rows * dim * (keys[2] + near_keys[3] + far_keys[3])
 
 
 # torch counts the products inside fused attention on GPUs, but neither on CPUs nor inside ours.

@@ -105,18 +105,22 @@ def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def invert_cdf(probs: Tensor, noise: Tensor | None) -> Tensor:
-    """One-hots (..., K) where the cumulative ``probs`` reach noise (..., 1); None for the mode."""
+    """One-hots (..., K) of ``class_drawn``."""
+    return torch.zeros_like(probs).scatter_(-1, class_drawn(probs, noise), 1.0)
+
+
+def class_drawn(probs: Tensor, noise: Tensor | None) -> Tensor:
+    """The class (..., 1), int64, where the cumulative ``probs`` (..., K) reach noise (..., 1); the
+    likeliest one without noise.
+    """
     if noise is None:
-        index = probs.argmax(-1, keepdim=True)
-    else:
-        # Rounding may leave the sum of all below 1: the last class has no bound.
-        if torch.compiler.is_compiling():  # of one size throughout: one kernel with the softmax
-            count = (probs.cumsum(-1) < noise).sum(-1, keepdim=True)
-            index = count.clamp(max=probs.shape[-1] - 1)
-        else:
-            below = probs[..., :-1].cumsum(-1)
-            index = torch.searchsorted(below, noise.expand(*below.shape[:-1], 1).contiguous())
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        return probs.argmax(-1, keepdim=True)
+    # Rounding may leave the sum of all below 1: the last class has no bound.
+    if torch.compiler.is_compiling():  # of one size throughout: one kernel with the softmax
+        count = (probs.cumsum(-1) < noise).sum(-1, keepdim=True)
+        return count.clamp(max=probs.shape[-1] - 1)
+    below = probs[..., :-1].cumsum(-1)
+    return torch.searchsorted(below, noise.expand(*below.shape[:-1], 1).contiguous())
 
 
 def kl(post: Tensor, prior: Tensor) -> Tensor:

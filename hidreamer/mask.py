@@ -57,11 +57,11 @@ def attn_mask(
     """(.., Q, K) bool: True where a row may see a column, under ``window`` steps (0: any) back.
 
     level_mask: of ``make_level_mask``; row: times (.., Q) and levels (Q,); column: times and levels
-    (K,).
+    (K,), or (Q, K).
     """
     (row_time, row_level), (column_time, column_level) = row, column
     ago = row_time.unsqueeze(-1) - column_time  # (.., Q, K)
-    past, same = level_mask[:, row_level][:, :, column_level]  # (Q, K) each
+    past, same = level_mask[:, row_level.unsqueeze(-1), column_level]  # (Q, K) each
     seen = torch.where(ago == 0, same, past & (ago > 0))
     return seen & (ago < window) if window else seen
 

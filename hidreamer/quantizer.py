@@ -228,6 +228,13 @@ class Quantizer(nn.Module):
         book = self.book[level].expand(self.groups, -1, -1).to(onehot.dtype)  # (G, K, d)
         return torch.einsum("...gk,gkd->...gd", onehot, book)
 
+    def lookup(self, level: int, index: Tensor) -> Tensor:
+        """The codes (..., G, d) of indices (..., G)."""
+        if self.kind == "fsq":
+            return self.up[level](self._fsq_values().to(self.up[level].weight.dtype)[index])
+        book = self.book[level].expand(self.groups, -1, -1)  # (G, K, d)
+        return book[torch.arange(self.groups, device=index.device), index]
+
     def _fsq_values(self) -> Tensor:
         """(K, numbers): the rounded numbers of every FSQ code, in [-1, 1]."""
         sides = self.sides.long()

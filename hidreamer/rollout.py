@@ -7,16 +7,17 @@ one pass, h heads of d numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hidreamer.branches import Branch, Places
 from hidreamer.mask import attn_mask
 from hidreamer.precision import autocast_dtype
-from hidreamer.transformer import KV, Transformer, rotary, rotate
+from hidreamer.transformer import KV, Bias, Transformer, as_bias, attend_shared, rotary, rotate
 
 
 class Layout(NamedTuple):
@@ -192,34 +193,41 @@ class Carry(NamedTuple):
         return Carry(self.deter, self.stoch, keys, values, segment, step)
 
 
+Given = tuple[Tensor, ...]  # what one token is made of
+
+
 class Prefix(NamedTuple):
     """What some rows of a rollout are multiplied with of the cached steps."""
 
     kv: list[KV]  # of each layer, (B, h, P', d)
-    mask: Tensor  # (B, n, Q, P') which of these positions each row may see, the window aside
-    age: Tensor  # (B, n, 1, P') how long they lie behind the branch's step 0
+    bias: Tensor  # (times, B, 1, n, Q, P') of the scores, from the first time of such rows on
 
 
 class Rollout:
     """The tokens that N branches imagine after a carry's steps, which a sequence's branches share.
 
-    Rows of imagined positions are computed pass by pass, in the order of ``Layout``: A_0, then
-    L0_1 .. A_1, and so on. The K/V of imagined positions are each branch's own.
+    Rows of imagined positions are computed pass by pass: A_0, then L0_1 .. A_1, and so on. The K/V
+    of imagined positions are each branch's own.
 
-    level_mask: of ``mask.make_level_mask``; slots: by level, how many slots of earlier steps a row
-    of that level sees.
+    enter: makes tokens of what is queued and projects them in the first layer, as
+    ``dynamics.sequences`` has it; level_mask: of ``mask.make_level_mask``; slots: by level, how
+    many slots of earlier steps a row of that level sees; chain: whether the rows of a step's levels
+    are computed one after the other.
     """
 
     def __init__(
         self,
         transformer: Transformer,
+        enter: Callable[..., tuple[Tensor, tuple[Tensor, KV | None]]],
         level_mask: Tensor,
         slots: list[int],
         window: int,
         carry: Carry,
         horizon: int,
+        chain: bool,
     ):
-        self.transformer, self.level_mask, self.slots = transformer, level_mask, slots
+        self.transformer, self.enter = transformer, enter
+        self.level_mask, self.slots = level_mask, slots
         self.window, self.origin, self.horizon = window, carry, horizon
         self.levels, self.graph = len(slots) - 1, torch.is_grad_enabled()
         batch, steps = carry.segment.shape
@@ -227,17 +235,22 @@ class Rollout:
         step = carry.step.view(self.shape)
         self.start = step.unsqueeze(2) - (steps - 1)  # (B, n, 1) time of a branch's step 0
         self.cached = Layout.of(steps, self.levels, 1 - steps, step.device)
-        self.own = Layout.of(horizon, self.levels, 1, step.device)
-        rows = self.own.time, self.own.level
-        self.own_mask = attn_mask(level_mask, rows, rows, window)  # (O, O)
-        time = self.start + self.own.time  # (B, n, O)
-        self.rope = rotary(time, transformer.head_dim, carry.deter.dtype)  # (B, n, O, 2, d)
-        self.own_kv = transformer.branches(len(self.own.time))
+        # With a gradient, and where all rows of a step are computed at once, all are near.
+        near = min(slots) if chain and not self.graph else len(slots)
+        self.places = Places(slots, near, window, horizon)
+        row_time, self.row_level, *masks = self.places.tables(level_mask)  # (R,)
+        self.dtype = autocast_dtype(step.device) or carry.deter.dtype  # of scores
+        self.biases = [as_bias(mask, self.dtype) for mask in masks]  # (R, C), (R, F)
+        self.row_time = self.start + row_time  # (B, n, R)
+        self.rope = rotary(self.row_time, transformer.head_dim, carry.deter.dtype)
+        shape = batch, transformer.heads, self.shape[1]
+        self.own = []  # of each layer
+        for _ in transformer.layers:
+            self.own.append(Branch(self.places, carry.deter, shape, transformer.head_dim))
         self.time, self.level = 0, self.levels  # of the next row, which is A_0
-        self.length = 0  # rows computed so far
-        self.queue: list[Tensor] = []  # tokens (N, W) of the next rows
+        self.queue: list[Given] = []  # of the next rows
         self.logits: list[Tensor] = []  # of the last step's codes, by level (N, G, K)
-        self.prefixes: dict[tuple[int, int], Prefix] = {}
+        self.prefixes: dict[tuple[range, bool], Prefix] = {}
         self.cached_kv: dict[int, list[KV]] = {}
         if steps:
             segment = carry.segment.repeat_interleave(self.levels + 1, 1)  # (B, P)
@@ -246,59 +259,76 @@ class Rollout:
             # step's own action.
             self.visible = same & (self.cached.step <= step.unsqueeze(2))
 
-    def append(self, token: Tensor) -> None:
-        """Queue a token (N, W) for the next pass."""
-        self.queue.append(token)
+    def append(self, *given: Tensor) -> None:
+        """Queue codes (N, G * d), or an action (N, A) and the state (N, Z) that it was taken in,
+        for the next pass.
+        """
+        self.queue.append(given)
 
-    def advance(self, token: Tensor) -> Tensor:
-        """Compute the rows of the queued tokens and this one (N, W). -> the output (N, W) at it."""
-        self.append(token)
+    def advance(self, *given: Tensor) -> Tensor:
+        """Compute the rows of what is queued, and of this. -> the output (N, W) at it."""
+        self.append(*given)
         return self._run()
 
     def _run(self) -> Tensor:
-        """Compute the rows of all queued tokens, of one time. -> the output (N, W) at the last."""
-        count = len(self.queue)
-        x = torch.stack(self.queue, 1).unflatten(0, self.shape)  # (B, n, Q, W)
-        rows = slice(self.length, self.length + count)
-        kv = mask = None
+        """Compute the rows of all that is queued, of one time. -> the output (N, W) at the last."""
+        levels = range(self.level, self.level + len(self.queue))
+        now = self.now = self.places.of(self.time, levels)
+        self.kv = bias = None
         if self.origin.segment.shape[1] and self.time < self.window:
-            kv, visible, age = self._prefix(rows)
-            mask = visible & (age < self.window - self.time)
-        own_mask = self.own_mask[rows, self._first_seen() : rows.stop]
-        last = slice(count - 1, None)
-        rope, level = self.rope[:, :, rows], self.own.level[rows]
-        out, _ = self.transformer(x, rope, level, self.own_kv, own_mask, kv, mask, last)
-        self.queue, self.length, self.level = [], rows.stop, self.level + count
+            self.kv, table = self._prefix(levels, now.rows)
+            bias = table[max(self.time - 1, 0)]
+        near, far = (x[now.rows] for x in self.biases)
+        own = [near[:, now.near], far[:, now.far]]
+        self.bias = Bias(bias, own if now.far.stop > now.far.start else own[:1])
+        rope, level = self.rope[:, :, now.rows], self.row_level[now.rows]
+        given = [(levels[i], *self.queue[i]) for i in now.order]
+        x, projected = self.enter(given, rope, self.room(0))
+        out = now.order.index(len(self.queue) - 1)
+        last = slice(out, out + 1)
+        out, _ = self.transformer.attend(x, projected, rope, level, self, last)
+        for own in self.own:
+            own.close(now)
+        self.queue, self.level = [], levels.stop
         if self.level > self.levels:  # that was an action, the last row of its time
             self.time, self.level = self.time + 1, 0
         return out.flatten(0, 2)
 
-    def _first_seen(self) -> int:
-        """The first imagined position within the window of rows of this time.
+    def room(self, layer: int) -> Tensor | None:
+        """As of ``Branch``."""
+        return self.own[layer].room(self.now)
 
-        Levels of a time lie before its action, the last position of the step before.
+    def attend(self, layer: int, q: Tensor, new: KV | None, rows: slice) -> Tensor:
+        """q (B,h,n,R,d) of the ``rows`` of this pass, K/V of all of these for which there was no
+        room -> (B,n,R,W).
         """
-        first = self.time - self.window + 1
-        return 0 if first < 1 else (first - 1) * (self.levels + 1) + 1
+        own = self.own[layer]
+        if new is not None:
+            own.add(new)
+        prefix = self.kv[layer] if self.kv else None
+        return attend_shared(q, own.read(self.now), prefix, self.bias.rows(rows))
 
-    def _prefix(self, rows: slice) -> Prefix:
-        """What ``rows`` see of the cached steps: the same at every time, since these lie behind.
+    def _prefix(self, levels: range, rows: slice) -> Prefix:
+        """What ``rows`` see of the cached steps, of which only A_0 belongs to one.
 
-        Only A_0 belongs to a cached step. It sees all of that; later rows only the slots that the
-        mask gives them, and are multiplied with no others.
+        A_0 sees all of that; later rows only the slots that the mask gives them, and are multiplied
+        with no others.
         """
-        key = self.level, rows.stop - rows.start
+        key = levels, self.time > 0
         if key in self.prefixes:
             return self.prefixes[key]
         all_slots = self.levels + 1
-        slots = max(self.slots[self.level :][: key[1]]) if self.time else all_slots
+        slots = max(self.slots[level] for level in levels) if self.time else all_slots
         time = first_slots(self.cached.time, all_slots, slots)  # (P',)
         level = first_slots(self.cached.level, all_slots, slots)
         visible = first_slots(self.visible, all_slots, slots).unsqueeze(2)  # (B, n, 1, P')
-        row = self.start + self.own.time[rows], self.own.level[rows]
+        row = self.row_time[:, :, rows], self.row_level[rows]
         mask = attn_mask(self.level_mask, row, (time, level)) & visible  # (B, n, Q, P')
-        age = (self.start - time).unsqueeze(2)
-        self.prefixes[key] = Prefix(self._cached_kv(slots), mask, age)
+        age = torch.where(mask, (self.start - time).unsqueeze(2), self.window).unsqueeze(1)
+        times = (1, min(self.window, self.horizon + 1)) if self.time else (0, 1)
+        limit = self.window - torch.arange(*times, device=age.device)
+        bias = as_bias(age < limit.view(-1, 1, 1, 1, 1, 1), self.dtype)
+        self.prefixes[key] = Prefix(self._cached_kv(slots), bias)
         return self.prefixes[key]
 
     def _cached_kv(self, slots: int) -> list[KV]:
@@ -319,11 +349,11 @@ class Rollout:
         if self.queue:
             with torch.set_grad_enabled(self.graph):  # as for all rows before
                 self._run()
-        layers = zip(*(own.kv for own in self.own_kv), strict=True)  # keys, values (B, h, n, O, d)
-        keys, values = (torch.stack(x, 1).movedim(3, 1).flatten(0, 1) for x in layers)
+        layers = torch.stack([own.steps() for own in self.own], 2)  # (2, B, layers, h, n, O, d)
+        keys, values = layers.movedim(4, 2).flatten(1, 2)  # (N, layers, h, O, d) each
         past = self.origin.unshared(max(self.window - self.horizon, 0))
         rope = rotary(-self.start.view(-1, 1, 1), keys.shape[-1], keys.dtype)
-        keys = rotate(keys, rope)  # (N, layers, h, O, d)
+        keys = rotate(keys, rope)
         segment = past.segment.new_zeros(len(keys), self.horizon)
         whole = past.extend(keys, values, segment, deter, stoch)
         return whole.last_steps(self.window)
@@ -341,37 +371,3 @@ class RolloutCarry(NamedTuple):
 
     def select(self, index: Tensor, window: int) -> Carry:
         return self.sequences().select(index, window)
-
-
-class Attention(NamedTuple):
-    """What the positions of a pass over (B, T) attend to; Q = T * (L + 1)."""
-
-    rope: Tensor  # (Q, 2, width of a head) their rotations
-    level: Tensor  # (Q,) their levels, L for the action
-    attn_mask: Tensor  # (B, 1, Q, Q) among themselves
-    prefix: list[KV] | None  # of each layer, cached steps
-    prefix_mask: Tensor | None  # (B, 1, Q, P)
-
-
-def attention_after(
-    carry: Carry, segment: Tensor, level_mask: Tensor, window: int, head_dim: int
-) -> Attention:
-    """Masks and rotary angles for T steps after the carry's.
-
-    segment (B, T): which episode each is of, 0 being that of the carry's last step.
-    """
-    levels = level_mask.shape[-1] - 1
-    new = Layout.of(segment.shape[1], levels, 1, segment.device)
-    rows = new.time, new.level
-    episode = segment.repeat_interleave(levels + 1, 1)  # (B, Q)
-    mask = attn_mask(level_mask, rows, rows, window)  # (Q, Q)
-    mask = (mask & (episode.unsqueeze(2) == episode.unsqueeze(1))).unsqueeze(1)
-    rope = rotary(new.time, head_dim, carry.deter.dtype)
-    steps = carry.segment.shape[1]
-    if not steps:
-        return Attention(rope, new.level, mask, None, None)
-    old = Layout.of(steps, levels, 1 - steps, segment.device)
-    past = carry.segment.repeat_interleave(levels + 1, 1)  # (B, P)
-    prefix_mask = attn_mask(level_mask, rows, (old.time, old.level), window)  # (Q, P)
-    prefix_mask = (prefix_mask & (episode.unsqueeze(2) == past.unsqueeze(1))).unsqueeze(1)
-    return Attention(rope, new.level, mask, carry.prefix(), prefix_mask)

@@ -9,8 +9,9 @@ branch's own, W width, h heads of d numbers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from hidreamer.distributions import at_least_float32
 from hidreamer.nets import by_name, linear, make_activation, make_norm
-from hidreamer.precision import autocast_dtype, is_mapped, masked_attention
+from hidreamer.precision import autocast_dtype, masked_attention
 
 
 class KV(NamedTuple):
@@ -26,34 +27,6 @@ class KV(NamedTuple):
 
     keys: Tensor
     values: Tensor
-
-
-class Branch:
-    """The K/V that one layer's branches add of their own, (B,h,n,O,d).
-
-    There are at most ``capacity`` positions. Where no gradient is recorded they are written in
-    place; appending by ``cat`` would copy all of them every time.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0
-        self.kv: KV | None = None
-
-    def add(self, keys: Tensor, values: Tensor) -> KV:
-        """Add (B,h,n,Q,d). -> all so far."""
-        start, self.length = self.length, self.length + keys.shape[-2]
-        if self.kv is None and (torch.is_grad_enabled() or self.length == self.capacity):
-            self.kv = KV(keys, values)
-        elif torch.is_grad_enabled():
-            both = zip(self.kv, (keys, values), strict=True)
-            self.kv = KV(*(torch.cat(pair, -2) for pair in both))
-        else:
-            if self.kv is None:
-                shape = (*keys.shape[:-2], self.capacity, keys.shape[-1])
-                self.kv = KV(keys.new_empty(shape), values.new_empty(shape))
-            for kept, new in zip(self.kv, (keys, values), strict=True):
-                kept[..., start : self.length, :] = new
-        return KV(*(x[..., : self.length, :] for x in self.kv))
 
 
 def rotary(times: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -74,7 +47,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn the halves of x (..., h, d) by the angles ``rope`` (..., 2, d), in its dtype."""
     cos, sin = rope.unsqueeze(-3).unbind(-2)  # (..., 1, d) each
     wide = x.to(rope.dtype)
-    swapped = torch.cat(wide.chunk(2, -1)[::-1], -1)
+    swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
 
 
@@ -121,18 +94,48 @@ class Layer(nn.Module):
         self.out = linear(width, width, bias=False)
         self.ffn = by_name(FFNS, ffn, "ffn")(width, hidden, act=act)
 
-    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B,n,Q,W) -> queries and keys, rotated, and values: (B,h,n,Q,d) each."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # (B, n, Q, 3h, d)
-        qk, v = qkv.split([2 * self.heads, self.heads], -2)
+    def project(
+        self, x: Tensor, rope: Tensor, room: Tensor | None = None
+    ) -> tuple[Tensor, KV | None]:
+        """x (B,n,Q,W) -> queries and keys, rotated, and values: (B,h,n,Q,d) each.
+
+        room (2,B,h,n,Q,d): where keys and values are written, instead of being returned.
+        """
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, n, Q, 3, h, d)
+        if room is not None and torch.compiler.is_compiling():  # one kernel for keys and values
+            q, kv = qkv.split([1, 2], -3)
+            is_key = (torch.arange(2, device=x.device) == 0).view(2, 1, 1)
+            kv = torch.where(is_key, rotate(kv, rope.unsqueeze(-3)), kv)
+            room.copy_(kv.permute(3, 0, 4, 1, 2, 5))
+            q = rotate(q.squeeze(-3), rope)
+            return q.permute(0, 3, 1, 2, 4).contiguous(), None
+        qk, v = qkv.flatten(-3, -2).split([2 * self.heads, self.heads], -2)
         q, k = rotate(qk, rope).chunk(2, -2)  # (B, n, Q, h, d)
-        return tuple(part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
+        q, k, v = (part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
+        if room is None:  # with a gradient, or of whole sequences
+            return q, KV(k, v)
+        for kept, new in zip(room, (k, v), strict=True):
+            kept.copy_(new)
+        return q.contiguous(), None
 
     def add_residuals(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
         """x (B,n,Q,W), what attention gave (B,n,Q,W), levels (Q,) -> (B,n,Q,W), losses."""
         x = x + self._drop(self.out(attended))
         added, losses = self.ffn(self.norm2(x), level)
         return x + self._drop(added), losses
+
+    def to_next(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        level: Tensor,
+        rope: Tensor,
+        after: Layer,
+        room: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, KV | None], FFNLosses]:
+        """``add_residuals``, and ``project`` of the layer ``after`` this one."""
+        x, losses = self.add_residuals(x, attended, level)
+        return x, after.project(x, rope, room), losses
 
     def _drop(self, x: Tensor) -> Tensor:
         """Dropout where something learns; acting and dreams without a gradient are whole."""
@@ -144,45 +147,41 @@ class Layer(nn.Module):
 MASKED = -1e9  # score of what a row may not see: finite, so that no row ever becomes NaN
 
 
-def attend(
-    q: Tensor, own: KV, own_mask: Tensor, prefix: KV | None, prefix_mask: Tensor | None
-) -> Tensor:
-    """Softmax attention of q (B,h,n,Q,d) over a shared prefix and a branch's own positions.
+def attend(q: Tensor, kv: KV, mask: Tensor) -> Tensor:
+    """Softmax attention of q (B,h,1,Q,d) over kv (B,h,1,O,d) -> (B,1,Q,W).
 
-    -> (B,h,n,Q,d). prefix (B,h,P,d), own (B,h,n,O,d); prefix_mask (B,n,Q,P) and own_mask (..,Q,O)
-    are True where a row may look; every row sees at least itself. The prefix is multiplied with
-    all branches' queries at once and never copied for them.
+    mask (B,1,Q,O) or (Q,O): True where a row may look, or added to scores; every row sees at least
+    itself.
     """
-    if prefix is None:
-        if own_mask.ndim == 4:
-            own_mask = own_mask.flatten(0, 1).unsqueeze(1)  # (B * n, 1, Q, O)
-        each = (x.transpose(1, 2).flatten(0, 1) for x in (q, *own))  # (B * n, h, .., d)
-        with masked_attention(q):
-            out = F.scaled_dot_product_attention(*each, own_mask)
-        return out.unflatten(0, (len(q), -1)).transpose(1, 2)
-    q, shape = q * q.shape[-1] ** -0.5, q.shape[2:4]  # (n, Q)
-    own_mask = own_mask.unsqueeze(1) if own_mask.ndim == 4 else own_mask
-    scores = torch.where(own_mask, q @ own.keys.transpose(-1, -2), MASKED)  # (B, h, n, Q, O)
-    shared = (q.flatten(2, 3) @ prefix.keys.transpose(-1, -2)).unflatten(2, shape)
-    shared = torch.where(prefix_mask.unsqueeze(1), shared, MASKED)  # (B, h, n, Q, P)
-    weight = torch.softmax(at_least_float32(torch.cat([shared, scores], -1)), -1).to(q.dtype)
-    shared, rest = weight.split([prefix.keys.shape[-2], own.keys.shape[-2]], -1)
-    return (shared.flatten(2, 3) @ prefix.values).unflatten(2, shape) + rest @ own.values
+    with masked_attention(q):
+        out = F.scaled_dot_product_attention(*(x.squeeze(2) for x in (q, *kv)), mask)
+    return out.transpose(1, 2).flatten(2).unsqueeze(1)
 
 
-def score_bias(own_mask: Tensor, prefix_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Masks as of ``attend`` -> what is added to the scores, (B,1,n,Q,P+O): 0 or MASKED."""
-    own_mask = own_mask.expand(*prefix_mask.shape[:3], -1)
-    seen = torch.cat([prefix_mask, own_mask], -1).unsqueeze(1)
-    return torch.where(seen, 0.0, MASKED).to(dtype)
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores so that rows look only where ``mask`` is True: 0 or MASKED."""
+    return torch.where(mask, 0.0, MASKED).to(dtype)
 
 
-def fused_attention(q: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """One kernel for ``attend_in_place`` of queries (..,d) in ``dtype``, where there is one.
+class Bias(NamedTuple):
+    """What is added to scores, as ``as_bias`` makes it, in their dtype."""
+
+    prefix: Tensor | None  # (B, 1, n, Q, P)
+    own: list[Tensor]  # (Q, O) of each part
+
+    def rows(self, index: slice) -> Bias:
+        prefix = None if self.prefix is None else self.prefix[:, :, :, index]
+        return Bias(prefix, [x[index] for x in self.own])
+
+
+def fused_attention(q: Tensor) -> Callable[..., Tensor] | None:
+    """One kernel for ``attend_shared`` of queries (..,d), where there is one and no gradient is
+    recorded.
 
     That is on CUDA with Triton, which comes with torch there.
     """
-    if not q.is_cuda or dtype == torch.float64:
+    dtype = autocast_dtype(q.device) or q.dtype
+    if torch.is_grad_enabled() or not q.is_cuda or dtype == torch.float64:
         return None
     try:
         from hidreamer import fused_attention as fused
@@ -191,39 +190,65 @@ def fused_attention(q: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | No
     return fused.shared_attention if fused.works(q.device, dtype, q.shape[-1]) else None
 
 
-def attend_in_place(q: Tensor, own: KV, prefix: KV, bias: Tensor) -> Tensor:
-    """As ``attend``, where no gradient is recorded: products are added to the masks' scores.
+def attend_shared(q: Tensor, own: list[KV], prefix: KV | None, bias: Bias) -> Tensor:
+    """Softmax attention of q (B,h,n,Q,d) over a shared prefix and a branch's own positions.
 
-    bias: of ``score_bias``, (B,1,n,Q,P+O).
+    -> (B,n,Q,W). prefix (B,h,P,d); own (B,h,n,O,d), in one or two parts. The prefix is multiplied
+    with all branches' queries at once and never copied for them.
     """
-    (batch, heads, count, rows, _), size = q.shape, prefix.keys.shape[-2]
-    dtype = autocast_dtype(q.device) or q.dtype
-    own = KV(*(x.to(dtype) for x in own))
-    prefix = KV(*(x.to(dtype) for x in prefix))
-    if fused := fused_attention(q, dtype):
-        return fused(q.to(dtype), *prefix, *own, bias)
-    q, bias = q.contiguous().to(dtype), bias.to(dtype)
-    scale = q.shape[-1] ** -0.5
-    by_sequence = lambda x: x.reshape(batch * heads, -1, x.shape[-1])
-    by_branch = lambda x: x.flatten(0, 2)
-    scores = bias.expand(-1, heads, -1, -1, -1).clone(memory_format=torch.contiguous_format)
-    flat = scores.view(batch * heads, count * rows, -1)
-    flat[..., :size].baddbmm_(by_sequence(q), by_sequence(prefix.keys).mT, alpha=scale)
-    by_branch(scores)[..., size:].baddbmm_(by_branch(q), by_branch(own.keys).mT, alpha=scale)
-    weight = torch.softmax(at_least_float32(scores), -1).to(q.dtype)  # (B, h, n, Q, P + O)
-    out = by_sequence(weight.flatten(2, 3))[..., :size] @ by_sequence(prefix.values)
-    out = out.view(-1, rows, out.shape[-1])  # (B * h * n, Q, d)
-    out.baddbmm_(by_branch(weight)[..., size:], by_branch(own.values))
-    return out.view(batch, heads, count, rows, -1)
+    if fused := fused_attention(q):
+        return call_fused(fused, q, own, prefix, bias)
+    batch, heads, count, rows, dim = q.shape
+    if (
+        prefix is None and len(own) == 1 and torch.is_grad_enabled()
+    ):  # fewer kernels, above all backward
+        q, *kv = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (q, *own[0]))
+        return attend(q, KV(*kv), bias.own[0]).view(batch, count, rows, -1)
+    q, scale = q.contiguous(), dim**-0.5
+    of_branch = q.flatten(0, 2)  # (B * h * n, Q, d)
+    of_sequence = lambda x: x.unflatten(0, (batch * heads, count)).flatten(1, 2)
+    # results side by side in memory: batches of small products are fast only if these are
+    scores, parts = [], [KV(*(x.flatten(0, 2) for x in kv)) for kv in own]
+    if prefix is not None:
+        keys, values = (x.flatten(0, 1) for x in prefix)
+        shared = torch.bmm(of_sequence(of_branch), keys.mT).view(*q.shape[:4], -1)
+        scores.append(torch.add(bias.prefix, shared, alpha=scale).flatten(0, 2))
+    for part, mask in zip(parts, bias.own, strict=True):
+        scores.append(torch.baddbmm(mask, of_branch, part.keys.mT, alpha=scale))
+    scores = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
+    weight = torch.softmax(at_least_float32(scores), -1).to(q.dtype)  # (B * h * n, Q, P + O)
+    out, at = None, 0
+    if prefix is not None:
+        at = keys.shape[-2]
+        out = torch.bmm(of_sequence(weight[..., :at]), values).view(-1, rows, dim)
+    for part in parts:
+        of_part = weight[..., at : at + part.keys.shape[-2]]
+        if out is None:
+            out = torch.bmm(of_part, part.values)
+        else:
+            out = torch.baddbmm(out, of_part, part.values)
+        at += part.keys.shape[-2]
+    return out.view(q.shape).permute(0, 2, 3, 1, 4).flatten(-2)
 
 
-def may_attend_in_place(q: Tensor) -> bool:
-    """Whether ``attend_in_place`` is right and fast: without a gradient, and no ``vmap`` that
-    would do its products one member after the other.
-    """
-    if torch.is_grad_enabled():
-        return False
-    return not is_mapped(q) or fused_attention(q, autocast_dtype(q.device) or q.dtype) is not None
+def call_fused(
+    fused: Callable[..., Tensor], q: Tensor, own: list[KV], prefix: KV | None, bias: Bias
+) -> Tensor:
+    """``attend_shared`` as one kernel: what is missing has no positions."""
+    dtype, shape = autocast_dtype(q.device) or q.dtype, (len(q), 1, *q.shape[2:4], -1)
+    biases = [bias.own[0][:, :0] if prefix is None else bias.prefix, *bias.own]
+    if prefix is None:
+        prefix = KV(*(x[:, :, 0, :0] for x in own[0]))
+    if len(own) == 1:
+        own = [*own, KV(*(x[..., :0, :] for x in own[0]))]
+        biases.append(biases[1][:, :0])
+    kv = [x.to(dtype) for pair in (prefix, *own) for x in pair]
+    return fused(q.to(dtype), *kv, *(x.expand(shape) for x in biases))
+
+
+def add_losses(total: FFNLosses, losses: FFNLosses) -> None:
+    for name, loss in losses.items():
+        total[name] = total[name] + loss if name in total else loss
 
 
 class Transformer(nn.Module):
@@ -231,8 +256,6 @@ class Transformer(nn.Module):
 
     Raises ValueError for widths that the heads do not divide evenly, and for unknown names.
     """
-
-    score_bias = staticmethod(score_bias)  # compiled or not
 
     def __init__(
         self,
@@ -261,45 +284,43 @@ class Transformer(nn.Module):
         x: Tensor,
         rope: Tensor,
         level: Tensor,
-        own: list[Branch],
-        own_mask: Tensor,
-        prefix: list[KV] | None = None,
-        prefix_mask: Tensor | None = None,
+        memory: Any,
         out_index: slice = slice(None),
     ) -> tuple[Tensor, FFNLosses]:
         """x (B,n,Q,W) -> outputs (B,n,R,W) of the R positions ``out_index``, sum of layers' losses.
 
-        rope (..,Q,2,d) and level (Q,) are the new positions' rotations and levels. own_mask
-        (..,Q,O) is about the branches' last O positions, the new ones among them: no row sees those
-        before, and they are not multiplied. prefix_mask (B,n,Q,P) is about the prefix. ``own``
-        grows by all Q.
+        rope (..,Q,2,d) and level (Q,) are the new positions' rotations and levels. memory: a
+        ``Whole`` or what has the same methods.
         """
-        losses: FFNLosses = {}
-        in_place = bias = None
-        for i, layer in enumerate(self.layers):
-            q, k, v = layer.project(x, rope)
-            if in_place is None:
-                in_place = prefix is not None and may_attend_in_place(q)
-                bias = self.score_bias(own_mask, prefix_mask, q.dtype) if in_place else None
-            kv = own[i].add(k, v)
-            kv = KV(*(part[..., -own_mask.shape[-1] :, :] for part in kv))
-            if layer is self.layers[-1]:  # of the other positions only keys and values are needed
-                # contiguous: what is compiled is compiled anew for every other order in memory
-                x, level = x[:, :, out_index].contiguous(), level[out_index].contiguous()
-                q = q[:, :, :, out_index]
-                own_mask = own_mask[..., out_index, :]
-                prefix_mask = prefix_mask[:, :, out_index] if prefix else None
-                bias = bias[:, :, :, out_index] if in_place else None
-            if in_place:
-                attended = attend_in_place(q, kv, prefix[i], bias)
-            else:
-                attended = attend(q, kv, own_mask, prefix[i] if prefix else None, prefix_mask)
-            attended = attended.permute(0, 2, 3, 1, 4).flatten(-2)  # (B, n, Q, W)
-            x, layer_losses = layer.add_residuals(x, attended, level)
-            for name, loss in layer_losses.items():
-                losses[name] = losses[name] + loss if name in losses else loss
-        return self.norm(x), losses
+        projected = self.layers[0].project(x, rope, memory.room(0))
+        return self.attend(x, projected, rope, level, memory, out_index)
 
-    def branches(self, capacity: int) -> list[Branch]:
-        """Empty K/V of every layer, for at most ``capacity`` positions of a branch's own."""
-        return [Branch(capacity) for _ in self.layers]
+    def attend(
+        self,
+        x: Tensor,
+        projected: tuple[Tensor, KV | None],
+        rope: Tensor,
+        level: Tensor,
+        memory: Any,
+        out_index: slice,
+    ) -> tuple[Tensor, FFNLosses]:
+        """``forward`` after the first layer's ``project``."""
+        total: FFNLosses = {}
+        for i, (layer, after) in enumerate(itertools.pairwise(self.layers)):
+            attended = memory.attend(i, *projected, slice(None))
+            given = x, attended, level, rope, after, memory.room(i + 1)
+            x, projected, losses = layer.to_next(*given)
+            add_losses(total, losses)
+        # Of the other positions only keys and values are needed. Contiguous: what is compiled is
+        # compiled anew for every other order in memory.
+        (q, kv), x = projected, x[:, :, out_index].contiguous()
+        level = level[out_index].contiguous()
+        attended = memory.attend(len(self.layers) - 1, q[:, :, :, out_index], kv, out_index)
+        out, losses = self.finish(x, attended, level)
+        add_losses(total, losses)
+        return out, total
+
+    def finish(self, x: Tensor, attended: Tensor, level: Tensor) -> tuple[Tensor, FFNLosses]:
+        """The last layer's ``add_residuals``, and the final norm."""
+        x, losses = self.layers[-1].add_residuals(x, attended, level)
+        return self.norm(x), losses

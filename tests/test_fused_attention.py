@@ -9,18 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from hidreamer import cost
-from hidreamer.transformer import KV, attend, attend_in_place, may_attend_in_place, score_bias
+from hidreamer.transformer import KV, Bias, as_bias, attend_shared
 
 
 def inputs(dtype=torch.float32, device="cpu"):
-    """-> q (B,h,n,Q,d), own and prefix K/V, masks: of 2 sequences with 3 branches each."""
+    """-> q (B,h,n,Q,d), own K/V in two parts and prefix K/V, bias: of 2 sequences with 3 branches
+    each.
+    """
     torch.manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=dtype, device=device)
-    own = KV(*draw(2, 2, 4, 3, 5, 16).unbind())
+    near, far = (KV(*draw(2, 2, 4, 3, size, 16).unbind()) for size in (3, 2))
     prefix = KV(*draw(2, 2, 4, 7, 16).unbind())
-    seen = torch.rand(2, 3, 2, 7, device=device) < 0.5
+    seen = torch.rand(2, 1, 3, 2, 7, device=device) < 0.5
     mine = torch.ones(2, 5, dtype=torch.bool, device=device).tril(3)
-    return draw(2, 4, 3, 2, 16), own, prefix, seen, mine
+    bias = Bias(as_bias(seen, dtype), [as_bias(x, dtype) for x in (mine[:, :3], mine[:, 3:])])
+    return draw(2, 4, 3, 2, 16), [near, far], prefix, bias
 
 
 @pytest.fixture
@@ -28,11 +31,13 @@ def stand_in(monkeypatch):
     """A kernel of the CPU, taken for one of CUDA's. -> what it was called with."""
     calls = []
 
-    def shared_attention(q, keys, values, own_keys, own_values, bias):
+    def shared_attention(q, *given):
         calls.append(q.dtype)
         every = lambda x: x.unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1)
-        both = [torch.cat([every(x), y], -2) for x, y in ((keys, own_keys), (values, own_values))]
-        return F.scaled_dot_product_attention(q, *both, bias.expand(*q.shape[:-1], -1))
+        keys, values = (torch.cat([every(x[0]), *x[1:]], -2) for x in (given[:6:2], given[1:6:2]))
+        bias = torch.cat([x.expand(*q.shape[:-1], -1) for x in given[6:]], -1)
+        out = F.scaled_dot_product_attention(q, keys, values, bias)
+        return out.permute(0, 2, 3, 1, 4).flatten(-2)
 
     module = SimpleNamespace(shared_attention=shared_attention, works=lambda *_: True)
     monkeypatch.setitem(sys.modules, "hidreamer.fused_attention", module)
@@ -42,14 +47,20 @@ def stand_in(monkeypatch):
 
 
 def both_ways(dtype=torch.float32):
-    q, own, prefix, seen, mine = inputs(dtype)
-    found = attend_in_place(q, own, prefix, score_bias(mine, seen, dtype))
-    assert torch.allclose(found, attend(q, own, mine, prefix, seen), atol=1e-5)
+    """With a gradient it is always ordinary products; with cached steps and far positions, and
+    without.
+    """
+    q, own, prefix, bias = inputs(dtype)
+    near = own[:1], None, Bias(None, bias.own[:1])
+    for given in ((own, prefix, bias), (own, None, bias._replace(prefix=None)), near):
+        with torch.no_grad():
+            found = attend_shared(q, *given)
+        assert torch.allclose(found, attend_shared(q, *given), atol=1e-5)
 
 
 def test_it_is_taken_where_there_is_one(stand_in):
     both_ways()
-    assert stand_in.calls == [torch.float32]
+    assert stand_in.calls == [torch.float32] * 3
 
 
 def test_it_is_not_taken_where_it_cannot_be(stand_in, monkeypatch):
@@ -62,16 +73,16 @@ def test_it_is_not_taken_where_it_cannot_be(stand_in, monkeypatch):
     assert stand_in.calls == []
 
 
-def test_under_vmap_products_are_in_place_only_in_one_kernel(stand_in):
-    queries, seen = inputs()[0].unsqueeze(0), []
-    look = lambda q: seen.append(may_attend_in_place(q)) or q
-    with torch.no_grad():
-        for works in (True, False):
-            stand_in.module.works = lambda *_, works=works: works
-            look(queries)
-            torch.func.vmap(look)(queries)
-    torch.func.vmap(look)(queries)
-    assert seen == [True, True, True, False, False]
+@torch.no_grad()
+@pytest.mark.filterwarnings("error")  # that vmap would do something member by member
+def test_members_are_not_multiplied_one_by_one():
+    q, own, prefix, bias = inputs()
+    (near_keys, near_values), far = own
+    run = lambda q, keys: attend_shared(q, [KV(keys, near_values), far], prefix, bias)
+    queries, keys = torch.stack([q, -q]), torch.stack([near_keys, 2 * near_keys])
+    found = torch.func.vmap(run)(queries, keys)
+    alone = torch.stack([run(queries[i], keys[i]) for i in range(2)])
+    assert torch.allclose(found, alone, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -84,21 +95,22 @@ def test_it_is_attention(monkeypatch):
 
 
 @pytest.mark.gpu
+@torch.no_grad()
 def test_members_of_a_population_are_more_sequences():
-    q, own, prefix, seen, mine = inputs(device="cuda")
-    bias = score_bias(mine, seen, q.dtype)
-    run = lambda q, keys: attend_in_place(q, KV(keys, own.values), prefix, bias)
-    queries, keys = torch.stack([q, -q]), torch.stack([own.keys, 2 * own.keys], 1)
+    q, own, prefix, bias = inputs(device="cuda")
+    (near_keys, near_values), far = own
+    run = lambda q, keys: attend_shared(q, [KV(keys, near_values), far], prefix, bias)
+    queries, keys = torch.stack([q, -q]), torch.stack([near_keys, 2 * near_keys], 1)
     found = torch.func.vmap(run, in_dims=(0, 1))(queries, keys)
     alone = torch.stack([run(queries[i], keys[:, i]) for i in range(2)])
     assert torch.allclose(found, alone, atol=1e-6)
 
 
 @pytest.mark.gpu
+@torch.no_grad()
 def test_its_products_count():
-    q, own, prefix, seen, mine = inputs(device="cuda")
-    bias = score_bias(mine, seen, q.dtype)
-    run = lambda: attend_in_place(q, own, prefix, bias)
+    q, *given = inputs(device="cuda")
+    run = lambda: attend_shared(q, *given)
     run()  # the first call makes the operator
     assert cost.operators(run)["kernels"] == 1
     assert cost.flops(run) == 4 * (2 * 4 * 3 * 2) * 16 * (7 + 5)
@@ -109,12 +121,12 @@ def test_where_it_cannot_be_built_one_line_says_so(monkeypatch):
     from hidreamer import fused_attention
 
     def broken(*_):
-        raise RuntimeError("no C compiler\nmore")
+        raise RuntimeError("no C compiler\nand more")
 
     monkeypatch.setattr(fused_attention, "shared_attention", broken)
     fused_attention.works.cache_clear()
-    with pytest.warns(RuntimeWarning, match="slower: no C compiler$"):
-        q, own, prefix, seen, mine = inputs(device="cuda")
-        found = attend_in_place(q, own, prefix, score_bias(mine, seen, q.dtype))
+    q, *given = inputs(device="cuda")
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="slower: no C compiler$"):
+        found = attend_shared(q, *given)
     fused_attention.works.cache_clear()
-    assert torch.allclose(found, attend(q, own, mine, prefix, seen), atol=1e-4)
+    assert torch.allclose(found, attend_shared(q, *given), atol=1e-4)

@@ -10,10 +10,10 @@ from test_agent import EVERYTHING, VECTOR, make
 import models
 import networks
 import tools
-from hidreamer import cost, rollout
+from hidreamer import cost, parallel, rollout
 from hidreamer.dynamics import hrvq, make_dynamics
 from hidreamer.quantizer import KINDS
-from hidreamer.transformer import KV, MASKED, attend, attend_in_place, score_bias
+from hidreamer.transformer import KV, MASKED, Bias, as_bias, attend_shared
 
 E, A = 7, 4
 SIZES = {
@@ -456,24 +456,40 @@ def test_memory_of_imagination_does_not_grow_with_starts_times_context():
     assert start.keys.numel() == carry.keys.numel()
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attention_without_a_gradient_is_attention(dtype):
+def test_attention_of_branches_is_attention(dtype, grad):
     """Over a shared prefix and own positions, of which some rows see nothing but themselves."""
     torch.manual_seed(0)
     make_kv = lambda *shape: KV(*torch.randn(2, *shape, dtype=dtype).unbind())
-    q = torch.randn(2, 3, 4, 5, 6, dtype=dtype).transpose(2, 3).contiguous().transpose(2, 3)
+    q = torch.randn(2, 3, 4, 5, 6, dtype=dtype, requires_grad=grad)
     own, prefix = make_kv(2, 3, 4, 9, 6), make_kv(2, 3, 7, 6)
-    own = KV(*(x[..., :5, :] for x in own))  # a part of what there is room for
-    prefix_mask, own_mask = torch.rand(2, 4, 5, 7) < 0.5, torch.ones(5, 5).tril().bool()
-    prefix_mask[:, 1] = False
-    for mask in (own_mask, own_mask.expand(2, 4, 5, 5)):
-        bias = score_bias(mask, prefix_mask, dtype)
-        found = attend_in_place(q, own, prefix, bias)
-        assert torch.allclose(found, attend(q, own, mask, prefix, prefix_mask), atol=1e-6)
-    assert bias.unique().tolist() == [MASKED, 0.0]
+    near, far = (KV(*(x[..., part, :] for x in own)) for part in (slice(3), slice(3, 5)))
+    prefix_mask, own_mask = torch.rand(2, 1, 4, 5, 7) < 0.5, torch.ones(5, 5).tril().bool()
+    prefix_mask[:, :, 1] = False
+    biases = [as_bias(mask, dtype) for mask in (prefix_mask, own_mask[:, :3], own_mask[:, 3:])]
+    whole = [near, far], prefix, Bias(biases[0], biases[1:])
+    alone = [near], None, Bias(None, biases[1:2])
+    for own, cached, bias in (whole, alone):
+        for rows in (slice(None), slice(3, 4)):  # all, or one of several new positions
+            given = q[..., rows, :], own, cached, bias.rows(rows)
+            assert torch.allclose(attend_shared(*given), dense(*given), atol=1e-6)
+    assert all(bias.unique().tolist() == [MASKED, 0.0] for bias in biases)
 
 
-@pytest.mark.parametrize(("memory", "bound"), [("interleaved", 215), ("stacked", 100), ("gru", 67)])
+def dense(q, own, prefix, bias):
+    """The same with the prefix copied for every branch. -> (B, n, Q, h * d)."""
+    keys, values = (torch.cat(x, -2) for x in zip(*own, strict=True))
+    scores = torch.cat(bias.own, -1).expand(*q.shape[:4], -1)
+    if prefix:
+        each = [x.unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1) for x in prefix]
+        keys, values = torch.cat([each[0], keys], -2), torch.cat([each[1], values], -2)
+        scores = torch.cat([bias.prefix.expand(-1, q.shape[1], -1, -1, -1), scores], -1)
+    scores = scores + q @ keys.mT * q.shape[-1] ** -0.5
+    return (torch.softmax(scores, -1) @ values).permute(0, 2, 3, 1, 4).flatten(-2)
+
+
+@pytest.mark.parametrize(("memory", "bound"), [("interleaved", 180), ("stacked", 92), ("gru", 61)])
 def test_kernels_of_an_imagined_step(memory, bound):
     """Two layers and three levels, uncompiled, with the policy; and nothing is read on the host."""
     sizes = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.layers": 2, "dynamics.hrvq.memory": memory}
@@ -564,3 +580,32 @@ def test_what_a_finer_level_codes():
     prior = torch.randn(1, 4, dtype=torch.float64)
     found = quantizer.encode(z, residual="innovation", expected=lambda level, codes: prior)
     assert torch.allclose(found.residual[:, 0], z - prior)
+
+
+@pytest.mark.parametrize("variant", [{}, STACKED, {"mask": "barrier"}], ids=str)
+def test_observing_in_chunks_is_observing(variant, monkeypatch):
+    """Five chunks of 3 steps, the last of them not full; across resets, with gradients."""
+    embed, action, is_first = inputs()
+    found = []
+    for chunks in (2, 100):
+        monkeypatch.setattr(parallel, "CHUNKS", chunks)
+        torch.manual_seed(0)
+        dynamics, x = build(window=3, **variant), embed.clone().requires_grad_()
+        carry, post = dynamics.observe(dynamics.initial(3), x, action, is_first)
+        loss = post.feat.cat().pow(3).sum() + dynamics.loss(post)[0]["dyn"].sum()
+        grads = torch.autograd.grad(loss, [x, *dynamics.transformer.parameters()])
+        found.append([*post.feat, *(level.prior for level in post.levels), *carry, *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", ["interleaved", "stacked"])
+@torch.no_grad()
+def test_observing_costs_the_same_every_step(memory):
+    dynamics = build(torch.float32, memory=memory)
+
+    def flops(length):
+        steps = inputs(length=length, dtype=torch.float32)
+        return cost.flops(lambda: dynamics.observe(dynamics.initial(3), *steps))
+
+    assert flops(80) - flops(60) == flops(60) - flops(40)

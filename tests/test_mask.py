@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hidreamer.mask import KINDS, attn_mask, make_level_mask, visible
+from hidreamer.parallel import Whole
 from hidreamer.transformer import Transformer, rotary
 
 LEVELS, STEPS = 3, 3
@@ -86,7 +87,7 @@ def influence(kind, depth, steps=4):
     x = torch.randn(len(time), 16, dtype=torch.float64)
     rope = rotary(time, net.head_dim, x.dtype)
     level = torch.arange(LEVELS + 1).repeat(steps)
-    run = lambda x: net(x[None, None], rope, level, net.branches(len(time)), seen)[0][0, 0]
+    run = lambda x: net(x[None, None], rope, level, Whole(seen))[0][0, 0]
     return torch.autograd.functional.jacobian(run, x).abs().amax((1, 3))
 
 

@@ -16,6 +16,7 @@ import tools
 from hidreamer import distributions as dists
 from hidreamer import nets
 from hidreamer.optim import Optimizer
+from hidreamer.parallel import Whole
 from hidreamer.quantizer import Quantizer
 from hidreamer.returns import ReturnNorm, lambda_return
 from hidreamer.transformer import Transformer, rotary, rotate
@@ -437,7 +438,7 @@ def test_transformer_by_hand():
     turn = rotary(torch.arange(steps), width // heads, torch.float64)
     with torch.no_grad():
         level = torch.zeros(steps, dtype=torch.long)
-        found = net(x[None, None], turn, level, net.branches(steps), causal)[0][0, 0]
+        found = net(x[None, None], turn, level, Whole(causal))[0][0, 0]
         rotated = lambda x, t: rotate(x[None], rotary(torch.tensor(t), 4, torch.float64))[0]
         for layer in net.layers:
             qkv = [layer.qkv.weight @ layer_norm(row, layer.norm1) for row in x]

@@ -41,8 +41,9 @@ from hidreamer.dynamics.sequences import Sequences
 from hidreamer.dynamics.tokens import before_each
 from hidreamer.experts import expert_use, make_transformer
 from hidreamer.mask import read_levels
+from hidreamer.parallel import attention_after
 from hidreamer.quantizer import Codes
-from hidreamer.rollout import Carry, Rollout, RolloutCarry, attention_after
+from hidreamer.rollout import Carry, Rollout, RolloutCarry
 from hidreamer.transformer import FFNLosses
 from hidreamer.weights import former_hrvq_names
 
@@ -199,8 +200,8 @@ class HRVQ(Sequences):
             else:
                 of_level = prior_out[:, :, i if self.chain else 0]
             levels.append(Level(logit, self._logit(i, of_level, last)))
-        keys = torch.stack([branch.kv.keys.squeeze(2) for branch in own], 1).detach()
-        values = torch.stack([branch.kv.values.squeeze(2) for branch in own], 1).detach()
+        keys = torch.stack([kv.keys.squeeze(2) for kv in own], 1).detach()
+        values = torch.stack([kv.values.squeeze(2) for kv in own], 1).detach()
         cache = carry.extend(keys, values, segment, feat.deter[:, -1], feat.stoch[:, -1])
         aux = Aux(codes, is_first, cache, ffn_losses)
         return cache.last_steps(self.window), Post(feat, tuple(levels), aux)
@@ -224,9 +225,8 @@ class HRVQ(Sequences):
     ) -> tuple[RolloutCarry, Feat, Tensor]:
         self.check_imagined(carry, actor, horizon)
         carry = carry.sequences() if isinstance(carry, RolloutCarry) else carry
-        rollout = Rollout(
-            self.transformer, self.level_mask, self.slots, self.window, carry, horizon
-        )
+        made = self.transformer, self._enter, self.level_mask, self.slots
+        rollout = Rollout(*made, self.window, carry, horizon, self.chain)
         start = self.feat(carry)
         levels = [(len(start.deter), variables, 1) for variables, _ in self.shapes]
         draws = levels, start.deter, sample, generator
@@ -245,18 +245,27 @@ class HRVQ(Sequences):
         """A state (N, .), action (N, A), noise (N, G, 1) by level -> the next, whose codes are
         sampled coarse to fine.
         """
-        deter = out = rollout.advance(self._action_token(action, feat.stoch))  # (N, W)
+        deter = out = rollout.advance(action, feat.stoch)  # (N, W)
         last, codes, rollout.logits = self._last(feat.stoch), [], []
         for level in range(self.levels):
-            of_level = out if self.depth is None else self.depth(level, deter, codes)
-            logit = self._logit(level, of_level, last)  # (N, G, K)
-            code, logit = self._draw(level, logit, noise[level], out.dtype)  # (N, G * d)
+            code, logit = self._choose(level, out, codes, last, noise[level])  # (N, G * d), (N,G,K)
             rollout.logits.append(logit)
             codes.append(code)
             if level < self.positions:
-                token = self._token(level, code)
                 if self.chain and level < self.levels - 1:
-                    out = rollout.advance(token)
+                    out = rollout.advance(code)
                 else:  # predicts nothing before the next action: computed together with that
-                    rollout.append(token)
+                    rollout.append(code)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
+
+    def _choose(
+        self,
+        level: int,
+        out: Tensor,
+        codes: list[Tensor],
+        last: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A level's code of outputs (N, W) and the coarser codes, as of ``_draw``."""
+        of_level = out if self.depth is None else self.depth(level, out, codes)
+        return self._draw(level, self._logit(level, of_level, last), noise, out.dtype)

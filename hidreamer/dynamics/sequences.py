@@ -13,8 +13,9 @@ from hidreamer.dynamics.base import Post, start_steps
 from hidreamer.dynamics.tokens import Tokens, before_each
 from hidreamer.mask import make_level_mask
 from hidreamer.nets import linear
-from hidreamer.rollout import Attention, Carry, RolloutCarry
-from hidreamer.transformer import Branch, FFNLosses, Transformer
+from hidreamer.parallel import Attention, Whole
+from hidreamer.rollout import Carry, Given, RolloutCarry
+from hidreamer.transformer import KV, FFNLosses, Transformer
 
 COMPILED_KINDS = 16  # at most, of calls that a compiled piece meets
 
@@ -75,9 +76,26 @@ class Sequences(Tokens):
             return carry.sequences()
         return carry if len(carry.step) == len(carry.segment) else carry.unshared(self.window)
 
+    def _enter(
+        self, given: list[tuple[int, *Given]], rope: Tensor, room: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, KV | None]]:
+        """Tokens (B,n,Q,W), and the first layer's ``project`` of them.
+
+        given: the level of each, and its codes (N, G*d), or the action and the state that it was
+        taken in.
+        """
+        tokens = []
+        for level, *parts in given:
+            if level == self.positions:
+                tokens.append(self._action_token(*parts))
+            else:
+                tokens.append(self._token(level, *parts))
+        x = torch.stack(tokens, 1).unflatten(0, rope.shape[:2])
+        return x, self.transformer.layers[0].project(x, rope, room)
+
     def _run_transformer(
         self, action: Tensor, codes: Tensor, attention: Attention, all_positions: bool
-    ) -> tuple[Tensor, list[Branch], FFNLosses]:
+    ) -> tuple[Tensor, list[KV], FFNLosses]:
         """Action tokens (B,T,W), codes (B,T,L,G*d) -> outputs, K/V by layer, auxiliary losses.
 
         Outputs are (B,T,l+1,W), without ``all_positions`` only those at the actions, (B,T,1,W).
@@ -87,15 +105,15 @@ class Sequences(Tokens):
         for i, code in enumerate(codes.unbind(2)[: self.positions]):
             tokens.append(self._token(i, code))
         x = torch.stack(tokens, 2).flatten(1, 2).unsqueeze(1)  # (B, 1, T * (l+1), W)
-        own = self.transformer.branches(length * slots)
         out_index = slice(0, None, 1 if all_positions else slots)
-        rope, level, mask, prefix, prefix_mask = attention
-        out, losses = self.transformer(x, rope, level, own, mask, prefix, prefix_mask, out_index)
-        return out.squeeze(1).unflatten(1, (length, -1)), own, losses
+        rope, level, *seen = attention
+        whole = Whole(*seen)
+        out, losses = self.transformer(x, rope, level, whole, out_index)
+        return out.squeeze(1).unflatten(1, (length, -1)), whole.kv, losses
 
     def _remember(
         self, carry: Carry, codes: Tensor, steps: tuple[Tensor, Tensor], attention: Attention, **how
-    ) -> tuple[Tensor, list[Branch], FFNLosses]:
+    ) -> tuple[Tensor, list[KV], FFNLosses]:
         """As ``_run_transformer``; steps: prev_action (B,T,A), is_first (B,T)."""
         prev_action, is_first = steps
         before = None
@@ -148,8 +166,8 @@ class Sequences(Tokens):
         # Beyond the limit (8 by default) torch would run a piece uncompiled for ever.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, COMPILED_KINDS)
-        self._draw = torch.compile(self._draw)
-        self.transformer.score_bias = torch.compile(self.transformer.score_bias)
-        for layer in self.transformer.layers:
-            layer.project = torch.compile(layer.project)
-            layer.add_residuals = torch.compile(layer.add_residuals)
+        self._choose, self._enter = torch.compile(self._choose), torch.compile(self._enter)
+        layers = self.transformer.layers
+        for layer in layers[:-1]:
+            layer.to_next = torch.compile(layer.to_next)
+        self.transformer.finish = torch.compile(self.transformer.finish)

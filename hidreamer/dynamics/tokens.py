@@ -170,8 +170,11 @@ class Tokens(Dynamics):
         """
         logit = scaled(logit, 1.0 / self.temperature[level])
         probs = dists.unimix_probs(logit, self.kl_config.unimix)
-        onehot = dists.sample_onehot(probs, noise).to(dtype)
-        return self.quantizer.decode(level, onehot).flatten(1), logit
+        if torch.is_grad_enabled():
+            onehot = dists.sample_onehot(probs, noise).to(dtype)
+            return self.quantizer.decode(level, onehot).flatten(1), logit
+        index = dists.class_drawn(probs, noise).squeeze(-1)
+        return self.quantizer.lookup(level, index).to(dtype).flatten(1), logit
 
     def _exchanged(self, codes: Tensor, generator: torch.Generator | None) -> Tensor:
         """Codes (B,T,L,G,d), each with a chance of ``noise`` that of another step of the batch.
