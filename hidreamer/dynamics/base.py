@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
+from hidreamer.precision import is_mapped
 
 
 class Feat(NamedTuple):
@@ -110,8 +111,15 @@ def unroll(
     return feat, whole, stack_steps(actions)
 
 
+def none_starts(is_first: Tensor) -> bool:
+    """Whether the host knows without waiting that no episode starts at these steps (bool)."""
+    return is_first.device.type == "cpu" and not is_mapped(is_first) and not is_first.any()
+
+
 def stack_steps(steps: Sequence[Tensor]) -> Tensor:
-    """T tensors (N,.) -> (N,T,.), which lies step by step in memory."""
+    """T tensors (N,.) -> (N,T,.), which lies step by step in memory; one alone is not copied."""
+    if len(steps) == 1:
+        return steps[0].unsqueeze(1)
     return torch.stack(list(steps)).transpose(0, 1)
 
 

@@ -25,6 +25,7 @@ from hidreamer.dynamics.base import (
     Policy,
     Post,
     kl_losses,
+    none_starts,
     stack_steps,
     start_steps,
     unroll,
@@ -42,7 +43,7 @@ from hidreamer.dynamics.scan_steps import (
 )
 from hidreamer.gradients import Tensors
 from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
-from hidreamer.precision import casts_early, is_mapped, side_by_side
+from hidreamer.precision import casts_early, side_by_side
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
@@ -52,16 +53,6 @@ class Carry(NamedTuple):
 
     deter: Tensor  # (B, D)
     stoch: Tensor  # (B, Z)
-
-
-def none_starts(is_first: Tensor) -> bool:
-    """Whether the host knows without waiting that no episode starts at these steps (bool)."""
-    return is_first.device.type == "cpu" and not is_mapped(is_first) and not is_first.any()
-
-
-def by_step(parts: Sequence[Tensor]) -> Tensor:
-    """T tensors (B,...) -> (B,T,...), not copied if it is one."""
-    return torch.stack(tuple(parts), 1) if len(parts) > 1 else parts[0].unsqueeze(1)
 
 
 class Recurrent(Dynamics):
@@ -175,8 +166,7 @@ class Recurrent(Dynamics):
         sample: bool = True,
         generator: torch.Generator | None = None,
     ) -> tuple[Carry, Post]:
-        args = carry, embed, prev_action, is_first, sample, generator
-        carry, feat, post = self._observe(*args)
+        carry, feat, post = self._observe(carry, embed, prev_action, is_first, sample, generator)
         return carry, Post(feat, tuple(map(Level, post, self.priors(*feat))))
 
     def observe_features(
@@ -218,7 +208,7 @@ class Recurrent(Dynamics):
             noises = self.noises(length, carry.deter, generator) if sample else ()
             given = (x.transpose(0, 1) for x in (keep, action, embed))  # (T, B, .)
             steps = StepInputs(*first[:2], *given, noises)
-            found = scan(self, self._cell_weights(img_in, obs_out), steps, carry[:2])
+            found = scan(self, CellWeights.of(self, img_in, obs_out), steps, carry[:2])
             deter, stoch, logits = found  # (T, B, .)
             last = Carry(deter[-1], stoch[-1])
             feat = Feat(deter.transpose(0, 1), stoch.transpose(0, 1))  # (B, T, .)
@@ -231,17 +221,6 @@ class Recurrent(Dynamics):
             steps = resets, action.unbind(1), embed.unbind(1), noises
             last, feat, post = self._observe_steps(carry, steps, img_in, obs_out)
         return last, feat, post
-
-    def _cell_weights(self, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
-        gru, offset = self.cell.linear.weight, torch.zeros_like(self.cell.norm.bias)
-        offset[2 * self.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
-        norms = (part.norm for part in (self.img_in, self.cell, self.obs_out))
-        img, cell, obs = ((norm.weight, norm.bias) for norm in norms)
-        cell = cell[0], cell[1] - offset
-        of_stoch = img_in.weights[0]
-        if self.reads < self.stoch_dim:  # what the memory does not read has weight zero
-            of_stoch = torch.nn.functional.pad(of_stoch, (0, self.stoch_dim - self.reads))
-        return CellWeights(of_stoch, *img, gru, *cell, obs_out.weights[0], *obs)
 
     @property
     def eps(self) -> float:
@@ -282,8 +261,8 @@ class Recurrent(Dynamics):
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
-        feat = Feat(by_step(deters), by_step(stochs))  # (B, T, .)
-        post = [by_step(level) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
+        feat = Feat(stack_steps(deters), stack_steps(stochs))  # (B, T, .)
+        post = [stack_steps(level) for level in zip(*logits, strict=True)]  # (B, T, S, K) each
         return Carry(deter, stoch), feat, post
 
     def observe_step(
@@ -414,7 +393,6 @@ class Recurrent(Dynamics):
         self.check_imagined(carry, actor, horizon)
         if isinstance(actor, Sampler):
             return self._dream(carry, actor, horizon, sample, generator)
-
         draws = self._noise_shapes(carry), carry.deter, sample, generator
         actor, noise = policy_and_noise(actor, horizon, *draws)
         step = lambda feat, action: Feat(*self.imagine_step(*feat, action, noise()))
