@@ -197,7 +197,7 @@ def test_the_model_learns_to_show_an_image(scrambled):
     assert left > 0.3 if scrambled else left < 0.03
 
 
-KERNELS = {"rssm": 3380, "hrssm": 4570, "hrvq": 2275}  # of an update, nothing compiled
+KERNELS = {"rssm": 3380, "hrssm": 4570, "hrvq": 2315}  # of an update, nothing compiled
 ACTING = {"rssm": 73, "hrssm": 98, "hrvq": 160}  # of a policy step in one environment
 THROUGH = {"rssm": 4370, "hrssm": 5635, "hrvq": 3875}  # with a gradient through imagination
 

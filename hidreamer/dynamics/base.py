@@ -112,8 +112,11 @@ def unroll(
 
 
 def none_starts(is_first: Tensor) -> bool:
-    """Whether the host knows without waiting that no episode starts at these steps (bool)."""
-    return is_first.device.type == "cpu" and not is_mapped(is_first) and not is_first.any()
+    """Whether the host knows that no episode starts at these steps (bool) without waiting for a
+    device: their tensor lies in its own memory.
+    """
+    mine = is_first.device.type == "cpu" and not is_mapped(is_first)
+    return mine and not is_first.numpy().any()
 
 
 def stack_steps(steps: Sequence[Tensor]) -> Tensor:
