@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from hidreamer.capture import CapturedAct, FastUpdate
 from hidreamer.optim import PMIN, Optimizer
+from hidreamer.precision import autocast_dtype
 
 Batch = Mapping[str, Tensor]
 
@@ -26,6 +27,7 @@ Batch = Mapping[str, Tensor]
 SLOWER = ("There is a performance drop because", r"torch.searchsorted\(\): input value tensor is")
 
 PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+CONVOLUTIONS = (nn.functional.conv2d, nn.functional.conv_transpose2d)
 
 
 class Draws(TorchFunctionMode):
@@ -44,6 +46,9 @@ class Draws(TorchFunctionMode):
         if func in PRODUCTS and args[0].ndim > 2 and args[1].ndim == 2:
             x, *others = args  # as rows: else every row of B would get a copy of the weight
             return func(x.flatten(0, -2), *others, **kwargs).unflatten(0, x.shape[:-1])
+        if func in CONVOLUTIONS and (dtype := autocast_dtype(args[0].device)):
+            # vmap comes before autocast, which takes products all the same, but not these
+            args = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in args)
         if func is nn.functional.layer_norm and kwargs.get("weight") is not None:
             weight, bias = kwargs.pop("weight"), kwargs.pop("bias")
             return torch.addcmul(bias, func(*args, **kwargs), weight)

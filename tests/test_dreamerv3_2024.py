@@ -18,6 +18,7 @@ import tools
 from hidreamer.behavior import Behavior, Replayed
 from hidreamer.distributions import BINS, SymexpTwoHot, symexp
 from hidreamer.dynamics.rssm import RSSM
+from hidreamer.losses import PARTS
 from hidreamer.nets import BlockGRUCell, BlockLinear, RMSNorm, SideBySide
 from hidreamer.optim import make_optimizer
 
@@ -174,7 +175,7 @@ def test_replay_value_loss_by_hand():
             return -sum((target - self.value) ** 2 for target in targets)
 
     imag = SimpleNamespace(discount=0.9, lam=0.8)
-    behavior = SimpleNamespace(replay_grad=False, imag=imag)
+    behavior = SimpleNamespace(replay_grad=False, imag=imag, loss_parts=PARTS)
     for name, value in values.items():
         setattr(behavior, name, lambda x, value=value: Known(value))
     x, reward = torch.zeros(1, 4, 2), torch.tensor([[9.0, 1.0, 2.0, 3.0]])

@@ -156,12 +156,14 @@ def test_every_kind_of_member_learns_what_its_seed_learns_alone(case):
     check(MORE[case])
 
 
-@pytest.mark.parametrize("kind", sorted(TYPES))
-def test_members_in_bfloat16_differ_by_its_rounding(kind):
+@pytest.mark.parametrize(
+    ("kind", "obs"), [*((kind, VECTOR) for kind in sorted(TYPES)), ("rssm", IMAGE)]
+)
+def test_members_in_bfloat16_differ_by_its_rounding(kind, obs):
     """A rounded number may turn a draw, and what follows from it: most metrics are compared."""
     over = {"dynamics.type": kind, "precision": "bfloat16"}
-    template, batches = made(VECTOR, "discrete", over)
-    exact = made(VECTOR, "discrete", over | {"precision": "float32"})[0]
+    template, batches = made(obs, "discrete", over)
+    exact = made(obs, "discrete", over | {"precision": "float32"})[0]
     agents, stack, metrics = stacked(template, batches, 2)
     gap = lambda x, truth: ((x - truth).abs() / truth.abs().clamp(min=0.1)).median().item()
     for i, (seed, agent) in enumerate(agents.items()):
