@@ -358,9 +358,9 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        several = any(word.startswith(("--seeds", "--population")) for word in argv)
+        members = any(word.startswith(("--seeds", "--population")) for word in argv)
         status = 2 if isinstance(error, WRONG_PLACE) else 1
-        message = resource(error, ", or fewer seeds at a time" if several else "")
+        message = resource(error, ", or fewer seeds at a time" if members else "")
         if not message:
             raise
     print(f"error: {message}", file=sys.stderr)
