@@ -10,7 +10,7 @@ from test_agent import EVERYTHING, VECTOR, make
 import models
 import networks
 import tools
-from hidreamer import cost, parallel, rollout
+from hidreamer import branches, cost, parallel, rollout
 from hidreamer.dynamics import hrvq, make_dynamics
 from hidreamer.quantizer import KINDS
 from hidreamer.transformer import KV, MASKED, Bias, as_bias, attend_shared
@@ -584,8 +584,10 @@ def test_what_a_finer_level_codes():
 
 @pytest.mark.parametrize("variant", [{}, STACKED, {"mask": "barrier"}], ids=str)
 def test_observing_in_chunks_is_observing(variant, monkeypatch):
-    """Five chunks of 3 steps, the last of them not full; across resets, with gradients."""
-    embed, action, is_first = inputs()
+    """Five chunks of 3 steps, the last of them not full; across resets, with gradients. The first
+    sequence goes on in an episode of which nothing was seen.
+    """
+    embed, action, is_first = inputs(firsts=((1, 0), (2, 0), (1, 4), (2, 9)))
     found = []
     for chunks in (2, 100):
         monkeypatch.setattr(parallel, "CHUNKS", chunks)
@@ -609,3 +611,16 @@ def test_observing_costs_the_same_every_step(memory):
         return cost.flops(lambda: dynamics.observe(dynamics.initial(3), *steps))
 
     assert flops(80) - flops(60) == flops(60) - flops(40)
+
+
+@torch.no_grad()
+def test_a_branch_gives_its_steps_in_order():
+    """Near and far positions lie apart, and each step's far ones the other way round."""
+    places = branches.Places([4, 2, 2, 2], near=2, window=9, horizon=2)
+    branch = branches.Branch(places, torch.zeros(1), (1, 1, 1), dim=1)
+    rows = [(0, 3), *((time, level) for time in (1, 2) for level in range(4))]  # 3: the action
+    for time, level in rows:
+        now = places.of(time, range(level, level + 1))
+        branch.room(now).fill_(10 * time + level)
+        branch.close(now)
+    assert branch.steps()[0].flatten().tolist() == [3, 10, 11, 12, 13, 20, 21, 22]
