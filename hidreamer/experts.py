@@ -28,11 +28,16 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     expert's. -> (R, out).
     """
     aligned = weight.shape[1] % ALIGNED == 0 == weight.shape[2] % ALIGNED
-    if x.dtype in GROUPED and aligned:
+    if x.is_cpu and x.dtype in GROUPED and aligned:
         return F.grouped_mm(x, weight.to(x.dtype), offs=ends)
+    # CUDA's grouped product reads ``ends`` on the host, but for bfloat16 on Hopper (torch 2.11), so
+    # that no graph can be recorded: there, as for odd widths and float64, one product of M times
+    # the work
     rows = torch.arange(len(x), device=x.device)
-    expert = torch.searchsorted(ends, rows, right=True, out_int32=True)  # (R,)
-    return torch.einsum("ri,rio->ro", x, weight[expert])  # odd widths, float64
+    expert = torch.searchsorted(ends, rows, right=True)  # (R,)
+    own = expert.unsqueeze(1) == torch.arange(len(weight), device=x.device)  # (R, M)
+    placed = (x.unsqueeze(1) * own.unsqueeze(2)).flatten(1)  # (R, M * inp), zero but for one inp
+    return placed @ weight.flatten(0, 1).to(x.dtype)
 
 
 class Experts(nn.Module):

@@ -49,7 +49,7 @@ class Feed:
     def send(self, rows: Rows) -> dict[str, Tensor]:
         """rows: what ``rows`` gave, filled, or any arrays. -> the same on the device."""
         if self.device.type != "cuda":
-            return {key: torch.from_numpy(x) for key, x in rows.items()}
+            return {key: torch.from_numpy(x).to(self.device) for key, x in rows.items()}
         if not self.sets:
             self.stream = torch.cuda.Stream(self.device)
             self.sets = Buffers(rows, self.device), Buffers(rows, self.device)

@@ -57,6 +57,14 @@ def test_replays_equal_eager_updates_with_every_mask(mask, precision):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("ffn", ["level", "moe"])
+def test_replays_equal_eager_updates_with_experts(ffn, precision):
+    over = {"dynamics.type": "hrvq", "dynamics.hrvq.ffn": ffn, "precision": precision}
+    equality.replay_equals_eager(CUDA, **over)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("state", STATES)
 def test_compiled_updates_equal_eager_ones(state):
     equality.compiled_equals_eager(CUDA, **settings(state))
