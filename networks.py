@@ -27,6 +27,7 @@ from hidreamer.nets import (
     Block,
     RMSNorm,
     by_name,
+    has_bias,
     init_trunc,
     init_uniform,
     linear,
@@ -118,8 +119,12 @@ def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> n
 def conv_norm_act(
     layer: nn.Conv2d | nn.ConvTranspose2d, norm: str = "layer", act: str = "silu"
 ) -> list[nn.Module]:
-    """A convolution without bias, and the norm and activation that follow it."""
+    """A convolution without bias, and the norm and activation that follow it. It is given a bias
+    where the norm has none.
+    """
     normalise = by_name(CHANNEL_NORMS, norm, "norm")(layer.out_channels)
+    if not has_bias(normalise):
+        layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
     return [conv(layer), normalise, make_activation(act)]
 
 
