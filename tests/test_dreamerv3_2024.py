@@ -110,23 +110,6 @@ def test_the_length_of_an_action_is_seen():
         assert layer.bias is not None, name
 
 
-@pytest.mark.parametrize("cell", ["gru", "block_gru"])
-def test_a_bias_counts_once_however_a_block_is_split(cell):
-    """Step by step, as ``imagine`` has it, or all products but one before the loop."""
-    dynamics = RSSM(5, 3, KL, deter=16, hidden=8, stoch=2, classes=3, cell=cell, norm="rms")
-    dynamics = dynamics.double()
-    for name, p in dynamics.named_parameters():
-        if "bias" in name:
-            torch.nn.init.normal_(p)
-    block, x = dynamics.obs_out, torch.randn(4, 21, dtype=torch.float64)
-    split = block.split([16, 5])
-    assert torch.allclose(split(0, x[:, :16], split.project(1, x[:, 16:])), block(x))
-    read, action = torch.randn(4, 6).double(), torch.randn(4, 3).double()
-    split = dynamics.img_in.split([6, 3])
-    whole = dynamics.img_in(torch.cat([read, action], -1))
-    assert torch.allclose(split(0, read, split.project(1, action)), whole)
-
-
 def test_the_cell_has_no_scan_of_its_own_and_trains():
     dynamics = RSSM(5, 3, KL, deter=16, hidden=8, stoch=2, classes=3, cell="block_gru", norm="rms")
     assert not dynamics.has_scan
