@@ -174,6 +174,28 @@ def test_laprop_clipping_and_warmup_by_hand():
         assert layer.bias.item() == pytest.approx(b, abs=1e-6)
 
 
+def test_what_starts_afresh_is_corrected_by_its_own_steps():
+    """A module that a resumed run has more than its checkpoint, beside one that made 50 steps; and
+    again after another resume. The first step of LaProp is the rate, along the gradient's signs.
+    """
+    settings = {"lr": 0.1, "eps": 1e-20, "clip": 0.0, "agc": 0.0, "warmup": 5}
+    modules = {name: torch.nn.Linear(2, 1, bias=False) for name in ("old", "new", "newer")}
+    two, made = {"old": modules["old"]}, {}
+    for name in ("old", "new", "newer"):
+        two = two | {name: modules[name]}
+        optimizer = make_optimizer("laprop", two, **settings)
+        optimizer.load_state_dict(made)
+        before = modules[name].weight.detach().clone()
+        for i in range(50):
+            optimizer.step(sum((m.weight * torch.tensor([3.0, -0.02])).sum() for m in two.values()))
+            if i == 0 and name != "old":
+                moved = (modules[name].weight - before)[0].tolist()
+                assert moved == pytest.approx([-0.1, 0.1], rel=1e-3)
+        made = optimizer.state_dict()
+    steps = [int(state["step"]) for state in made.values()]
+    assert steps == [150, 100, 50]
+
+
 def test_replay_value_loss_by_hand():
     """Four steps, whose dreams began at the second and the last: their returns stand for the
     critic's values there, and the slow critic is a target as well.
