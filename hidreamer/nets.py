@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hidreamer.distributions import at_least_float32
+from hidreamer.distributions import Bernoulli, at_least_float32
 from hidreamer.precision import side_by_side
 
 EPS = 1e-3  # of every LayerNorm, as upstream
@@ -42,6 +42,30 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(at_least_float32(x))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel, (B, C, H, W).
+
+    In channels-last memory both permutes are free.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ChannelRMSNorm(RMSNorm):
+    """``RMSNorm`` over the channels of each pixel, (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+# each: channels -> module over (B, C, H, W)
+CHANNEL_NORMS = {"layer": ChannelNorm, "rms": ChannelRMSNorm}
 
 
 NORMS = {"layer": layer_norm, "rms": RMSNorm}  # each: size -> module over the last axis
@@ -185,6 +209,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
         return x if self.out is None else self.out(x)
+
+
+class NeverEnds(nn.Module):
+    """In the place of a continue head that nothing trains: all states (..., F) go on."""
+
+    def forward(self, x: Tensor) -> Bernoulli:
+        return Bernoulli(torch.full_like(x[..., 0], 20.0))  # a probability of 1 in float32
 
 
 def gated(deter: Tensor, reset: Tensor, cand: Tensor, update: Tensor) -> Tensor:

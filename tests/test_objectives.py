@@ -114,6 +114,25 @@ def test_without_a_weight_there_is_no_module():
     assert free.world_model.open_loop(batch, 3)[1] == {}
 
 
+@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize("contdisc", [False, True])
+def test_without_a_continue_weight_dreams_never_end(kind, contdisc):
+    """A head that nothing trains would end them by chance, about every second step."""
+    over = {"dynamics.type": kind, "imag.discount": 0.9, "imag.contdisc": contdisc}
+    agent, batch = make(**over, **{"model.losses.cont": 0})
+    obs, model = networks.preprocess(batch), agent.world_model
+    carry, post, _ = model.observe(obs)
+    start, terminal = model.dynamics.starts(carry, post, 0), torch.zeros(16)
+    disc = agent.behavior.imagine(model, start, terminal).disc
+    assert torch.allclose(disc, torch.full_like(disc, 0.9))
+    agent.update(batch)
+    assert "cont_loss" not in agent.metric_names
+    other = make(**over, **{"model.losses.cont": 0})[0]
+    assert "fresh" not in other.load_state(agent.save_state()).values()
+    ending = make(**over)[0]  # a run that begins from this one's weights
+    assert ending.load_state(agent.save_state())["world_model.cont.out"] == "fresh"
+
+
 @pytest.mark.parametrize("name", ["ac_cpc", "next_embed"])
 def test_no_pair_crosses_an_episodes_end(name):
     """What was seen before an episode began changes no loss whose targets are all after it, and
