@@ -159,6 +159,34 @@ def test_no_pair_crosses_an_episodes_end(name):
         assert {t for t in range(6) if not used[t]} == without
 
 
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_what_ac_cpc_predicts_from(kind, monkeypatch):
+    """Of step t + k from step t: the last action that has a part in it is the one that led there,
+    and the last observation that of step t - 1.
+    """
+    agent, batch = make(**on("ac_cpc"), **{"dynamics.type": kind}, length=6)
+    obs, model = networks.preprocess(batch), agent.world_model
+    obs["is_first"] = torch.zeros(2, 6)
+    obs["is_first"][:, 0] = 1.0
+    inputs = model.encoder(obs).detach(), obs["prev_action"].clone()
+    embed, action = (x.requires_grad_() for x in inputs)
+    start = model.dynamics.initial(2)
+    _, post = model.dynamics.observe(start, embed, action, obs["is_first"].bool(), True, None)
+    given = []
+    spy = lambda queries, *args: given.extend(queries) or losses.contrastive_loss(queries, *args)
+    monkeypatch.setattr(objectives, "contrastive_loss", spy)
+    model.ac_cpc.loss(post, embed, obs | {"prev_action": action})
+    assert [query.shape[1] for query in given] == [6, 5, 4]
+    for k, query in enumerate(given):
+        for t in range(2, query.shape[1]):
+            row = query[:, t].square().sum()
+            grads = torch.autograd.grad(row, [embed, action], retain_graph=True)
+            used = [grad.abs().sum((0, 2)).nonzero().flatten().tolist() for grad in grads]
+            assert max(used[1]) == t + k
+            assert kind == "hrvq" or max(used[0]) == t - 1
+            assert all(step < t for step in used[0])
+
+
 def clips(steps=8, batch=4):
     """A vector that says the last two actions, so that the actions tell what comes."""
     agent, rows = make(
