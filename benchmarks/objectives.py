@@ -41,18 +41,18 @@ from comparison import summary, words
 from comparison.runs import finished, read
 from hidreamer.provenance import provenance
 
-# Without a decoder's weight there is one for the pictures and for --offline, which changes nothing
+# Weights are those of the sources. Without a decoder's weight there is one for the pictures and for --offline, which changes nothing
 # else.
 FREE: dict[str, Any] = {"model.losses.decoder": 0, "decoder.probe": True}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "ac_cpc": {"model.losses.ac_cpc": 1.0},
     "barlow": {"model.losses.barlow": 0.05, **FREE},
-    "next_embed": {"model.losses.next_embed": 0.05, **FREE},
+    "next_embed": {"model.losses.next_embed": 1.0, **FREE},
     "harmony": {"model.losses.harmony": 1.0},
     "replay_loss": {"critic.replay_loss": 0.3},
     "barlow_decoder": {"model.losses.barlow": 0.05},
-    "next_embed_decoder": {"model.losses.next_embed": 0.05},
+    "next_embed_decoder": {"model.losses.next_embed": 1.0},
 }
 SINGLE = list(ARMS)[:6]  # default and each objective
 GAMES = ("breakout", "freeway", "asterix", "seaquest", "space_invaders")
