@@ -41,8 +41,8 @@ from comparison import summary, words
 from comparison.runs import finished, read
 from hidreamer.provenance import provenance
 
-# Weights are those of the sources. Without a decoder's weight there is one for the pictures and for --offline, which changes nothing
-# else.
+# Weights are those of the sources. Without a decoder's weight there is one for the pictures and for
+# --offline, which changes nothing else.
 FREE: dict[str, Any] = {"model.losses.decoder": 0, "decoder.probe": True}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
