@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import variants
 
-from hidreamer.experts import active_parameters
+from hidreamer.experts import ByLevel, Routed
 from pipeline import data, gate, token_model, tokenizer, world_model
 from pipeline.token_model import Windows, tensors, token_rows
 from tools import Config
@@ -49,6 +49,17 @@ def changes(config: Config) -> dict[str, dict[str, Any]]:
     }
     alone = {"pipeline.world_model.compare": ["none"]}
     return {name: alone | keys for name, keys in found.items()}
+
+
+def active_parameters(module: torch.nn.Module) -> int:
+    """Parameters that one row is multiplied with: of ``Experts`` as many as it passes."""
+    total = sum(p.numel() for p in module.parameters())
+    for part in module.modules():
+        if isinstance(part, Routed | ByLevel):
+            top = part.top if isinstance(part, Routed) else 1
+            own = sum(p.numel() for p in part.experts.parameters())
+            total -= own - own * top // part.experts.count
+    return total
 
 
 def dreamer(

@@ -188,14 +188,3 @@ def expert_use(net: Transformer) -> dict[str, Tensor]:
         if isinstance(layer.ffn, Routed):
             found |= {f"expert_{i}_{j}": share.clone() for j, share in enumerate(layer.ffn.use)}
     return found
-
-
-def active_parameters(module: nn.Module) -> int:
-    """Parameters that one row is multiplied with: of ``Experts`` as many as it passes."""
-    total = sum(p.numel() for p in module.parameters())
-    for part in module.modules():
-        if isinstance(part, Routed | ByLevel):
-            top = part.top if isinstance(part, Routed) else 1
-            own = sum(p.numel() for p in part.experts.parameters())
-            total -= own - own * top // part.experts.count
-    return total

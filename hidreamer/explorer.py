@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer.dynamics.base import Post
+from hidreamer.losses import mean_where
 from hidreamer.nets import MLP
 
 
 class Explorer(nn.Module):
     """An ensemble that predicts the next state; an actor-critic is rewarded where it disagrees.
 
-    With dreamerv3-torch's targets and log-disagreement.
+    With dreamerv3-torch's targets and log-disagreement. Unlike there, the first state of an episode
+    is not predicted from the last one of the episode before.
     """
 
     def __init__(self, model: Any, act_dim: int, config, behavior: Callable[[], nn.Module]):
@@ -38,15 +40,17 @@ class Explorer(nn.Module):
         x = torch.cat([x, action], -1) if self.config.action_cond else x
         return batched(self.ensemble, x)
 
-    def loss(self, post: Post, embed: Tensor, prev_action: Tensor) -> Tensor:
-        """Squared error of the next step's target, ().
+    def loss(self, post: Post, embed: Tensor, prev_action: Tensor, is_first: Tensor) -> Tensor:
+        """Squared error of the next step's target within an episode, ().
 
-        The action between two steps is the later one's prev_action (B,T,A).
+        embed: (B,T,E). The action between two steps is the later one's prev_action (B,T,A).
+        is_first: (B,T) bool.
         """
         targets = {"embed": embed, "feat": post.feat.cat(), **post.feat._asdict()}
         target = targets[self.config.target].detach()[:, 1:]
         pred = self._predict(post.feat.cat().detach()[:, :-1], prev_action[:, 1:])
-        return 0.5 * (pred - target).square().sum(-1).mean()
+        error = 0.5 * (pred - target).square().sum(-1).mean(0)  # (B, T-1)
+        return mean_where(error, ~is_first[:, 1:])
 
     def reward(self, traj: Any, extrinsic: Tensor) -> Tensor:
         """Reward for arriving in each state of a ``Trajectory``, (N, H+1).

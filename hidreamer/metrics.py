@@ -11,11 +11,6 @@ import torch
 from torch import Tensor
 
 
-def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Of x, bool; weight 0 or 1, of the same shape. -> (); 0 where all weights are."""
-    return (x.float() * weight).sum() / weight.sum().clamp(min=1.0)
-
-
 class Means:
     """Means of vectors of metrics. Adding reads nothing on the host."""
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hidreamer import distributions as dists
-from hidreamer.metrics import weighted_mean
+from hidreamer.losses import mean_where
 from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
@@ -312,12 +312,12 @@ def code_accuracy(priors: list[Tensor], index: Tensor, is_first: Tensor) -> dict
     index: (B, T, L, G).
     """
     metrics, same_episode = {}, ~is_first[:, 1:].unsqueeze(-1)  # (B, T-1, 1)
-    same_episode = same_episode.expand(-1, -1, index.shape[-1]).float()
+    same_episode = same_episode.expand(-1, -1, index.shape[-1])  # (B, T-1, G)
     for i, prior in enumerate(priors):
         now, before = index[:, 1:, i], index[:, :-1, i]  # (B, T-1, G)
-        right = prior[:, 1:].argmax(-1) == now
-        changed = same_episode * (now != before).float()
-        metrics[f"accuracy_{i}"] = weighted_mean(right, same_episode)
-        metrics[f"accuracy_copy_{i}"] = weighted_mean(now == before, same_episode)
-        metrics[f"accuracy_changed_{i}"] = weighted_mean(right, changed)
+        right = (prior[:, 1:].argmax(-1) == now).float()
+        changed = same_episode & (now != before)
+        metrics[f"accuracy_{i}"] = mean_where(right, same_episode)
+        metrics[f"accuracy_copy_{i}"] = mean_where((now == before).float(), same_episode)
+        metrics[f"accuracy_changed_{i}"] = mean_where(right, changed)
     return metrics

@@ -230,10 +230,6 @@ class Replay:
         """Rows that fit; not what was asked for where the streams do not divide that."""
         return sum(stream.capacity for stream in self.streams)
 
-    @property
-    def nbytes(self) -> int:
-        return len(self) * self.streams[0].record.itemsize
-
     def add(
         self, rows: Mapping[str, np.ndarray], extra: Mapping[str, np.ndarray] | None = None
     ) -> None:

@@ -30,9 +30,15 @@ PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__
 CONVOLUTIONS = (nn.functional.conv2d, nn.functional.conv_transpose2d)
 
 
-class Draws(TorchFunctionMode):
-    """In a mapped function: what would be drawn from ``generator`` is, for each member, drawn from
-    its own, as many numbers in the same order as it would draw alone.
+class MemberMode(TorchFunctionMode):
+    """What torch's functions do differently in a function that is mapped over the members.
+
+    - Random numbers that would come from ``generator`` come, for each member, from its ``own``, as
+      many in the same order as it would draw alone.
+    - Products with a matrix of weights take their input as rows (R, F).
+    - Convolutions get inputs in autocast's dtype.
+    - ``layer_norm`` is called without weight and bias, which differ by member; its result is
+      multiplied and shifted by them.
     """
 
     def __init__(self, generator: torch.Generator, own: Sequence[torch.Generator], member: Tensor):
@@ -195,13 +201,13 @@ class Stack:
         out: list = []
 
         def one(params: Mapping[str, Tensor], member: Tensor, args: tuple) -> list:
-            with Draws(self.generator, self.own, member):
+            with MemberMode(self.generator, self.own, member):
                 found = torch.func.functional_call(self.caller, params, (fn, *args))
             out[:] = pytree.tree_flatten(found)
             return [x for x in out[0] if isinstance(x, Tensor)]
 
         dims = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, args)
-        # "same" allows the draws of ``Draws``, each of which is one member's
+        # "same" allows the draws of ``MemberMode``, each of which is one member's
         mapped = torch.func.vmap(one, (0, 0, dims), randomness="same")
         found = iter(mapped(self.stacked, self.member, args))
         leaves = [next(found) if isinstance(x, Tensor) else x for x in out[0]]

@@ -148,7 +148,8 @@ def decoder_loss(agent: Any, post: Post, obs: Batch) -> tuple[Tensor, Metrics]:
 
 def ensemble_loss(agent: Any, seen: Seen) -> Tensor:
     with agent.autocast():
-        return agent.explorer.loss(seen.post, seen.embed, seen.obs["prev_action"])
+        steps = seen.obs["prev_action"], seen.obs["is_first"].bool()
+        return agent.explorer.loss(seen.post, seen.embed, *steps)
 
 
 def behavior_losses(

@@ -1,12 +1,18 @@
 """Experts in place of the transformer's feed-forward layers: by level, and routed."""
 
+import sys
+
 import pytest
 import torch
 
 import tools
+from conftest import ROOT
 from hidreamer import cost, experts
 from hidreamer.dynamics import make_dynamics
 from hidreamer.transformer import Dense
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import experts as benchmark
 
 
 def inputs(dtype=torch.float64):
@@ -133,9 +139,9 @@ def test_active_parameters_by_hand():
     part = experts.Routed(6, 10, count=4, top=2, balance=0.1)
     one = 6 * 10 + 10 + 10 * 6 + 6
     assert sum(p.numel() for p in part.parameters()) == 4 * one + 4 * 6
-    assert experts.active_parameters(part) == 2 * one + 4 * 6
-    assert experts.active_parameters(Dense(6, 10)) == one
-    assert experts.active_parameters(experts.ByLevel(6, 10, levels=3)) == one
+    assert benchmark.active_parameters(part) == 2 * one + 4 * 6
+    assert benchmark.active_parameters(Dense(6, 10)) == one
+    assert benchmark.active_parameters(experts.ByLevel(6, 10, levels=3)) == one
 
 
 # ---------------------------------------------------------------- in the latent state

@@ -174,8 +174,8 @@ def test_the_open_loop_follows_each_action_at_its_own_step(kind):
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_the_explorers_loss_and_bonus(conditioned):
-    """Against a loop: the ensemble predicts step t + 1 from state t and the action between;
-    its spread is the bonus.
+    """Against a loop: the ensemble predicts step t + 1 from state t and the action between, within
+    an episode; its spread is the bonus.
     """
     scales = {
         "expl.intr_scale": 2.0,
@@ -188,17 +188,21 @@ def test_the_explorers_loss_and_bonus(conditioned):
         **scales, **{"expl.behavior": "plan2explore", "expl.action_cond": str(conditioned).lower()}
     )
     explorer = agent.explorer
+    batch["is_first"][1, 3] = True
     obs = networks.preprocess(batch)
     with torch.no_grad():
         _, carry, post, embed, _ = agent.world_model.loss(obs)
         join = lambda x, action: torch.cat([x, action]) if conditioned else x
-        x, action, loss = post.feat.cat(), obs["prev_action"], 0.0
+        x, action, losses = post.feat.cat(), obs["prev_action"], []
+        is_first = obs["is_first"].bool()
         for b in range(2):
             for t in range(7):
                 for net in explorer.ensemble:
                     error = net(join(x[b, t], action[b, t + 1])) - post.feat.stoch[b, t + 1]
-                    loss += 0.5 * error.square().sum().item() / (2 * 7 * 3)
-        assert explorer.loss(post, embed, action).item() == pytest.approx(loss, rel=1e-5)
+                    if not is_first[b, t + 1]:  # else the step before is another episode's
+                        losses.append(0.5 * error.square().sum().item())
+        found = explorer.loss(post, embed, action, is_first).item()
+        assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         start = agent.world_model.dynamics.starts(carry, post, 0)
         found = agent.behavior.imagine(agent.world_model, start, obs["is_terminal"].flatten())
         extrinsic = torch.randn(found.disc.shape)

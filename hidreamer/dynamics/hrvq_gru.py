@@ -258,7 +258,7 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
     def prior_logits(self, carry: TokenCarry) -> tuple[Tensor, ...]:
         codes = self._codes(carry.stoch)
         logits = self._priors(carry.deter, codes, carry.before)
-        return tuple(x / heat for x, heat in zip(logits, self.temperature, strict=True))
+        return tuple(x / tau for x, tau in zip(logits, self.temperature, strict=True))
 
     def starts(self, carry: TokenCarry, post: Post, n: int) -> TokenCarry:
         where = start_steps(post.feat.deter.shape[1], n)
