@@ -245,7 +245,10 @@ def collect(options: SimpleNamespace) -> Content:
                 f"--models: there is no run of {missing[0]!r}; {tools.nearest(missing[0], kinds)}"
             )
         order = options.models
-    found = [run for run in found if run.model in order]
+    given = {run.task for run in found}
+    found = scores.beside([run for run in found if run.model in order])
+    if left := len(given - {run.task for run in found}):
+        print(f"published scores on {left} other games are left out")
     differing = fairness.unfair_runs([run for run in found if run.known])
     refuse(differing, options)
     task = found[0].task
