@@ -428,6 +428,24 @@ def test_unmatched_capacity_is_the_first_line(tmp_path):
     assert lines[2].startswith("Capacity is not matched: tiny_hdreamer against tiny_dreamerv3: ")
 
 
+def test_capacity_is_compared_on_every_kind_of_observation(tmp_path, capsys):
+    """Alike on the first task, unlike on a later one: the first line says so, and names it once."""
+    for task, other in (("dummy_grid", 16), ("dummy_vector", 16), ("dummy_image", 64)):
+        for k, model in enumerate(MODELS):
+            path = tmp_path / "runs" / task / model
+            sizes = {"dynamics.hidden": other if k else 16, "dynamics.deter": 16}
+            sizes |= {"dynamics.rssm.stoch": 4, "dynamics.hrssm.stoch": [2, 2]}
+            sizes |= {"dynamics.rssm.classes": 4, "dynamics.hrssm.classes": [4, 4]}
+            write_run(path, [1, 2, 3], model, 0, task, **sizes)
+    _, found = report(tmp_path / "runs")
+    unmatched = [x for x in found["warnings"] if x.startswith("Capacity is not matched")]
+    assert len(unmatched) == 1, unmatched
+    where = "Capacity is not matched on dummy_image: tiny_hdreamer against tiny_dreamerv3: "
+    assert unmatched[0].startswith(where)
+    lines = (tmp_path / "runs" / "report" / "report.md").read_text().splitlines()
+    assert lines[2].startswith(where)
+
+
 def test_words_of_improvement():
     entry = {"improvement": {"value": 0.8, "low": 0.6, "high": 1.0}}
     (line,) = words.improvements({"models": ["a", "b"], "comparisons": {"b": entry}})
