@@ -12,7 +12,7 @@ import torch
 
 import models
 from comparison.runs import HOUSEKEEPING, Run
-from envs import Env, EnvError, make_env
+from envs import Env, EnvError, env_for_spaces
 from hidreamer import cost
 from hidreamer.spaces import random_rows
 from tools import Config, ConfigError
@@ -92,9 +92,8 @@ def capacity(config: Config) -> dict[str, Any]:
 def built(config: Config) -> tuple[Env, models.Agent]:
     """An environment, closed, and the agent for it. Raises ConfigError."""
     try:
-        env = make_env(config.task, config.env.tree(), 0)
+        env = env_for_spaces(config.task, config.env.tree())
         agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config)
-        env.close()
     except (EnvError, ValueError) as error:
         raise ConfigError(str(error)) from None
     return env, agent
