@@ -268,7 +268,7 @@ def train_population(args: tools.Args, argv: list[str], seeds: list[int], signal
             screen.line(f"stopped by {name}; the same command continues")
             return 128 + stop.signum
         lines = [f"{run.logdir}: {run.step} steps, {run.updates} updates" for run in runs]
-        again = continuation(argv, max(run.step for run in runs))
+        again = continuation(argv, max(plans[0][0].steps, *(run.step for run in runs)))
         screen.line("\n".join([*lines, f"continue:   {again}"]))
         if members.failed:
             first = next(iter(members.failed.values()))

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from hidreamer import distributions as dists
 from hidreamer.nets import (
-    EPS,
+    CHANNEL_NORMS,
     MLP,
     Block,
-    RMSNorm,
+    NeverEnds,
     by_name,
+    has_bias,
     init_trunc,
     init_uniform,
     linear,
@@ -78,30 +79,6 @@ def preprocess(obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel, (B, C, H, W).
-
-    In channels-last memory both permutes are free.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ChannelRMSNorm(RMSNorm):
-    """``RMSNorm`` over the channels of each pixel, (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-# each: channels -> module over (B, C, H, W)
-CHANNEL_NORMS = {"layer": ChannelNorm, "rms": ChannelRMSNorm}
-
-
 def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> nn.Module:
     """Initialise a convolution as ``nets.linear`` does, fans counted over its kernel."""
     space = math.prod(layer.kernel_size)
@@ -118,8 +95,12 @@ def conv(layer: nn.Conv2d | nn.ConvTranspose2d, scale: float | None = None) -> n
 def conv_norm_act(
     layer: nn.Conv2d | nn.ConvTranspose2d, norm: str = "layer", act: str = "silu"
 ) -> list[nn.Module]:
-    """A convolution without bias, and the norm and activation that follow it."""
+    """A convolution without bias, and the norm and activation that follow it. It is given a bias
+    where the norm has none.
+    """
     normalise = by_name(CHANNEL_NORMS, norm, "norm")(layer.out_channels)
+    if not has_bias(normalise):
+        layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
     return [conv(layer), normalise, make_activation(act)]
 
 
@@ -355,8 +336,10 @@ def make_head(output: str, feat_dim: int, *, layers: int, units: int, **names: A
     return by_name(HEADS, output, "output")(feat_dim, layers=layers, units=units, **names)
 
 
-def make_continue_head(feat_dim: int, config: Any) -> MLP:
+def make_continue_head(feat_dim: int, config: Any) -> nn.Module:
     """The continue head, which ``imag.contdisc`` has learn the discount. config: of all keys."""
+    if not config.model.losses.cont:
+        return NeverEnds()
     discount = config.imag.discount if config.imag.contdisc else 1.0
     return make_head("binary", feat_dim, discount=discount, **config.cont)
 

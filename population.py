@@ -44,7 +44,7 @@ class Population:
         self.stack: Stack | None = None  # of several that go on
         self.update: Callable | None = None  # of all in it
         self.failed: dict[Run, str] = {}
-        self.feed = Feed(runs[0].device)  # to a stack; each has batches of another shape
+        self.feed: Feed | None = None  # to the stack; each has batches of another shape
         for run in runs:
             run.poll = lambda: self.poll()
 
@@ -73,14 +73,15 @@ class Population:
             waiting = [run for run in self.active if not run.update_due]
             if collecting := [run for run in waiting if not over(run)]:
                 for run in collecting:
-                    self._try(run, functools.partial(run.run_periodic, self.save))
+                    if run not in self.failed:  # in the checkpoint of another
+                        self._try(run, functools.partial(run.run_periodic, self.save))
                 if not self.failed.keys() & collecting:
                     self._collect(collecting)
             elif waiting:
                 self._leave(waiting)
             elif self.stack:
                 self._learn()
-            else:
+            elif self.active:
                 self.active[0].learn()
 
     def totals(self) -> tuple[int, int, float | None]:
@@ -92,7 +93,7 @@ class Population:
     def save(self) -> None:
         """A checkpoint of every run that goes on, all of this moment."""
         company: list[Run] = []
-        while company != self.active:  # again without those that failed to
+        while self.active and company != self.active:  # again without those that failed to
             company = list(self.active)
             before = {run.config.seed: run.moment for run in company}
             furthest = max(run.step for run in company)
@@ -103,14 +104,14 @@ class Population:
 
     def _restack(self) -> None:
         """Have the runs that go on in one stack, or a single one by itself."""
-        agents = [run.agent for run in self.active]
-        for run in self.active:
-            run.members = len(agents)
-        if self.stack and self.stack.agents != agents:
+        if self.stack and self.stack.agents != [run.agent for run in self.active]:
             self.stack.dissolve()
             self.stack = self.update = None
             if any(run.unsaved for run in self.active):  # one failed
                 self.save()
+        agents = [run.agent for run in self.active]
+        for run in self.active:
+            run.members = len(agents)
         if self.stack is None and len(agents) > 1:
             first = self.active[0]
             template = models.make_agent(first.envs, first.config, first.device)
@@ -141,20 +142,14 @@ class Population:
 
     def _collect(self, runs: Sequence[Run]) -> None:
         """One step of every environment of these runs, all at the same time."""
-        actions: dict[Run, np.ndarray | None] = {}
-        modes: dict[str, list[tuple[Run, tuple]]] = {}
-        for run in runs:
-            inputs = None if run.obs is None else run.policy_inputs()
-            if isinstance(inputs, tuple):
-                modes.setdefault(inputs[2], []).append((run, inputs[:2]))
-            else:
-                actions[run] = inputs
-        for mode, found in modes.items():
-            acting, inputs = zip(*found, strict=True)
-            if self.stack and list(acting) == self.active:
-                actions |= zip(acting, self._choose(inputs, mode), strict=True)
-            else:
-                actions |= {run: run.choose(*given, mode) for run, given in found}
+        given = {run: None if run.obs is None else run.policy_inputs() for run in runs}
+        acting = [run for run in runs if isinstance(given[run], tuple)]
+        inputs = [given[run] for run in acting]
+        if self.stack and acting == self.active and len({mode for *_, mode in inputs}) == 1:
+            chosen = self._choose(inputs)
+        else:
+            chosen = [run.choose(*one) for run, one in zip(acting, inputs, strict=True)]
+        actions = given | dict(zip(acting, chosen, strict=True))
         for run in runs:
             self._try(run, functools.partial(run.envs.send, actions[run]))
         for run in runs:
@@ -178,12 +173,12 @@ class Population:
             run.agent.metric_names = self.stack.agent.metric_names
             run.count_update(own, {key: x[i] for key, x in found.items()})
 
-    def _choose(self, inputs: Sequence[tuple], mode: str) -> list[np.ndarray]:
-        """inputs: state and obs of every member, as of ``Run.policy_inputs``. -> actions (N, A)."""
+    def _choose(self, inputs: Sequence[tuple]) -> list[np.ndarray]:
+        """inputs: of every member, as of ``Run.policy_inputs``, of one mode. -> actions (N, A)."""
         size = self.stack.agent.world_model.dynamics.fixed_size
-        states = [state._replace(carry=size(state.carry)) for state, _ in inputs]
-        obs = {key: np.stack([obs[key] for _, obs in inputs]) for key in inputs[0][1]}
-        new = self.stack.act(stack_trees(states), self.stack.agent.tensors(obs), mode)
+        states = [state._replace(carry=size(state.carry)) for state, *_ in inputs]
+        obs = {key: np.stack([obs[key] for _, obs, _ in inputs]) for key in inputs[0][1]}
+        new = self.stack.act(stack_trees(states), self.stack.agent.tensors(obs), inputs[0][2])
         for i, run in enumerate(self.active):
             run.act = pytree.tree_map(lambda x, i=i: x[i], new)
         return list(new.action.cpu().numpy())
@@ -245,16 +240,12 @@ def roll_back(folders: Mapping[Path, Config]) -> None:
         if state:
             tools.check_same_run(folder, state["config"], config)
             states[folder] = state
-    moments = {folder: state.get("moment", 0) for folder, state in states.items()}
-    newest = max(moments.values(), default=0)
-    latest, behind, company = [], {}, {}
-    for folder, state in states.items():
-        if moments[folder] == newest:
-            latest.append(folder)
-            company |= state.get("company", {})
-        else:
-            behind[state["config"]["seed"]] = moments[folder]
-    if not behind.items() & company.items():  # all of the company have this moment, or went on
+    moments = {state["config"]["seed"]: state.get("moment", 0) for state in states.values()}
+    newest, company = max(moments.values(), default=0), {}
+    latest = [folder for folder, state in states.items() if state.get("moment", 0) == newest]
+    for folder in latest:
+        company |= states[folder].get("company", {})
+    if not company.items() & moments.items():  # all of the company have this moment, or went on
         return
     for folder in latest:
         if (before := folder / "checkpoints" / "previous.pt").exists():

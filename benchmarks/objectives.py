@@ -1,69 +1,138 @@
-"""What an agent learns from, judged by whole runs on MinAtar: default and each objective, seed by
-seed.
+"""What an agent learns from, judged on MinAtar: default and each objective, seed by seed.
 
-    python benchmarks/objectives.py --games breakout --seeds 0 1 2 [--arms default ac_cpc ...]
+    python benchmarks/objectives.py --games breakout --seeds 10 11 12 [--arms default ac_cpc ...]
         [--dynamics rssm] [--steps 30000] [--logdir runs/objectives] [--out results/F.json]
     python benchmarks/objectives.py --report --logdir runs/objectives [--out results/F.json]
+    python benchmarks/objectives.py --offline 2000 --games breakout --seeds 10 11 12 ...
 
-Runs lie in LOGDIR/GAME/DYNAMICS/ARM/SEED and continue where they stopped. All arms of a seed come
-before the next seed, so that a stop at any time leaves pairs. "passes 4" is the first thousand
-frames in which training episodes return more than 4 on average.
+Pairs are written with a plus: --arms default ac_cpc+replay_loss. Runs lie in
+LOGDIR/GAME/DYNAMICS/ARM/SEED and continue where they stopped; finished ones are kept. All arms of a
+seed come before the next seed, so that a stop at any time leaves pairs. All arms of a game get the
+same keys but their own, the same seeds and as many frames.
+
+--offline UPDATES: world models alone, each arm's on the episodes that the default's run of the same
+seed recorded, judged on those held out, as run_comparison.py --paired-offline does; in
+LOGDIR/offline.
+
+Returns are those of an evaluation at the end: at 30,000 frames an episode of Freeway has ended once
+in each environment. They are compared by seed with the default's, where both runs are finished. An
+arm wins a game where its mean difference is above 0; whether the interval is as well, stands beside
+it. "passes 4" is the first thousand frames in which training episodes of Breakout return more than
+4 on average.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning import curve, episodes, returns_in
+from learning import curve, longer, returns_in
 from measure import ROOT
 
 import dreamer
-from comparison.runs import records
-from hidreamer.provenance import STARTS, provenance
+from analysis import heldout, offline
+from analysis.summary import over_seeds
+from comparison import summary, words
+from comparison.runs import finished, read
+from hidreamer.provenance import provenance
 
-FREE = {"model.losses.decoder": 0}
-ARMS: dict[str, dict[str, float]] = {
+# Weights are those of the sources. Without a decoder's weight there is one for the pictures and for
+# --offline, which changes nothing else.
+FREE: dict[str, Any] = {"model.losses.decoder": 0, "decoder.probe": True}
+ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "ac_cpc": {"model.losses.ac_cpc": 1.0},
     "barlow": {"model.losses.barlow": 0.05, **FREE},
-    "next_embed": {"model.losses.next_embed": 0.05, **FREE},
-    "barlow_decoder": {"model.losses.barlow": 0.05},
-    "next_embed_decoder": {"model.losses.next_embed": 0.05},
+    "next_embed": {"model.losses.next_embed": 1.0, **FREE},
     "harmony": {"model.losses.harmony": 1.0},
+    "replay_loss": {"critic.replay_loss": 0.3},
+    "barlow_decoder": {"model.losses.barlow": 0.05},
+    "next_embed_decoder": {"model.losses.next_embed": 1.0},
 }
+SINGLE = list(ARMS)[:6]  # default and each objective
 GAMES = ("breakout", "freeway", "asterix", "seaquest", "space_invaders")
-BAR, WIDTH = 4.0, 1000  # mean return that is to be passed, in so many frames
+BAR, WIDTH = 4.0, 1000  # mean return that is to be passed on Breakout, in so many frames
+EVALUATION = 20  # episodes
+NEEDED = 3  # games, of all, on which an arm is to win before it becomes the default
 
 
-def words(game: str, dynamics: str, arm: str, seed: int, steps: int, folder: Path) -> list[str]:
-    """The command line of one run, without the program."""
-    found = ["--configs", "minatar", "--task", f"minatar_{game}", "--dynamics.type", dynamics]
-    found += ["--seed", str(seed), "--steps", str(steps), "--logdir", str(folder)]
-    found += ["--eval_episodes", "0", "--video", "false", "--threads", "1"]
-    for key, value in ARMS[arm].items():
-        found += [f"--{key}", str(value)]
+def keys(arm: str) -> dict[str, Any]:
+    """Of an arm, or of several with a plus between them. Raises ArgumentTypeError."""
+    found: dict[str, Any] = {}
+    for name in arm.split("+"):
+        if name not in ARMS:
+            raise argparse.ArgumentTypeError(
+                f"there is no arm {name!r}; there are {', '.join(ARMS)}"
+            )
+        found |= ARMS[name]
     return found
 
 
-def figures(folder: Path, steps: int) -> dict[str, Any]:
-    """Of one run so far: frames, its curve, the return of the last 5,000 frames, when it passed."""
-    ended = episodes(folder)
-    at = int(ended[-1, 0]) if len(ended) else 0
-    points = curve(folder, min(steps, at), WIDTH) if at else []
-    passed = next((step for step, mean in points if mean > BAR), None)
-    last = returns_in(ended, at - 5000, at) if at else np.zeros(0)
-    starts = [start for start in records(folder / STARTS) if "commit" in start]
+def arm_name(text: str) -> str:
+    """Checked, for the command line."""
+    keys(text)
+    return text
+
+
+def command(game: str, dynamics: str, arm: str, seed: int, folder: Path) -> list[str]:
+    """What a run and an offline job of one arm have in common, without the program."""
+    found = ["--configs", "minatar", "--task", f"minatar_{game}", "--dynamics.type", dynamics]
+    found += ["--seed", str(seed), "--logdir", str(folder), "--threads", "1"]
+    for key, value in keys(arm).items():
+        found += [f"--{key}", str(value).lower()]
+    return found
+
+
+def train(game: str, dynamics: str, arm: str, seed: int, steps: int, folder: Path) -> int:
+    """One run. -> exit status."""
+    if longer(folder, steps):
+        return 2
+    if finished(folder, steps) and evaluated(read(folder).get("eval_return"), steps) is not None:
+        return 0
+    more = ["--steps", str(steps), "--eval_every", str(steps), "--video", "false"]
+    more += ["--eval_episodes", str(EVALUATION)]
+    return dreamer.main([*command(game, dynamics, arm, seed, folder), *more])
+
+
+def train_offline(
+    game: str, dynamics: str, arm: str, seed: int, updates: int, logdir: Path, folder: Path
+) -> int:
+    """One world model on the episodes of the default's run. -> exit status."""
+    if offline.finished(folder, updates):
+        return 0
+    source = logdir / game / dynamics / "default" / str(seed)
+    job = [sys.executable, "-m", "analysis.offline", *command(game, dynamics, arm, seed, folder)]
+    job += ["--episodes", str(source), "--updates", str(updates)]
+    return subprocess.run(job, cwd=ROOT, check=False).returncode
+
+
+def evaluated(returns: np.ndarray, steps: int) -> float | None:
+    """The return of the evaluation after ``steps`` frames, of (n, 2): step, return."""
+    late = returns[returns[:, 0] >= steps, 1]
+    return float(late[0]) if len(late) else None
+
+
+def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
+    """Of one run so far: frames, its curve, what it returns at the end (null before), when it
+    passed.
+    """
+    run = read(folder)
+    ended, done = run.get("train_return"), run.step >= steps
+    points = curve(folder, min(steps, run.step), WIDTH) if len(ended) else []
+    last = returns_in(ended, steps - 5000, steps) if done else np.zeros(0)
+    passed = [step for step, mean in points if mean > BAR] if game == "breakout" else []
     return {
-        "frames": at,
+        "frames": run.step,
+        "evaluation": evaluated(run.get("eval_return"), steps),
         "last_5000": round(float(last.mean()), 3) if len(last) else None,
-        "passes_4": passed,
+        "passes_4": passed[0] if passed else None,
         "curve": points,
-        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
+        "commits": [x for x in run.start.get("commit", "").split(", ") if x],
     }
 
 
@@ -72,22 +141,86 @@ def report(logdir: Path, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for log in sorted(logdir.glob("*/*/*/*/metrics.jsonl")):
         game, dynamics, arm, seed = log.parent.relative_to(logdir).parts
-        runs = found.setdefault(game, {}).setdefault(dynamics, {}).setdefault(arm, {})
-        runs[seed] = figures(log.parent, steps)
+        if game in GAMES:
+            runs = found.setdefault(game, {}).setdefault(dynamics, {}).setdefault(arm, {})
+            runs[seed] = figures(log.parent, game, steps)
     return found
 
 
+def judged(found: dict[str, Any]) -> dict[str, Any]:
+    """{dynamics: {arm: {game: its difference from the default}}}, by seeds that both finished:
+    "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on.
+    """
+    out: dict[str, Any] = {}
+    for game, by_state in found.items():
+        for dynamics, arms in by_state.items():
+            base = arms.get("default", {})
+            for arm, runs in arms.items():
+                pairs = {}
+                for seed in runs.keys() & base.keys():
+                    one, other = runs[seed]["evaluation"], base[seed]["evaluation"]
+                    if one is not None and other is not None:
+                        pairs[seed] = one - other
+                if arm != "default" and pairs:
+                    own = out.setdefault(dynamics, {}).setdefault(arm, {})
+                    own[game] = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
+    return out
+
+
 def table(found: dict[str, Any]) -> str:
-    lines = ["| game | state | arm | seed | frames | return, last 5,000 | passes 4 at |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| game | state | arm | seed | frames | evaluation | last 5,000 | passes 4 at |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    shown = lambda x: "-" if x is None else str(x)
     for game, by_state in found.items():
         for dynamics, arms in by_state.items():
             for arm, runs in arms.items():
                 for seed, run in runs.items():
-                    passed = run["passes_4"] or "-"
-                    cells = game, dynamics, arm, seed, run["frames"], run["last_5000"], passed
-                    lines.append(f"| {' | '.join(map(str, cells))} |")
+                    cells = [game, dynamics, arm, seed, str(run["frames"])]
+                    cells += [shown(run[key]) for key in ("evaluation", "last_5000", "passes_4")]
+                    lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def verdicts(differences: dict[str, Any]) -> list[str]:
+    """A line for each arm: differences, and whether it is to be the default."""
+    lines = []
+    for dynamics, arms in differences.items():
+        for arm, games in arms.items():
+            told = [f"{game} {words.estimate(x, sign=True)}" for game, x in games.items()]
+            won = sum(x["value"] > 0 for x in games.values())
+            clear = sum(x["low"] is not None and x["low"] > 0 for x in games.values())
+            line = f"{dynamics}, {arm}: {', '.join(told)}. Won {won} of {len(games)} games,"
+            line += f" {clear} with an interval above 0: "
+            if len(games) < len(GAMES):
+                line += f"open, {len(GAMES) - len(games)} of {len(GAMES)} games are missing"
+            else:
+                line += "it can be the default" if won >= NEEDED else "the default stays"
+            lines.append(line)
+    return lines
+
+
+def held_out(logdir: Path, updates: int) -> dict[str, Any]:
+    """{game: {dynamics: errors on held-out episodes, as run_comparison.py has them}}, of the seeds
+    that all arms of a game finished.
+    """
+    out: dict[str, Any] = {}
+    for home in sorted(path for path in logdir.glob("offline/*/*") if path.is_dir()):
+        arms = sorted(home.iterdir(), key=lambda path: (path.name != "default", path.name))
+        done = {path.name: finished_seeds(path, updates) for path in arms}
+        done = {arm: seeds for arm, seeds in done.items() if seeds}
+        seeds = sorted(set.intersection(*done.values()), key=int) if done else []
+        if "default" not in done or len(done) < 2 or not seeds:
+            continue
+        results = {arm: [offline.read(home / arm / seed) for seed in seeds] for arm in done}
+        game, dynamics = home.relative_to(logdir / "offline").parts
+        about = {"baseline": heldout.BASELINE, "note": heldout.NOTE, "task": f"minatar_{game}"}
+        found = summary.paired(results, about | {"sources": ["the default's episodes"]})
+        out.setdefault(game, {})[dynamics] = found | {"seeds": seeds}
+    return out
+
+
+def finished_seeds(arm: Path, updates: int) -> set[str]:
+    return {path.name for path in arm.iterdir() if offline.finished(path, updates)}
 
 
 def main() -> int:
@@ -95,29 +228,35 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--games", nargs="+", choices=GAMES, default=["breakout"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dynamics", default="rssm")
+    parser.add_argument("--arms", nargs="+", type=arm_name, default=SINGLE)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--dynamics", default="rssm", choices=("rssm", "hrssm", "hrvq"))
     parser.add_argument("--steps", type=int, default=30_000)
     parser.add_argument("--logdir", type=Path, default=ROOT / "runs" / "objectives")
+    parser.add_argument("--offline", type=int, default=0, metavar="UPDATES")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    todo = (
-        []
-        if args.report
-        else [(s, g, a) for s in args.seeds for g in args.games for a in args.arms]
-    )
-    for seed, game, arm in todo:
-        folder = args.logdir / game / args.dynamics / arm / str(seed)
-        status = dreamer.main(words(game, args.dynamics, arm, seed, args.steps, folder))
+    logdir = args.logdir.expanduser().resolve()
+    todo = [(s, g, a) for s in args.seeds for g in args.games for a in args.arms]
+    for seed, game, arm in [] if args.report else todo:
+        inside = Path(game) / args.dynamics / arm / str(seed)
+        if args.offline:
+            where = args.offline, logdir, logdir / "offline" / inside
+            status = train_offline(game, args.dynamics, arm, seed, *where)
+        else:
+            status = train(game, args.dynamics, arm, seed, args.steps, logdir / inside)
         if status:
             return status
-    found = report(args.logdir, args.steps)
-    print(table(found))
+    found = report(logdir, args.steps)
+    differences = judged(found)
+    print(table(found), *verdicts(differences), sep="\n")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        body = provenance() | {"steps": args.steps, "arms": ARMS, "runs": found}
+        of_arms = {arm for states in found.values() for arms in states.values() for arm in arms}
+        body = provenance() | {"steps": args.steps, "arms": {a: keys(a) for a in sorted(of_arms)}}
+        body |= {"runs": found, "differences": differences}
+        body |= {"offline": held_out(logdir, args.offline)} if args.offline else {}
         args.out.write_text(json.dumps(body, indent=1) + "\n")
     return 0
 

@@ -36,7 +36,10 @@ RESERVED = {  # names that no observation may have
     *("file", "allow_pickle"),  # arguments of the function that writes it
     # losses, which observations stand among
     *("cont", "dyn", "rep", "commit", "balance", "model", "actor", "critic"),
+    *("ac_cpc", "barlow", "next_embed", "harmony"),
+    "stored",  # column of the replay beside those of PREFIXES
 }
+PREFIXES = ("log_", "carry.")  # with which none may begin
 
 
 class Suite(gymnasium.Env):
@@ -272,7 +275,7 @@ def _checked(space: Dict) -> dict[str, Box]:
             raise EnvError(
                 f"observation {key!r} has no name: the keys of a Dict space must be text"
             )
-        if key in RESERVED or key.startswith("log_"):
+        if key in RESERVED or key.startswith(PREFIXES):
             raise EnvError(
                 f"observation {key!r} has a reserved name: rename it in the environment "
                 "(docs/own_environment.md)"

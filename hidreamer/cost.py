@@ -23,7 +23,7 @@ VIEWS = {
     "_record_function_enter_new", "_record_function_exit",  # names for a profiler
 }  # fmt: skip
 # the host must wait for the device
-HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}
+HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
 
 
 def attention_flops(q, k, v, *_, **__) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hidreamer.distributions import at_least_float32
+from hidreamer.distributions import Bernoulli, at_least_float32
 from hidreamer.precision import side_by_side
 
 EPS = 1e-3  # of every LayerNorm, as upstream
@@ -44,6 +44,30 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(at_least_float32(x))
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel, (B, C, H, W).
+
+    In channels-last memory both permutes are free.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ChannelRMSNorm(RMSNorm):
+    """``RMSNorm`` over the channels of each pixel, (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+# each: channels -> module over (B, C, H, W)
+CHANNEL_NORMS = {"layer": ChannelNorm, "rms": ChannelRMSNorm}
+
+
 NORMS = {"layer": layer_norm, "rms": RMSNorm}  # each: size -> module over the last axis
 ACTIVATIONS = {"silu": nn.SiLU}  # each: () -> module
 
@@ -51,6 +75,11 @@ ACTIVATIONS = {"silu": nn.SiLU}  # each: () -> module
 def make_norm(name: str, size: int) -> nn.Module:
     """The norm ``name`` of ``NORMS`` over a last axis of ``size`` numbers."""
     return by_name(NORMS, name, "norm")(size)
+
+
+def has_bias(norm: nn.Module) -> bool:
+    """Whether a norm adds a bias of its own. If not, the layer before it has one."""
+    return getattr(norm, "bias", None) is not None
 
 
 def make_activation(name: str) -> nn.Module:
@@ -96,7 +125,8 @@ class Block(nn.Module):
 
     Without a bias the norm makes a block blind to the length of its input. One-hots have one
     length, so upstream has no biases; for raw vectors the length matters: there take a ``bias``,
-    which starts like the weight of a constant 1.
+    which starts like the weight of a constant 1. Before a norm that adds no bias itself there
+    always is one, which otherwise starts at 0 (DreamerV3 of 2024).
 
     norm, act: names of ``NORMS`` and ``ACTIVATIONS``.
     """
@@ -105,10 +135,11 @@ class Block(nn.Module):
         self, inp: int, out: int, *, bias: bool = False, norm: str = "layer", act: str = "silu"
     ):
         super().__init__()
-        self.linear = linear(inp, out, bias=bias)
+        normalise = make_norm(norm, out)
+        self.linear = linear(inp, out, bias=bias or not has_bias(normalise))
         if bias:
             init_trunc(self.linear.bias, inp, out)
-        self.norm = make_norm(norm, out)
+        self.norm = normalise
         self.act = make_activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,12 +163,13 @@ class SplitBlock:
     """
 
     def __init__(self, block: Block, sizes: Sequence[int]):
-        assert block.linear.bias is None, "a bias belongs to no single input"
         self.block = block
         self.weights = block.linear.weight.split(list(sizes), 1)  # (out, size) each
 
     def project(self, i: int, x: Tensor) -> Tensor:
-        """What input ``i`` (..., size_i) adds to the linear layer's output, (..., out)."""
+        """What input ``i`` (..., size_i) adds to the linear layer's output, (..., out); the bias
+        belongs to none of them.
+        """
         return x @ self.weights[i].t()
 
     def __call__(self, i: int, x: Tensor, others: Tensor) -> Tensor:
@@ -146,6 +178,8 @@ class SplitBlock:
         ``x`` (B, size_i) is input ``i``; ``others`` (B, out) is the sum of all other inputs'
         ``project``.
         """
+        bias = self.block.linear.bias
+        others = others if bias is None else others + bias
         return self.block.norm_act(torch.addmm(others, x, self.weights[i].t()))
 
 
@@ -177,6 +211,13 @@ class MLP(nn.Module):
         return x if self.out is None else self.out(x)
 
 
+class NeverEnds(nn.Module):
+    """In the place of a continue head that nothing trains: all states (..., F) go on."""
+
+    def forward(self, x: Tensor) -> Bernoulli:
+        return Bernoulli(torch.full_like(x[..., 0], 20.0))  # a probability of 1 in float32
+
+
 def gated(deter: Tensor, reset: Tensor, cand: Tensor, update: Tensor) -> Tensor:
     """The end of a GRU: old memory and gates (B,D) -> new memory (B,D)."""
     cand = torch.tanh(torch.sigmoid(reset) * cand)
@@ -191,8 +232,9 @@ class GRUCell(nn.Module):
 
     def __init__(self, inp: int, deter: int, *, norm: str = "layer"):
         super().__init__()
-        self.linear = linear(inp + deter, 3 * deter, bias=False)
-        self.norm = make_norm(norm, 3 * deter)
+        normalise = make_norm(norm, 3 * deter)
+        self.linear = linear(inp + deter, 3 * deter, bias=not has_bias(normalise))
+        self.norm = normalise
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         # The memory stays in its own precision: bfloat16 would round away small updates.
@@ -245,13 +287,15 @@ class BlockGRUCell(nn.Module):
 class SideBySide(nn.Module):
     """A block for each of two inputs side by side: (..., inp1 + inp2) -> (..., 2 out).
 
-    It is split as ``Block`` is: the second input's block does not wait for the first's.
+    The second, an action, has a bias, whatever the norm: its length matters. It is split as
+    ``Block`` is: the second input's block does not wait for the first's.
     """
 
     def __init__(self, sizes: tuple[int, int], out: int, *, norm: str, act: str):
         super().__init__()
         self.sizes = sizes
-        self.parts = nn.ModuleList(Block(size, out, norm=norm, act=act) for size in sizes)
+        parts = (Block(size, out, bias=i == 1, norm=norm, act=act) for i, size in enumerate(sizes))
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
         one, two = x.split(self.sizes, -1)

@@ -52,7 +52,7 @@ class LaProp(torch.optim.Optimizer):
         steps, mean, square = ([self.state[p][key] for p in params] for key in keys)
         grads = [p.grad for p in params]
         torch._foreach_add_(steps, 1.0)
-        count = steps[0]  # all parameters are stepped together
+        count = steps[0]  # a group is stepped together, see ``Optimizer.load_state_dict``
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, grads, grads, 1.0 - beta2)
         root = torch._foreach_sqrt(square)
@@ -194,9 +194,14 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """The inverse. Parameters that ``state`` lacks start afresh; rates stay as configured."""
         self.optim.state.clear()
+        by_steps: dict[float, list[Tensor]] = {}  # made
         for key, p in self.params.items():
             if key in state:
                 self.optim.state[p] = {name: like(p, x) for name, x in state[key].items()}
+            by_steps.setdefault(float(state.get(key, {}).get("step", 0)), []).append(p)
+        # ``LaProp`` corrects all of a group by the same count of steps.
+        group = self.optim.param_groups[0]
+        self.optim.param_groups = [group | {"params": params} for params in by_steps.values()]
 
 
 @torch.no_grad()

@@ -108,10 +108,7 @@ class Row:
         self.stacked, self.i = stacked, i
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        found = {}
-        for key, state in self.stacked.state_dict().items():
-            found[key] = {name: x[self.i] if x.ndim else x for name, x in state.items()}
-        return found
+        return pytree.tree_map(lambda x: x[self.i] if x.ndim else x, self.stacked.state_dict())
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:
@@ -133,25 +130,23 @@ class Stack:
         own: Sequence[torch.Generator],
     ):
         self.agent, self.agents, self.own = agent, list(agents), list(own)
-        saved = self.agent.state_dict().keys()  # other buffers are constants
+        assert len(set(map(steps_made, agents))) == 1, "agents of different numbers of updates"
         self.stacked: dict[str, Tensor] = {}
-        modules = zip(*(agent.named_modules() for agent in (self.agent, *agents)), strict=True)
-        for (path, module), *rows in modules:
-            for kind in ("_parameters", "_buffers"):
-                for name, x in getattr(module, kind).items():
-                    key = f"{path}.{name}" if path else name
-                    if x is None or key not in saved:
-                        continue
-                    whole = torch.stack([getattr(row, kind)[name].detach() for _, row in rows])
-                    for i, (_, row) in enumerate(rows):
-                        replace_tensor(row, name, whole[i])
-                    if kind == "_parameters":
-                        whole = nn.Parameter(whole, x.requires_grad)
-                    setattr(module, name, whole)
-                    self.stacked[f"agent.{key}"] = whole
+        rows = [row.state_dict() for row in agents]
+        for key, x in self.agent.state_dict(keep_vars=True).items():  # other buffers are constants
+            whole = torch.stack([row[key] for row in rows])
+            for i, row in enumerate(agents):
+                replace_tensor(row, key, whole[i])
+            if isinstance(x, nn.Parameter):
+                whole = nn.Parameter(whole, x.requires_grad)
+            path, _, name = key.rpartition(".")
+            setattr(self.agent.get_submodule(path), name, whole)
+            self.stacked[f"agent.{key}"] = whole
         self.agent.make_optimizers(StackedOptimizer)
+        either = lambda *x: torch.stack(x) if x[0].ndim else x[0]  # one count of steps for all
         for name, optimizer in self.agent.optimizers.items():
-            optimizer.load_state_dict(self._optimizer_state(name))
+            states = [row.optimizers[name].state_dict() for row in agents]
+            optimizer.load_state_dict(pytree.tree_map(either, *states))
             for i, row in enumerate(agents):
                 row.optimizers[name] = Row(optimizer, i)
         forget_graphs(agents)
@@ -164,17 +159,6 @@ class Stack:
         self.world_model = self.agent.world_model
         self.save_state, self.load_state = self.agent.save_state, self.agent.load_state
         self.captured_act: CapturedAct | None = None  # on CUDA
-
-    def _optimizer_state(self, name: str) -> dict[str, dict[str, Tensor]]:
-        states = [agent.optimizers[name].state_dict() for agent in self.agents]
-        found = {}
-        for key, state in states[0].items():
-            found[key] = {}
-            for kind, x in state.items():
-                rows = torch.stack([state[key][kind] for state in states])
-                assert x.ndim or (rows == x).all(), f"agents of {rows.tolist()} updates"
-                found[key][kind] = rows if x.ndim else x
-        return found
 
     def update(self, batch: Batch, generator: Any = None) -> Tensor:
         """As ``Agent.update``, of all members, raw (P,B,T,...). -> metrics (M,P). ``generator`` has
@@ -196,10 +180,8 @@ class Stack:
         memory of all.
         """
         for agent in self.agents:
-            for key in self.stacked:
-                path, _, name = key.removeprefix("agent.").rpartition(".")
-                module = agent.get_submodule(path)
-                replace_tensor(module, name, getattr(module, name).detach().clone())
+            for key, x in agent.state_dict().items():
+                replace_tensor(agent, key, x.clone())
             states = {name: opt.state_dict() for name, opt in agent.optimizers.items()}
             agent.make_optimizers()
             for name, state in states.items():
@@ -210,20 +192,20 @@ class Stack:
         """``fn`` of every member's trees of tensors, given those of all (P, ...). What it returns
         that is no tensor is the same for all.
         """
-        flat, spec = pytree.tree_flatten(args)
         out: list = []
 
-        def one(params: Mapping[str, Tensor], member: Tensor, tensors: list[Tensor]) -> list:
+        def one(params: Mapping[str, Tensor], member: Tensor, args: tuple) -> list:
             with Draws(self.generator, self.own, member):
-                own = pytree.tree_unflatten(replaced(flat, tensors), spec)
-                found = torch.func.functional_call(self.caller, params, (fn, *own))
+                found = torch.func.functional_call(self.caller, params, (fn, *args))
             out[:] = pytree.tree_flatten(found)
             return [x for x in out[0] if isinstance(x, Tensor)]
 
+        dims = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, args)
         # "same" allows the draws of ``Draws``, each of which is one member's
-        mapped = torch.func.vmap(one, randomness="same")
-        found = mapped(self.stacked, self.member, [x for x in flat if isinstance(x, Tensor)])
-        return pytree.tree_unflatten(replaced(out[0], found), out[1])
+        mapped = torch.func.vmap(one, (0, 0, dims), randomness="same")
+        found = iter(mapped(self.stacked, self.member, args))
+        leaves = [next(found) if isinstance(x, Tensor) else x for x in out[0]]
+        return pytree.tree_unflatten(leaves, out[1])
 
     def act(self, state: Any, obs: Batch, mode: str) -> Any:
         """As ``Agent.act``, of all members: (P, N, ...), carries in their ``fixed_size``."""
@@ -236,8 +218,10 @@ class Stack:
         return self.each(act, state, obs)
 
 
-def replace_tensor(module: nn.Module, name: str, x: Tensor) -> None:
-    """Let a parameter or buffer of ``module`` be ``x``; a parameter stays the same object."""
+def replace_tensor(agent: nn.Module, key: str, x: Tensor) -> None:
+    """Let a parameter or buffer of ``agent`` be ``x``; a parameter stays the same object."""
+    path, _, name = key.rpartition(".")
+    module = agent.get_submodule(path)
     if name in module._parameters:
         module._parameters[name].data = x
     else:
@@ -260,9 +244,3 @@ def steps_made(agent: Any) -> tuple[tuple[str, str, int], ...]:
         for key, state in optimizer.state_dict().items():
             found.append((name, key, int(state["step"])))
     return tuple(found)
-
-
-def replaced(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """``leaves`` with these tensors in place of theirs."""
-    left = iter(tensors)
-    return [next(left) if isinstance(x, Tensor) else x for x in leaves]

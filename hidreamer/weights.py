@@ -9,7 +9,7 @@ from torch import Tensor
 
 # What may start afresh where nothing of it is there: younger or other parts than the source's.
 OPTIONAL = ("explorer.", "world_model.harmony.", "world_model.decoder.")  # and objectives
-NEEDED = ("world_model.reward.", "world_model.cont.")
+NEEDED = ("world_model.reward.",)  # which is there without a weight as well
 
 
 def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:

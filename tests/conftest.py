@@ -26,6 +26,7 @@ NEED_COMPARE = (
     "demo",
     "inside",
     "offline",
+    "other_device_programs",
     "probes",
     "report",
     "pipeline",
@@ -143,6 +144,7 @@ LONG = (
     "resume",
     "kill",
     "offline",
+    "other_device_programs",
     "installed",
 )
 LONG += ("env_faults", "backends", "export", "scores", "report", "write_back", "demo", "cli")

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+from hidreamer.cost import HOST_READS
+
 NAME = "other"
 backend_registration._setup_privateuseone_for_python_backend(NAME)
 torch.other.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
@@ -148,6 +150,6 @@ def reads(func: Callable, here: list[Remote], remote: bool) -> bool:
     """
     if func is aten._grouped_mm.default:
         return here[0].dtype != torch.bfloat16
-    waits = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
     by_mask = func in INDEXING and any(x.dtype == torch.bool for x in here[1:])
-    return func in waits or by_mask or (func in COPIES and not remote)
+    to_host = func in COPIES and not remote
+    return by_mask or to_host or func.overloadpacket.__name__ in HOST_READS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from test_agent import VECTOR, changed, make
+from test_agent import EVERYTHING, VECTOR, changed, make
 from test_parts import KL
 
 import models
@@ -25,12 +25,12 @@ from hidreamer.optim import make_optimizer
 # Trainable numbers with 64x64 images and 18 actions. Those of the original's names are its own; it
 # has other convolutions (kernels of 5, pooling, four stages from depth 2 to 4 times).
 COUNTS = {
-    "1m": 762_432,
-    "12m": 11_714_244,
-    "25m": 26_237_212,
-    "50m": 46_537_588,
-    "100m": 104_470_564,
-    "200m": 185_513_172,
+    "1m": 763_372,
+    "12m": 11_718_004,
+    "25m": 26_242_852,
+    "50m": 46_545_108,
+    "100m": 104_481_844,
+    "200m": 185_528_212,
 }
 
 
@@ -61,7 +61,7 @@ def test_block_gru_by_hand():
     silu = lambda v: v / (1 + math.exp(-v))
     sigmoid = lambda v: 1 / (1 + math.exp(-v))
     w, scale = cell.whole.linear.weight[0].tolist(), cell.whole.norm.weight.item()
-    whole = w[0] * 0.5 + w[1] * -0.75
+    whole = w[0] * 0.5 + w[1] * -0.75 + cell.whole.linear.bias.item()
     whole = silu(whole / math.sqrt(whole**2 + 1e-4) * scale)
     hidden = []
     for g, own in enumerate((0.5, -0.75)):
@@ -90,6 +90,24 @@ def test_inputs_side_by_side():
     assert torch.allclose(whole[:, :4], layer.parts[0](x[:, :3]))
     split = layer.split([3, 2])
     assert torch.allclose(split(0, x[:, :3], split.project(1, x[:, 3:])), whole)
+
+
+def test_the_length_of_an_action_is_seen():
+    """Through a norm without a bias: layers have one before it, all blocks and convolutions."""
+    torch.manual_seed(0)
+    layer = SideBySide((3, 1), 64, norm="rms", act="silu")
+    x = torch.tensor([[1.0, 0.0, 0.0]]).expand(2, -1)
+    small, large = layer(torch.cat([x, torch.tensor([[0.3], [0.9]])], -1))
+    assert (small - large).abs().max() > 0.1
+    agent = new(obs=EVERYTHING)
+    names = [name for name, module in agent.named_modules() if isinstance(module, RMSNorm)]
+    assert len(names) > 10
+    modules = dict(agent.named_modules())
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        before = f"{parent}.{int(own) - 1}" if own.isdigit() else f"{parent}.linear"
+        layer = modules.get(before) or modules[f"{parent}.hidden"]
+        assert layer.bias is not None, name
 
 
 def test_the_cell_has_no_scan_of_its_own_and_trains():
@@ -156,6 +174,28 @@ def test_laprop_clipping_and_warmup_by_hand():
         assert layer.bias.item() == pytest.approx(b, abs=1e-6)
 
 
+def test_what_starts_afresh_is_corrected_by_its_own_steps():
+    """A module that a resumed run has more than its checkpoint, beside one that made 50 steps; and
+    again after another resume. The first step of LaProp is the rate, along the gradient's signs.
+    """
+    settings = {"lr": 0.1, "eps": 1e-20, "clip": 0.0, "agc": 0.0, "warmup": 5}
+    modules = {name: torch.nn.Linear(2, 1, bias=False) for name in ("old", "new", "newer")}
+    two, made = {"old": modules["old"]}, {}
+    for name in ("old", "new", "newer"):
+        two = two | {name: modules[name]}
+        optimizer = make_optimizer("laprop", two, **settings)
+        optimizer.load_state_dict(made)
+        before = modules[name].weight.detach().clone()
+        for i in range(50):
+            optimizer.step(sum((m.weight * torch.tensor([3.0, -0.02])).sum() for m in two.values()))
+            if i == 0 and name != "old":
+                moved = (modules[name].weight - before)[0].tolist()
+                assert moved == pytest.approx([-0.1, 0.1], rel=1e-3)
+        made = optimizer.state_dict()
+    steps = [int(state["step"]) for state in made.values()]
+    assert steps == [150, 100, 50]
+
+
 def test_replay_value_loss_by_hand():
     """Four steps, whose dreams began at the second and the last: their returns stand for the
     critic's values there, and the slow critic is a target as well.
@@ -198,9 +238,9 @@ UNITS = ("encoder", "decoder", "reward", "cont", "actor.net", "critic.net")
 SMALL |= {f"{name}.units": 16 for name in UNITS}
 
 
-def new(kind="rssm"):
+def new(kind="rssm", obs=VECTOR):
     config = tools.load_config(["debug", "dreamerv3_2024"], SMALL | {"dynamics.type": kind})
-    agent = models.Agent(VECTOR, spaces.Discrete(3), 3, config)
+    agent = models.Agent(obs, spaces.Discrete(3), 3, config)
     agent.make_optimizers()
     return agent
 

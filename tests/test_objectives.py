@@ -114,6 +114,25 @@ def test_without_a_weight_there_is_no_module():
     assert free.world_model.open_loop(batch, 3)[1] == {}
 
 
+@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize("contdisc", [False, True])
+def test_without_a_continue_weight_dreams_never_end(kind, contdisc):
+    """A head that nothing trains would end them by chance, about every second step."""
+    over = {"dynamics.type": kind, "imag.discount": 0.9, "imag.contdisc": contdisc}
+    agent, batch = make(**over, **{"model.losses.cont": 0})
+    obs, model = networks.preprocess(batch), agent.world_model
+    carry, post, _ = model.observe(obs)
+    start, terminal = model.dynamics.starts(carry, post, 0), torch.zeros(16)
+    disc = agent.behavior.imagine(model, start, terminal).disc
+    assert torch.allclose(disc, torch.full_like(disc, 0.9))
+    agent.update(batch)
+    assert "cont_loss" not in agent.metric_names
+    other = make(**over, **{"model.losses.cont": 0})[0]
+    assert "fresh" not in other.load_state(agent.save_state()).values()
+    ending = make(**over)[0]  # a run that begins from this one's weights
+    assert ending.load_state(agent.save_state())["world_model.cont.out"] == "fresh"
+
+
 @pytest.mark.parametrize("name", ["ac_cpc", "next_embed"])
 def test_no_pair_crosses_an_episodes_end(name):
     """What was seen before an episode began changes no loss whose targets are all after it, and
@@ -138,6 +157,34 @@ def test_no_pair_crosses_an_episodes_end(name):
         # its own prior, which an episode's first one has of another episode
         without = {"ac_cpc": {0, at}, "next_embed": {at - 1, 5}}[name]
         assert {t for t in range(6) if not used[t]} == without
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_what_ac_cpc_predicts_from(kind, monkeypatch):
+    """Of step t + k from step t: the last action that has a part in it is the one that led there,
+    and the last observation that of step t - 1.
+    """
+    agent, batch = make(**on("ac_cpc"), **{"dynamics.type": kind}, length=6)
+    obs, model = networks.preprocess(batch), agent.world_model
+    obs["is_first"] = torch.zeros(2, 6)
+    obs["is_first"][:, 0] = 1.0
+    inputs = model.encoder(obs).detach(), obs["prev_action"].clone()
+    embed, action = (x.requires_grad_() for x in inputs)
+    start = model.dynamics.initial(2)
+    _, post = model.dynamics.observe(start, embed, action, obs["is_first"].bool(), True, None)
+    given = []
+    spy = lambda queries, *args: given.extend(queries) or losses.contrastive_loss(queries, *args)
+    monkeypatch.setattr(objectives, "contrastive_loss", spy)
+    model.ac_cpc.loss(post, embed, obs | {"prev_action": action})
+    assert [query.shape[1] for query in given] == [6, 5, 4]
+    for k, query in enumerate(given):
+        for t in range(2, query.shape[1]):
+            row = query[:, t].square().sum()
+            grads = torch.autograd.grad(row, [embed, action], retain_graph=True)
+            used = [grad.abs().sum((0, 2)).nonzero().flatten().tolist() for grad in grads]
+            assert max(used[1]) == t + k
+            assert kind == "hrvq" or max(used[0]) == t - 1
+            assert all(step < t for step in used[0])
 
 
 def clips(steps=8, batch=4):
@@ -423,7 +470,8 @@ def test_an_objective_of_ones_own_is_learned_and_saved(extended, tmp_path, capsy
 
 
 def test_the_commands_of_the_page_are_of_keys_that_there_are():
-    (text,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    text, judge = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    assert all("benchmarks/objectives.py" in line for line in judge.splitlines())
     for line in text.splitlines():
         args = tools.parse(line.split()[2:])
         assert tools.load_config(args.presets, args.overrides).model.losses

@@ -3,23 +3,15 @@ reads nothing on the host (``other_device``; what needs a card is in ``test_gpu.
 """
 
 import copy
-import shutil
 
 import pytest
-import small_pipeline
 import torch
 from other_device import DEVICE, Remote, other_device
 from test_agent import EVERYTHING, make
 from test_population import KINDS, OTHERS, SEEDS, varied
 
-import dreamer
-import hidreamer
-import models
-from analysis import __main__ as analysis
-from analysis import evaluate
 from hidreamer.dynamics import TYPES
 from hidreamer.stacked import Stack, stack_trees
-from play import __main__ as play
 
 CASES = {kind: (EVERYTHING, "discrete", over) for kind, over in KINDS.items()} | OTHERS
 SHORT = {"imag.horizon": 3, "imag.starts": 4}
@@ -119,45 +111,3 @@ def test_members_learn_and_act_there(case):
         stack.dissolve()
         agents[0].update({key: x[0] for key, x in both.items()}, own[0])
     assert all(isinstance(p, Remote) for one in agents for p in one.parameters())
-
-
-# ---------------------------------------------------------------- programs
-
-
-@pytest.fixture
-def there(monkeypatch):
-    """All runs and what reads them are there."""
-    monkeypatch.setattr(models, "pick_device", lambda config: DEVICE)
-    with other_device() as device:
-        yield device
-    assert device.copies and device.reads
-
-
-@pytest.mark.usefixtures("there")
-def test_seeds_are_trained_resumed_and_read(tmp_path):
-    words = ["--configs", "debug", "--task", "dummy_vector", "--dynamics.type", "hrvq"]
-    folder, seeds = str(tmp_path / "runs"), ["--seeds", "0", "1"]
-    assert dreamer.main([*words, *seeds, "--steps", "100", "--logdir", folder]) == 0
-    assert dreamer.main(["--resume", folder, *seeds, "--steps", "120"]) == 0
-    assert dreamer.main(["--resume", f"{folder}/1", "--steps", "140"]) == 0
-    record = ["--record", str(tmp_path / "dream.mp4"), "--steps", "3"]
-    assert play.main([f"{folder}/1", *record]) == 0
-    assert evaluate.main([f"{folder}/1", "--episodes", "1"]) == 0
-    agent = hidreamer.load(f"{folder}/1")
-    latents = agent.encode(agent.recorded()[0])
-    dream = agent.dream(latents, horizon=3)
-    assert latents.deter.device == dream.reward.device == DEVICE
-
-
-@pytest.mark.usefixtures("there")
-@pytest.mark.parametrize("kind", ["hrssm", pytest.param("hrvq", marks=pytest.mark.slow)])
-def test_levels_are_looked_into(trained, tmp_path, kind):
-    folder = shutil.copytree(trained(kind, "image"), tmp_path / "run")
-    assert analysis.main([str(folder), "--pictures", "--episodes", "10"]) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("there")
-def test_stages_of_the_pipeline(tmp_path):
-    for stage in ("collect", "encoder", "tokenizer", "world_model", "policy"):
-        assert small_pipeline.run(stage, tmp_path) == 0

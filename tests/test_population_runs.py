@@ -240,6 +240,63 @@ def test_a_member_that_fails_takes_no_other_down(made, tmp_path, monkeypatch, ca
     assert all(x.isfinite().all() for x in state["agent"]["params"].values())
 
 
+def break_down(run):
+    """Its next metrics are not finite, which is seen when it logs or saves."""
+    with torch.no_grad():
+        run.agent.world_model.reward.out.bias[0] = float("nan")
+
+
+def failing(monkeypatch, faults):
+    """faults: {seed: (updates, what happens to the run then)}, once each, after a step."""
+    store, left = Run.store, dict(faults)
+
+    def fail(self, action):
+        store(self, action)
+        updates, fault = left.get(self.config.seed, (None, None))
+        if self.updates == updates:
+            del left[self.config.seed]
+            fault(self)
+
+    monkeypatch.setattr(Run, "store", fail)
+
+
+def environment_breaks(run):
+    raise Failure("made to fail")
+
+
+def test_the_last_member_may_fail_too(tmp_path, monkeypatch, capsys):
+    """And is found by a checkpoint, which then has nobody to save."""
+    failing(monkeypatch, {0: (1, environment_breaks), 1: (2, break_down)})
+    words = ("--steps", 190, "--checkpoint_every", 45, "--log_every", 1000, "--seeds", 0, 1)
+    assert run(tmp_path, *words) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: 2 of 2 seeds failed") and said.err.count("\n") == 1
+    assert "--steps 380" in said.out  # the command that goes on asks for no fewer than before
+
+
+def test_members_that_fail_at_once_take_no_other_down(tmp_path, monkeypatch, capsys):
+    """One breaks, and the checkpoint that follows finds another that is not finite."""
+    failing(monkeypatch, {2: (2, environment_breaks), 3: (1, break_down)})
+    words = ("--steps", 60, "--checkpoint_every", 45, "--log_every", 1000, "--seeds", 0, 1, 2, 3)
+    assert run(tmp_path, *words) == 1
+    one_line(capsys, "2 of 4 seeds failed", "made to fail")
+    assert [latest(tmp_path / seed)["step"] for seed in "01"] == [60, 60]
+
+
+def test_a_member_that_failed_is_not_evaluated(tmp_path, monkeypatch):
+    failing(monkeypatch, {1: (1, break_down)})
+    evaluate, evaluated = Run.evaluate, []
+
+    def note(self):
+        evaluated.append(self.config.seed)
+        return evaluate(self)
+
+    monkeypatch.setattr(Run, "evaluate", note)
+    words = ("--checkpoint_every", 55, "--eval_every", 55, "--log_every", 1000, "--seeds", 0, 1)
+    assert run(tmp_path, "--steps", 60, *words) == 1
+    assert evaluated and set(evaluated) == {0}
+
+
 class Buffered(Feed):
     """As on CUDA: what was sent first is written over by the next batch."""
 

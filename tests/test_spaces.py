@@ -11,7 +11,7 @@ from test_envs import build
 
 from envs import EnvError
 from envs.actions import MOST_ACTIONS, action_codec
-from envs.base import RESERVED, BadValue, resize
+from envs.base import PREFIXES, RESERVED, BadValue, resize
 from envs.spaces import LARGEST
 
 
@@ -390,7 +390,7 @@ def test_observations_that_no_network_takes_are_refused(space, shows):
         shows(space)
 
 
-@pytest.mark.parametrize("key", [*sorted(RESERVED), "log_x"])
+@pytest.mark.parametrize("key", [*sorted(RESERVED), "log_x", "carry.deter"])
 def test_reserved_names_are_refused(key, shows):
     with pytest.raises(EnvError, match=f"observation '{key}' has a reserved name: rename it"):
         shows(Dict({key: Box(-1, 1, (2,)), "v": Box(-1, 1, (3,))}))
@@ -402,7 +402,10 @@ def test_what_episodes_and_updates_hold_is_reserved(tmp_path):
     """
     import models
     import tools
+    from hidreamer.carries import PREFIX
     from hidreamer.episodes import save_episode
+    from hidreamer.objectives import OBJECTIVES
+    from hidreamer.replay import STORED
 
     rows = {
         "x": np.zeros((3, 2), FLOAT),
@@ -424,6 +427,7 @@ def test_what_episodes_and_updates_hold_is_reserved(tmp_path):
             name.removesuffix("_loss") for name in agent.metric_names if name.endswith("_loss")
         }
         assert "x" in losses and losses - {"x"} <= RESERVED
+    assert {*OBJECTIVES, "harmony", STORED} - {"decoder"} <= RESERVED and PREFIX in PREFIXES
 
 
 def one_hots(sizes, indices):

@@ -1,0 +1,107 @@
+"""benchmarks/objectives.py: what an agent learns from, judged by runs that are written by hand."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import tools
+from conftest import ROOT
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import objectives
+
+    return objectives
+
+
+def write(folder, frames, returns, evaluation=None, steps=30_000):
+    """A run of ``frames``, whose training episodes ended as {frame: return}."""
+    folder.mkdir(parents=True)
+    config = tools.load_config(["minatar"], {"steps": steps, "seed": int(folder.name)})
+    (folder / "config.yaml").write_text(tools.dump_yaml(config.tree()))
+    lines = [{"step": at, "train_return": x} for at, x in returns.items()]
+    lines.append({"step": frames} | ({} if evaluation is None else {"eval_return": evaluation}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_arms_and_pairs_of_them(judge):
+    assert judge.keys("default") == {}
+    assert judge.keys("ac_cpc+replay_loss") == {
+        "model.losses.ac_cpc": 1.0,
+        "critic.replay_loss": 0.3,
+    }
+    with pytest.raises(argparse.ArgumentTypeError, match="no arm 'acpc'; there are default"):
+        judge.keys("ac_cpc+acpc")
+    with pytest.raises(argparse.ArgumentTypeError, match="no arm ''"):
+        judge.keys("")
+
+
+def test_all_arms_have_the_same_seed_and_budget(judge, tmp_path, monkeypatch):
+    """What a run is started with differs in the arm's own keys and the folder alone."""
+    configs = {}
+    for arm in judge.ARMS:
+        words = []
+        monkeypatch.setattr(judge.dreamer, "main", lambda w, words=words: words.extend(w) or 0)
+        assert judge.train("freeway", "hrssm", arm, 3, 500, tmp_path / arm) == 0
+        args = tools.parse(words)
+        configs[arm] = tools.load_config(args.presets, args.overrides).flat()
+    base = configs["default"]
+    assert (base["task"], base["seed"], base["steps"]) == ("minatar_freeway", 3, 500)
+    assert base["eval_every"] == 500 and base["eval_episodes"] == 20
+    for arm, config in configs.items():
+        differs = {key: x for key, x in config.items() if x != base[key] and key != "logdir"}
+        assert differs == judge.keys(arm)
+        if not config["model.losses.decoder"]:  # so that it can be judged on held-out episodes
+            assert config["decoder.probe"]
+
+
+def test_figures_of_runs_whole_and_not(judge, tmp_path):
+    home = tmp_path / "breakout" / "rssm"
+    returns = {1500: 1.0, 2500: 3.0, 2900: 6.0, 26_000: 8.0, 29_000: 10.0}
+    write(home / "default" / "0", 30_002, returns, 9.0)
+    write(home / "default" / "1", 12_000, {1500: 1.0, 11_000: 5.0})  # goes on elsewhere
+    write(tmp_path / "freeway" / "rssm" / "default" / "0", 30_000, {20_000: 5.0}, 7.0)
+    found = judge.report(tmp_path, 30_000)
+    runs = found["breakout"]["rssm"]["default"]
+    whole = {key: runs["0"][key] for key in ("frames", "evaluation", "last_5000", "passes_4")}
+    assert whole == {"frames": 30_002, "evaluation": 9.0, "last_5000": 9.0, "passes_4": 3000}
+    # a run that is not over has no end to compare, though an episode of it ended well
+    assert runs["1"]["evaluation"] is None and runs["1"]["last_5000"] is None
+    assert runs["1"]["passes_4"] == 11_000
+    free = found["freeway"]["rssm"]["default"]["0"]
+    # no episode of Freeway ends so late; and 4 points are nothing there
+    assert (free["evaluation"], free["last_5000"], free["passes_4"]) == (7.0, None, None)
+    lines = judge.table(found).splitlines()
+    assert "| breakout | rssm | default | 0 | 30002 | 9.0 | 9.0 | 3000 |" in lines
+    assert "| freeway | rssm | default | 0 | 30000 | 7.0 | - | - |" in lines
+
+
+def test_differences_are_paired_by_seed(judge, tmp_path):
+    home = tmp_path / "asterix" / "rssm"
+    for arm, values in {"default": (1.0, 5.0, 3.0), "ac_cpc": (2.0, 7.0, None)}.items():
+        for seed, value in enumerate(values):
+            write(home / arm / str(seed), 30_000 if value else 8_000, {500: 1.0}, value)
+    write(home / "ac_cpc" / "3", 30_000, {500: 1.0}, 99.0)  # nothing beside it
+    found = judge.judged(judge.report(tmp_path, 30_000))["rssm"]["ac_cpc"]["asterix"]
+    half = scipy.stats.t.ppf(0.975, 1) * np.std([1.0, 2.0], ddof=1) / np.sqrt(2)
+    assert found["seeds"] == ["0", "1"]
+    expected = [1.5, 1.5 - half, 1.5 + half]
+    assert [found[key] for key in ("value", "low", "high")] == pytest.approx(expected)
+
+
+def test_the_default_changes_on_three_of_five_games(judge):
+    cell = lambda value: {"seeds": ["0"], "value": value, "low": None, "high": None}
+    won = dict(zip(judge.GAMES, map(cell, (1.0, -1.0, 0.5, 2.0, -3.0)), strict=True))
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
+    assert "Won 3 of 5 games, 0 with an interval above 0: it can be the default" in line
+    won["asterix"] = cell(0.0)
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
+    assert "Won 2 of 5 games" in line and line.endswith("the default stays")
+    del won["freeway"]
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
+    assert line.endswith("open, 1 of 5 games are missing")
