@@ -192,6 +192,8 @@ def test_a_run_of_which_no_episode_ended_is_exported_and_read_again(tmp_path):
         page = (tmp_path / name / "report.md").read_text()
         assert "| pinpad_three, random play | – | – |" in page
         assert "2 of 4 runs are left out because no episode of theirs ended." in page
+        html = (tmp_path / name / "report.html").read_text()
+        assert html.count(">random play</text>") == 1  # of the other task
 
 
 def test_older_runs_and_other_machines_are_compared_alike(tmp_path):
@@ -363,6 +365,7 @@ def test_values_of_a_key_are_arms():
         (["steps", "10", "20"], "equally many frames"),
         (["video", "true", "false"], "it changes nothing that is learned"),
         (["actor.entropy", "1", "1.0"], "names one value twice"),
+        (["env.gym.keys", "a/b", "a_b"], "two whose folders have one name"),
         (["actor.entropy", "1", "1"], "names one value twice"),
         (["actor.entropy", "1", "high"], "actor.entropy is 'high'; it must be a number"),
         (["actor.entropy", "1", "-1"], "it must be at least 0"),
