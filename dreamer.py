@@ -60,7 +60,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import models
-from envs import EnvError, make_env, worker
+from envs import EnvError, env_for_spaces, worker
 from hidreamer import checkpoint, cost, process
 from hidreamer.checkpoint import FolderError
 from hidreamer.logger import SERVICES, Rates, Screen
@@ -124,7 +124,7 @@ def capacity(args: tools.Args) -> str:
     columns = {}
     for name in [args.presets[-1] if args.presets else "defaults", *args.capacity]:
         config = tools.load_config([*args.presets[:-1], name], args.overrides)
-        env = make_env(config.task, config.env.tree(), 0)
+        env = env_for_spaces(config.task, config.env.tree())
         agent = models.make_agent(env, config, torch.device("cpu"))
         agent.make_optimizers()
         rows = random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)

@@ -62,6 +62,7 @@ class Content(NamedTuple):
     differences: fairness.Differences  # of configs, outside the latent state
     failed: list[dict[str, str]]  # name, reason and log of jobs that failed twice
     offline: dict[str, Any] | None = None  # the paired comparison of world models
+    unmatched: list[str] | None = None  # capacity on other tasks, a line each
 
 
 class Plan(NamedTuple):
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     values: dict[str, Any]  # config values for all
     differences: fairness.Differences
     capacity: dict[str, dict[str, Any]]  # by model, on the first task
+    unmatched: list[str]  # capacity on other tasks, a line each
 
 
 def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, Any]) -> Plan:
@@ -102,7 +104,11 @@ def make_plan(options: SimpleNamespace, presets: list[str], values: dict[str, An
         differing |= fairness.unfair(flat, options.vary[:1])
     refuse(differing, options)
     counted = {model: fairness.capacity(configs[options.task[0], model]) for model in compared}
-    return Plan(compared, stacks, configs, values, differing, counted)
+    by_task = {}
+    for task in options.task:
+        by_task[task] = {model: configs[task, model] for model in compared}
+    unmatched = fairness.elsewhere(by_task)
+    return Plan(compared, stacks, configs, values, differing, counted, unmatched)
 
 
 def command(plan: Plan, task: str, model: str, folder: Path, *seed: str) -> list[str]:
@@ -151,9 +157,8 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
         jobs.sort(key=lambda job: by_seed(job.folder))
     signum, failed = run(jobs, options, plan, folder)
     found = [runs.read(home) for home in homes if (home / "metrics.jsonl").exists()]
-    return signum, Content(
-        list(plan.arms), found, plan.capacity, options.task[0], plan.differences, failed
-    )
+    what = Content(list(plan.arms), found, plan.capacity, options.task[0], plan.differences, failed)
+    return signum, what._replace(unmatched=plan.unmatched)
 
 
 def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
@@ -245,22 +250,29 @@ def collect(options: SimpleNamespace) -> Content:
                 f"--models: there is no run of {missing[0]!r}; {tools.nearest(missing[0], kinds)}"
             )
         order = options.models
-    found = [run for run in found if run.model in order]
+    given = {run.task for run in found}
+    found = scores.beside([run for run in found if run.model in order])
+    if left := len(given - {run.task for run in found}):
+        print(f"published scores on {left} other games are left out")
     differing = fairness.unfair_runs([run for run in found if run.known])
     refuse(differing, options)
     task = found[0].task
-    counted = {}
-    for run in found:
-        if run.task == task and run.model not in counted:
+    counted, configs = {}, {task: {}}
+    for run in sorted(found, key=lambda run: order.index(run.model)):
+        of_task = configs.setdefault(run.task, {})
+        if run.known and run.model not in of_task:
+            of_task[run.model] = Config(tools.unflatten(run.config))
+        if run.task != task or run.model in counted:
+            continue
+        try:
             if not run.known:
-                counted[run.model] = {"error": "only scores are known, not what it is made of"}
-                continue
-            try:
-                counted[run.model] = fairness.capacity(Config(tools.unflatten(run.config)))
-            # a game, a structure, a key that this machine does not have
-            except (ConfigError, AttributeError) as error:
-                counted[run.model] = {"error": str(error)}
-    return Content(order, found, counted, task, differing, [])
+                raise ConfigError("only scores are known, not what it is made of")
+            counted[run.model] = fairness.capacity(of_task[run.model])
+        # a game, a structure, a key that this machine does not have
+        except (ConfigError, AttributeError) as error:
+            counted[run.model] = {"error": str(error)}
+    unmatched = fairness.elsewhere(configs)
+    return Content(order, found, counted, task, differing, [], None, unmatched)
 
 
 def write(what: Content, folder: Path, argv: list[str]) -> None:
@@ -279,6 +291,7 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     warnings = fairness.warnings(
         {model: column for model, column in known.items() if "error" not in column}
     )
+    warnings += what.unmatched or []
     report |= {
         "made": made,
         "capacity": known,

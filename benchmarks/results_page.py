@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 from comparison import words  # noqa: E402
 
 PAGE = "results/README.md"
+REPORT = " (report)"  # behind a commit that made a report and none of its runs
+BINARY = (".png", ".gif", ".mp4", ".npz", ".pt")
 MACHINE = re.compile(r"(?<![\w.])/(?:tmp|work|root|home|Users|mnt|data)/[\w.-]")
 STEP = 15  # of open-loop errors that are quoted
 OFFLINE = ["reconstruction", "open loop, 15"]  # quoted of a comparison
@@ -57,12 +59,15 @@ def look(value: Any, path: str) -> list[Any]:
     for step in path.split("."):
         following = []
         for x in found:
-            if step == "*":
-                following += x.values() if isinstance(x, dict) else x
-            elif isinstance(x, dict):
-                following.append(x[step])
-            else:
-                following += [x[int(i)] for i in step.split(",")]
+            try:
+                if step == "*":
+                    following += x.values() if isinstance(x, dict) else x
+                elif isinstance(x, dict):
+                    following.append(x[step])
+                else:
+                    following += [x[int(i)] for i in step.split(",")]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise ValueError(f"there is no {step!r} of {path!r}") from None
         found = following
     return found
 
@@ -98,6 +103,20 @@ def origin(content: dict, entry: dict) -> tuple[str, str, str]:
     """-> commit, command, hardware: those of the entry, else of the file."""
     made = content.get("made") or content
     return tuple(str(entry.get(k, made.get(k, ""))) for k in ("commit", "command", "hardware"))
+
+
+def of_runs(content: dict) -> tuple[str, str, str]:
+    """`origin` of a comparison: the commits and machines of its runs, whatever made the report."""
+    commit, command, hardware = origin(content, {})
+    commits, machines = {}, {}  # in order, each once
+    for run in content["runs"]:
+        commits |= dict.fromkeys(run["commit"].split(", "))
+        machines |= {run["hardware"]: None}
+    for found in (commits, machines):
+        found.pop("unknown", None)  # of published scores
+    if commits and not any(commit.startswith(x) or x.startswith(commit) for x in commits):
+        commits[f"{commit}{REPORT}"] = None
+    return ", ".join(commits) or commit, command, "; ".join(machines) or hardware
 
 
 # ---------------------------------------------------------------- rows
@@ -165,7 +184,7 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
             str(content["seeds"][model]),
             "yes" if found["claimed"] else "no difference shown",
             files,
-            *origin(content, {}),
+            *of_runs(content),
         )
     offline = content.get("offline")
     for name in OFFLINE if offline else ():
@@ -187,6 +206,8 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
 def stated(root: Path, claims: dict) -> Iterator[Row]:
     """Of claims.yaml."""
     for entry in claims["files"]:
+        if not (root / entry["file"]).exists():
+            raise ValueError(f"claims.yaml names {entry['file']}, which does not exist")
         text = (root / entry["file"]).read_text()
         content = table(text) if entry["file"].endswith(".md") else json.loads(text)
         of_stage = {}
@@ -195,10 +216,13 @@ def stated(root: Path, claims: dict) -> Iterator[Row]:
         ):  # one run made all of its files
             of_stage = next(x for x in claims["files"] if x["file"].endswith("policy.json"))
         made = {k: of_stage[k] for k in ("commit", "command", "hardware", "seeds") if k in of_stage}
-        number, baseline = (
-            shown(look(content, entry[key])) if key in entry else "–"
-            for key in ("number", "baseline")
-        )
+        try:
+            number, baseline = (
+                shown(look(content, entry[key])) if key in entry else "–"
+                for key in ("number", "baseline")
+            )
+        except ValueError as error:
+            raise ValueError(f"claims.yaml, {entry['file']}: {error}") from None
         entry = made | entry
         files = (entry["file"], *entry.get("with", ()))
         yield Row(
@@ -229,17 +253,28 @@ def rows(root: Path, claims: dict) -> list[Row]:
 # ---------------------------------------------------------------- the page
 
 
+def names(commit: str) -> list[str]:
+    """The names of a row's commits, as git knows them."""
+    return [name.removesuffix(REPORT).partition("+")[0] for name in commit.split(", ")]
+
+
 def date(commit: str) -> str:
-    """Of a commit, ISO; "" for one that is not in history."""
-    words = ["git", "-C", str(ROOT), "show", "-s", "--format=%cs", commit.partition("+")[0]]
-    done = subprocess.run(words, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    """Of a row's commits, ISO, each day once; "" for those that are not in history."""
+    days = {}
+    for name in names(commit):
+        words = ["git", "-C", str(ROOT), "show", "-s", "--format=%cs", name]
+        done = subprocess.run(words, capture_output=True, text=True)
+        days |= {done.stdout.strip(): None} if done.returncode == 0 else {}
+    return ", ".join(days)
 
 
 def in_history(commit: str) -> bool:
-    name = commit.partition("+")[0]
-    words = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor", name, "HEAD"]
-    return bool(name) and subprocess.run(words, capture_output=True).returncode == 0
+    """Whether all of a row's commits are."""
+    words = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor"]
+    for name in names(commit):
+        if not name or subprocess.run([*words, name, "HEAD"], capture_output=True).returncode:
+            return False
+    return True
 
 
 def line(cells: list[str]) -> str:
@@ -290,15 +325,15 @@ def faults(root: Path, claims: dict) -> list[str]:
             )
             if not picture:
                 found.append(f"{name} has no row: add it to benchmarks/claims.yaml")
-        readable = path.suffix in (".md", ".json", ".html", ".jsonl") and name != PAGE
+        readable = path.suffix not in BINARY and name != PAGE
         text = path.read_text(errors="replace") if readable else ""
         if match := MACHINE.search(text):
             where = " ".join(text[match.start() :][:60].split())
             found.append(f"{name} holds a machine's path: {where}")
     for commit in sorted({row.commit for row in made}):
         if not in_history(commit):
-            names = ", ".join(row.files[0] for row in made if row.commit == commit)
-            found.append(f"commit {commit or '(none)'} of {names} is not in history")
+            files = ", ".join(row.files[0] for row in made if row.commit == commit)
+            found.append(f"commit {commit or '(none)'} of {files} is not in history")
     written = root / PAGE
     if not written.exists() or written.read_text() != page(root, claims):
         found.append(f"{PAGE} is not up to date: run python benchmarks/results_page.py")
@@ -316,9 +351,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only say what is wrong")
     options = parser.parse_args(argv)
     claims = load()
-    if not options.check:
-        (ROOT / PAGE).write_text(page(ROOT, claims))
-    found = faults(ROOT, claims)
+    try:
+        if not options.check:
+            (ROOT / PAGE).write_text(page(ROOT, claims))
+        found = faults(ROOT, claims)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print("\n".join(found) or f"{PAGE} is whole")
     return 1 if found else 0
 

@@ -12,7 +12,7 @@ import torch
 
 import models
 from comparison.runs import HOUSEKEEPING, Run
-from envs import EnvError, make_env
+from envs import Env, EnvError, env_for_spaces
 from hidreamer import cost
 from hidreamer.spaces import random_rows
 from tools import Config, ConfigError
@@ -82,23 +82,62 @@ def capacity(config: Config) -> dict[str, Any]:
     """What the agent of a config is made of, counted by building it and updating it once. Raises
     ConfigError.
     """
-    try:
-        env = make_env(config.task, config.env.tree(), 0)
-        agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config)
-        env.close()
-    except (EnvError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+    env, agent = built(config)
     agent.make_optimizers()
     rows = random_rows(env.obs_space, env.act_space, config.replay.batch, config.replay.length)
     batch = {key: torch.from_numpy(x) for key, x in rows.items()}
-    sizes = cost.sizes(agent)
-    params = sizes.pop("params")
-    flops = cost.flops(functools.partial(agent.update, batch))
-    return sizes | {"parameters": params["world_model"], "parts": params, "flops": flops}
+    return sizes(agent) | {"flops": cost.flops(functools.partial(agent.update, batch))}
 
 
-def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where a model is more than 5% from the first one, from the columns of the capacity table."""
+def built(config: Config) -> tuple[Env, models.Agent]:
+    """An environment, closed, and the agent for it. Raises ConfigError."""
+    try:
+        env = env_for_spaces(config.task, config.env.tree())
+        agent = models.Agent(env.obs_space, env.act_space, env.act_dim, config)
+    except (EnvError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    return env, agent
+
+
+def sizes(agent: models.Agent) -> dict[str, Any]:
+    """Bits, feature size and parameters, those of the parts under "parts"."""
+    found = cost.sizes(agent)
+    params = found.pop("params")
+    return found | {"parameters": params["world_model"], "parts": params}
+
+
+def elsewhere(configs: Mapping[str, Mapping[str, Config]]) -> list[str]:
+    """Where capacity is not matched on tasks after the first: a line for each model and kind of
+    observation.
+
+    configs: {task: {model: its config}}. Tasks that observe alike are counted once, and what this
+    machine cannot build is left out.
+    """
+    seen, lines = [], []
+    for i, (task, by_model) in enumerate(configs.items()):
+        columns = {}
+        for model, config in by_model.items():
+            try:
+                env, agent = built(config)
+            # a game, a structure, a key that this machine does not have
+            except (ConfigError, AttributeError):
+                continue
+            if not columns:
+                if env.obs_space in seen:
+                    break
+                seen.append(env.obs_space)
+                if i == 0:
+                    break
+            columns[model] = sizes(agent)
+        lines += warnings(columns, f" on {task}")
+    return lines
+
+
+def warnings(columns: Mapping[str, Mapping[str, Any]], where: str = "") -> list[str]:
+    """Where a model is more than 5% from the first one, from the columns of the capacity table.
+
+    where: words that name the task, if not that of the table.
+    """
     if not columns:
         return []
     (first, base), *others = columns.items()
@@ -112,5 +151,5 @@ def warnings(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     if abs(ratio) > MATCHED:
                         far.append(f"{label} {f'{ratio:+.0%}'.replace('-', '−')}")
             if far:
-                lines.append(f"{kind}: {name} against {first}: {', '.join(far)}.")
+                lines.append(f"{kind}{where}: {name} against {first}: {', '.join(far)}.")
     return lines

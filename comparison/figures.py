@@ -138,6 +138,17 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
                 ax.plot(x, np.array(row["curve"], float), style, color=colour, lw=0.8, alpha=0.45)
         if model in summary["per_task"][task]:
             band(ax, x, summary["per_task"][task][model]["curve"], colour)
+    random_play(ax, facts)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set(
+        title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"])
+    )
+
+
+def random_play(ax: Axes, facts: Mapping[str, Any]) -> None:
+    """A line at what random play returns, where that is known."""
+    if not facts["random_episodes"] and facts["normalisation"] != "human":
+        return
     ax.axhline(facts["random_play"], color=SOFT, lw=0.9, ls=":")
     ax.annotate(
         "random play",
@@ -149,10 +160,6 @@ def task_curves(ax: Axes, summary: Mapping[str, Any], task: str) -> None:
         va="bottom",
         fontsize=7,
         color=SOFT,
-    )
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set(
-        title=task, xlabel="environment frames", ylabel="training return", xlim=(0, facts["steps"])
     )
 
 
@@ -175,7 +182,7 @@ def seconds_curves(ax: Axes, summary: Mapping[str, Any], task: str = "") -> None
                 ax.plot(x, values, color=colour[row["model"]], lw=0.8, alpha=0.45)
         for model, entry in summary["per_task"][task].items():
             band(ax, x, entry["curve_s"], colour[model])
-        ax.axhline(facts["random_play"], color=SOFT, lw=0.9, ls=":")
+        random_play(ax, facts)
         label = f"{facts['clock']} seconds"
         ax.set(title=task, ylabel="training return", xlim=(0, facts["budget"]))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -167,8 +167,10 @@ def arms_of(options: SimpleNamespace) -> dict[str, Arm]:
     for model, value in itertools.product(models, given):
         prefix = f"{model}," if len(models) > 1 else ""
         found[f"{prefix}{key}={value}"] = Arm(model, {key: value})
-    if len(found) < len(models) * len(given):
-        raise ConfigError(f"--vary names one value twice: {' '.join(given)}")
+    if len({name.replace("/", "_") for name in found}) < len(models) * len(given):
+        raise ConfigError(
+            f"--vary names one value twice, or two whose folders have one name: {' '.join(given)}"
+        )
     return found
 
 

@@ -100,9 +100,11 @@ def fairness_section(report: Report) -> Section:
     section = Section(
         "Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else []
     )
-    section.warnings = report["warnings"] + [
-        f"{m}: {c['error']}" for m, c in columns.items() if "error" in c
-    ]
+    scored = sorted({row["model"] for row in report["runs"] if row["published"]})
+    section.warnings = list(report["warnings"])
+    for model, column in columns.items():
+        if "error" in column and model not in scored:  # of those one line below
+            section.warnings.append(f"{model}: {column['error']}")
     if report["differences"]:
         header = ["config key", "differs besides the latent state (allowed on the command line)"]
         rows = [[key, fairness.describe({key: by})] for key, by in report["differences"].items()]
@@ -116,7 +118,7 @@ def fairness_section(report: Report) -> Section:
         row["published"] for row in report["runs"]
     ):
         section.text.append("The configs are the same in everything but the latent state.")
-    if scored := sorted({row["model"] for row in report["runs"] if row["published"]}):
+    if scored:
         section.warnings.append(
             f"Of {', '.join(scored)} only scores are known: whether configs, protocols and sizes"
             " are the same was not checked."
@@ -327,8 +329,10 @@ def tasks(report: Report) -> Section:
             cells += [estimate(entry["last_evaluation"]), shown]
             rows.append([f"{task}, {model}", *cells])
         facts = report["tasks"][task]
+        known = "published" if human else "–"
         episodes = facts["random_episodes"]
-        cells = [f"{episodes} episodes" if episodes else "published", number(facts["random_play"])]
+        at_random = facts["random_play"] if episodes or human else None
+        cells = [f"{episodes} episodes" if episodes else known, number(at_random)]
         cells += ["", "", "", ""]
         rows.append([f"{task}, random play", *cells])
     header = ["", "runs", "final return", "its IQM", "normalised", "last evaluation"]

@@ -4,6 +4,7 @@ wherever they were copied to.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -17,11 +18,13 @@ import numpy as np
 
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.provenance import STARTS
-from tools import ConfigError, saved_config
+from tools import ConfigError, load_config, saved_config
 
 # Settings that change neither what a run learns nor how its figures are measured.
 HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
-HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every"}
+HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every", "threads", "env.parallel"}
+HOUSEKEEPING |= {"env.timeout", "replay.store", "replay.keep_episodes"}
+WHOLE = "dynamics.hrvq.levels"  # a key of every config that is whole
 SEVERAL = {"commit", "hardware"}  # a run that was continued may have begun elsewhere: name all
 
 
@@ -57,7 +60,7 @@ class Run:
     @property
     def known(self) -> bool:
         """Whether its config is known: not of a file that holds scores alone."""
-        return "dynamics.hrvq.levels" in self.config
+        return WHOLE in self.config
 
     def get(self, name: str) -> np.ndarray:
         """(n, 2): step, value; (0, 2) where the run never logged it."""
@@ -70,6 +73,18 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """
     kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING | {"seed"}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return load_config([], {}).flat()
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config, with the defaults of keys that are younger than the run; as it is where it
+    is only a part of one.
+    """
+    return (_defaults() if WHOLE in config else {}) | dict(config)
 
 
 def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
@@ -113,6 +128,7 @@ def read(folder: Path) -> Run:
             raise ConfigError(
                 f"{folder / 'config.yaml'} is no config of a run of this version: it has no {key}"
             )
+    config = with_defaults(config)
     steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0

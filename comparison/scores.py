@@ -12,10 +12,11 @@ as well.
                "config": "0f3a...", "commit": "...", "hardware": "..."}],
      "configs": {"0f3a...": {"replay.ratio": 32, ...}}}
 
-A run needs task, model, seed, frames and either `returns` or `score`, one number for its end. From
-these every aggregate of a report can be computed again; what belongs to no score (levels, rates,
-memory) is left out. Files of other repositories that hold {game: [score of each seed]} for Atari
-100k are read as well; so is {"games": {game: {method: score}}}.
+A run needs task, model, seed, frames and either `returns` (an empty list where no episode ended) or
+`score`, one number for its end. From these every aggregate of a report can be computed again; what
+belongs to no score (levels, rates, memory) is left out. Files of other repositories that hold
+{game: [score of each seed]} for Atari 100k are read as well; so is
+{"games": {game: {method: score}}}.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from typing import Any
 import numpy as np
 
 from comparison import seconds
-from comparison.runs import Run, config_hash, refuse_duplicates
+from comparison.runs import Run, config_hash, refuse_duplicates, with_defaults
 from comparison.runs import find as find_runs
+from comparison.summary import HUMAN
 from hidreamer import checkpoint
 from tools import ConfigError
 
 FORMAT = "hidreamer-scores-1"
 ATARI_FRAMES = 400_000  # of Atari 100k
 STARTED = ("commit", "hardware", "varied", "arm", "clock")  # of a run's start, that are kept
+SERIES = {"returns": "train_return", "evaluations": "eval_return", "seconds": "seconds"}
 NO_METHODS = ("random", "human")  # columns of tables that are references, not agents
 UNKNOWN = {"replay.prefill": 0, "env.action_repeat": 1, "dynamics.type": "unknown"}
 
@@ -105,12 +108,14 @@ def read(path: Path) -> list[Run]:
             if content["format"] != FORMAT:
                 raise ConfigError(f"{path} has the format {content['format']!r}, not {FORMAT!r}")
             rows, configs = content["runs"], content.get("configs", {})
+            if not rows:
+                raise ValueError("it has no runs")
             return [restored(row, configs.get(row.get("config")), path) for row in rows]
         return [restored(row, None, path) for row in published(content, path.stem)]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
-            f"{path} holds no scores as docs/comparing.md describes them: "
-            f"{type(error).__name__} {error}"
+            f"{path} holds no scores as docs/comparing.md describes them: {reason}"
         ) from error
 
 
@@ -119,27 +124,33 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
     flat config that it names, if any. Raises KeyError, TypeError or ValueError for what is no
     entry.
     """
-    frames = int(row["frames"])
-    known = {"task": str(row["task"]), "seed": int(row["seed"]), "steps": frames}
+    frames, seed = int(row["frames"]), int(row["seed"])
+    if frames < 1:
+        raise ValueError(f"a run has {frames} frames")
+    for key in ("task", "model"):
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise ValueError(f"a run has the {key} {row[key]!r}")
+    known = {"task": row["task"], "seed": seed, "steps": frames}
     series = {}
-    for key, name in (("returns", "train_return"), ("evaluations", "eval_return")):
+    for key, name in SERIES.items():
         if row.get(key):
-            series[name] = np.array(row[key], float).reshape(len(row[key]), 2)
-    if row.get("seconds"):
-        series["seconds"] = np.array(row["seconds"], float).reshape(len(row["seconds"]), 2)
+            x = np.array(row[key], float).reshape(len(row[key]), 2)
+            series[name] = x[np.argsort(x[:, 0], kind="stable")]
     if "score" in row:
         series["score"] = np.array([[frames, float(row["score"])]])
-    elif "train_return" not in series and row.get("complete", True):
+    elif "returns" not in row and row.get("complete", True):
         raise ValueError(f"the run {row['task']}/{row['model']}/{row['seed']} has no returns")
     if not all(np.isfinite(x).all() for x in series.values()):
         raise ValueError("a score is no finite number")
-    start = {
-        key: row[key] for key in ("commit", "hardware", "varied", "arm", "clock") if key in row
-    }
+    if (np.diff(series.get("seconds", np.zeros((0, 2)))[:, 1]) < 0).any():
+        raise ValueError("the seconds of a run fall")
+    if row.get("clock", seconds.WALL) not in seconds.CLOCKS:
+        raise ValueError(f"the clock is {row['clock']!r}, not {', '.join(seconds.CLOCKS)}")
+    start = {key: row[key] for key in STARTED if key in row}
     return Run(
         path,
-        str(row["model"]),
-        {**UNKNOWN, **(config or {}), **known},
+        row["model"],
+        {**UNKNOWN, **with_defaults(config or {}), **known},
         start,
         int(row.get("reached", frames)),
         bool(row.get("complete", True)),
@@ -154,9 +165,13 @@ def published(content: Any, name: str) -> list[dict[str, Any]]:
     """Entries of {game: [score of each seed]}, where the file's name is the method's, or of a
     table {"games": {game: {method: score}}}. Raises TypeError, ValueError for others.
     """
-    games = content.get("games", content)
+    games = content.get("games", content) if isinstance(content, dict) else content
+    if not isinstance(games, dict):
+        raise TypeError(f"it is a {type(games).__name__}, not {{game: scores}}")
     rows = []
     for game, scores in games.items():
+        if task(game).removeprefix("atari_") not in HUMAN:
+            raise ValueError(f"{game!r} is none of the {len(HUMAN)} games of Atari 100k")
         by_method = scores if isinstance(scores, dict) else {name: scores}
         for method, values in by_method.items():
             if method.lower() in NO_METHODS:
@@ -168,8 +183,36 @@ def published(content: Any, name: str) -> list[dict[str, Any]]:
                 row = {"task": task(game), "model": method, "seed": seed, "score": float(score)}
                 rows.append(row | {"frames": ATARI_FRAMES})
     if not rows:
-        raise ValueError("it is empty")
+        raise ValueError("there is no score of an agent in it")
     return rows
+
+
+def beside(runs: list[Run]) -> list[Run]:
+    """``runs`` without what cannot be compared: published scores on games of which there are no
+    own runs; where all are published, on games that not all methods have.
+
+    Raises ConfigError where own runs of a game are shorter than those behind a published score,
+    and where a method is left with none.
+    """
+    own = [run for run in runs if not run.published]
+    models = {run.model for run in runs}
+    games: dict[str, set[str]] = {}  # {task: models}
+    for run in own or runs:
+        games.setdefault(run.task, set()).add(run.model)
+    kept = [run for run in runs if run.task in games and (own or games[run.task] == models)]
+    if lost := sorted(models - {run.model for run in kept}):
+        others = "no game of the own runs" if own else "no game that the others have"
+        raise ConfigError(f"{lost[0]} has a score on {others}: leave it out (--models, --from)")
+    for run in own:
+        frames = run.config["steps"]
+        for other in kept:
+            if other.published and other.task == run.task and other.config["steps"] > frames:
+                raise ConfigError(
+                    f"{run.name} has {frames:,} frames, and the score of {other.model} is that of"
+                    f" {other.config['steps']:,}: continue it to as many (--steps), or leave"
+                    f" {other.model} out"
+                )
+    return kept
 
 
 def task(game: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from comparison import stats
 from comparison.runs import Run
 
-CPU, GPU, WALL = "CPU", "GPU", "wall-clock"
+CLOCKS = CPU, GPU, WALL = "CPU", "GPU", "wall-clock"
 
 
 def axis(run: Run) -> tuple[str, np.ndarray]:

@@ -135,9 +135,13 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
             )
     lost = [row for row in summary["runs"] if row["status"] != "complete"]
     if lost:
+        why = "they did not finish"
+        if ended := sum(row["status"] != "incomplete" for row in lost):
+            why = "no episode of theirs ended"
+            why = why if ended == len(lost) else f"they did not finish or {why}"
         lines.append(
-            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because they did not"
-            " finish. If failing goes with learning badly, what is left looks too good."
+            f"{len(lost)} of {count(len(summary['runs']), 'run')} are left out because {why}."
+            " If failing goes with learning badly, what is left looks too good."
         )
     if summary.get("differences"):
         lines.append(

@@ -5,13 +5,15 @@ envs/base.py).
 from __future__ import annotations
 
 import importlib
+import os
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from envs.base import Env, EnvError, unknown
-from envs.errors import install_line
+from envs.errors import install_line, one_line
 
-__all__ = ["Env", "EnvError", "make_env"]
+__all__ = ["Env", "EnvError", "env_for_spaces", "make_env"]
 
 SUITES = {
     "atari": "Atari",
@@ -73,3 +75,23 @@ def make_env(
     options = env.get(suite, {}) | (getattr(kind, "evaluation", {}) if evaluation else {})
     built = kind(name, size, repeat, **options)
     return Env(built, repeat, env["time_limit"], seed, env.get("invalid", "stop"), task, index)
+
+
+def env_for_spaces(task: str, env: Mapping[str, Any], seed: int = 0) -> Env:
+    """An environment as `make_env` builds it, closed at once: for what it observes and how it is
+    acted on.
+
+    Raises EnvError, in one line, for whatever its constructor raises: in a run that is a crash
+    (`envs.vector`), here there is nothing to go on with.
+    """
+    try:
+        built = make_env(task, env, seed)
+        built.close()
+    except EnvError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(place.filename)}:{place.lineno}"
+        cause = one_line(f"{type(error).__name__} {error}")
+        raise EnvError(f"{task} cannot be built: {cause} ({where})") from error
+    return built

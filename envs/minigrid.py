@@ -49,7 +49,10 @@ class MiniGrid(Gym):
             try:
                 return super().reset(seed=seed)
             except FileNotFoundError as error:  # of WFC tasks: pip does not bring their patterns
-                raise self._mistake(f"this task lacks its file {error.filename}") from error
+                raise EnvError(
+                    f"{self._name} needs {error.filename}, which pip does not bring: install"
+                    " minigrid from a checkout of its repository (pip install -e FOLDER)"
+                ) from error
 
     def set_state(self, state: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -21,7 +21,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 import tools
-from envs import make_env
+from envs import env_for_spaces
 from envs.base import one_line
 from hidreamer import app
 from hidreamer.app import HUB
@@ -104,8 +104,7 @@ def read_run(folder: Path, checkpoints: list[Path]) -> Source:
     params = state["agent"]["params"]
     facts = {"task": config.task, "seed": config.seed, "step": state["step"]}
     facts |= {"commit": last_commit(folder), "scores": last_scores(folder)}
-    env = make_env(config.task, config.env.tree(), config.seed)
-    env.close()
+    env = env_for_spaces(config.task, config.env.tree(), config.seed)
     return Source(folder, config, params, *spaces_of(env), facts)
 
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import gymnasium
 import numpy as np
 import pytest
 
+import dreamer
 import run_comparison
 from conftest import ROOT
 from hidreamer import checkpoint
@@ -228,6 +230,26 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and says in err, err
     assert not list(tmp_path.iterdir())
+
+
+class Unbuildable(gymnasium.Env):
+    def __init__(self):
+        raise AssertionError("three\nwalls")
+
+
+def test_an_environment_that_cannot_be_built_is_one_line(tmp_path, capsys, monkeypatch):
+    """Whatever its constructor raises; in a run it would be a crash."""
+    spec = gymnasium.envs.registration.EnvSpec("Unbuildable-v0", entry_point=Unbuildable)
+    monkeypatch.setitem(gymnasium.registry, "Unbuildable-v0", spec)
+    args = ["--configs", "debug", "--task", "gym_Unbuildable-v0", "--logdir", str(tmp_path)]
+    says = "error: gym_Unbuildable-v0 cannot be built: AssertionError three walls (test_comparison"
+    for status in (
+        run_comparison.main(args),
+        dreamer.main(["--configs", "debug", *args[2:4], "--capacity", "tiny_hdreamer"]),
+    ):
+        assert status == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and err.count(says) == 2, err
 
 
 def test_an_unfair_comparison_is_refused(tmp_path, capsys):

@@ -117,6 +117,18 @@ def test_minigrid_faults_are_one_line(task, options, line):
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_task_whose_patterns_pip_does_not_bring_says_how_to_get_them(monkeypatch):
+    """As those of MiniGrid-WFC-..."""
+
+    def reset(**_):
+        raise FileNotFoundError(2, "No such file", "patterns/Maze.png")
+
+    env = build("minigrid_MemoryS7")
+    monkeypatch.setattr(env.suite._env.unwrapped, "reset", reset)
+    with pytest.raises(EnvError, match=r"Maze.png, which pip does not bring: install minigrid"):
+        env.reset()
+
+
 def test_minigrid_says_nothing_and_views_may_be_larger(capfd):
     env = build("minigrid_BossLevel", minigrid={"kwargs": "{agent_view_size: 9}"})
     assert all(output["grid"].shape == (9, 9, 20) for output in play(env, 300))

@@ -1,6 +1,7 @@
 """results/: every file has its row, every commit is in history, no file names a machine."""
 
 import json
+import re
 import shutil
 import subprocess
 
@@ -35,18 +36,21 @@ def test_the_page_names_what_is_missing(tmp_path):
     (results / "new").mkdir()
     (results / "new" / "numbers.json").write_text('{"x": 1}')
     (results / "new" / "curve.png").write_bytes(b"")  # beside nothing that has a row
+    (results / "new" / "log.txt").write_text("saved to /home/somebody/runs")
     notes = results / "hrvq" / "pong.md"
     notes.write_text(notes.read_text() + "\n/home/somebody/runs/pong\n")
     path = results / "learning" / "cartpole_rssm.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0123456789ab"}))
     found = results_page.faults(tmp_path, claims)
-    assert found[:3] == [
+    assert found[:5] == [
         "results/hrvq/pong.md holds a machine's path: /home/somebody/runs/pong",
         "results/new/curve.png has no row: add it to benchmarks/claims.yaml",
+        "results/new/log.txt has no row: add it to benchmarks/claims.yaml",
+        "results/new/log.txt holds a machine's path: /home/somebody/runs",
         "results/new/numbers.json has no row: add it to benchmarks/claims.yaml",
     ]
-    assert found[3].startswith("commit 0123456789ab of results/learning/cartpole_rssm.json")
-    assert found[4].startswith("results/README.md is not up to date") and len(found) == 5
+    assert found[5].startswith("commit 0123456789ab of results/learning/cartpole_rssm.json")
+    assert found[6].startswith("results/README.md is not up to date") and len(found) == 7
 
 
 def test_numbers_are_looked_up_and_shown_with_their_interval():
@@ -57,6 +61,32 @@ def test_numbers_are_looked_up_and_shown_with_their_interval():
     assert results_page.shown([2.0]) == "2.00"
     # the 97.5% point of t with one degree of freedom is 12.706, the standard error 1
     assert results_page.shown([1.0, 3.0]) == "2.00 [−10.7, 14.7] (1.00 / 3.00)"
+
+
+@needs_history
+def test_a_comparison_names_the_commits_and_machines_of_its_runs():
+    """Not those of its report, which may be made much later and elsewhere."""
+    runs = [("5821f51cf1a0, 0966727", "H200"), ("0966727", "EPYC"), ("unknown", "unknown")]
+    content = {"runs": [{"commit": commit, "hardware": machine} for commit, machine in runs]}
+    content["made"] = {"commit": "ccc3a07", "command": "x", "hardware": "a laptop"}
+    commit, _, machines = results_page.of_runs(content)
+    assert commit == "5821f51cf1a0, 0966727, ccc3a07 (report)" and machines == "H200; EPYC"
+    assert results_page.in_history(commit) and results_page.date(commit) == "2026-11-27"
+    assert not results_page.in_history("0966727, 0123456789ab")
+    content["made"]["commit"] = "09667271a84c+changes"
+    assert results_page.of_runs(content)[0] == "5821f51cf1a0, 0966727"
+    content["runs"] = []  # of world models on recorded episodes
+    assert results_page.of_runs(content)[::2] == ("09667271a84c+changes", "a laptop")
+
+
+def test_claims_that_lead_nowhere_are_one_line():
+    entry = {"file": "results/demo/demo.json", "claim": "x", "seeds": "0", "shown": "no"}
+    for fault, says in {
+        ("number", "runs.*.then"): "demo.json: there is no 'then' of 'runs.*.then'",
+        ("file", "results/none.json"): "names results/none.json, which does not exist",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(says)):
+            results_page.rows(ROOT, {"files": [entry | dict([fault])], "lineage": []})
 
 
 @pytest.mark.parametrize(

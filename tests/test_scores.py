@@ -146,6 +146,68 @@ def test_published_files_alone(tmp_path):
     assert all(run.published and not run.known for run in again) and len(again) == 10
 
 
+def test_published_scores_are_compared_on_the_games_of_own_runs(tmp_path, capsys):
+    """Nobody trains all 26 games before looking; a score of other games or lengths is no rival."""
+    own = {"env.action_repeat": 4, "eval_episodes": 0}
+    for seed in range(2):
+        path = tmp_path / "own" / str(seed)
+        write_run(path, [-20, 5, 15], MODELS[0], seed, "atari_pong", 400_000, **own)
+        path = tmp_path / "short" / str(seed)
+        write_run(path, [-20, 5, 15], MODELS[0], seed, "atari_pong", 100_000, **own)
+    for name, games in (("IRIS", IRIS), ("other", {"Alien": [1, 2]}), ("REM", {"Pong": [3, 4]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(games))
+    args = ["--logdir", str(tmp_path / "r"), "--from"]
+
+    def compared(*names):
+        assert run_comparison.main([*args, *(str(tmp_path / name) for name in names)]) == 0
+        found = json.loads((tmp_path / "r" / "summary.json").read_text())
+        return list(found["tasks"]), set(found["comparisons"])
+
+    assert compared("own", "IRIS.json") == (["atari_pong"], {"IRIS"})
+    assert "published scores on 1 other games are left out" in capsys.readouterr().out
+    assert compared("REM.json", "IRIS.json") == (["atari_pong"], {"REM"})
+    for names, says in {
+        ("own", "other.json"): "other has a score on no game of the own runs: leave it out",
+        ("IRIS.json", "other.json"): "IRIS has a score on no game that the others have",
+        ("short", "IRIS.json"): "0 has 100,000 frames, and the score of IRIS is that of 400,000",
+    }.items():
+        capsys.readouterr()
+        assert run_comparison.main([*args, *(str(tmp_path / name) for name in names)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and says in err, err
+
+
+def test_a_run_of_which_no_episode_ended_is_exported_and_read_again(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "runs" / str(seed), [1, 2, 3], MODELS[0], seed)
+        path = tmp_path / "runs" / f"pinpad{seed}"
+        write_run(path, [1, 2, 3], MODELS[0], seed, "pinpad_three")
+        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (path / "metrics.jsonl").write_text("".join(x for x in lines if "_return" not in x))
+    file = tmp_path / "scores.json"
+    args = ["--from", str(tmp_path / "runs"), "--logdir", str(tmp_path / "a")]
+    assert run_comparison.main([*args, "--export", str(file)]) == 0
+    assert run_comparison.main(["--from", str(file), "--logdir", str(tmp_path / "b")]) == 0
+    for name in "ab":
+        page = (tmp_path / name / "report.md").read_text()
+        assert "| pinpad_three, random play | – | – |" in page
+        assert "2 of 4 runs are left out because no episode of theirs ended." in page
+        html = (tmp_path / name / "report.html").read_text()
+        assert html.count(">random play</text>") == 1  # of the other task
+
+
+def test_older_runs_and_other_machines_are_compared_alike(tmp_path):
+    """A key younger than a run has its default; threads and processes change nothing learned."""
+    for k, model in enumerate(MODELS):
+        path = tmp_path / "runs" / model
+        write_run(path, [1, 2, 3], model, 0, **({"threads": 2, "env.parallel": True} if k else {}))
+        lines = (path / "config.yaml").read_text().splitlines(keepends=True)
+        (path / "config.yaml").write_text("".join(x for x in lines if k or "write_back" not in x))
+    status, found = report(tmp_path / "runs")
+    assert status == 0 and found["differences"] == {}
+    assert "error" not in found["capacity"][MODELS[0]]
+
+
 def test_games_are_named_as_the_suite_names_them():
     pytest.importorskip("ale_py")
     from comparison.summary import HUMAN
@@ -157,8 +219,10 @@ def test_games_are_named_as_the_suite_names_them():
 
 BAD = {
     "no JSON": ("{", "holds no scores"),
-    "a list": ("[1]", "holds no scores"),
-    "empty": ("{}", "it is empty"),
+    "a list": ("[1]", "it is a list, not {game: scores}"),
+    "empty": ("{}", "there is no score of an agent in it"),
+    "references alone": ('{"games": {"Pong": {"Human": 14.6}}}', "there is no score of an agent"),
+    "other tasks": ('{"acrobot-swingup": [1]}', "'acrobot-swingup' is none of the 26 games"),
     "another format": ('{"format": "x"}', "has the format 'x', not 'hidreamer-scores-1'"),
     "no runs": ('{"format": "hidreamer-scores-1"}', "'runs'"),
     "no seed": ('{"format": "hidreamer-scores-1", "runs": [{"frames": 1, "task": "a"}]}', "'seed'"),
@@ -176,6 +240,17 @@ BAD = {
         "holds no scores",
     ),
 }
+RUN = {"task": "dummy_vector", "model": "m", "seed": 0, "frames": 9, "returns": [[9, 1]]}
+for key, value, says in (
+    ("frames", 0, "a run has 0 frames"),
+    ("model", "", "a run has the model ''"),
+    ("task", None, "a run has the task None"),
+    ("clock", "sundial", "the clock is 'sundial', not CPU, GPU, wall-clock"),
+    ("seconds", [[4, 2.0], [9, 1.0]], "the seconds of a run fall"),
+):
+    text = json.dumps({"format": scores.FORMAT, "runs": [RUN | {key: value}]})
+    BAD[f"{key} {value}"] = text, says
+BAD["an empty list"] = json.dumps({"format": scores.FORMAT, "runs": []}), "it has no runs"
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -290,6 +365,7 @@ def test_values_of_a_key_are_arms():
         (["steps", "10", "20"], "equally many frames"),
         (["video", "true", "false"], "it changes nothing that is learned"),
         (["actor.entropy", "1", "1.0"], "names one value twice"),
+        (["env.gym.keys", "a/b", "a_b"], "two whose folders have one name"),
         (["actor.entropy", "1", "1"], "names one value twice"),
         (["actor.entropy", "1", "high"], "actor.entropy is 'high'; it must be a number"),
         (["actor.entropy", "1", "-1"], "it must be at least 0"),
@@ -353,6 +429,24 @@ def test_unmatched_capacity_is_the_first_line(tmp_path):
     report(tmp_path / "runs")
     lines = (tmp_path / "runs" / "report" / "report.md").read_text().splitlines()
     assert lines[2].startswith("Capacity is not matched: tiny_hdreamer against tiny_dreamerv3: ")
+
+
+def test_capacity_is_compared_on_every_kind_of_observation(tmp_path, capsys):
+    """Alike on the first task, unlike on a later one: the first line says so, and names it once."""
+    for task, other in (("dummy_grid", 16), ("dummy_vector", 16), ("dummy_image", 64)):
+        for k, model in enumerate(MODELS):
+            path = tmp_path / "runs" / task / model
+            sizes = {"dynamics.hidden": other if k else 16, "dynamics.deter": 16}
+            sizes |= {"dynamics.rssm.stoch": 4, "dynamics.hrssm.stoch": [2, 2]}
+            sizes |= {"dynamics.rssm.classes": 4, "dynamics.hrssm.classes": [4, 4]}
+            write_run(path, [1, 2, 3], model, 0, task, **sizes)
+    _, found = report(tmp_path / "runs")
+    unmatched = [x for x in found["warnings"] if x.startswith("Capacity is not matched")]
+    assert len(unmatched) == 1, unmatched
+    where = "Capacity is not matched on dummy_image: tiny_hdreamer against tiny_dreamerv3: "
+    assert unmatched[0].startswith(where)
+    lines = (tmp_path / "runs" / "report" / "report.md").read_text().splitlines()
+    assert lines[2].startswith(where)
 
 
 def test_words_of_improvement():
