@@ -79,3 +79,15 @@ def test_every_preset_is_on_the_page():
     presets = [name for name in tools.sentences() if "." not in name and name != "defaults"]
     assert len(presets) > 25
     assert [name for name in presets if f"`{name}`" not in page] == []
+
+
+def test_both_tables_of_speed_are_of_one_file():
+    """Kernels, host reads and GFLOP, as the file that both pages name has them."""
+    updates = json.loads((ROOT / "results/speed/sapphire_rapids.json").read_text())["updates"]
+    for name, known in (("results", updates), ("presets", list(updates)[:3])):
+        page = (ROOT / "docs" / f"{name}.md").read_text()
+        assert "(../results/speed/sapphire_rapids.json)" in page
+        for model in known:
+            found = updates[model]
+            assert f"| {found['kernels']:,} / {found['host_reads']:,} |" in page, (name, model)
+            assert re.search(rf"\| {found['flops'] / 1e9:.0f}( \(|  *\|)", page), (name, model)
