@@ -20,7 +20,7 @@ from tools import ConfigError
 # runs.
 OPTIONS: dict[str, tuple[Any, str]] = {
     "models": (
-        ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"],
+        ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer", "tiny_hidreamer_gru"],
         "Presets to compare; the first is the baseline.",
     ),
     "task": (

@@ -51,7 +51,7 @@ class MiniGrid(Gym):
             except FileNotFoundError as error:  # of WFC tasks: pip does not bring their patterns
                 raise EnvError(
                     f"{self._name} needs {error.filename}, which pip does not bring: install"
-                    " minigrid from a checkout of its repository (pip install -e FOLDER)"
+                    " minigrid in editable mode from a checkout of its repository"
                 ) from error
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -43,7 +43,20 @@ class LaProp(torch.optim.Optimizer):
                     step = torch.zeros((), dtype=torch.float32, device=p.device)
                     moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": step} | moments
-            self._update(params, group["lr"], group["eps"], *group["betas"])
+            if params:
+                self._update(params, group["lr"], group["eps"], *group["betas"])
+
+    def split_by_steps(self) -> None:
+        """Let parameters that have made as many steps be a group: all of one are corrected by the
+        same count.
+        """
+        by_steps: dict[float, list[Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                made = float(self.state[p]["step"]) if p in self.state else 0.0
+                by_steps.setdefault(made, []).append(p)
+        first = self.param_groups[0]
+        self.param_groups = [first | {"params": params} for params in by_steps.values()]
 
     def _update(
         self, params: list[Tensor], lr: float | Tensor, eps: float, beta1: float, beta2: float
@@ -52,7 +65,7 @@ class LaProp(torch.optim.Optimizer):
         steps, mean, square = ([self.state[p][key] for p in params] for key in keys)
         grads = [p.grad for p in params]
         torch._foreach_add_(steps, 1.0)
-        count = steps[0]  # a group is stepped together, see ``Optimizer.load_state_dict``
+        count = steps[0]  # a group is stepped together, see ``split_by_steps``
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, grads, grads, 1.0 - beta2)
         root = torch._foreach_sqrt(square)
@@ -194,14 +207,11 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """The inverse. Parameters that ``state`` lacks start afresh; rates stay as configured."""
         self.optim.state.clear()
-        by_steps: dict[float, list[Tensor]] = {}  # made
         for key, p in self.params.items():
             if key in state:
                 self.optim.state[p] = {name: like(p, x) for name, x in state[key].items()}
-            by_steps.setdefault(float(state.get(key, {}).get("step", 0)), []).append(p)
-        # ``LaProp`` corrects all of a group by the same count of steps.
-        group = self.optim.param_groups[0]
-        self.optim.param_groups = [group | {"params": params} for params in by_steps.values()]
+        if isinstance(self.optim, LaProp):
+            self.optim.split_by_steps()
 
 
 @torch.no_grad()

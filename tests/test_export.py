@@ -71,7 +71,7 @@ def test_no_environment_is_built_of_an_export(copy, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("an environment was built")
 
-    monkeypatch.setattr(source, "make_env", never)
+    monkeypatch.setattr(source, "env_for_spaces", never)
     hidreamer.load(copy)
 
 
