@@ -39,8 +39,9 @@ def test_seeds_are_trained_resumed_and_read(tmp_path):
     assert latents.deter.device == dream.reward.device == DEVICE
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
-@pytest.mark.parametrize("kind", ["hrssm", pytest.param("hrvq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hrssm", "hrvq"])
 def test_levels_are_looked_into(trained, tmp_path, kind):
     folder = shutil.copytree(trained(kind, "image"), tmp_path / "run")
     assert analysis.main([str(folder), "--pictures", "--episodes", "10"]) == 0
