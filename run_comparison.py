@@ -18,6 +18,7 @@ import itertools
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Content(NamedTuple):
     differences: fairness.Differences  # of configs, outside the latent state
     failed: list[dict[str, str]]  # name, reason and log of jobs that failed twice
     offline: dict[str, Any] | None = None  # the paired comparison of world models
-    unmatched: list[str] | None = None  # capacity on other tasks, a line each
+    unmatched: Sequence[str] = ()  # capacity on other tasks, a line each
 
 
 class Plan(NamedTuple):
@@ -157,8 +158,8 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
         jobs.sort(key=lambda job: by_seed(job.folder))
     signum, failed = run(jobs, options, plan, folder)
     found = [runs.read(home) for home in homes if (home / "metrics.jsonl").exists()]
-    what = Content(list(plan.arms), found, plan.capacity, options.task[0], plan.differences, failed)
-    return signum, what._replace(unmatched=plan.unmatched)
+    counted = plan.capacity, options.task[0], plan.differences
+    return signum, Content(list(plan.arms), found, *counted, failed, unmatched=plan.unmatched)
 
 
 def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Content]:
@@ -272,7 +273,7 @@ def collect(options: SimpleNamespace) -> Content:
         except (ConfigError, AttributeError) as error:
             counted[run.model] = {"error": str(error)}
     unmatched = fairness.elsewhere(configs)
-    return Content(order, found, counted, task, differing, [], None, unmatched)
+    return Content(order, found, counted, task, differing, [], unmatched=unmatched)
 
 
 def write(what: Content, folder: Path, argv: list[str]) -> None:
@@ -291,7 +292,7 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     warnings = fairness.warnings(
         {model: column for model, column in known.items() if "error" not in column}
     )
-    warnings += what.unmatched or []
+    warnings += what.unmatched
     report |= {
         "made": made,
         "capacity": known,

@@ -133,7 +133,7 @@ def replay_figures(
     return {
         "replay_sample_cpu_s": measure.median([cpu for cpu, _ in times]),
         "replay_steps": len(ring),
-        "replay_mb": round(len(ring) * ring.streams[0].record.itemsize / 2**20),
+        "replay_mb": round(measure.replay_bytes(ring) / 2**20),
         "replay_resident_mb": round(resident_mb() - before),
     }
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,11 @@ def page_faults(fn: Callable[[], object]) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     fn()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def replay_bytes(replay: Any) -> int:
+    """Of the rows in a ``Replay``."""
+    return len(replay) * replay.streams[0].record.itemsize
 
 
 def median(values: list[float]) -> float:

@@ -74,8 +74,7 @@ def figures(store: str, steps: int, folder: Path) -> dict[str, float]:
     replay, episodes, before = make(), Episodes(folder / "train_eps", 1), peak_mb()
     fill_episode = functools.partial(fill, replay, episodes)
     found["add_1000"] = [spent(fill_episode) for _ in range(steps // EPISODE)]
-    size = len(replay) * replay.streams[0].record.itemsize
-    memory = {"data_mb": size / 2**20, "peak_mb": peak_mb() - before}
+    memory = {"data_mb": measure.replay_bytes(replay) / 2**20, "peak_mb": peak_mb() - before}
     found["sample"] = [spent(replay.sample) for _ in range(50)]
     if disk:
         forget(replay)

@@ -105,3 +105,19 @@ def test_the_default_changes_on_three_of_five_games(judge):
     del won["freeway"]
     (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
     assert line.endswith("open, 1 of 5 games are missing")
+
+
+def test_rows_are_compared_by_seed(monkeypatch):
+    """A gap that all seeds share is seen, however far seeds are apart."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import paired
+
+    row = lambda *values: {str(seed): {"ball": x} for seed, x in enumerate(values)}
+    rows = {"base": row(0.25, 0.5, 0.75), "more": row(0.5, 0.75, 1.0)}
+    lines = paired.table(rows, "ball", ["base"]).splitlines()
+    assert lines[2:] == [
+        "| base | 0.500 | – |",
+        "| more | 0.750 | +0.250 [+0.250, +0.250], 3 of 3 |",
+    ]
+    fewer = {"less": row(0.5, 0.25)} | rows
+    assert "+0 [−3.18, +3.18], 1 of 2" in paired.table(fewer, "ball", ["base"])
