@@ -52,6 +52,8 @@ def main() -> int:
     for name, row in json.loads(args.file.read_text())["rows"].items():
         if all(args.metric in x for x in row.values()):
             rows[name] = row
+    if not rows:
+        parser.error(f"no row of {args.file} has {args.metric!r} for every seed")
     if lost := [base for base in args.baselines if base not in rows]:
         parser.error(f"no row {lost[0]!r} with {args.metric!r}; there are {'; '.join(rows)}")
     made = provenance()
