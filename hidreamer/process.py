@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
+GROWTH = 2**28  # bytes by which the heap grows at least
 SMALL = 10_000_000  # parameters of an agent that one thread is enough for
 AVAILABLE = torch.get_num_threads()  # before any run of this process chose
 
@@ -26,7 +27,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)  # no tensor has pages of its own, which freeing would unmap
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap does not shrink
-    libc.mallopt(M_TOP_PAD, 2**28)  # bytes by which it grows at least
+    libc.mallopt(M_TOP_PAD, GROWTH)
 
 
 def pick_threads(agent: Any, threads: int) -> int:

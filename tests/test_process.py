@@ -73,11 +73,13 @@ print(min(faults), cost.peak_mb(cpu) - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_an_update_takes_no_new_pages():
-    """Once the heap has grown; and the most memory that it ever holds."""
-    faults, peak = python(UPDATES).split()
-    assert int(faults) < 5000 and float(peak) < 800.0
-    given_back, _ = python(UPDATES, HIDREAMER_MALLOC="system").split()
-    assert int(given_back) > 50_000  # the bound can be missed
+    """Once the heap has grown. What an update needs is bounded where freed memory goes back at
+    once; a kept heap has gaps besides, other ones each time, up to two steps of its growth.
+    """
+    given_back, needed = map(float, python(UPDATES, HIDREAMER_MALLOC="system").split())
+    assert given_back > 50_000 and needed < 600.0  # so the bound on faults can be missed
+    faults, peak = map(float, python(UPDATES).split())
+    assert faults < 5000 and peak < needed + 2 * process.GROWTH / 2**20
 
 
 def test_games_load_no_plotting_libraries_and_others_still_can():
