@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,16 @@ def observed(subject: Subject) -> list[str]:
     return [key for shapes in encoder.kinds.values() for key in shapes]
 
 
+def turns(subjects: int, count: int) -> np.ndarray:
+    """(count,): the number of the subject whose policy acts in each episode, round by round.
+
+    Every round has an order of its own. In a fixed one all episodes that probes are tested on,
+    every fifth, would be of one policy where there are five subjects, or ten.
+    """
+    rng, rounds = np.random.default_rng(SEED), math.ceil(count / subjects)
+    return np.concatenate([rng.permutation(subjects) for _ in range(rounds)])[:count]
+
+
 def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episode]:
     """``count`` new episodes of at most ``longest`` steps, the subjects' policies taking turns.
 
@@ -122,13 +133,14 @@ def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episo
     """
     first = subjects[0]
     task, out = first.config.task, []
+    who = turns(len(subjects), count)
     env = make_env(task, first.config.env.tree(), SEED)
     try:
         read = factors.reader(env, task)
         device = next(subjects[0].agent.parameters()).device
         random = torch.Generator(device).manual_seed(SEED)
         for i in range(count):
-            subject = subjects[i % len(subjects)]
+            subject = subjects[who[i]]
             rows, values = play(subject.agent, env, read, longest, random)
             out.append(Episode(stack_rows(rows), stack_rows(values), subject.name))
     finally:

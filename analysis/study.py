@@ -184,9 +184,8 @@ def code_use(subject: Subject, found: Sequence[Latents]) -> dict[str, Found]:
     dynamics, out = subject.agent.world_model.dynamics, {}
     codes = stacked([one.codes for one in found])
     for i, (name, (_, classes)) in enumerate(zip(codes, dynamics.shapes, strict=True)):
-        changed = [
-            (one.codes[name][1:] != one.codes[name][:-1]).mean() for one in found if len(one.kl) > 1
-        ]
+        changed = [one.codes[name][1:] != one.codes[name][:-1] for one in found]
+        changed = np.concatenate(changed)  # (steps, S): every step counts the same, not episode
         used = [np.bincount(column, minlength=classes) / len(column) for column in codes[name].T]
         nats = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in used]
         kl = np.concatenate([one.kl[1:, i] for one in found])
@@ -195,7 +194,7 @@ def code_use(subject: Subject, found: Sequence[Latents]) -> dict[str, Found]:
             "variables": codes[name].shape[1],
             "classes": classes,
             "perplexity": float(np.exp(nats).mean()),
-            "changed": float(np.mean(changed)) if changed else None,
+            "changed": float(changed.mean()) if len(changed) else None,
             "kl": float(kl.mean()) if len(kl) else None,
             "posterior entropy": float(vague.mean()),
         }

@@ -251,6 +251,35 @@ def test_all_are_judged_on_everybodys_episodes(subjects, material):
     assert (material.episodes[0].rows["prev_action"][0] == 0).all()
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 15])
+def test_no_policy_has_all_episodes_that_probes_are_tested_on(count):
+    """Every fifth episode is one, and of five runs in a fixed order the fifth played all of them;
+    of four runs every fold of a contrast was one policy's.
+    """
+    by, episode = loading.turns(count, 40), np.arange(40)
+    assert np.ptp(np.bincount(by, minlength=count)) <= 1
+    for side in readout.split(episode):
+        assert len(set(by[side])) > 1
+    assert len(set(by[readout.split(episode).test])) >= min(count, 3)
+    for fold in range(4):
+        assert len(set(by[episode % 4 == fold])) > 1
+
+
+def test_codes_that_change_are_counted_by_step():
+    """Of 2 and 20 changes between steps; episodes alike, it would be 0.5."""
+    one = lambda codes: types.SimpleNamespace(
+        codes={"L0": np.array(codes)[:, None]},
+        kl=np.zeros((len(codes), 1)),
+        post_entropy=np.zeros((len(codes), 1)),
+    )
+    dynamics = types.SimpleNamespace(shapes=((1, 3),))
+    model = types.SimpleNamespace(dynamics=dynamics)
+    subject = types.SimpleNamespace(agent=types.SimpleNamespace(world_model=model))
+    found = [one([0, 1, 2]), one([1] * 21), one([0])]
+    assert study.code_use(subject, found)["L0"]["changed"] == pytest.approx(2 / 22)
+    assert study.code_use(subject, [one([0])])["L0"]["changed"] is None
+
+
 # ---------------------------------------------------------------- pictures
 
 
