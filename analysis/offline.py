@@ -14,6 +14,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping
@@ -97,6 +98,12 @@ def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
     return [path for path in files if path in others], held
 
 
+def spread(files: list[Path], most: int) -> list[Path]:
+    """At most so many of them, evenly spaced."""
+    picks = np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)
+    return [files[i] for i in picks]
+
+
 def finished(folder: Path, updates: int) -> bool:
     try:
         with np.load(folder / RESULTS) as file:
@@ -117,6 +124,7 @@ class Trainer:
 
     def __init__(self, config: Config, files: list[Path], logdir: Path, device: torch.device):
         self.config, self.logdir, self.device = config, logdir, device
+        self.log = logdir / "metrics.jsonl"
         self.train_files, self.held_files = split(files)
         env = make_env(config.task, config.env.tree(), 0)
         env.close()
@@ -161,7 +169,7 @@ class Trainer:
         """
         rates = Rates(0, self.update)
         self.logdir.mkdir(parents=True, exist_ok=True)
-        with open(self.logdir / "metrics.jsonl", "a") as log:
+        with open(self.log, "a") as log:
             while self.update < updates and not self.signal:
                 loss = self.step()
                 if self.update % LOG == 0 or self.update == updates:
@@ -174,7 +182,7 @@ class Trainer:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                 if self.update % SAVE == 0 and self.update < updates:
-                    self.save()
+                    self.save()  # with all records so far: each was flushed
         self.save()
 
     def on_signal(self, signum: int, frame: Any) -> None:
@@ -190,9 +198,12 @@ class Trainer:
 
     def save(self) -> None:
         state = {"update": self.update, "same": self.same, "agent": self.agent.save_state()}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state |= {
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
             "replay_rng": self.replay.rng.bit_generator.state,
+            "log_size": self.log.stat().st_size,
         }
         checkpoint.save_checkpoint(self.logdir / "checkpoints" / "latest.pt", state)
 
@@ -204,6 +215,7 @@ class Trainer:
         """
         path = self.logdir / "checkpoints" / "latest.pt"
         if not path.exists():
+            self.cut_log(0)
             return
         fields = {"update": int, "same": str, "agent": dict, "replay_rng": dict}
         state = checkpoint.load_checkpoint(path, fields | {"torch_rng": torch.Tensor})
@@ -220,15 +232,26 @@ class Trainer:
         self.agent.load_state(state["agent"])
         self.update = state["update"]
         torch.set_rng_state(state["torch_rng"])
+        if state.get("cuda_rng") is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if "log_size" in state:  # checkpoints of 0.2.0 lack it
+            self.cut_log(state["log_size"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
+
+    def cut_log(self, size: int) -> None:
+        """Drop the records of updates that are made again, after whatever killed the job."""
+        if self.log.exists():
+            os.truncate(self.log, checkpoint.size_of_log(self.log, size)[0])
 
     # ------------------------------------------------------------ evaluating
 
     def held(self) -> dict[Path, Rows]:
         """At most MOST held-out episodes, of all ages of the run."""
-        count = min(MOST, len(self.held_files))
-        picks = np.linspace(0, len(self.held_files) - 1, count).round().astype(int)
-        return self.load(self.held_files[i] for i in picks)
+        return self.load(spread(self.held_files, MOST))
+
+    def probed(self) -> list[Path]:
+        """The training episodes that probes are fitted on, of all ages as well."""
+        return spread(list(self.episodes), probes.EPISODES)
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """{"model/METRIC" and "baseline/METRIC": (held-out episodes,)}.
@@ -257,11 +280,11 @@ class Trainer:
             scores[name] = np.array([episode[name] for episode in found])
         return scores | probes.compare(self.probe(held))
 
-    def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, np.ndarray]]:
-        """``probes.errors`` of this model, its untrained self and raw pixels;
+    def probe(self, held: Mapping[Path, Rows]) -> dict[str, dict[str, probes.Squares]]:
+        """``probes.squares`` of this model, its untrained self and raw pixels;
         empty where there is no RAM.
         """
-        empty = {"model": {}}
+        empty: dict[str, dict[str, probes.Squares]] = {"model": {}}
         if not probes.possible(self.config):
             return empty
 
@@ -283,13 +306,15 @@ class Trainer:
         encoders: dict[str, probes.Encode] = {"pixels": probes.pixels}
         encoders["model"] = functools.partial(features, self.agent.world_model)
         encoders["untrained"] = functools.partial(features, self.untrained)
-        train = [chunks(path, rows) for path, rows in self.episodes.items()]
-        train = [episode for episode in train if episode is not None]
+        train = []
+        for path in self.probed():
+            if (episode := chunks(path, self.episodes[path])) is not None:
+                train.append(episode)
         test = [chunks(path, rows) for path, rows in held.items()]
         if not train:
             return empty
         names = probes.BYTES[self.config.task]
-        return probes.errors(encoders, train[: probes.EPISODES], test, names)
+        return probes.squares(encoders, train, test, names)
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ale_py
 import numpy as np
@@ -27,8 +27,8 @@ from hidreamer.checkpoint import READ_ERRORS
 from hidreamer.replay import Rows
 from tools import Config
 
-EPISODES = 20  # training episodes that regressions are fitted on
-STEPS = 2000  # steps of them
+EPISODES = 20  # training episodes that regressions are fitted on, of all ages of a run
+STEPS = 2000  # steps of them, unless asked otherwise
 ALPHAS = np.logspace(-1.0, 5.0, 13)
 NOTE = (
     "RAM: share of a byte's variance that a ridge regression on the features leaves unexplained,"
@@ -94,21 +94,48 @@ def pixels(batch: Rows) -> np.ndarray:
     return batch["image"].reshape(-1, np.prod(batch["image"].shape[2:])) / np.float32(255.0)
 
 
-def errors(
+class Squares(NamedTuple):
+    """Of a byte: sums of squares over the steps of each held-out episode that count, (held,)."""
+
+    error: np.ndarray  # of the probe
+    about: np.ndarray  # about the mean of the steps that it was fitted on: what that mean would err
+    steps: np.ndarray  # how many there are
+    variance: float  # of the steps that it was fitted on; NaN where the byte never changes
+
+    @property
+    def shares(self) -> np.ndarray:
+        """(held,): mean squared errors as shares of the variance in training; NaN without steps."""
+        return self.error / np.where(self.steps > 0, self.steps, np.nan) / self.variance
+
+    @property
+    def r2(self) -> float:
+        """Of all steps together, about the training mean: 0 is what that mean does.
+
+        With the variance in training for a unit it would not be: of a byte that hardly varies on
+        the held-out episodes (a score) any constant would explain much. NaN where there is nothing
+        to explain, in training or on the held-out episodes.
+        """
+        if not np.isfinite(self.variance) or not self.about.sum():
+            return float("nan")
+        return float(1.0 - self.error.sum() / self.about.sum())
+
+
+def squares(
     encoders: Mapping[str, Encode],
     train: list[Rows],
     held: list[Rows | None],
     names: Mapping[str, int],
-) -> dict[str, dict[str, np.ndarray]]:
-    """{encoder: {byte: (held,)}}: mean squared errors of linear probes, as shares of the variance.
+    steps: int = STEPS,
+) -> dict[str, dict[str, Squares]]:
+    """{encoder: {byte: Squares}} of linear probes.
 
     encoders: {name: chunks (n, T, ...) -> features (n * T, .)}. train, held: episodes as chunks
-    (n, T, ...) with "ram" (n, T, 128) uint8. names: {name of a byte: its index}.
-    NaN where an episode is None, a ball is never in play, or a byte never changes.
+    (n, T, ...) with "ram" (n, T, 128) uint8; of a held one that is None nothing counts. names:
+    {name of a byte: its index}. steps: of ``train`` that are fitted on, at most.
     """
     ram = np.concatenate([x["ram"].reshape(-1, 128) for x in train])
-    picks = np.random.default_rng(0).permutation(len(ram))[:STEPS]
-    out: dict[str, dict[str, np.ndarray]] = {}
+    picks = np.random.default_rng(0).permutation(len(ram))[:steps]
+    out: dict[str, dict[str, Squares]] = {}
     balls = {name: byte for name, byte in names.items() if name.startswith("ball")}
     others = {name: byte for name, byte in names.items() if name not in balls}
     for who, encode in encoders.items():
@@ -125,11 +152,13 @@ def errors(
             y = ram[picks][use][:, columns].astype(float)
             ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True))
             ridge.fit(x[use], y)
-            errors = []
+            sums = []
             for feat, chunk in zip(features, held, strict=True):
-                errors.append(mean_errors(ridge, feat, chunk, columns, group is balls))
+                sums.append(sums_of(ridge, feat, chunk, columns, group is balls, y.mean(0)))
+            error, about, count = np.moveaxis(np.stack(sums), 0, -1)  # (columns, held) each
             variance = np.where(y.var(0) > 0.0, y.var(0), np.nan)
-            out[who] |= dict(zip(group, (np.stack(errors) / variance).T, strict=True))
+            by = zip(error, about, count, variance.tolist(), strict=True)
+            out[who] |= {name: Squares(*one) for name, one in zip(group, by, strict=True)}
     return out
 
 
@@ -138,28 +167,36 @@ def valid_steps(ram: np.ndarray, columns: list[int], balls: bool) -> np.ndarray:
     return (ram[:, columns] > 0).all(-1) | (not balls)
 
 
-def mean_errors(
-    ridge: Any, feat: np.ndarray | None, chunk: Rows | None, columns: list[int], balls: bool
+def sums_of(
+    ridge: Any,
+    feat: np.ndarray | None,
+    chunk: Rows | None,
+    columns: list[int],
+    balls: bool,
+    mean: np.ndarray,
 ) -> np.ndarray:
-    """(columns,): mean squared errors over the valid steps of an episode, NaN without any."""
+    """(3, columns) of an episode: squared errors, squares about ``mean``, steps that count."""
     if chunk is None:
-        return np.full(len(columns), np.nan)
+        return np.zeros((3, len(columns)))
     ram = chunk["ram"].reshape(-1, 128)
     use = valid_steps(ram, columns, balls)
     if not use.any():
-        return np.full(len(columns), np.nan)
-    error = ridge.predict(feat[use]).reshape(-1, len(columns)) - ram[use][:, columns]
-    return np.square(error).mean(0)
+        return np.zeros((3, len(columns)))
+    truth = ram[use][:, columns].astype(float)
+    error = ridge.predict(feat[use]).reshape(truth.shape) - truth
+    sums = [np.square(x).sum(0) for x in (error, truth - mean)]
+    return np.stack([*sums, np.full(len(columns), use.sum())])
 
 
-def compare(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{"model/RAM BYTE", "baseline/RAM BYTE": (held,)} of what ``errors`` found; the baseline is
-    the best of the other encoders.
+def compare(found: Mapping[str, Mapping[str, Squares]]) -> dict[str, np.ndarray]:
+    """{"model/RAM BYTE", "baseline/RAM BYTE": (held,)}: ``Squares.shares`` of what ``squares``
+    found; the baseline is the best of the other encoders.
     """
-    others = [by for who, by in found.items() if who != "model"]
+    shares = {who: {name: x.shares for name, x in by.items()} for who, by in found.items()}
+    others = [by for who, by in shares.items() if who != "model"]
     mean = lambda x: np.nanmean(x) if np.isfinite(x).any() else np.inf
     out = {}
-    for name, shares in found["model"].items():
-        out[f"model/RAM {name}"] = shares
+    for name, own in shares["model"].items():
+        out[f"model/RAM {name}"] = own
         out[f"baseline/RAM {name}"] = min((by[name] for by in others), key=mean)
     return out

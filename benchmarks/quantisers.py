@@ -195,8 +195,7 @@ def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
     found = trainer.probe(trainer.held())
     out = {}
     for name in found["model"]:
-        shares = [found[who][name] for who in ("model", "untrained", "pixels")]
-        out[f"RAM {name}"] = [1.0 - float(np.nanmean(share)) for share in shares]
+        out[f"RAM {name}"] = [found[who][name].r2 for who in ("model", "untrained", "pixels")]
     return out
 
 

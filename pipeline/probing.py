@@ -40,11 +40,12 @@ def r2(
     encoders = {}
     for who, encode in features.items():
         encoders[who] = lambda rows, encode=encode: encode(rows["row"])
-    found = probes.errors(encoders, [chunk(train)], held, variables(recording))
-    out: dict[str, dict[str, float]] = {}
-    for who, by in found.items():
-        out[who] = {name: 1.0 - mean(shares) for name, shares in by.items()}
-    return out
+    return scores(probes.squares(encoders, [chunk(train)], held, variables(recording), steps))
+
+
+def scores(found: Mapping[str, Mapping[str, probes.Squares]]) -> dict[str, dict[str, float]]:
+    """R2 of what ``probes.squares`` found."""
+    return {who: {name: x.r2 for name, x in by.items()} for who, by in found.items()}
 
 
 def mean(x: np.ndarray) -> float:

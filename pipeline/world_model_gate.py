@@ -200,11 +200,8 @@ def probe(
     for who, x in views.items():
         fitted[who], judged[who] = scale * known[train], scale * x
     encoders = {who: lambda rows, who=who: rows[who] for who in views}
-    found = probes.errors(encoders, [fitted], [judged], probing.variables(recording))
-    scores: dict[str, dict[str, float]] = {}
-    for who, errors in found.items():
-        scores[who] = {variable: 1.0 - probing.mean(x) for variable, x in errors.items()}
-    return scores
+    names = probing.variables(recording)
+    return probing.scores(probes.squares(encoders, [fitted], [judged], names, len(train)))
 
 
 # ---------------------------------------------------------------- the gate

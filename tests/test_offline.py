@@ -185,6 +185,26 @@ def test_an_interrupted_job_goes_on_exactly(recorded, tmp_path):
         trainer(recorded, tmp_path / "parts").resume(3)
 
 
+def test_a_killed_job_has_no_record_twice(recorded, tmp_path, monkeypatch):
+    """After SIGKILL it goes on from its last checkpoint, with the records of then."""
+    monkeypatch.setattr(offline, "LOG", 1)
+    monkeypatch.setattr(offline, "SAVE", 3)
+    folder, seen = tmp_path / "job", []
+    for dies in (2, 5, 9):  # before the first checkpoint, and after it
+        made = trainer(recorded, folder)
+        made.resume(8)
+        seen.append(made.update)
+        step = made.step
+        made.step = lambda made=made, step=step, dies=dies: 1 / 0 if made.update == dies else step()
+        if dies == 9:
+            made.train(8)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                made.train(8)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert seen == [0, 0, 3] and [json.loads(line)["step"] for line in lines] == [*range(1, 9)]
+
+
 YEAR_2024 = {"optim": "joint", "reward.bins": "symexp", "imag.contdisc": True, "model.agc": 0.3}
 YEAR_2024 |= {"model.algorithm": "laprop", "model.warmup": 2, "dynamics.rssm.cell": "block_gru"}
 YEAR_2024 |= {"critic.replay_loss": 0.3, "critic.replay_grad": True, "replay.write_back": True}
@@ -331,6 +351,9 @@ def test_held_out_episodes_are_of_all_ages():
     assert len(held) == offline.MOST and held[0] == files[4] and held[-1] == files[-1]
     gaps = np.diff([int(path.stem) for path in held])
     assert gaps.min() > 90 and gaps.max() < 115
+    # and so are those that probes are fitted on
+    fitted = offline.Trainer.probed(SimpleNamespace(episodes=dict.fromkeys(train)))
+    assert (len(fitted), fitted[0], fitted[-1]) == (20, train[0], train[-1])
 
 
 def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):

@@ -73,17 +73,55 @@ def test_probes_find_what_is_there_and_nothing_else():
     )
     noise = lambda chunk: np.random.default_rng(int(chunk["ram"].sum())).normal(size=(100, 5))
     names = probes.BYTES["atari_breakout"]
-    found = probes.errors({"knows": knows, "noise": noise}, chunks[:4], [*chunks[4:], None], names)
+    encoders = {"knows": knows, "noise": noise}
+    found = probes.squares(encoders, chunks[:4], [*chunks[4:], None], names)
+    shares = {who: {name: x.shares for name, x in by.items()} for who, by in found.items()}
     for name in ("player x", "ball x"):
-        assert found["knows"][name][:2].max() < 0.01 and np.isnan(found["knows"][name][2])
-        assert found["noise"][name][:2].min() > 0.7
-    assert found["knows"]["blocks hit"][:2].min() > 0.7
-    assert np.isnan(found["knows"]["score"]).all()  # it never changes
+        assert shares["knows"][name][:2].max() < 0.01 and np.isnan(shares["knows"][name][2])
+        assert shares["noise"][name][:2].min() > 0.7
+        assert found["knows"][name].r2 > 0.99 and found["noise"][name].r2 < 0.1
+    assert shares["knows"]["blocks hit"][:2].min() > 0.7
+    assert np.isnan(shares["knows"]["score"]).all()  # it never changes
+    assert np.isnan(found["knows"]["score"].r2)
     compared = probes.compare(
         {"model": found["noise"], "pixels": found["knows"], "untrained": found["noise"]}
     )
-    assert np.array_equal(compared["model/RAM ball x"], found["noise"]["ball x"], equal_nan=True)
-    assert np.array_equal(compared["baseline/RAM ball x"], found["knows"]["ball x"], equal_nan=True)
+    for who, by in (("model", shares["noise"]), ("baseline", shares["knows"])):
+        assert np.array_equal(compared[f"{who}/RAM ball x"], by["ball x"], equal_nan=True)
+
+
+def test_r2_of_the_training_mean_is_zero_whatever_varies_where():
+    """A score that is nearly still on held-out episodes is no merit of any probe: in units of the
+    variance in training a constant would explain most of it. Steps count alike, not episodes.
+    """
+    rng = np.random.default_rng(0)
+    sizes = (60, 60, 60, 30, 90)  # the last two are held out, 5 and 45 above the training mean
+    spans = ((0, 200), (0, 200), (0, 200), (104, 106), (144, 146))
+    parts = [rng.integers(*span, (1, n, 128)) for n, span in zip(sizes, spans, strict=True)]
+    chunks = [{"ram": x.astype(np.uint8)} for x in parts]
+    still = lambda chunk: np.ones((chunk["ram"].shape[1], 1))
+    (found,) = probes.squares({"still": still}, chunks[:3], chunks[3:], {"score": 84})[
+        "still"
+    ].values()
+    assert found.r2 == pytest.approx(0.0, abs=1e-6)
+    assert found.shares[0] < 0.1 and found.steps.tolist() == [30, 90]
+    mean = np.concatenate([x[0, :, 84] for x in parts[:3]]).mean()
+    assert found.about == pytest.approx([np.square(x[0, :, 84] - mean).sum() for x in parts[3:]])
+
+
+def test_as_many_steps_are_fitted_on_as_are_asked_for():
+    """2,000 were the most, whatever pipeline.probe_steps said."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6000, 400)).round(2)
+    ram = np.zeros((6000, 128), np.uint8)
+    ram[:, 72] = (128 + 8 * x[:, :20].sum(1) / 20**0.5 + rng.normal(size=6000) * 24).clip(1, 255)
+    train, held = [
+        {"ram": ram[None, part], "x": x[part]} for part in (slice(5000), slice(5000, None))
+    ]
+    encoders = {"who": lambda chunk: chunk["x"]}
+    score = lambda *n: probes.squares(encoders, [train], [held], {"player x": 72}, *n)["who"]
+    few, default, many = (score(*n)["player x"].r2 for n in ((200,), (), (5000,)))
+    assert few < default < many
 
 
 def test_a_code_that_never_changed_in_training_says_nothing():
@@ -94,8 +132,8 @@ def test_a_code_that_never_changed_in_training_says_nothing():
     ram = rng.integers(1, 200, (6, 4, 25, 128)).astype(np.uint8)
     chunks = [{"ram": x, "code": 0.5 if i < 4 else -0.5} for i, x in enumerate(ram)]
     still = lambda chunk: chunk["code"] + 1e-8 * rng.normal(size=(100, 3))
-    found = probes.errors({"still": still}, chunks[:4], chunks[4:], {"player x": 72})
-    assert np.abs(found["still"]["player x"] - 1.0).max() < 0.3
+    found = probes.squares({"still": still}, chunks[:4], chunks[4:], {"player x": 72})
+    assert np.abs(found["still"]["player x"].shares - 1.0).max() < 0.3
 
 
 def test_a_job_probes_its_model(recorded, tmp_path):
