@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import tools
-from hidreamer import checkpoint
+from hidreamer import checkpoint, precision
 from hidreamer.logger import Logger, Screen
 from hidreamer.metrics import Means
 from hidreamer.provenance import note_start, provenance
@@ -287,6 +287,7 @@ def run(
     for name in kind.needs:
         inputs[name] = manifest.check_input(root, name, kind.name, config.flat())
     with checkpoint.locked(root / kind.name), contextlib.ExitStack() as stack:
+        precision.set_precision(config, device)
         tools.seed_all(config.seed)  # networks begin the same in every process of a stage
         stage = kind(config, root, device, print)
         stack.callback(stage.close)

@@ -145,8 +145,12 @@ class TokenWorldModel(models.WorldModel):
             before = images[:, :1].expand(-1, self.stack - 1, *images.shape[2:])
             before = carry.images if isinstance(carry, StackCarry) else before
             stacks, before = stacked(before, images, is_first)
-            embed = self.encoder(stacks.flatten(0, 1)).unflatten(0, is_first.shape)  # (B, T, E)
-            codes = dynamics.encode(embed, sample=False)
+            # Without autocast, as in the tokenizer stage: rounded to 7 bits, many frames would get
+            # other codes than those that the dynamics learned from.
+            with torch.autocast(images.device.type, enabled=False):
+                embed = self.encoder(stacks.flatten(0, 1)).unflatten(0, is_first.shape)  # (B, T, E)
+                index = dynamics.encode(embed, sample=False).index[..., 0]  # (B, T, L)
+            codes = dynamics.lookup(index)
             inner, post = dynamics.follow(inner, codes, obs["prev_action"], is_first)
             carry = StackCarry(before, inner)
         return carry, post, dynamics.embedding(post.feat.stoch)
@@ -202,6 +206,17 @@ def token_rows(
     return rows | {key: getattr(recording, key) for key in flags}
 
 
+def window_starts(recording: Recording, length: int, held: bool) -> np.ndarray:
+    """``Recording.windows``. Raises ConfigError where there is none."""
+    starts = recording.windows(length, held)
+    if not len(starts):
+        raise ConfigError(
+            f"no {'held-out ' if held else ''}episode of {recording.game} has {length}"
+            " steps: collect longer ones (env.time_limit), or lower the length"
+        )
+    return starts
+
+
 class Windows:
     """Windows of ``length`` rows within one episode of one side of the split, of several games.
 
@@ -225,12 +240,7 @@ class Windows:
         self.starts, self.balance = [], balance
         for recording, part, stream in zip(recordings, rows, self.replay.streams, strict=True):
             stream.extend(part)
-            self.starts.append(recording.windows(length, held))
-            if not len(self.starts[-1]):
-                raise ConfigError(
-                    f"no {'held-out ' if held else ''}episode of {recording.game} has {length}"
-                    " steps: collect longer ones (env.time_limit), or lower the length"
-                )
+            self.starts.append(window_starts(recording, length, held))
         self.counts = np.array([len(starts) for starts in self.starts])
 
     def draw(self) -> Addresses:

@@ -18,7 +18,15 @@ from hidreamer.optim import Optimizer
 from pipeline import data, tokenizer, training
 from pipeline.gate import Gate
 from pipeline.stage import Stage
-from pipeline.token_model import Actions, TokenWorldModel, Windows, load_tokens, tensors, token_rows
+from pipeline.token_model import (
+    Actions,
+    TokenWorldModel,
+    Windows,
+    load_tokens,
+    tensors,
+    token_rows,
+    window_starts,
+)
 from tools import Config
 
 BETAS = (0.9, 0.95)
@@ -48,7 +56,13 @@ class WorldModel(Stage):
     name = "world_model"
     needs = ("collect", "encoder", "tokenizer")
     keys = ("pipeline.world_model", "pipeline.probe_steps", "dynamics", "reward", "cont")
-    keys += ("model.losses.reward", "model.losses.cont", "precision")
+    keys += ("model.losses.reward", "model.losses.cont", "imag.contdisc", "precision")
+
+    @classmethod
+    def identity(cls, config: Config) -> dict[str, Any]:
+        """As of ``Stage``; the discount is one of them where the continue head learns it."""
+        learned = {"imag.discount": config.imag.discount} if config.imag.contdisc else {}
+        return super().identity(config) | learned
 
     def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
         super().__init__(config, root, device, report)
@@ -63,6 +77,8 @@ class WorldModel(Stage):
         for i, (recording, tokens) in enumerate(zip(self.recordings, self.tokens, strict=True)):
             self.rows.append(token_rows(recording, tokens, self.actions, i))
         self.windows = Windows(self.recordings, self.rows, block.batch, block.length, block.balance)
+        for recording in self.recordings:  # the gate needs them: not to be told after training
+            window_starts(recording, block.length, held=True)
         steps = sum(len(recording.rows(held=False)) for recording in self.recordings)
         each = steps // (block.batch * block.accumulate * block.length)
         self.updates = block.epochs * max(each, 1)  # of each mask

@@ -103,6 +103,24 @@ def test_an_episode_that_is_too_short_is_told(tokenized, tmp_path, capsys):
     one_line(capsys, "episode of pong", "90", "env.time_limit")
 
 
+def test_too_short_held_out_episodes_are_told_before_training(tokenized, monkeypatch):
+    """The gate looks at windows of them; it said so when all had been trained."""
+    windows = data.Recording.windows
+    short = lambda self, length, held: windows(self, length, held)[: 0 if held else None]
+    monkeypatch.setattr(data.Recording, "windows", short)
+    with pytest.raises(tools.ConfigError, match="no held-out episode of pong has 16 steps"):
+        world_model.WorldModel(config(), tokenized, CPU, print)
+
+
+def test_a_discount_that_the_continue_head_learns_decides_the_model():
+    """A policy with another one would discount twice, or not at all."""
+    identity = lambda **keys: world_model.WorldModel.identity(config(**keys))
+    plain = identity()
+    assert plain == identity(**{"imag.discount": 0.9})  # the policy's alone
+    learned = {"imag.contdisc": True, "imag.discount": 0.9}
+    assert plain != identity(**learned) != identity(**{"imag.contdisc": True})
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -130,6 +148,23 @@ def test_stored_tokens_are_what_the_encoder_would_find():
     for a, b in zip(seen.feat, known.feat, strict=True):
         assert torch.allclose(a, b)
     assert torch.equal(model.dynamics.tokens(seen.feat.stoch), index)
+
+
+def test_under_bfloat16_frames_have_the_codes_that_were_stored():
+    """The tokenizer stage computes in float32. An encoder that rounds to 7 bits finds others, and
+    the policy would act on codes that the world model never saw there.
+    """
+    model = make_model()
+    obs = batch_of(model, 8, 40)
+    del obs["index"]
+    obs["image"] = torch.rand(8, 40, 2, 2, 1) - 0.5
+    with torch.no_grad():
+        index = model.observe(obs)[1].aux.codes.index
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = model.observe(obs)[1]
+            known = model.observe(obs | {"index": index[..., 0]})[1]
+    assert torch.equal(seen.aux.codes.index, index)
+    assert all(torch.equal(a, b) for a, b in zip(seen.feat, known.feat, strict=True))
 
 
 def test_acting_step_by_step_sees_the_stacks_and_features_of_the_whole_sequence():
