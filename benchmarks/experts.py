@@ -112,8 +112,8 @@ def accuracies(found: dict[str, Any]) -> dict[str, float]:
             name = row["metric"].split(": ", 1)[1]
             values.setdefault(name, []).append(row["value"])
             for who, x in row["baselines"].items():
-                if name.endswith("changed") or who == "chance":
-                    continue  # the same for everybody
+                if who == "chance" or (name.endswith("changed") and who == "copy-last"):
+                    continue  # known beforehand: 0.5 and 0
                 values.setdefault(f"{name} ({who})", []).append(x)
     known = {name: [x for x in found if x is not None] for name, found in values.items()}
     return {name: float(np.mean(x)) if x else float("nan") for name, x in known.items()}

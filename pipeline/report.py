@@ -19,6 +19,7 @@ from hidreamer.provenance import provenance
 from pipeline import data, gate, manifest, pictures, world_model
 from pipeline.stage import Stage
 from pipeline.token_model import load_tokens
+from pipeline.world_model_gate import PAIRS
 from tools import Config
 
 NAME = "report.html"
@@ -168,8 +169,8 @@ def measured(gates: Gates, claim: Claim) -> str:
     return "; ".join(found) or "–"
 
 
-def copying(gates: Gates, title: str, ending: str) -> list[str]:
-    """In how many games each level's metric passes its baseline, a phrase for each level.
+def passing(gates: Gates, title: str, ending: str, baseline: str) -> list[str]:
+    """In how many games each level's metric passes a baseline, a phrase for each level.
 
     title: of a table in the world model's gate. ending: of the metric's name.
     """
@@ -177,19 +178,21 @@ def copying(gates: Gates, title: str, ending: str) -> list[str]:
     for table in gates.get("world_model", {}).get("tables", []):
         for row in table["rows"] if table["title"] == title else []:
             name = row["metric"].split(": ", 1)[-1]
-            if name.endswith(ending) and name.startswith("L"):
-                counts.setdefault(name.split()[0], []).append(not row["beaten_by"])
+            if name.endswith(ending) and name.startswith("L") and baseline in row["baselines"]:
+                counts.setdefault(name.split()[0], []).append(baseline not in row["beaten_by"])
     return [f"{level} in {sum(x)} of {len(x)} games" for level, x in counts.items()]
 
 
 def in_words(gates: Gates) -> parts.Section:
     """What the two last gates come to."""
-    text = []
-    for what, title, ending in (
-        ("Teacher-forced accuracy passes copying the last code", "Teacher-forced", " accuracy"),
-        ("After 15 dreamt steps it passes keeping the last", "Free-running: tokens", " after 15"),
+    text, teacher, free = [], "Teacher-forced", "Free-running: tokens"
+    for what, *where in (
+        ("Teacher-forced accuracy passes copying the last code", teacher, " accuracy", "copy-last"),
+        ("It passes counted pairs of codes", teacher, " accuracy", PAIRS),
+        ("After 15 dreamt steps it passes keeping the last", free, " after 15", "keep the last"),
+        ("After 15 dreamt steps it passes counted pairs", free, " after 15", PAIRS),
     ):
-        if found := copying(gates, title, ending):
+        if found := passing(gates, *where):
             text.append(f"{what}: {', '.join(found)}.")
     for table in gates.get("policy", {}).get("tables", []):
         for row in table["rows"]:

@@ -5,6 +5,7 @@ Shapes: B windows, T steps, N rows, L levels, H steps of a rollout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,20 +21,24 @@ from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 from pipeline.token_model import TokenWorldModel, Windows, tensors
 
 HORIZONS = (1, 5, 15, 30)
+FEW = 10.0  # pairs that count as much as what is known without them
 BATCH = 16  # windows that are judged at a time
 ROLLOUTS = 64  # of a game at most
+PAIRS = "counted pairs"
 TEACHER_NOTE = (
     "Held-out episodes, teacher-forced. Nats: of a step's code given the past and the coarser codes"
     " of its step, beside a mixture of copying the last code and the code's frequency, fitted on"
     " training episodes. Accuracy: beside copying the last code. Changed: steps where copying is"
-    " wrong. Reward: how well predicted rewards tell steps with a reward from others (area under"
-    " the curve; 0.5 is chance)."
+    " wrong. Counted pairs: which code of a level follows which, counted on training episodes: what"
+    " is known without memory, actions and other levels. Reward: how well predicted rewards tell"
+    " steps with a reward from others (area under the curve; 0.5 is chance)."
 )
 ROLLOUT_NOTE = (
     "Held-out episodes: dreamt from a few observed steps with the actions that were taken, codes"
     " drawn, not the likeliest ones. Tokens: share that is right so many steps on, beside keeping"
-    " the last ones observed. R²: linear probes, fitted on the true codes of training episodes,"
-    " read the dreamt ones; true codes: what they find in the real ones."
+    " the last ones observed, and beside codes drawn from counted pairs step by step. R²: linear"
+    " probes, fitted on the true codes of training episodes, read the dreamt ones; true codes: what"
+    " they find in the real ones."
 )
 
 
@@ -81,6 +86,35 @@ class CopyModel:
         )
 
 
+class PairModel:
+    """Which code of a level follows which, counted on training episodes.
+
+    A code that was hardly seen is followed as ``CopyModel`` has it, which counts for FEW pairs.
+    """
+
+    def __init__(self, tokens: np.ndarray, successors: np.ndarray, codes: int):
+        """As of ``CopyModel``."""
+        copy = CopyModel(tokens, successors, codes)
+        self.next = []  # (K, K) by level: probabilities of the next code, a row for each last one
+        for level, (kept, frequency) in enumerate(zip(copy.kept, copy.frequency, strict=True)):
+            kept = np.clip(kept, 0.01, 0.99)
+            counts = FEW * (kept * np.eye(codes) + (1 - kept) * frequency)
+            np.add.at(counts, (tokens[successors, level], tokens[successors + 1, level]), 1.0)
+            self.next.append(counts / counts.sum(1, keepdims=True))
+
+    def nats(self, now: np.ndarray, before: np.ndarray, level: int) -> float:
+        """As of ``CopyModel``."""
+        return float(-np.log(self.next[level][before, now]).mean())
+
+    def right(self, now: np.ndarray, before: np.ndarray, level: int) -> np.ndarray:
+        """Whether the likeliest code is that, (N,)."""
+        return self.next[level].argmax(1)[before] == now
+
+    def drawn(self, now: np.ndarray, before: np.ndarray, level: int, steps: int) -> float:
+        """How often codes that are drawn step by step are right, ``steps`` after those before."""
+        return float(np.linalg.matrix_power(self.next[level], steps)[before, now].mean())
+
+
 def area_under_curve(score: np.ndarray, positive: np.ndarray) -> float:
     """The chance that a positive has the higher score, ties counting half; NaN without both."""
     order = np.concatenate([score[positive], score[~positive]])
@@ -97,7 +131,8 @@ def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int
     recording, tokens = stage.recordings[game], stage.tokens[game]
     logits, index, is_first, reward, real = predictions(model, windows, game, stage.device)
     accuracy = code_accuracy(logits, index.unsqueeze(-1), is_first)
-    copy = CopyModel(tokens, recording.pairs(1, held=False), stage.quantizer.codes)
+    counted = tokens, recording.pairs(1, held=False), stage.quantizer.codes
+    copy, pairs = CopyModel(*counted), PairModel(*counted)
     inside = (~is_first[:, 1:]).cpu().numpy()
     rows = []
     for level, logit in enumerate(logits):
@@ -106,11 +141,14 @@ def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int
         now = index[:, 1:, level].cpu().numpy()[inside]
         before = index[:, :-1, level].cpu().numpy()[inside]
         by = {"copy or frequency": copy.nats(now, before, level)}
+        by[PAIRS] = pairs.nats(now, before, level)
         rows.append(Row(f"{recording.game}: L{level} nats", nats, by, LOWER))
         value = lambda name, level=level: float(accuracy[f"accuracy{name}_{level}"])
-        by = {"copy-last": value("_copy")}
+        right = pairs.right(now, before, level)
+        by = {"copy-last": value("_copy"), PAIRS: float(right.mean())}
         rows.append(Row(f"{recording.game}: L{level} accuracy", value(""), by, HIGHER))
-        by = {"copy-last": 0.0}
+        changed = now != before
+        by = {"copy-last": 0.0, PAIRS: float(right[changed].mean()) if changed.any() else math.nan}
         rows.append(
             Row(f"{recording.game}: L{level} accuracy, changed", value("_changed"), by, HIGHER)
         )
@@ -157,11 +195,13 @@ def rollout_rows(
     name, token_rows, probe_rows = recording.game, [], []
     last = first + context - 1
     known = code_sums(model, tokens)  # (N, E)
+    pairs = PairModel(tokens, recording.pairs(1, held=False), stage.quantizer.codes)
     for h in [h for h in HORIZONS if h <= dreamt.shape[1]]:
         true = tokens[last + h]
         right, kept = dreamt[:, h - 1] == true, tokens[last] == true
         for level in range(tokens.shape[1]):
             by = {"keep the last": float(kept[:, level].mean())}
+            by[PAIRS] = pairs.drawn(true[:, level], tokens[last, level], level, h)
             value = float(right[:, level].mean())
             token_rows.append(Row(f"{name}: L{level} right after {h}", value, by, HIGHER))
         found = probe(stage, recording, known, last, h, embed[:, h - 1])

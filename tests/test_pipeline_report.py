@@ -85,15 +85,18 @@ def test_the_report_says_in_words_what_did_not_work():
         "beaten_by": beaten,
         "baselines": by,
     }
-    found = [row("pong: L0 accuracy", 0.9, []), row("b: L0 accuracy", 0.1, ["copy-last"])]
-    found.append(row("pong: L0 accuracy, changed", 0.9, []))
+    both = {"copy-last": 0.5, "counted pairs": 0.95}
+    found = [row("pong: L0 accuracy", 0.9, ["counted pairs"], **both)]
+    found.append(row("b: L0 accuracy", 0.1, ["copy-last", "counted pairs"], **both))
+    found.append(row("pong: L0 accuracy, changed", 0.9, [], **both))
     played = row("pong: mean return", -20.4, ["x"], **{"random play": -17.8, "online": -21.0})
     gates = {
         "world_model": {"tables": [{"title": "Teacher-forced", "rows": found}]},
         "policy": {"tables": [{"title": "In the real game", "rows": [played]}]},
     }
-    first, second = report.in_words(gates).text
-    assert "L0 in 1 of 2 games" in first
+    first, pairs, second = report.in_words(gates).text
+    assert "copying the last code: L0 in 1 of 2 games" in first
+    assert "counted pairs of codes: L0 in 0 of 2 games" in pairs
     assert "did not learn: -20.4" in second and "-17.8" in second and "-21" in second
     better = report.learned(played | {"value": -10.0})
     assert "higher mean return" in better and "did not learn" not in better

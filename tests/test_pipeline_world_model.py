@@ -290,6 +290,28 @@ def test_the_copy_model_by_hand():
     assert copy.nats(np.array([1, 0]), np.array([1, 1]), 0) == pytest.approx(expected)
 
 
+def test_counted_pairs_know_what_copying_cannot():
+    """Codes in a ring: the next one is never the last, and a table of pairs knows it."""
+    tokens = (np.arange(300) % 3)[:, None]
+    pairs = metrics.PairModel(tokens, np.arange(299), 4)
+    before = np.array([0, 1, 2])
+    assert (
+        pairs.right((before + 1) % 3, before, 0).all() and not pairs.right(before, before, 0).any()
+    )
+    assert pairs.nats((before + 1) % 3, before, 0) < 0.1
+    copy = metrics.CopyModel(tokens, np.arange(299), 4)
+    assert copy.nats((before + 1) % 3, before, 0) > 1.0
+    assert (
+        pairs.drawn((before + 2) % 3, before, 0, 2) > 0.8 > 0.2 > pairs.drawn(before, before, 0, 2)
+    )
+    assert np.allclose(pairs.next[0].sum(1), 1.0)
+    # of a code that was never seen it knows what the copy model knows
+    now, last = np.array([0, 3]), np.array([3, 3])
+    assert pairs.nats(now, last, 0) == pytest.approx(copy.nats(now, last, 0))
+    still = metrics.PairModel(np.zeros((50, 1), int), np.arange(49), 2)
+    assert still.right(np.zeros(3, int), np.zeros(3, int), 0).all()
+
+
 def test_rollouts_start_where_they_say(modelled):
     """A model that is certain of the truth is right at every horizon; keeping the last is not."""
     settings = tools.load_config(["pipeline_debug"], {})
@@ -312,7 +334,9 @@ def test_the_gate(modelled):
         for level in range(3):
             accuracy = teacher[f"{game}: L{level} accuracy"]
             assert 0 <= accuracy["value"] <= 1 and "copy-last" in accuracy["baselines"]
-            assert "copy or frequency" in teacher[f"{game}: L{level} nats"]["baselines"]
+            nats = teacher[f"{game}: L{level} nats"]["baselines"]
+            assert {"copy or frequency", "counted pairs"} == nats.keys()
+            assert "counted pairs" in teacher[f"{game}: L{level} accuracy, changed"]["baselines"]
     tokens = rows(folder, "Free-running: tokens")
     assert {f"pong: L0 right after {h}" for h in (1, 5, 15, 30)} <= tokens.keys()
     probes = rows(folder, "Free-running: what a linear probe reads")
