@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis import latents
 from hidreamer.mask import attn_mask
 from hidreamer.rollout import Layout
 from hidreamer.transformer import KV
@@ -44,7 +45,7 @@ def look(model: WorldModel, obs: Mapping[str, Tensor]) -> Attention | None:
     try:
         for layer, project in zip(layers, wrapped, strict=True):
             layer.project = project
-        model.observe(obs)
+        model.observe(obs, generator=latents.generator(obs, 0))
     finally:
         for layer in layers:
             del layer.project  # the class's own again

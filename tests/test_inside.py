@@ -289,6 +289,8 @@ def test_attention_is_that_of_the_forward_pass(subjects, material):
     model = subject.agent.world_model
     obs = loading.preprocessed(subject.agent, max(material.episodes, key=len).rows)
     found = attention.look(model, obs)
+    again = attention.look(model, obs)  # codes are drawn, with the same numbers each time
+    assert np.array_equal(found.by_level, again.by_level)
     assert found.by_level.sum(-1) == pytest.approx(np.ones(found.by_level.shape[:2]), abs=1e-5)
     assert found.by_distance.sum(-1) == pytest.approx(
         np.ones(found.by_distance.shape[:2]), abs=1e-5

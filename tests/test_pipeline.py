@@ -21,7 +21,7 @@ import tools
 from conftest import ROOT
 from envs import make_env
 from pipeline import __main__ as command
-from pipeline import collect, data, gate, manifest, speed
+from pipeline import collect, data, gate, manifest, speed, stage
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 
 # ---------------------------------------------------------------- the command line
@@ -407,3 +407,28 @@ def test_a_manifest_names_where_a_stage_comes_from(collected):
     assert body["config"]["env.size"] == [84, 84] and body["inputs"] == {}
     assert all(len(x) == 64 for x in body["outputs"].values())
     assert "env.dmc.camera" not in body["config"]
+
+
+class Nothing(stage.Stage):
+    """A stage of one empty step."""
+
+    name = "nothing"
+
+    def advance(self):
+        self.step = 1
+        return {}
+
+    def save_state(self):
+        return {}
+
+    def finish(self):
+        return gate.Gate(self.name, []), []
+
+
+def test_a_stage_has_the_precision_of_the_config(tmp_path, monkeypatch):
+    """On CUDA products had torch's default, TF32 for convolutions alone, whatever was asked for."""
+    config, seen = tools.load_config(["pipeline_debug"], {"precision": "float32"}), []
+    spy = lambda config, device: seen.append((config.precision, device.type))
+    monkeypatch.setattr(stage.precision, "set_precision", spy)
+    stage.run(Nothing, config, tmp_path, torch.device("cpu"), lambda: None)
+    assert seen == [("float32", "cpu")]
