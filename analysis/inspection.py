@@ -88,6 +88,7 @@ def analyse(
             look(subject, episodes, trained, entry, strips, subject.run.model not in shown)
             shown.add(subject.run.model)
     found["models"] = summary.models(found)
+    found["differing"] = loading.differing(subjects)
     report.write(found, strips, folder)
     if kept:
         index = longest(episodes)

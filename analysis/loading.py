@@ -16,7 +16,7 @@ import models
 import networks
 import tools
 from analysis import factors
-from comparison import runs
+from comparison import fairness, runs
 from envs import make_env
 from hidreamer.episodes import stack_rows
 from hidreamer.replay import Rows
@@ -98,6 +98,19 @@ def load_all(found: Sequence[runs.Run]) -> list[Subject]:
                 " same observations"
             )
     return [load(run) for run in found]
+
+
+def differing(subjects: Sequence[Subject]) -> str:
+    """In what their runs differ besides latent state and seed, and runs of one model besides the
+    seed, as a line; "" for nothing.
+    """
+    trained = [subject.run for subject in subjects]
+    found = fairness.unfair_runs(trained)
+    if not all(
+        run.complete for run in trained
+    ):  # the last record of a whole run lies before its end
+        found["frames of training"] = {run.name: run.step for run in trained}
+    return fairness.describe(found)
 
 
 def has_factors(subject: Subject) -> bool:

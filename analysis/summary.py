@@ -244,6 +244,11 @@ def limit_lines(report: Report) -> list[str]:
             f"One seed of {listed(single)}: what is shown is true of these trained networks, and no"
             " interval says how another training would come out."
         )
+    if differing := report.get("differing"):
+        lines.append(
+            f"The runs differ in more than latent state and seed ({differing}): what is shown of a"
+            " model may be due to that, and an interval over such runs is none over seeds."
+        )
     if "baseline" in report:
         lines += [
             (

@@ -1,5 +1,6 @@
 """``python -m analysis``: what is measured of trained agents, and its page in a real browser."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -263,6 +264,21 @@ def test_no_policy_has_all_episodes_that_probes_are_tested_on(count):
     assert len(set(by[readout.split(episode).test])) >= min(count, 3)
     for fold in range(4):
         assert len(set(by[episode % 4 == fold])) > 1
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_said_to(subjects):
+    """Runs of one latent state and two learning rates have an interval, and it is not of seeds."""
+    alike = list(subjects.values())
+    assert loading.differing(alike) == ""
+    other = alike[1].run
+    changes = {"config": other.config | {"model.lr": 0.5}, "step": 7, "complete": False}
+    other = dataclasses.replace(other, **changes)
+    text = loading.differing([alike[0], dataclasses.replace(alike[1], run=other), *alike[2:]])
+    assert "model.lr: " in text and "frames of training: " in text and " 7 (minatar" in text
+    report = {"models": {}, "runs": {}, "differing": text}
+    (line,) = summary.limit_lines(report)
+    assert text in line
+    assert not summary.limit_lines(report | {"differing": ""})
 
 
 def test_codes_that_change_are_counted_by_step():
