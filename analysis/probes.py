@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ale_py
 import numpy as np
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -29,7 +29,8 @@ from tools import Config
 
 EPISODES = 20  # training episodes that regressions are fitted on, of all ages of a run
 STEPS = 2000  # steps of them, unless asked otherwise
-ALPHAS = np.logspace(-1.0, 5.0, 13)
+ALPHAS = np.logspace(-1.0, 7.0, 17)  # the last ones leave of any features nothing but the mean
+FOLDS = 5  # of training episodes, by which the penalty is chosen
 NOTE = (
     "RAM: share of a byte's variance that a ridge regression on the features leaves unexplained,"
     " fitted on training episodes; without a model: the better one of raw pixels and the untrained"
@@ -130,11 +131,13 @@ def squares(
     """{encoder: {byte: Squares}} of linear probes.
 
     encoders: {name: chunks (n, T, ...) -> features (n * T, .)}. train, held: episodes as chunks
-    (n, T, ...) with "ram" (n, T, 128) uint8; of a held one that is None nothing counts. names:
-    {name of a byte: its index}. steps: of ``train`` that are fitted on, at most.
+    (n, T, ...) with "ram" (n, T, 128) uint8, steps in their order; of a held one that is None
+    nothing counts. names: {name of a byte: its index}. steps: of ``train`` that are fitted on, at
+    most.
     """
-    ram = np.concatenate([x["ram"].reshape(-1, 128) for x in train])
-    picks = np.random.default_rng(0).permutation(len(ram))[:steps]
+    parts = [x["ram"].reshape(-1, 128) for x in train]
+    ram, episode = np.concatenate(parts), np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    picks = np.sort(np.random.default_rng(0).permutation(len(ram))[:steps])
     out: dict[str, dict[str, Squares]] = {}
     balls = {name: byte for name, byte in names.items() if name.startswith("ball")}
     others = {name: byte for name, byte in names.items() if name not in balls}
@@ -150,8 +153,10 @@ def squares(
             if not columns or use.sum() < 2:
                 continue
             y = ram[picks][use][:, columns].astype(float)
-            ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True))
-            ridge.fit(x[use], y)
+            scaler = StandardScaler().fit(x[use].astype(float))
+            scaled, fold = scaler.transform(x[use].astype(float)), folds(episode[picks][use])
+            ridge = make_pipeline(scaler, Ridge(penalties(scaled, y, fold)))
+            ridge.fit(x[use].astype(float), y)
             sums = []
             for feat, chunk in zip(features, held, strict=True):
                 sums.append(sums_of(ridge, feat, chunk, columns, group is balls, y.mean(0)))
@@ -160,6 +165,40 @@ def squares(
             by = zip(error, about, count, variance.tolist(), strict=True)
             out[who] |= {name: Squares(*one) for name, one in zip(group, by, strict=True)}
     return out
+
+
+def folds(episode: np.ndarray) -> np.ndarray:
+    """(N,) of steps by the number of their episode (N,): whole episodes; stretches of a single
+    one.
+    """
+    found, index = np.unique(episode, return_inverse=True)
+    if len(found) == 1:
+        return np.arange(len(episode)) * FOLDS // len(episode)
+    return index % FOLDS
+
+
+def penalties(x: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """(Y,): that of ALPHAS with which a ridge regression of features (N, F) on y (N, Y) does best
+    on the folds (N,) that it was not fitted on.
+
+    Leaving out single steps instead, whose neighbours stay, asks for far too little: the more
+    features (pixels), the worse is then what is read on other episodes.
+    """
+    error = np.zeros((len(ALPHAS), y.shape[1]))
+    for k in np.unique(fold):
+        fit, out = fold != k, fold == k
+        mean, centre = x[fit].mean(0), y[fit].mean(0)
+        a, b, target = x[fit] - mean, x[out] - mean, y[fit] - centre
+        if len(a) > a.shape[1]:  # along the axes of the features, or of the steps: what is fewer
+            scale, axes = np.linalg.eigh(a.T @ a)
+            side, product = b @ axes, axes.T @ (a.T @ target)
+        else:
+            scale, axes = np.linalg.eigh(a @ a.T)
+            side, product = b @ a.T @ axes, axes.T @ target
+        scale = np.maximum(scale, 0.0)[:, None]
+        for i, alpha in enumerate(ALPHAS):
+            error[i] += np.square(side @ (product / (scale + alpha)) + centre - y[out]).sum(0)
+    return ALPHAS[error.argmin(0)]
 
 
 def valid_steps(ram: np.ndarray, columns: list[int], balls: bool) -> np.ndarray:

@@ -33,14 +33,20 @@ def r2(
     """{who: {variable: R2}} of linear probes, fitted on ``steps`` training rows at random, on the
     held-out episodes. NaN where a variable never changes, or a ball is never in play.
     """
-    train = recording.rows(False)
-    train = np.random.default_rng(0).permutation(train)[:steps]
     chunk = lambda rows: {"row": rows, "ram": recording.ram[rows][None]}
+    train = [chunk(rows) for rows in training_rows(recording, steps)]
     held = [chunk(np.arange(x.start, x.stop)) for x in recording.episodes(True)]
     encoders = {}
     for who, encode in features.items():
         encoders[who] = lambda rows, encode=encode: encode(rows["row"])
-    return scores(probes.squares(encoders, [chunk(train)], held, variables(recording), steps))
+    return scores(probes.squares(encoders, train, held, variables(recording), steps))
+
+
+def training_rows(recording: Recording, steps: int) -> list[np.ndarray]:
+    """``steps`` training rows at random, by episode and in order."""
+    rows = np.random.default_rng(0).permutation(recording.rows(False))[:steps]
+    rows = np.sort(rows)
+    return np.split(rows, np.flatnonzero(np.diff(recording.episode[rows])) + 1)
 
 
 def scores(found: Mapping[str, Mapping[str, probes.Squares]]) -> dict[str, dict[str, float]]:

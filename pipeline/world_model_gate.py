@@ -231,17 +231,18 @@ def probe(
     known: sums of codes (N, E) of the whole recording, on which the probes are fitted. dreamt: of
     the imagined steps, (B, E).
     """
-    train = recording.rows(held=False)
-    train = np.random.default_rng(0).permutation(train)[: stage.config.pipeline.probe_steps]
+    steps = stage.config.pipeline.probe_steps
     scale = np.float32(np.sqrt(known.shape[1]))
-    fitted = {"ram": recording.ram[train][None]}
-    judged = {"ram": recording.ram[last + h][None]}
     views = {"dreamt": dreamt, "keep the last": known[last], "true codes": known[last + h]}
-    for who, x in views.items():
-        fitted[who], judged[who] = scale * known[train], scale * x
+    judged = {"ram": recording.ram[last + h][None]} | {who: scale * x for who, x in views.items()}
+    fitted = []  # on the same codes, whoever is read
+    for rows in probing.training_rows(recording, steps):
+        fitted.append(
+            {"ram": recording.ram[rows][None]} | dict.fromkeys(views, scale * known[rows])
+        )
     encoders = {who: lambda rows, who=who: rows[who] for who in views}
     names = probing.variables(recording)
-    return probing.scores(probes.squares(encoders, [fitted], [judged], names, len(train)))
+    return probing.scores(probes.squares(encoders, fitted, [judged], names, steps))
 
 
 # ---------------------------------------------------------------- the gate

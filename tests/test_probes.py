@@ -112,16 +112,54 @@ def test_r2_of_the_training_mean_is_zero_whatever_varies_where():
 def test_as_many_steps_are_fitted_on_as_are_asked_for():
     """2,000 were the most, whatever pipeline.probe_steps said."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(6000, 400)).round(2)
-    ram = np.zeros((6000, 128), np.uint8)
-    ram[:, 72] = (128 + 8 * x[:, :20].sum(1) / 20**0.5 + rng.normal(size=6000) * 24).clip(1, 255)
-    train, held = [
-        {"ram": ram[None, part], "x": x[part]} for part in (slice(5000), slice(5000, None))
-    ]
+    x = rng.normal(size=(3500, 100)).round(2)
+    ram = np.zeros((3500, 128), np.uint8)
+    ram[:, 72] = (128 + 8 * x[:, :20].sum(1) / 20**0.5 + rng.normal(size=3500) * 24).clip(1, 255)
+    sides = slice(3000), slice(3000, None)
+    train, held = [{"ram": ram[None, side], "x": x[side]} for side in sides]
     encoders = {"who": lambda chunk: chunk["x"]}
     score = lambda *n: probes.squares(encoders, [train], [held], {"player x": 72}, *n)["who"]
-    few, default, many = (score(*n)["player x"].r2 for n in ((200,), (), (5000,)))
+    few, default, many = (score(*n)["player x"].r2 for n in ((200,), (), (3000,)))
     assert few < default < many
+
+
+def test_the_penalty_is_that_of_other_episodes():
+    """Features that tell episodes apart, and in each where it is: of the episodes that are fitted
+    on they hold the byte, of others nothing. Chosen by single steps, whose neighbours stay, the
+    penalty is the smallest, and R2 on other episodes far below 0.
+    """
+    rng = np.random.default_rng(0)
+    chunks = []
+    for _ in range(12):
+        drift = rng.normal(size=(40, 60)).cumsum(0) + 5 * rng.normal(size=60)  # nothing in common
+        byte = (128 + rng.normal(size=40).cumsum() * 6).clip(1, 255).astype(np.uint8)
+        ram = np.zeros((1, 40, 128), np.uint8)
+        ram[..., 72] = byte
+        chunks.append({"ram": ram, "x": drift})
+    encoders = {"who": lambda chunk: chunk["x"]}
+    (found,) = probes.squares(encoders, chunks[:9], chunks[9:], {"player x": 72})["who"].values()
+    assert found.r2 > -0.2
+    fold = probes.folds(np.array([3, 3, 8, 8, 9, 9, 9]))
+    assert fold.tolist() == [0, 0, 1, 1, 2, 2, 2]
+    assert probes.folds(np.zeros(10, int)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_penalties_are_those_of_a_search_by_folds():
+    """Beside scikit-learn's, with more features than steps and with fewer."""
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
+
+    rng = np.random.default_rng(0)
+    fold = np.arange(60) % 5
+    for count in (8, 90):
+        x = rng.normal(size=(60, count))
+        y = np.stack([x[:, 0] + rng.normal(size=60), rng.normal(size=60)], 1)
+        errors = []
+        for alpha in probes.ALPHAS:
+            out = cross_val_predict(Ridge(alpha), x, y, cv=PredefinedSplit(fold))
+            errors.append(np.square(out - y).sum(0))
+        expected = probes.ALPHAS[np.argmin(errors, 0)]
+        assert np.array_equal(probes.penalties(x, y, fold), expected)
 
 
 def test_a_code_that_never_changed_in_training_says_nothing():
