@@ -21,9 +21,10 @@ GEOMETRY_NOTE = (
     " these two no value is better."
 )
 PROBE_NOTE = (
-    "Held-out episodes. R²: a linear probe of all numbers, fitted on training episodes. Best r: the"
-    " lineage's state correlation, the best single number in sample, for the record: an untrained"
-    " network passes it as well."
+    "Held-out episodes. R²: a linear probe of all numbers, fitted on training episodes, with the"
+    " penalty that does best on those of them that are left out; about their mean, so that a"
+    " constant gets 0. Best r: the lineage's state correlation, the best single number in sample,"
+    " for the record: an untrained network passes it as well."
 )
 
 
