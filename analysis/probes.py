@@ -75,7 +75,10 @@ def play(env: Any, rows: Rows) -> np.ndarray | None:
 
 def cached(path: Path, rows: Rows, config: Config, folder: Path) -> np.ndarray | None:
     """``recover``, which is done once for all the jobs that share ``folder``."""
-    file = folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.npy"
+    what = hashlib.sha256(str(path.resolve()).encode())
+    for key in ("image", "prev_action"):  # another episode may have come to lie there
+        what.update(np.ascontiguousarray(rows[key]))
+    file = folder / f"{what.hexdigest()[:16]}.npy"
     try:
         found = np.load(file)
     except READ_ERRORS:

@@ -46,6 +46,9 @@ def test_the_memory_is_recovered(recorded, tmp_path):
         assert np.array_equal(found[:, columns], truth[:, columns])
         assert np.array_equal(probes.cached(path, load_episode(path), config(), tmp_path), found)
     assert len(list(tmp_path.iterdir())) == 4 and len(np.unique(truth[:, 72])) > 5
+    first, second = list(recorded)[:2]  # as long as each other: another one under the same name
+    found = probes.cached(first, load_episode(second), config(), tmp_path)
+    assert np.array_equal(found[:, columns], recorded[second][:, columns])
 
 
 def test_another_picture_is_not_taken_for_this_one(recorded, tmp_path):
