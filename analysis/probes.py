@@ -119,9 +119,14 @@ class Squares(NamedTuple):
         the held-out episodes (a score) any constant would explain much. NaN where there is nothing
         to explain, in training or on the held-out episodes.
         """
-        if not np.isfinite(self.variance) or not self.about.sum():
-            return float("nan")
-        return float(1.0 - self.error.sum() / self.about.sum())
+        together = Squares(*(x.sum(keepdims=True) for x in self[:3]), self.variance)
+        return float(together.each[0])
+
+    @property
+    def each(self) -> np.ndarray:
+        """(held,): ``r2`` of each episode alone."""
+        about = np.where((self.about > 0.0) & np.isfinite(self.variance), self.about, np.nan)
+        return 1.0 - self.error / about
 
 
 def squares(

@@ -6,7 +6,6 @@ Shapes: B windows, T steps, N rows, L levels, H steps of a rollout.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -186,15 +185,9 @@ def rollouts(
     return where.row, tokens.cpu().numpy(), embed.cpu().numpy()
 
 
-def rollout_rows(
-    stage: Any, model: TokenWorldModel, windows: Windows, game: int, context: int
-) -> tuple[list[Row], list[Row]]:
-    """-> token accuracies and probes of one game at every horizon."""
-    recording, tokens = stage.recordings[game], stage.tokens[game]
-    first, dreamt, embed = rollouts(stage, model, windows, game, context)
-    name, token_rows, probe_rows = recording.game, [], []
-    last = first + context - 1
-    known = code_sums(model, tokens)  # (N, E)
+def right_rows(stage: Any, game: int, last: np.ndarray, dreamt: np.ndarray) -> list[Row]:
+    """Accuracies at every horizon of dreamt tokens (B, H, L), which follow rows ``last`` (B,)."""
+    recording, tokens, out = stage.recordings[game], stage.tokens[game], []
     pairs = PairModel(tokens, recording.pairs(1, held=False), stage.quantizer.codes)
     for h in [h for h in HORIZONS if h <= dreamt.shape[1]]:
         true = tokens[last + h]
@@ -203,15 +196,46 @@ def rollout_rows(
             by = {"keep the last": float(kept[:, level].mean())}
             by[PAIRS] = pairs.drawn(true[:, level], tokens[last, level], level, h)
             value = float(right[:, level].mean())
-            token_rows.append(Row(f"{name}: L{level} right after {h}", value, by, HIGHER))
-        found = probe(stage, recording, known, last, h, embed[:, h - 1])
-        for variable in probing.variables(recording):
-            by = {who: shares.get(variable, float("nan")) for who, shares in found.items()}
-            own, truth = by.pop("dreamt"), by.pop("true codes")
+            out.append(Row(f"{recording.game}: L{level} right after {h}", value, by, HIGHER))
+    return out
+
+
+def read_rows(
+    stage: Any, model: TokenWorldModel, game: int, last: np.ndarray, dreamt: np.ndarray
+) -> list[Row]:
+    """R2 at every horizon of linear probes of dreamt sums of codes (B, H, E), which follow rows
+    ``last`` (B,): of the sums before, and of the true ones, as well.
+
+    The probes are the same for all: they are fitted on the true codes of training episodes.
+    """
+    recording, steps = stage.recordings[game], stage.config.pipeline.probe_steps
+    known = code_sums(model, stage.tokens[game])  # (N, E)
+    views, held = [], []
+    for h in [h for h in HORIZONS if h <= dreamt.shape[1]]:
+        seen = {"dreamt": dreamt[:, h - 1], "keep the last": known[last]}
+        for who, x in (seen | {"true codes": known[last + h]}).items():
+            views.append((h, who))
+            held.append({"ram": recording.ram[last + h][None], "sums": x})
+    train = []
+    for rows in probing.training_rows(recording, steps):
+        train.append({"ram": recording.ram[rows][None], "sums": known[rows]})
+    scale, names = np.float32(np.sqrt(known.shape[1])), probing.variables(recording)
+    encoders = {"sums": lambda chunk: scale * chunk["sums"]}
+    found = probes.squares(encoders, train, held, names, steps)["sums"]
+    scores = {}
+    for variable, x in found.items():
+        for (h, who), score in zip(views, x.each.tolist(), strict=True):
+            scores[h, variable, who] = score
+    out = []
+    for h in dict.fromkeys(h for h, _ in views):
+        for variable in names:
+            whos = ("dreamt", "keep the last", "true codes")
+            own, kept, truth = (scores.get((h, variable, who), math.nan) for who in whos)
             better = HIGHER if np.isfinite(own) else ""
-            probe_rows.append(Row(f"{name}: {variable} R² after {h}", own, by, better))
-            probe_rows.append(Row(f"{name}: {variable} R² after {h}, true codes", truth))
-    return token_rows, probe_rows
+            name = f"{recording.game}: {variable} R² after {h}"
+            out.append(Row(name, own, {"keep the last": kept}, better))
+            out.append(Row(f"{name}, true codes", truth))
+    return out
 
 
 @torch.no_grad()
@@ -220,29 +244,6 @@ def code_sums(model: TokenWorldModel, tokens: np.ndarray) -> np.ndarray:
     device = model.dynamics.bos_token.device
     codes = model.dynamics.lookup(torch.from_numpy(tokens).to(device)).code  # (N, L, 1, E)
     return codes.sum(-3)[:, 0].cpu().numpy() / np.float32(np.sqrt(codes.shape[-1]))
-
-
-def probe(
-    stage: Any, recording: Any, known: np.ndarray, last: np.ndarray, h: int, dreamt: np.ndarray
-) -> Mapping[str, Mapping[str, float]]:
-    """R2 of linear probes {"dreamt", "keep the last" or "true codes": {variable: R2}}, ``h`` steps
-    after rows ``last`` (B,).
-
-    known: sums of codes (N, E) of the whole recording, on which the probes are fitted. dreamt: of
-    the imagined steps, (B, E).
-    """
-    steps = stage.config.pipeline.probe_steps
-    scale = np.float32(np.sqrt(known.shape[1]))
-    views = {"dreamt": dreamt, "keep the last": known[last], "true codes": known[last + h]}
-    judged = {"ram": recording.ram[last + h][None]} | {who: scale * x for who, x in views.items()}
-    fitted = []  # on the same codes, whoever is read
-    for rows in probing.training_rows(recording, steps):
-        fitted.append(
-            {"ram": recording.ram[rows][None]} | dict.fromkeys(views, scale * known[rows])
-        )
-    encoders = {who: lambda rows, who=who: rows[who] for who in views}
-    names = probing.variables(recording)
-    return probing.scores(probes.squares(encoders, fitted, [judged], names, steps))
 
 
 # ---------------------------------------------------------------- the gate
@@ -259,9 +260,12 @@ def evaluate(stage: Any) -> Gate:
     rollout_windows = Windows(stage.recordings, stage.rows, length=long, **sizes)
     teacher, tokens, probed = [], [], []
     for game in games:
-        teacher += teacher_rows(stage, stage.models[0], windows, game)
-        found = rollout_rows(stage, stage.models[0], rollout_windows, game, context)
-        tokens, probed = tokens + found[0], probed + found[1]
+        model = stage.models[0]
+        teacher += teacher_rows(stage, model, windows, game)
+        first, dreamt, embed = rollouts(stage, model, rollout_windows, game, context)
+        last = first + context - 1
+        tokens += right_rows(stage, game, last, dreamt)
+        probed += read_rows(stage, model, game, last, embed)
     tables = [
         Table("Teacher-forced", teacher, TEACHER_NOTE),
         Table("Free-running: tokens", tokens, ROLLOUT_NOTE),
@@ -286,7 +290,8 @@ def mask_table(stage: Any, windows: Windows, rollout_windows: Windows, context: 
         values: dict[str, list[float]] = {}
         for game in range(len(stage.recordings)):
             rows = teacher_rows(stage, model, windows, game)
-            rows += rollout_rows(stage, model, rollout_windows, game, context)[0]
+            first, dreamt, _ = rollouts(stage, model, rollout_windows, game, context)
+            rows += right_rows(stage, game, first + context - 1, dreamt)
             for row in rows:
                 name = row.metric.split(": ", 1)[1]
                 values.setdefault(name, []).append(row.value)

@@ -108,6 +108,7 @@ def test_r2_of_the_training_mean_is_zero_whatever_varies_where():
     ].values()
     assert found.r2 == pytest.approx(0.0, abs=1e-6)
     assert found.shares[0] < 0.1 and found.steps.tolist() == [30, 90]
+    assert found.each == pytest.approx([0.0, 0.0], abs=1e-6)
     mean = np.concatenate([x[0, :, 84] for x in parts[:3]]).mean()
     assert found.about == pytest.approx([np.square(x[0, :, 84] - mean).sum() for x in parts[3:]])
 
