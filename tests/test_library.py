@@ -410,6 +410,23 @@ def test_observations_of_other_environments(trained):
         several.read(np.ones(4))
 
 
+def test_a_time_limit_cuts_where_training_cuts(trained):
+    """Also one that is no multiple of the action repeat, or below it."""
+    agent = hidreamer.load(trained("rssm", "image"))
+    assert agent.config.env.action_repeat == 2
+    for frames, steps in ((5, 3), (1, 1)):
+        tree = agent.config.tree()
+        tree["env"]["time_limit"] = frames
+        agent.config = type(agent.config)(tree)
+        rows, env, taken, over = agent.collect(seed=0), agent.make_env(), 0, False
+        assert len(rows["reward"]) == steps + 1 and rows["is_last"][-1]
+        env.reset(seed=0)
+        while not over:
+            _, _, terminated, over, _ = env.step(0)
+            taken += 1
+        assert taken == steps and not terminated
+
+
 def test_collected_episodes_can_be_encoded(agent):
     rows = agent.collect(seed=3)
     assert len(rows["reward"]) == 21 and rows["is_last"].tolist() == [False] * 20 + [True]
