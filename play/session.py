@@ -76,11 +76,10 @@ class Session:
             self.message = "it has no decoder to draw its states: train with --decoder.probe true"
         self.env = agent.real_env(seed)
         self.controls = Controls(self.env)
-        self.generator = torch.Generator(agent.device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        # Of what happens, and of what is only looked at, which changes nothing of that.
+        self.generator, self.drawing = (torch.Generator(agent.device) for _ in range(2))
+        for generator in (self.generator, self.drawing):
+            generator.seed() if seed is None else generator.manual_seed(seed)
         self.policy = agent.make_policy(generator=self.generator)
         self.past: deque[Moment] = deque(maxlen=BACK)
         self.drawable = True
@@ -204,7 +203,7 @@ class Session:
     def view(self) -> View:
         """What the page shows now: pictures, numbers, and each level's distributions."""
         now, feat = self.now, self.feat()
-        decoded = self.agent.decode(feat, levels=True, generator=self.generator)
+        decoded = self.agent.decode(feat, levels=True, generator=self.drawing)
         pictures = {"real": ("real, paused" if now.dreaming else "real", self._real_picture())}
         seen = self.agent.world_model.encoder.kinds
         keys = [key for kind in seen.values() for key in kind]
@@ -270,7 +269,7 @@ class Session:
         actions = vectors.to(self.agent.device).unsqueeze(1).expand(-1, horizon, -1)
         with torch.no_grad(), self.agent.model.autocast():
             start = dynamics.select(carry, index)
-            _, feat, _ = dynamics.imagine(start, actions, horizon, generator=self.generator)
+            _, feat, _ = dynamics.imagine(start, actions, horizon, generator=self.drawing)
         feat = feat.map(Tensor.float)
         reward, cont, value = self.agent.heads(feat)
         decoded, found = self.agent.decode(feat)["all"], []

@@ -355,11 +355,12 @@ def test_a_film_has_the_returns_of_episodes_that_ended_alone(trained, tmp_path):
 
 
 def test_a_seed_fixes_what_is_played(trained):
-    def played(dreaming):
+    def played(dreaming, look=lambda session: None):
         session = Session(hidreamer.load(trained("hrssm", "grid")), seed=3)
         if dreaming:
             session.switch()
         for _ in range(6):
+            look(session)
             session.step()
         found = session.view()
         session.close()
@@ -370,6 +371,9 @@ def test_a_seed_fixes_what_is_played(trained):
         assert first.numbers == again.numbers
         for name, (_, picture) in first.pictures.items():
             np.testing.assert_array_equal(picture, again.pictures[name][1], name)
+        # whoever looks changes nothing
+        for look in (Session.view, lambda session: session.what_if(1)):
+            assert played(dreaming, look).numbers == first.numbers
 
 
 @pytest.mark.parametrize(
