@@ -25,9 +25,7 @@ FORMAT = ("discount", "logprob")  # in episodes, but no part of a row
 
 
 class EpisodeError(ValueError):
-    """What is wrong with an episode, in one line. ``kind``: the same for all episodes with that
-    fault.
-    """
+    """What is wrong with an episode, in one line. ``kind``: the same for all with that fault."""
 
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
@@ -136,7 +134,7 @@ class Episodes:
             for name, count in state["files"][i]:
                 path = self.folder / name
                 try:
-                    stream.extend(load_episode(path, replay.spec, count))
+                    stream.extend(load_episode(path, replay.spec, count, as_saved=True))
                 except EpisodeError as error:
                     problems.append((path, error))
                     continue
@@ -317,8 +315,11 @@ def save_episode(path: Path, rows: Rows, run: str = "") -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_episode(path: Path, spec: Spec | None = None, count: int | None = None) -> Rows:
-    """Rows {key: (T, ...)} of an episode of ours or dreamerv3-torch's; its last row is ``is_last``.
+def load_episode(
+    path: Path, spec: Spec | None = None, count: int | None = None, as_saved: bool = False
+) -> Rows:
+    """Rows {key: (T, ...)} of an episode of ours or dreamerv3-torch's; the last row is ``is_last``,
+    the first ``is_first``, also of a part of an episode (but where it was not, ``as_saved``).
 
     With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises
     EpisodeError.
@@ -350,6 +351,8 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     for key, kind in (kinds | {"is_terminal": bool}).items():
         if key in rows:
             rows[key] = cast(key, rows[key], np.dtype(kind))
+    if "is_first" in rows and rows["is_first"].ndim and not as_saved:
+        rows["is_first"][:1] = True
     return rows if spec is None else fit(rows, spec, count)
 
 

@@ -111,6 +111,22 @@ def test_cut_ends_the_running_episode(tmp_path):
     assert episodes.running == [3, 0] and episodes.files[1][-1][1] == 3
 
 
+def test_a_part_of_an_episode_begins_one(tmp_path):
+    """An episode that is longer than its ring is saved without its start: behind another episode,
+    it must not pass for its continuation. A run that goes on has it as it was.
+    """
+    replay, episodes = make(capacity=6, streams=1), Episodes(tmp_path, 1)
+    fill(replay, 20, 20, episodes)
+    (path,) = tmp_path.glob("*.npz")
+    assert path.name.endswith("-6.npz") and load_episode(path, SPEC, 6)["is_first"][0]
+    taken = make(streams=1)
+    assert Episodes(tmp_path / "ours", 1).load(taken, [path, path]) == []
+    assert taken.streams[0].slice(0, 12)["is_first"].tolist() == 2 * [True, *5 * [False]]
+    restored = make(capacity=6, streams=1)
+    assert Episodes(tmp_path, 1).restore(restored, episodes.state(), {}) == []
+    assert not restored.streams[0].slice(0, 6)["is_first"].any()
+
+
 # ---------------------------------------------------------------- what is wrong with a file
 
 
