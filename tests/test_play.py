@@ -1,5 +1,6 @@
 """Looking inside and playing: controls, the session behind the page, videos, the command."""
 
+import re
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ import hidreamer
 from conftest import ROOT
 from envs import make_env
 from play.__main__ import main
-from play.controls import Controls
+from play.controls import SPARE, Controls
 from play.movie import Film, compose, record
 from play.session import AHEAD, Session
 
@@ -233,6 +234,14 @@ def test_the_hand_acts_in_the_dream(trained):
     expected = agent.dynamics.imagine(session.past[0].acting.carry, agent.action_vector([[3]]), 1)
     assert torch.equal(session.feat().deter, expected[1].deter[:, 1])
     assert session.now.action == "action 3"
+
+
+def test_no_action_has_the_key_of_a_command():
+    """Else it would take the command's place."""
+    page = (ROOT / "play" / "page.html").read_text()
+    (line,) = re.findall(r"const commands = {(.*)}", page)
+    commands = re.findall(r'"?(\S)"?: "', line)
+    assert len(commands) == 8 and not {*commands, "+", "-"} & set(SPARE)
 
 
 def test_what_is_imagined_beside_the_real_environment(trained):
