@@ -225,7 +225,8 @@ class Run:
         taken = int((~first).sum())
         self.agent_steps += taken
         self.step += taken * self.envs.repeat
-        for scores in self.scores.add(obs):
+        whole = obs["is_last"] & ~self.envs.crashed  # what a crash cut short has no return
+        for scores in self.scores.add(obs | {"is_last": whole}):
             self.last_return = scores.get("train_return", self.last_return)
             self.logger.scalars(self.step, scores)
         if self._prefilled() and self.replay.ready():

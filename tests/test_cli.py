@@ -202,6 +202,8 @@ def test_a_crashed_environment_is_counted_and_survived(tmp_path):
     with pytest.warns(RuntimeWarning, match="crashed and is replaced"):
         assert run(tmp_path, *args) == 0
     assert max(record.get("env_restarts", 0) for record in records(tmp_path)) > 0
+    # the episodes that a crash cut short after 10 steps are no returns
+    assert {x["train_length"] for x in records(tmp_path) if "train_length" in x} == {20.0}
 
 
 WRONG = {
