@@ -370,6 +370,8 @@ class Run:
         self.metrics()
         self.every["checkpoint"].done(self.step)
         running = f"running-{self.step:012d}.npz"
+        if running in self.running_files[-1:]:  # no part of the last checkpoint is written over
+            running = f"running-{self.step:012d}-again.npz"
         self.write_back.finish(self.replay)
         rows = self.episodes.running_rows(self.replay) | self.replay.extra_rows()
         self.folder.mkdir(parents=True, exist_ok=True)
