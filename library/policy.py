@@ -123,8 +123,9 @@ def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
                 for picture in pictures
             ]
             return np.stack(scaled).reshape(shape)
+    several = len(space.shape) == 1 and space.shape[0] > 1  # a single number is that number
     number = space.dtype == np.float32 and x.shape == lead and x.dtype.kind in "iu"
-    if number and x.min() >= 0 and x.max() < space.shape[0]:
+    if several and number and x.min() >= 0 and x.max() < space.shape[0]:
         return np.eye(space.shape[0], dtype=np.float32)[x]
     # A vector is its numbers in their order; a picture or board may differ in axes of 1 alone.
     plain = [tuple(n for n in size if n != 1) for size in (x.shape, shape)]

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 import hidreamer
 import networks
@@ -17,6 +18,7 @@ from conftest import ROOT
 from hidreamer.checkpoint import FolderError
 from hidreamer.episodes import load_episode
 from library import agent as agents
+from library.policy import fit
 
 # every latent state, kind of observation and kind of action
 CASES = [("rssm", "image"), ("hrssm", "grid"), ("hrvq", "vector"), ("hrvq", "multi")]
@@ -405,6 +407,7 @@ def test_observations_of_other_environments(trained):
     vector = hidreamer.load(trained("hrvq", "vector")).policy
     assert vector.read(np.ones((2, 2)))["vector"].dtype == np.float32
     assert vector.read(2)["vector"].tolist() == [0, 0, 1, 0]
+    assert fit("number", Box(-np.inf, np.inf, (1,)), 0, ()).tolist() == [0]  # no choice
     several = hidreamer.load(trained("hrvq", "multi")).policy
     with pytest.raises(ValueError, match="a dict of image, vector"):
         several.read(np.ones(4))
