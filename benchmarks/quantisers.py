@@ -22,13 +22,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 from learning import ball_cell
 from measure import ROOT
+from quantiser_rows import DREAMS, WORLDS, make_config, spatial_note
 
 import models
 import tools
@@ -40,95 +41,11 @@ from hidreamer.dynamics.base import kl_losses
 from hidreamer.provenance import provenance
 from hidreamer.quantizer import per_level
 
-# Each row differs from the first in one thing; the last two are the other latent states at the
-# same size.
-ROWS: dict[str, dict[str, Any]] = {
-    "sampled": {},
-    "nearest": {"hrvq.posterior": "nearest"},
-    "fsq": {"hrvq.posterior": "fsq"},
-    "frozen": {"hrvq.posterior": "frozen"},
-    "flat": {"hrvq.levels": 1},  # and as many more groups: equal bits
-    "independent": {"hrvq.chain": False},
-    "barrier": {"hrvq.mask": "barrier"},
-    "causal": {"hrvq.mask": "causal"},
-    "rssm": {"type": "rssm"},
-    "hrssm": {"type": "hrssm"},
-}
-# The minatar preset has two levels; its table began when it had three, of as many bits.
-THREE = {"dynamics.hrvq.levels": 3, "dynamics.hrvq.groups": 4}
-TWO = {"two levels": {"hrvq.levels": 2, "hrvq.groups": 6}}
-# On Pong groups are the positions of the encoder's map; the same bits, and tiny_hidreamer's,
-# without that:
-WHOLE = {"whole image": {"hrvq.spatial": False}}
-WHOLE |= {"tiny_hidreamer": WHOLE["whole image"] | {"hrvq.groups": 4, "hrvq.code_dim": 32}}
-PLACES = {"dynamics.hrvq.spatial": True, "dynamics.hrvq.groups": 16, "dynamics.hrvq.code_dim": 16}
-
-
-# The memories, what the posterior sees, and what the levels code; "flat" stands beside all of them.
-GRU = {"hrvq.memory": "gru"}
-SEEN = GRU | {"hrvq.posterior_sees": "memory", "hidden": 128}
-MEMORIES = {
-    "stacked": {"hrvq.memory": "stacked"},
-    "gru": GRU,
-    "gru, memory seen": SEEN,
-    "stacked, one level": {"hrvq.memory": "stacked", "hrvq.levels": 1},
-    "gru, memory seen, one level": SEEN | {"hrvq.levels": 1},
-    "gru, memory seen, two levels": SEEN | {"hrvq.levels": 2, "hrvq.groups": 6},
-    "stacked, coarse": {"hrvq.memory": "stacked", "hrvq.memory_reads": "coarse"},
-    "gru, memory seen, coarse": SEEN | {"hrvq.memory_reads": "coarse"},
-    "gru, memory seen, expected": SEEN | {"hrvq.residual": "expected"},
-    "gru, memory seen, innovation": SEEN | {"hrvq.residual": "innovation"},
-    "gru, memory seen, copy": SEEN | {"hrvq.copy": True},
-    "gru, memory seen, noise": SEEN | {"hrvq.noise": 0.1},
-    "stacked, copy": {"hrvq.memory": "stacked", "hrvq.copy": True},
-    "stacked, noise": {"hrvq.memory": "stacked", "hrvq.noise": 0.1},
-    "noise": {"hrvq.noise": 0.1},
-}
-
-
-class World(NamedTuple):
-    """What all trainings on a game have in common, and the rows of its table."""
-
-    presets: list[str]
-    settings: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
-
-
-WORLDS = {
-    "minatar": World(["minatar"], THREE, ROWS | TWO | MEMORIES),
-    # Small objects want many updates rather than large ones: one sequence a batch.
-    "pong": World(["demo_atari", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
-}
-# Other temperatures to imagine a trained row at: the row, and the codes' temperature by level.
-DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
-DREAMS |= {f"{row}, all at 0.1": (row, [0.1]) for row in ("sampled", "flat", "independent")}
 Found = dict[str, dict[str, dict[str, Any]]]  # {row: {seed: figures}}
 LAST = "last frame seen"  # the row of repeating it
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
 FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
 PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at a time
-
-
-def make_config(world: str, row: str, seed: int, folder: Path) -> tools.Config:
-    presets, settings = WORLDS[world].presets, WORLDS[world].settings
-    values = settings | {"seed": seed, "logdir": str(folder)}
-    values |= {f"dynamics.{key}": x for key, x in row_settings(world, row).items()}
-    return tools.load_config(presets, values)
-
-
-def row_settings(world: str, row: str) -> dict[str, Any]:
-    """{key: value} of a row's latent state, without "dynamics."; of a row of DREAMS as well."""
-    if row in DREAMS:
-        base, temperature = DREAMS[row]
-        return row_settings(world, base) | {"hrvq.temperature": temperature}
-    presets, settings, rows = WORLDS[world]
-    values = {"type": "hrvq"} | rows[row]
-    if row == "flat" or row.endswith("one level"):
-        block = tools.load_config(presets, settings).dynamics.hrvq
-        values["hrvq.groups"] = block.levels * block.groups
-        if block.spatial:  # a map has no more positions
-            values["hrvq.spatial"] = False
-    return values
 
 
 @torch.no_grad()
@@ -234,9 +151,7 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
 
 
 def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
-    """KL of posterior to prior in nats a step,
-    and for codes how well each level is predicted and used.
-    """
+    """KL of posterior to prior, nats a step; for codes, how each level is predicted and used."""
     total = sum(len(post.levels[0].post) for post in posts)
     metrics: dict[str, float] = {}
     for post in posts:  # the parts are chunks: means of them, weighted
@@ -260,22 +175,8 @@ def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
     return {"nats": sum(by_level["kl"])} | by_level
 
 
-def spatial_note(world: str, rows: list[str]) -> list[str]:
-    """A sentence about spatial tokens, or none where no row has them."""
-    states = {row: make_config(world, row, 0, Path()).dynamics for row in rows}
-    spatial = {row: state.hrvq.spatial for row, state in states.items() if state.type == "hrvq"}
-    others = [row for row, yes in spatial.items() if not yes]
-    if len(others) == len(spatial):
-        return []
-    return [
-        f"Groups are positions of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."
-    ]
-
-
 def table(found: Found, names: dict[str, str]) -> str:
-    """Markdown: one line a row, every seed. ``names``: the columns of figures;
-    empty rows and columns are left out.
-    """
+    """Markdown: a line a row, every seed; ``names``: the columns. Empty ones are left out."""
     used = {}
     for name, title in names.items():
         if any(cell(by_seed, name) != "–" for by_seed in found.values()):
@@ -429,10 +330,7 @@ def main() -> int:
         help="an earlier --out: train nothing, only add --returns",
     )
     parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=ROWS | TWO | WHOLE | MEMORIES,
-        help="all of the world's, if none are named",
+        "--rows", nargs="+", metavar="ROW", help="the world's; all, if none are named"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="0 and 1, if none are named")
     parser.add_argument("--updates", type=int, help="2000, if not given")
@@ -459,7 +357,10 @@ def main() -> int:
     args.updates = 2000 if args.updates is None else args.updates
     rows = args.rows or list(WORLDS[args.world].rows)
     if wrong := set(rows) - WORLDS[args.world].rows.keys():
-        parser.error(f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}")
+        there = ", ".join(WORLDS[args.world].rows)
+        parser.error(
+            f"{args.world} has no row {' or '.join(map(repr, sorted(wrong)))}; its rows: {there}"
+        )
     try:
         scores = returns(args.world, args.returns)
         if args.given:

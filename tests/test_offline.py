@@ -338,6 +338,7 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     as many groups of the whole image do.
     """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantiser_rows
     import quantisers
 
     rows = quantisers.WORLDS["pong"].rows
@@ -348,7 +349,7 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     assert {row for row, x in bits.items() if x != bits["sampled"]} == {"tiny_hidreamer"}
     assert {row for row, block in blocks.items() if not block.spatial} == {
         "flat",
-        *quantisers.WHOLE,
+        *quantiser_rows.WHOLE,
     }
     assert quantisers.spatial_note("pong", ["rssm", "sampled"]) == [
         "Groups are positions of the encoder's map."
@@ -408,11 +409,12 @@ def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
 def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     """Every row trains and is judged; a state without codes leaves their columns empty."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantiser_rows
     import quantisers
 
     monkeypatch.setattr(quantisers, "ROOT", tmp_path)
-    tiny = quantisers.World(["debug"], {"task": "dummy_grid"}, quantisers.ROWS)
-    monkeypatch.setattr(quantisers, "WORLDS", {"tiny": tiny})
+    tiny = quantiser_rows.World(["debug"], {"task": "dummy_grid"}, quantiser_rows.ROWS)
+    monkeypatch.setitem(quantiser_rows.WORLDS, "tiny", tiny)
     monkeypatch.setattr(quantisers, "CONTEXT", 2)
     monkeypatch.setattr(quantisers, "HORIZONS", (1, 3))
     words = ["quantisers.py", "tiny", "--episodes", str(recorded), "--seeds", "0", "--updates", "1"]
@@ -450,7 +452,7 @@ def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "table.json")])
     assert quantisers.main() == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert rows.keys() == {*quantisers.ROWS, *quantisers.DREAMS, "last frame seen"}
+    assert rows.keys() == {*quantiser_rows.ROWS, *quantisers.DREAMS, "last frame seen"}
     assert [row for row, by in rows.items() if "returns" in by["0"]] == [
         "flat",
         "independent",
