@@ -36,7 +36,7 @@ class Episodes:
     """The files ``COUNT-STREAM-ROWS.npz`` of a run, in dreamerv3-torch's format, and which ones
     its replay holds.
 
-    A file has ``action`` (the one that led to each row), ``discount``, the flags, the reward and
+    A file has ``action`` (the one that led to each row), the flags, the reward, ``FORMAT`` and
     the observations.
     An episode longer than its stream's capacity loses its oldest rows. The archive's comment names
     the run, so that only its own files are ever deleted: those written after the checkpoint that
@@ -246,10 +246,7 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
 
 def stack_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Equal trees of arrays or numbers [{key: (...)}] -> {key: (len(rows), ...)}."""
-    out = {}
-    for key in rows[0]:
-        out[key] = np.stack([np.asarray(row[key]) for row in rows])
-    return out
+    return {key: np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
 
 
 def make_replay(
@@ -301,8 +298,9 @@ def save_episode(path: Path, rows: Rows, run: str = "") -> None:
     behind.
     """
     out = {key: x for key, x in rows.items() if key not in ("prev_action", "is_last")}
-    out["action"] = rows["prev_action"]
-    out["discount"] = 1.0 - rows["is_terminal"].astype(np.float32)
+    ended = rows["is_terminal"].astype(np.float32)
+    # upstream's own have a logprob, which it never uses: it cannot mix them with others
+    out |= {"action": rows["prev_action"], "discount": 1.0 - ended, "logprob": 0.0 * ended}
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

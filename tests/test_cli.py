@@ -116,7 +116,8 @@ def test_the_folder_holds_what_the_contract_says(tmp_path):
     episodes = list((tmp_path / "train_eps").glob("*.npz"))
     assert episodes
     with np.load(episodes[0]) as episode:
-        assert {"image", "action", "reward", "discount", "is_first", "is_terminal"} == set(episode)
+        flags = {"is_first", "is_terminal"}
+        assert {"image", "action", "reward", "discount", "logprob", *flags} == set(episode)
         assert int(episodes[0].stem.split("-")[-1]) == len(episode["reward"])
 
 

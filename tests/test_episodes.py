@@ -61,7 +61,9 @@ def test_format_is_upstreams(tmp_path):
     fill(replay, 7, episodes=episodes)
     path = tmp_path / "0000000-00-7.npz"  # upstream takes the number of rows from the name's end
     with np.load(path) as file:
-        assert set(file) == {"time", "action", "reward", "discount", "is_first", "is_terminal"}
+        theirs = {"action", "reward", "discount", "logprob", "is_first", "is_terminal"}
+        assert set(file) == {"time", *theirs}
+        assert all(len(file[key]) == 7 for key in file)
         assert (file["action"][:, 0] == -np.arange(7)).all()
     rows = load_episode(path)
     assert rows["is_last"].tolist() == [False] * 6 + [True]
