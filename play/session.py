@@ -6,6 +6,7 @@ Shapes: A action, B = N = 1.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,22 +90,24 @@ class Session:
 
     def step(self) -> None:
         """One step of whatever is going on. What breaks becomes the message."""
-        if not self.now.dreaming and self.now.over:
-            self._go(self._begin())
-            return
-        if self.now.over:
-            self._go(self._start_dream())
-            return
-        vector = self.controls.vector(self.held) if self.hand else self._choose()
-        try:
-            self._go(self._dream_step(vector) if self.now.dreaming else self._act(vector))
-        except Exception as error:  # an environment may raise anything
-            self.message = f"the environment failed: {one_line(error)}"
-            self._go(self.now._replace(over=True))
+        self._try(self._next)
 
     def reset(self) -> None:
         """A new episode, or the dream again from where the real environment stands."""
-        self._go(self._start_dream() if self.now.dreaming else self._begin())
+        self._try(self._start_dream if self.now.dreaming else self._begin)
+
+    def _next(self) -> Moment:
+        if self.now.over:
+            return self._start_dream() if self.now.dreaming else self._begin()
+        vector = self.controls.vector(self.held) if self.hand else self._choose()
+        return self._dream_step(vector) if self.now.dreaming else self._act(vector)
+
+    def _try(self, move: Callable[[], Moment]) -> None:
+        try:
+            self._go(move())
+        except Exception as error:  # an environment may raise anything
+            self.message = f"the environment failed: {one_line(error)}"
+            self._go(self.now._replace(over=True))
 
     def switch(self) -> None:
         """From the real environment into a dream that begins there, or back."""

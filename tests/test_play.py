@@ -293,6 +293,14 @@ def test_an_environment_that_fails(trained, monkeypatch):
     assert session.message == "the environment failed: no more balls"
     session.step()
     assert session.now.step == 0 and not session.now.over
+    with monkeypatch.context() as patch:  # nor can it begin anew, by itself or by the user's wish
+        patch.setattr(session.env, "reset", fail)
+        for act in (session.reset, session.step):
+            session.message = ""
+            act()
+            assert session.message == "the environment failed: no more balls" and session.now.over
+    session.step()
+    assert not session.now.over
     monkeypatch.setattr(session.env.suite, "render", fail)
     assert session.view().pictures["real"][1].std() > 0  # the observation instead
     assert "cannot be drawn" in session.message and "\n" not in session.message
