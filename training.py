@@ -225,7 +225,8 @@ class Run:
         taken = int((~first).sum())
         self.agent_steps += taken
         self.step += taken * self.envs.repeat
-        for scores in self.scores.add(obs):
+        whole = obs["is_last"] & ~self.envs.crashed  # what a crash cut short has no return
+        for scores in self.scores.add(obs | {"is_last": whole}):
             self.last_return = scores.get("train_return", self.last_return)
             self.logger.scalars(self.step, scores)
         if self._prefilled() and self.replay.ready():
@@ -369,6 +370,8 @@ class Run:
         self.metrics()
         self.every["checkpoint"].done(self.step)
         running = f"running-{self.step:012d}.npz"
+        if running in self.running_files[-1:]:  # no part of the last checkpoint is written over
+            running = f"running-{self.step:012d}-again.npz"
         self.write_back.finish(self.replay)
         rows = self.episodes.running_rows(self.replay) | self.replay.extra_rows()
         self.folder.mkdir(parents=True, exist_ok=True)

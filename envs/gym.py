@@ -22,6 +22,7 @@ from gymnasium.envs.classic_control import (
     PendulumEnv,
 )
 from gymnasium.spaces import Box, Dict
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -40,7 +41,9 @@ STATES = {  # what these classes keep between two steps, beside their generator 
     MountainCarEnv: ("state",),
     PendulumEnv: ("state", "last_u"),
 }
-
+# What `gymnasium.make` puts around an environment; other wrappers may keep something from step to
+# step, and nothing says what.
+KNOWN_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
 
 PAGE = "see docs/own_environment.md"
 STEP = "step must return (observation, reward, terminated, truncated, info)"
@@ -55,7 +58,7 @@ class Gym(Suite):
     it is a bool Box of rank 2 or 3. All other Boxes, of any number type and rank, MultiBinary, and
     Discrete and MultiDiscrete (one-hot) are flat vectors. Text is left out, with a warning. Values
     that are not of their space, other spaces and an old API raise EnvError, in one line. States
-    are exact for classic control.
+    are exact for classic control without wrappers of its own.
 
     kwargs: arguments for the constructor, YAML or JSON text of a mapping. keys: a regular
     expression; observations whose whole name does not match are left out.
@@ -121,6 +124,8 @@ class Gym(Suite):
 
     def get_state(self) -> dict[str, Any] | None:
         inner = self._env.unwrapped
+        if not self._saves_all:
+            return None
         state = {"elapsed": self._env.get_wrapper_attr("_elapsed_steps")} if self._limited else {}
         if self.pickled:
             frozen = pickled.freeze(inner)
@@ -143,6 +148,17 @@ class Gym(Suite):
             inner.np_random.bit_generator.state = state["random"]
         if self._limited:
             self._env.set_wrapper_attr("_elapsed_steps", state["elapsed"])
+
+    @property
+    def _saves_all(self) -> bool:
+        """Whether nothing between this and the environment keeps a state of its own, but one clock
+        (a stack of frames does, which would go on with those of another episode).
+        """
+        found, env = [], self._env
+        while isinstance(env, gymnasium.Wrapper):
+            found.append(type(env))
+            env = env.env
+        return set(found) <= set(KNOWN_WRAPPERS) and found.count(TimeLimit) < 2
 
     @property
     def _limited(self) -> bool:

@@ -25,9 +25,7 @@ FORMAT = ("discount", "logprob")  # in episodes, but no part of a row
 
 
 class EpisodeError(ValueError):
-    """What is wrong with an episode, in one line. ``kind``: the same for all episodes with that
-    fault.
-    """
+    """What is wrong with an episode, in one line. ``kind``: the same for all with that fault."""
 
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
@@ -38,7 +36,7 @@ class Episodes:
     """The files ``COUNT-STREAM-ROWS.npz`` of a run, in dreamerv3-torch's format, and which ones
     its replay holds.
 
-    A file has ``action`` (the one that led to each row), ``discount``, the flags, the reward and
+    A file has ``action`` (the one that led to each row), the flags, the reward, ``FORMAT`` and
     the observations.
     An episode longer than its stream's capacity loses its oldest rows. The archive's comment names
     the run, so that only its own files are ever deleted: those written after the checkpoint that
@@ -136,7 +134,7 @@ class Episodes:
             for name, count in state["files"][i]:
                 path = self.folder / name
                 try:
-                    stream.extend(load_episode(path, replay.spec, count))
+                    stream.extend(load_episode(path, replay.spec, count, as_saved=True))
                 except EpisodeError as error:
                     problems.append((path, error))
                     continue
@@ -248,10 +246,7 @@ def summary(problems: list[tuple[Path, EpisodeError]], total: int) -> list[str]:
 
 def stack_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Equal trees of arrays or numbers [{key: (...)}] -> {key: (len(rows), ...)}."""
-    out = {}
-    for key in rows[0]:
-        out[key] = np.stack([np.asarray(row[key]) for row in rows])
-    return out
+    return {key: np.stack([np.asarray(row[key]) for row in rows]) for key in rows[0]}
 
 
 def make_replay(
@@ -303,8 +298,9 @@ def save_episode(path: Path, rows: Rows, run: str = "") -> None:
     behind.
     """
     out = {key: x for key, x in rows.items() if key not in ("prev_action", "is_last")}
-    out["action"] = rows["prev_action"]
-    out["discount"] = 1.0 - rows["is_terminal"].astype(np.float32)
+    ended = rows["is_terminal"].astype(np.float32)
+    # upstream's own have a logprob, which it never uses: it cannot mix them with others
+    out |= {"action": rows["prev_action"], "discount": 1.0 - ended, "logprob": 0.0 * ended}
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -317,8 +313,11 @@ def save_episode(path: Path, rows: Rows, run: str = "") -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_episode(path: Path, spec: Spec | None = None, count: int | None = None) -> Rows:
-    """Rows {key: (T, ...)} of an episode of ours or dreamerv3-torch's; its last row is ``is_last``.
+def load_episode(
+    path: Path, spec: Spec | None = None, count: int | None = None, as_saved: bool = False
+) -> Rows:
+    """Rows {key: (T, ...)} of an episode of ours or dreamerv3-torch's; the last row is ``is_last``,
+    the first ``is_first``, also of a part of an episode (but where it was not, ``as_saved``).
 
     With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises
     EpisodeError.
@@ -350,6 +349,8 @@ def load_episode(path: Path, spec: Spec | None = None, count: int | None = None)
     for key, kind in (kinds | {"is_terminal": bool}).items():
         if key in rows:
             rows[key] = cast(key, rows[key], np.dtype(kind))
+    if "is_first" in rows and rows["is_first"].ndim and not as_saved:
+        rows["is_first"][:1] = True
     return rows if spec is None else fit(rows, spec, count)
 
 

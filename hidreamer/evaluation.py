@@ -89,6 +89,7 @@ def play(
     count = envs.count
     quota = np.array([episodes // count + (i < episodes % count) for i in range(count)])
     ended, videos, problem = [], {"agent": [], "levels": []}, None
+    drawing: torch.Generator | None = None  # of its own: what is filmed changes no score
     running = EpisodeScores(count, envs.log_keys)
     state, action = agent.initial(count), None
     while quota.any():
@@ -105,7 +106,8 @@ def play(
             try:
                 videos["agent"].append(envs.render(0))
                 if levels:
-                    decoded = agent.decode_state(inputs, state, generator)
+                    drawing = drawing or torch.Generator(state.action.device).manual_seed(0)
+                    decoded = agent.decode_state(inputs, state, drawing)
                     videos["levels"] += list(board(decoded))
             except Exception as error:  # a renderer may raise anything
                 video, problem = False, error

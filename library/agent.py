@@ -145,13 +145,17 @@ class LoadedAgent:
     def make_env(self) -> gymnasium.Env:
         """The real environment of the task, with the run's settings; ``render()`` is RGB."""
         env = self.real_env().suite
-        limit = self.config.env.time_limit // self.config.env.action_repeat
+        limit = self._agent_steps(self.config.env.time_limit)
         return gymnasium.wrappers.TimeLimit(env, limit) if limit else env
 
     def real_env(self, seed: int | None = None) -> envs.Env:
         """The real environment as training sees it: flags in the observation, action vectors."""
         number = self.config.seed if seed is None else whole("seed", seed, 0)
         return envs.make_env(self.config.task, self.config.env.tree(), number)
+
+    def _agent_steps(self, frames: int) -> int:
+        """After how many agent steps an episode of a limit in frames is cut."""
+        return -(-frames // self.config.env.action_repeat)
 
     def action_vector(self, action: Any) -> Tensor:
         """(..., A) of actions of ``act_space``: numbers of choices (...,) or (..., choices), or
@@ -198,7 +202,7 @@ class LoadedAgent:
         the run's, and the agent torch's default numbers.
         Raises ValueError, EnvError.
         """
-        limit = evaluation.time_limit(self.config) // self.config.env.action_repeat
+        limit = self._agent_steps(evaluation.time_limit(self.config))
         limit = limit if steps is None else whole("steps", steps, 1)
         env, generator = self.real_env(seed), None
         if seed is not None:

@@ -10,6 +10,7 @@ import torch
 from gymnasium.spaces import Box
 
 from envs.base import resize
+from envs.spaces import layout
 from hidreamer.dynamics.base import Post
 from library.checks import array, cast
 from models import ActState
@@ -52,8 +53,9 @@ class Policy:
         list of them where they are dicts or tuples).
 
         obs: {key: array} of the agent's observations, or the array alone where there is one.
-        reset: whether it begins a new episode; with ``count`` (count,) flags, as a vector
-        environment's ``terminated | truncated`` of the step before.
+        reset: whether it begins a new episode; with ``count`` (count,) flags. Vector environments
+        of Gymnasium begin a new one in the step after its end (``AutoresetMode.NEXT_STEP``): these
+        are then ``terminated | truncated`` not of the step that gave ``obs`` but of that before.
         """
         self.see(obs, reset)
         self.act()
@@ -102,8 +104,8 @@ class Policy:
 
 
 def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
-    """``value`` as an array (*lead, ...) of ``space``: images are scaled, numbers of choices become
-    one-hots. Raises ValueError.
+    """``value`` as an array (*lead, ...) of ``space``: pictures are laid out and scaled as training
+    does, numbers of choices become one-hots. Raises ValueError.
     """
     name, shape = f"observation {key!r}", (*lead, *space.shape)
     x = array(name, value)
@@ -111,14 +113,22 @@ def fit(key: str, space: Box, value: Any, lead: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"{name} is {x.shape}; {lead[0]} environments have one each: {shape}")
     if x.shape == shape:
         return cast(name, x, space.dtype)
-    if space.dtype == np.uint8 and x.dtype == np.uint8 and x.ndim - len(lead) in (2, 3):
-        pictures = x.reshape(-1, *x.shape[len(lead) :])
-        scaled = np.stack([resize(picture, space.shape[:2]) for picture in pictures])
-        if scaled[0].shape == space.shape:
-            return scaled.reshape(shape)
+    if space.dtype == np.uint8 and x.dtype == np.uint8:
+        own = x.shape[len(lead) :]
+        found = layout(Box(0, 255, own, np.uint8))  # as training reads a picture of this shape
+        if found and found.shape[2] == space.shape[2]:
+            pictures = x.reshape(-1, *own)
+            scaled = [
+                resize(picture.transpose(found.axes).reshape(found.shape), space.shape[:2])
+                for picture in pictures
+            ]
+            return np.stack(scaled).reshape(shape)
+    several = len(space.shape) == 1 and space.shape[0] > 1  # a single number is that number
     number = space.dtype == np.float32 and x.shape == lead and x.dtype.kind in "iu"
-    if number and x.min() >= 0 and x.max() < space.shape[0]:
+    if several and number and x.min() >= 0 and x.max() < space.shape[0]:
         return np.eye(space.shape[0], dtype=np.float32)[x]
-    if x.size == np.prod(shape):
+    # A vector is its numbers in their order; a picture or board may differ in axes of 1 alone.
+    plain = [tuple(n for n in size if n != 1) for size in (x.shape, shape)]
+    if x.size == np.prod(shape) and (len(space.shape) == 1 or plain[0] == plain[1]):
         return cast(name, x.reshape(shape), space.dtype)
     raise ValueError(f"{name} is {x.dtype} {x.shape}, not {space.dtype} {shape}")

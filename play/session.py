@@ -6,6 +6,7 @@ Shapes: A action, B = N = 1.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,11 +77,10 @@ class Session:
             self.message = "it has no decoder to draw its states: train with --decoder.probe true"
         self.env = agent.real_env(seed)
         self.controls = Controls(self.env)
-        self.generator = torch.Generator(agent.device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        # Of what happens, and of what is only looked at, which changes nothing of that.
+        self.generator, self.drawing = (torch.Generator(agent.device) for _ in range(2))
+        for generator in (self.generator, self.drawing):
+            generator.seed() if seed is None else generator.manual_seed(seed)
         self.policy = agent.make_policy(generator=self.generator)
         self.past: deque[Moment] = deque(maxlen=BACK)
         self.drawable = True
@@ -90,22 +90,24 @@ class Session:
 
     def step(self) -> None:
         """One step of whatever is going on. What breaks becomes the message."""
-        if not self.now.dreaming and self.now.over:
-            self._go(self._begin())
-            return
-        if self.now.over:
-            self._go(self._start_dream())
-            return
-        vector = self.controls.vector(self.held) if self.hand else self._choose()
-        try:
-            self._go(self._dream_step(vector) if self.now.dreaming else self._act(vector))
-        except Exception as error:  # an environment may raise anything
-            self.message = f"the environment failed: {one_line(error)}"
-            self._go(self.now._replace(over=True))
+        self._try(self._next)
 
     def reset(self) -> None:
         """A new episode, or the dream again from where the real environment stands."""
-        self._go(self._start_dream() if self.now.dreaming else self._begin())
+        self._try(self._start_dream if self.now.dreaming else self._begin)
+
+    def _next(self) -> Moment:
+        if self.now.over:
+            return self._start_dream() if self.now.dreaming else self._begin()
+        vector = self.controls.vector(self.held) if self.hand else self._choose()
+        return self._dream_step(vector) if self.now.dreaming else self._act(vector)
+
+    def _try(self, move: Callable[[], Moment]) -> None:
+        try:
+            self._go(move())
+        except Exception as error:  # an environment may raise anything
+            self.message = f"the environment failed: {one_line(error)}"
+            self._go(self.now._replace(over=True))
 
     def switch(self) -> None:
         """From the real environment into a dream that begins there, or back."""
@@ -204,7 +206,7 @@ class Session:
     def view(self) -> View:
         """What the page shows now: pictures, numbers, and each level's distributions."""
         now, feat = self.now, self.feat()
-        decoded = self.agent.decode(feat, levels=True, generator=self.generator)
+        decoded = self.agent.decode(feat, levels=True, generator=self.drawing)
         pictures = {"real": ("real, paused" if now.dreaming else "real", self._real_picture())}
         seen = self.agent.world_model.encoder.kinds
         keys = [key for kind in seen.values() for key in kind]
@@ -270,7 +272,7 @@ class Session:
         actions = vectors.to(self.agent.device).unsqueeze(1).expand(-1, horizon, -1)
         with torch.no_grad(), self.agent.model.autocast():
             start = dynamics.select(carry, index)
-            _, feat, _ = dynamics.imagine(start, actions, horizon, generator=self.generator)
+            _, feat, _ = dynamics.imagine(start, actions, horizon, generator=self.drawing)
         feat = feat.map(Tensor.float)
         reward, cont, value = self.agent.heads(feat)
         decoded, found = self.agent.decode(feat)["all"], []

@@ -116,7 +116,8 @@ def test_the_folder_holds_what_the_contract_says(tmp_path):
     episodes = list((tmp_path / "train_eps").glob("*.npz"))
     assert episodes
     with np.load(episodes[0]) as episode:
-        assert {"image", "action", "reward", "discount", "is_first", "is_terminal"} == set(episode)
+        flags = {"is_first", "is_terminal"}
+        assert {"image", "action", "reward", "discount", "logprob", *flags} == set(episode)
         assert int(episodes[0].stem.split("-")[-1]) == len(episode["reward"])
 
 
@@ -202,6 +203,8 @@ def test_a_crashed_environment_is_counted_and_survived(tmp_path):
     with pytest.warns(RuntimeWarning, match="crashed and is replaced"):
         assert run(tmp_path, *args) == 0
     assert max(record.get("env_restarts", 0) for record in records(tmp_path)) > 0
+    # the episodes that a crash cut short after 10 steps are no returns
+    assert {x["train_length"] for x in records(tmp_path) if "train_length" in x} == {20.0}
 
 
 WRONG = {

@@ -61,7 +61,9 @@ def test_format_is_upstreams(tmp_path):
     fill(replay, 7, episodes=episodes)
     path = tmp_path / "0000000-00-7.npz"  # upstream takes the number of rows from the name's end
     with np.load(path) as file:
-        assert set(file) == {"time", "action", "reward", "discount", "is_first", "is_terminal"}
+        theirs = {"action", "reward", "discount", "logprob", "is_first", "is_terminal"}
+        assert set(file) == {"time", *theirs}
+        assert all(len(file[key]) == 7 for key in file)
         assert (file["action"][:, 0] == -np.arange(7)).all()
     rows = load_episode(path)
     assert rows["is_last"].tolist() == [False] * 6 + [True]
@@ -109,6 +111,22 @@ def test_cut_ends_the_running_episode(tmp_path):
     fill(replay, 10, episodes=episodes)
     episodes.cut(replay, 1)
     assert episodes.running == [3, 0] and episodes.files[1][-1][1] == 3
+
+
+def test_a_part_of_an_episode_begins_one(tmp_path):
+    """An episode that is longer than its ring is saved without its start: behind another episode,
+    it must not pass for its continuation. A run that goes on has it as it was.
+    """
+    replay, episodes = make(capacity=6, streams=1), Episodes(tmp_path, 1)
+    fill(replay, 20, 20, episodes)
+    (path,) = tmp_path.glob("*.npz")
+    assert path.name.endswith("-6.npz") and load_episode(path, SPEC, 6)["is_first"][0]
+    taken = make(streams=1)
+    assert Episodes(tmp_path / "ours", 1).load(taken, [path, path]) == []
+    assert taken.streams[0].slice(0, 12)["is_first"].tolist() == 2 * [True, *5 * [False]]
+    restored = make(capacity=6, streams=1)
+    assert Episodes(tmp_path, 1).restore(restored, episodes.state(), {}) == []
+    assert not restored.streams[0].slice(0, 6)["is_first"].any()
 
 
 # ---------------------------------------------------------------- what is wrong with a file

@@ -89,6 +89,30 @@ def test_the_film_is_the_whole_first_episode_of_the_first_environment(lengths):
     assert envs.drawn == list(range(lengths[0] + 1)) and played.problem is None
 
 
+@pytest.mark.parametrize("seed", [3, None])
+def test_what_is_filmed_changes_no_action(seed):
+    """What the levels decode to is drawn by chance, of which acting has its own."""
+
+    class Chance(StubAgent):
+        def act(self, state, obs, mode, generator):
+            taken.append(float(torch.rand((), generator=generator)))
+            return super().act(state, obs, mode, generator)
+
+        def decode_state(self, obs, state, generator):
+            torch.rand(5, generator=generator)
+            return [{}]
+
+    acted = []
+    for video in (True, False):
+        taken = []
+        torch.manual_seed(1)
+        generator = seed and torch.Generator().manual_seed(seed)
+        options = {"limit": 1000, "video": video, "levels": True, "generator": generator}
+        evaluation.play(Chance(), StubEnvs(6), 2, "train", **options)
+        acted.append(taken)
+    assert acted[0] == acted[1] and len(set(taken)) > 9
+
+
 def test_a_film_has_an_end(monkeypatch):
     monkeypatch.setattr(evaluation, "LONGEST", 5)
     assert len(play(StubEnvs(20), 1, video=True).videos["agent"]) == 5

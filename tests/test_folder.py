@@ -265,6 +265,17 @@ def test_a_checkpoint_whose_parts_are_of_other_kinds_is_one_line(tiny, capsys):
     assert run(tiny, "--steps", 80, "--checkpoint_every", 45) == 0
 
 
+def test_two_checkpoints_of_one_step_share_no_part(tmp_path, capsys):
+    """As at the end of a run whose last step is one of ``checkpoint_every``."""
+    assert run(tmp_path, "--steps", 40, "--checkpoint_every", 20) == 0
+    folder = tmp_path / "checkpoints"
+    states = [checkpoint.load_checkpoint(folder / f"{x}.pt") for x in ("latest", "previous")]
+    assert [state["step"] for state in states] == [40, 40]
+    half_copied(folder / "latest.pt")
+    assert run(tmp_path, "--steps", 50, "--checkpoint_every", 20) == 0
+    assert "continuing from" in capsys.readouterr().out and latest(tmp_path)["step"] == 50
+
+
 def test_a_lost_latest_checkpoint_is_told(tiny, capsys):
     (tiny / "checkpoints" / "latest.pt").unlink()
     assert dreamer.main(["--resume", str(tiny), "--steps", "80"]) == 0

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 import hidreamer
 import networks
@@ -17,6 +18,7 @@ from conftest import ROOT
 from hidreamer.checkpoint import FolderError
 from hidreamer.episodes import load_episode
 from library import agent as agents
+from library.policy import fit
 
 # every latent state, kind of observation and kind of action
 CASES = [("rssm", "image"), ("hrssm", "grid"), ("hrvq", "vector"), ("hrvq", "multi")]
@@ -367,17 +369,23 @@ def test_reset_forgets(trained):
 
 
 def test_policies_side_by_side(trained):
-    """Each row is an episode of its own, reset by its own flag."""
+    """Each row is an episode of its own, which the loop of the page begins where it begins."""
     agent = hidreamer.load(trained("rssm", "image"))
     envs = gymnasium.vector.SyncVectorEnv([agent.make_env] * 3)
     policy = agent.make_policy(3, greedy=False)
     obs, _ = envs.reset(seed=0)
-    over = np.zeros(3, bool)
+    first, over, begun, memory = np.ones(3, bool), np.zeros(3, bool), 0, None
     for _ in range(25):
-        actions = policy(obs, reset=over)
+        new = np.array([env.unwrapped._steps == 0 for env in envs.envs])
+        actions = policy(obs, reset=first)
         assert actions.shape == (3,)
+        deter = policy.post.feat.deter[:, 0]
+        memory = deter[0] if memory is None else memory  # at any episode's first step
+        assert np.array_equal([torch.allclose(x, memory, atol=1e-5) for x in deter], new)
+        begun += int(new.sum())
         obs, _, terminated, truncated, _ = envs.step(actions)
-        over = terminated | truncated
+        first, over = over, terminated | truncated
+    assert begun == 6
     envs.close()
 
 
@@ -387,16 +395,39 @@ def test_observations_of_other_environments(trained):
     assert image.read(np.zeros((64, 64, 3), np.uint8))["image"].shape == (64, 64, 3)
     picture = np.full((100, 80, 3), 7, np.uint8)
     assert (image.read({"image": picture, "more": 1})["image"] == 7).all()
+    shuffled = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)  # channels first
+    assert np.array_equal(image.read(shuffled)["image"], shuffled.transpose(1, 2, 0))
+    assert image.read(shuffled[:, :32, :32])["image"].shape == (64, 64, 3)
+    with pytest.raises(ValueError, match=r"observation 'image' is uint8 \(64, 3, 64\)"):
+        image.read(shuffled.swapaxes(0, 1))
     with pytest.raises(ValueError, match=r"observation 'image' is float64"):
         image.read(np.zeros((3, 3)))
     with pytest.raises(ValueError, match="the observation has no image"):
         image.read({"pixels": picture})
     vector = hidreamer.load(trained("hrvq", "vector")).policy
-    assert vector.read(np.ones(4))["vector"].dtype == np.float32
+    assert vector.read(np.ones((2, 2)))["vector"].dtype == np.float32
     assert vector.read(2)["vector"].tolist() == [0, 0, 1, 0]
+    assert fit("number", Box(-np.inf, np.inf, (1,)), 0, ()).tolist() == [0]  # no choice
     several = hidreamer.load(trained("hrvq", "multi")).policy
     with pytest.raises(ValueError, match="a dict of image, vector"):
         several.read(np.ones(4))
+
+
+def test_a_time_limit_cuts_where_training_cuts(trained):
+    """Also one that is no multiple of the action repeat, or below it."""
+    agent = hidreamer.load(trained("rssm", "image"))
+    assert agent.config.env.action_repeat == 2
+    for frames, steps in ((5, 3), (1, 1)):
+        tree = agent.config.tree()
+        tree["env"]["time_limit"] = frames
+        agent.config = type(agent.config)(tree)
+        rows, env, taken, over = agent.collect(seed=0), agent.make_env(), 0, False
+        assert len(rows["reward"]) == steps + 1 and rows["is_last"][-1]
+        env.reset(seed=0)
+        while not over:
+            _, _, terminated, over, _ = env.step(0)
+            taken += 1
+        assert taken == steps and not terminated
 
 
 def test_collected_episodes_can_be_encoded(agent):
@@ -429,7 +460,7 @@ def test_the_code_of_the_page_runs(trained, tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo").symlink_to(trained("hrvq", "multi"))
     text = (ROOT / "docs" / "library.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.setattr("library.push", lambda folder, name: None)  # there is no network
     names = {}
     for block in blocks:

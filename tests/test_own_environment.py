@@ -324,6 +324,28 @@ def test_kwargs_reach_the_constructor(module):
     assert [output["is_last"] for output in play(limited, 5)] == [False, False, False, True, False]
 
 
+WRAPPED = {  # what is registered -> whether its state can be told
+    "CartPoleEnv": True,
+    "lambda **k: FrameStackObservation(CartPoleEnv(**k), 4)": False,
+    "lambda **k: StickyAction(CartPoleEnv(**k), 0.5)": False,
+    "lambda **k: TimeLimit(CartPoleEnv(**k), 5)": False,  # a second clock
+}
+
+
+@pytest.mark.parametrize("entry", WRAPPED)
+def test_a_wrapper_that_may_remember_leaves_no_state(entry, module):
+    """Else a continued run would go on with the frames of another episode."""
+    source = f"""
+        import gymnasium
+        from gymnasium.envs.classic_control import CartPoleEnv
+        from gymnasium.wrappers import FrameStackObservation, StickyAction, TimeLimit
+        gymnasium.register("Own-v0", {entry}, max_episode_steps=9)
+    """
+    env = build(f"gym_{module(source)}:Own-v0")
+    play(env, 4)
+    assert (env.get_state() is not None) == WRAPPED[entry]
+
+
 # ---------------------------------------------------------------------------------------- rendering
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)

@@ -1,5 +1,6 @@
 """Looking inside and playing: controls, the session behind the page, videos, the command."""
 
+import re
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ import hidreamer
 from conftest import ROOT
 from envs import make_env
 from play.__main__ import main
-from play.controls import Controls
+from play.controls import SPARE, Controls
 from play.movie import Film, compose, record
 from play.session import AHEAD, Session
 
@@ -235,6 +236,14 @@ def test_the_hand_acts_in_the_dream(trained):
     assert session.now.action == "action 3"
 
 
+def test_no_action_has_the_key_of_a_command():
+    """Else it would take the command's place."""
+    page = (ROOT / "play" / "page.html").read_text()
+    (line,) = re.findall(r"const commands = {(.*)}", page)
+    commands = re.findall(r'"?(\S)"?: "', line)
+    assert len(commands) == 8 and not {*commands, "+", "-"} & set(SPARE)
+
+
 def test_what_is_imagined_beside_the_real_environment(trained):
     """It knows the actions alone, and begins again after AHEAD steps."""
     session = Session(hidreamer.load(trained("rssm", "vector")))
@@ -284,6 +293,14 @@ def test_an_environment_that_fails(trained, monkeypatch):
     assert session.message == "the environment failed: no more balls"
     session.step()
     assert session.now.step == 0 and not session.now.over
+    with monkeypatch.context() as patch:  # nor can it begin anew, by itself or by the user's wish
+        patch.setattr(session.env, "reset", fail)
+        for act in (session.reset, session.step):
+            session.message = ""
+            act()
+            assert session.message == "the environment failed: no more balls" and session.now.over
+    session.step()
+    assert not session.now.over
     monkeypatch.setattr(session.env.suite, "render", fail)
     assert session.view().pictures["real"][1].std() > 0  # the observation instead
     assert "cannot be drawn" in session.message and "\n" not in session.message
@@ -355,11 +372,12 @@ def test_a_film_has_the_returns_of_episodes_that_ended_alone(trained, tmp_path):
 
 
 def test_a_seed_fixes_what_is_played(trained):
-    def played(dreaming):
+    def played(dreaming, look=lambda session: None):
         session = Session(hidreamer.load(trained("hrssm", "grid")), seed=3)
         if dreaming:
             session.switch()
         for _ in range(6):
+            look(session)
             session.step()
         found = session.view()
         session.close()
@@ -370,6 +388,9 @@ def test_a_seed_fixes_what_is_played(trained):
         assert first.numbers == again.numbers
         for name, (_, picture) in first.pictures.items():
             np.testing.assert_array_equal(picture, again.pictures[name][1], name)
+        # whoever looks changes nothing
+        for look in (Session.view, lambda session: session.what_if(1)):
+            assert played(dreaming, look).numbers == first.numbers
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from small_runs import one_line, records
+from small_runs import latest, one_line, records
 
 import dreamer
 from conftest import ROOT
@@ -126,7 +126,7 @@ def test_a_run_that_lost_episodes_says_so_in_one_line_and_refills(lost, finished
 
 def test_unfinished_rows_of_another_kind_are_refused(finished, capsys):
     assert run(finished, steps=430) == 0  # in the middle of an episode
-    path = max((finished / "checkpoints").glob("running-*.npz"))
+    path = finished / "checkpoints" / latest(finished)["running_file"]
     with np.load(path) as file:
         rows = dict(file)
     assert rows
