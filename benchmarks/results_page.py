@@ -174,18 +174,23 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
     names = ("summary.json", "report.md", "report.html", "curves.png")
     files = tuple(f"{folder}/{x}" for x in names if (root / folder / x).exists())
     base = content["models"][0]
-    for model, found in content["comparisons"].items():
-        number = words.estimate(found, sign=True)
-        tasks = ", ".join(content["tasks"])
-        yield Row(
-            f"{model} against {base}, {tasks}: difference of normalised final returns",
-            number,
-            f"{base} {words.number(found['baseline'])}",
-            str(content["seeds"][model]),
-            "yes" if found["claimed"] else "no difference shown",
-            files,
-            *of_runs(content),
-        )
+    tasks = ", ".join(content["tasks"])
+    measures = {"final returns": content["comparisons"]}
+    if content.get("seconds"):
+        clocks = "/".join(sorted({task["clock"] for task in content["tasks"].values()}))
+        measures[f"returns in equal {clocks} seconds"] = content["seconds"]["comparisons"]
+    for what, by_model in measures.items():
+        for model, found in by_model.items():
+            claimed = "higher" if found["value"] > 0 else "lower"
+            yield Row(
+                f"{model} against {base}, {tasks}: difference of normalised {what}",
+                words.estimate(found, sign=True),
+                f"{base} {words.number(found['baseline'])}",
+                str(content["seeds"][model]),
+                f"yes: {claimed}" if found["claimed"] else "no difference shown",
+                files,
+                *of_runs(content),
+            )
     offline = content.get("offline")
     for name in OFFLINE if offline else ():
         for metric in [x for x in offline["metrics"] if x == name]:
