@@ -31,11 +31,15 @@ def git(*args: str) -> str:
 
 
 def script() -> list[str]:
-    """The words that started this process; without its folder where that is ours."""
+    """The words that started this process, without the machine's folders."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py" and path.parent.parent == ROOT:
         return command(path.parent.name)
-    return command(path.stem) if path.parent == ROOT else ["python", sys.argv[0]]
+    if path.parent == ROOT:
+        return command(path.stem)
+    if path.is_absolute():
+        path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+    return ["python", str(path)]
 
 
 def provenance() -> dict[str, str]:

@@ -62,7 +62,7 @@ def subjects(trained):
 
 @pytest.fixture(scope="module")
 def material(subjects):
-    episodes = loading.collect(list(subjects.values()), 30, 80)
+    episodes = loading.collect(list(subjects.values()), 45, 80)
     return study.Material(episodes, "minatar_breakout")
 
 
@@ -247,7 +247,7 @@ def test_the_raw_observation_is_as_old_as_the_dream(material):
 
 def test_all_are_judged_on_everybodys_episodes(subjects, material):
     by = [episode.by for episode in material.episodes]
-    assert {by.count(name) for name in subjects} == {7, 8}
+    assert {by.count(name) for name in subjects} == {11, 12}
     assert material.episodes[0].rows["is_first"].sum() == 1
     assert (material.episodes[0].rows["prev_action"][0] == 0).all()
 

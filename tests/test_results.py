@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from benchmarks import results_page
 from conftest import ROOT
+from hidreamer import provenance
 
 
 def history():
@@ -101,3 +103,18 @@ def test_claims_that_lead_nowhere_are_one_line():
 )
 def test_what_a_machines_path_is(text, is_path):
     assert bool(results_page.MACHINE.search(text)) == is_path
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (str(ROOT / "run_comparison.py"), ["python", "run_comparison.py"]),
+        (str(ROOT / "analysis" / "__main__.py"), ["python", "-m", "analysis"]),
+        (str(ROOT / "benchmarks" / "beside.py"), ["python", "benchmarks/beside.py"]),
+        ("benchmarks/beside.py", ["python", "benchmarks/beside.py"]),
+        ("/home/somebody/mine.py", ["python", "mine.py"]),
+    ],
+)
+def test_a_command_names_no_folder_of_the_machine(given, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [given, "--out", "x"])
+    assert provenance.script() == words
