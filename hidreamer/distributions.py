@@ -60,7 +60,10 @@ def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
 def unimix_probs(logit: Tensor, unimix: float) -> Tensor:
     """Probabilities (..., K) of logits: ``1 - unimix`` softmax + ``unimix`` uniform, never zero."""
     probs = torch.softmax(at_least_float32(logit), -1)
-    return torch.add(unimix / logit.shape[-1], probs, alpha=1.0 - unimix) if unimix else probs
+    # Without a uniform share a softmax may round to 0, whose logarithm times 0 is NaN. Added to all
+    # that is above 1e-30, the smallest number changes no bit.
+    share = unimix / logit.shape[-1] if unimix else torch.finfo(probs.dtype).tiny
+    return torch.add(share, probs, alpha=1.0 - unimix)
 
 
 def uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -149,7 +149,8 @@ class Optimizer:
             found = [p.grad for p in group.values() if p.grad is not None]
             if found:
                 grads[name] = found
-        norms = self.norms([grad for group in grads.values() for grad in group])
+        every = [grad for group in grads.values() for grad in group]
+        norms = self.norms(every)
         total = torch.linalg.vector_norm(norms, dim=0)
         metrics = {"grad_norm": total}
         if len(grads) > 1:
@@ -159,6 +160,8 @@ class Optimizer:
         if self.agc:
             metrics["agc_clipped"] = self.clip_each()
         if self.clip:
+            if self.agc:  # which has shortened them: what is left is to be no longer than ``clip``
+                total = torch.linalg.vector_norm(self.norms(every), dim=0)
             self.rescale(total)
             metrics["clipped"] = (total > self.clip).float()
         if self.warmup:

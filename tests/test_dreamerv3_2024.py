@@ -174,6 +174,21 @@ def test_laprop_clipping_and_warmup_by_hand():
         assert layer.bias.item() == pytest.approx(b, abs=1e-6)
 
 
+def test_both_clippings_leave_the_norm_of_the_second():
+    """A weight of norm 1 and its gradient of norm 5,000: AGC leaves 0.3 of it, which is below one
+    ``clip`` and above another.
+    """
+    for clip, left, clipped in ((1000.0, 0.3, 0.0), (0.1, 0.1, 1.0)):
+        layer, found = torch.nn.Linear(2, 1, bias=False), []
+        layer.weight.data = torch.tensor([[0.6, -0.8]])
+        settings = {"lr": 0.1, "eps": 1e-8, "clip": clip, "agc": 0.3}
+        optimizer = make_optimizer("adam", {"layer": layer}, **settings)
+        optimizer._move = lambda layer=layer, found=found: found.append(layer.weight.grad.norm())
+        metrics = optimizer.step((layer.weight * torch.tensor([[3e3, 4e3]])).sum())
+        assert found[0].item() == pytest.approx(left, rel=1e-6)
+        assert metrics["grad_norm"].item() == pytest.approx(5e3) and metrics["clipped"] == clipped
+
+
 def test_what_starts_afresh_is_corrected_by_its_own_steps():
     """A module that a resumed run has more than its checkpoint, beside one that made 50 steps; and
     again after another resume. The first step of LaProp is the rate, along the gradient's signs.

@@ -87,6 +87,18 @@ class TestCategorical:
         bound = -math.log(0.01 / 32)
         assert 0.9 * bound < dists.kl(post, prior).item() < bound
 
+    def test_saturated_logits_stay_finite_without_a_uniform_share(self):
+        logit = torch.tensor([[0.0, 110.0, 3.0]], requires_grad=True)
+        policy, taken = dists.OneHotCategorical(logit, (3,), 0.0), torch.tensor([[0.0, 1.0, 0.0]])
+        found = policy.log_prob(taken) + policy.entropy()
+        grad = torch.autograd.grad(found.sum(), logit)[0]
+        assert found.abs().item() < 1e-30
+        assert torch.allclose(grad, torch.zeros(1, 3), atol=1e-30)
+        probs = dists.unimix_probs(logit, 0.0).unsqueeze(0)
+        assert dists.kl(probs, probs).item() == 0.0
+        ordinary = torch.randn(5, 4)
+        assert torch.equal(dists.unimix_probs(ordinary, 0.0), torch.softmax(ordinary, -1))
+
     def test_entropy_sums_over_variables(self):
         assert dists.entropy(torch.full((5, 4), 0.25)).item() == pytest.approx(5 * math.log(4))
 
