@@ -124,8 +124,9 @@ class Behavior(nn.Module):
         metrics = {"actor_loss": actor_loss.detach(), "critic_loss": critic_loss.detach()}
         if replayed is not None:
             replay_loss = self.replay_weight * self.replay_loss(replayed, loss.returns[:, 0])
+            replay_loss = scaled(replay_loss, self.scales.critic)
             metrics["replay_critic_loss"] = replay_loss.detach()
-            critic_loss = critic_loss + scaled(replay_loss, self.scales.critic)
+            critic_loss = critic_loss + replay_loss
         return actor_loss, critic_loss, metrics | loss.metrics
 
     def replay_loss(self, replayed: Replayed, imagined: Tensor) -> Tensor:

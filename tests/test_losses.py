@@ -7,6 +7,7 @@ import torch
 from test_agent import EVERYTHING, changed, imagine, make
 
 import networks
+from hidreamer.behavior import Replayed
 from hidreamer.dynamics import TYPES
 from hidreamer.losses import imag_loss
 from hidreamer.optim import make_optimizer
@@ -79,21 +80,28 @@ def test_weights_scale_the_models_losses(name):
 
 
 def test_weights_scale_the_behaviors_losses():
-    agent, batch = make(**{"actor.entropy": 0.1})
+    settings = {"actor.entropy": 0.1, "critic.replay_loss": 0.3}
+    agent, batch = make(**settings)
     traj = imagine(agent, batch)
     rew = torch.randn(traj.disc.shape)
+    steps = batch["reward"], batch["is_first"].bool(), batch["is_terminal"].float()
+    x = torch.randn(*steps[0].shape, traj.x.shape[-1])
+    replayed = Replayed(x, *steps, slice(0, None))
     before = agent.behavior.norm.range.clone()
     found = []
     for actor, critic in ((1.0, 1.0), (3.0, 5.0)):
         agent.behavior.norm.range.copy_(before)
-        other, _ = make(
-            **{"actor.entropy": 0.1, "loss_scales.actor": actor, "loss_scales.critic": critic}
-        )
+        weights = {"loss_scales.actor": actor, "loss_scales.critic": critic}
+        other, _ = make(**settings, **weights)
         other.load_state(agent.save_state())
-        found.append(other.behavior.losses(traj, rew)[:2])
-    (actor, critic), (scaled_actor, scaled_critic) = found
+        found.append(other.behavior.losses(traj, rew, replayed))
+    (actor, critic, plain), (scaled_actor, scaled_critic, weighted) = found
     assert actor != 0 and critic != 0
     assert torch.allclose(scaled_actor, 3.0 * actor) and torch.allclose(scaled_critic, 5.0 * critic)
+    parts = [{key: x for key, x in m.items() if "critic" in key} for m in (plain, weighted)]
+    assert parts[0].keys() == {"critic_loss", "replay_critic_loss"}
+    for metrics, whole in zip(parts, (critic, scaled_critic), strict=True):
+        assert torch.allclose(sum(metrics.values()), whole)
 
 
 class Guess(torch.nn.Module):

@@ -195,8 +195,8 @@ class Tokens(Dynamics):
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
         """KL per level; of a posterior that sees its frame alone, it trains the prior alone.
 
-        For codes that are chosen hard it is their cross-entropy; ``nearest`` adds the commitment
-        loss.
+        For codes that are chosen hard it is their cross-entropy, both with their share of the
+        uniform distribution; ``nearest`` adds the commitment loss.
         """
         self.check_levels(post)
         losses, metrics = kl_losses(post.levels, self.kl_config, self.level_weights)
