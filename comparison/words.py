@@ -67,7 +67,10 @@ def verdict(model: str, base: str, found: Mapping[str, Any] | None, what: str) -
             f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task."
         )
     if found["value"] is None:
-        return f"Nothing can be said about {model}: no episode of a run of it, or of {base}, had ended."
+        return (
+            f"Nothing can be said about {model}: no episode of a run of it, or of {base},"
+            " had ended."
+        )
     value, between = found["value"], interval(found["low"], found["high"], sign=True)
     if found["claimed"]:
         share = ""
