@@ -75,8 +75,7 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     source = Path(args.resume).expanduser() if args.resume else None
     if source is not None and source.is_dir():
         names = ("checkpoints/latest.pt", "checkpoints/previous.pt", "latest.pt")
-        found = [source / name for name in names if (source / name).exists()]
-        source = found[0] if found else source / "checkpoints" / "latest.pt"
+        source = next((source / x for x in names if (source / x).exists()), source / names[0])
     if source is not None and not source.exists():
         seeds = members_in(Path(args.resume).expanduser())
         hint = f": {several(seeds)}, which --seeds names" if seeds else ""
@@ -100,13 +99,15 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
             " another run choose another --logdir"
         )
     own = home is not None and logdir.resolve() == home.resolve()
+    if own and source.name == "previous.pt" and source.with_name("latest.pt").exists():
+        raise ConfigError(
+            f"--resume {source}: a run continues from its latest.pt; to go back, move that away"
+        )
     return config, logdir, None if own else source
 
 
 def read_config(home: Path) -> dict[str, Any]:
-    """{"group.key": value} of a run's config.yaml, each value checked. Raises ConfigError, naming
-    the file.
-    """
+    """{"group.key": value} of a run's config.yaml, checked. Raises ConfigError, naming the file."""
     saved = tools.saved_config(home)
     saved.pop("logdir", None)  # a run may be moved
     try:

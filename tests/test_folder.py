@@ -205,6 +205,16 @@ FOREIGN = {
 }
 
 
+def test_going_back_to_the_previous_checkpoint_is_asked_for(tiny, capsys):
+    """Its name alone would be read as the run's, which goes on from the latest."""
+    folder = tiny / "checkpoints"
+    assert dreamer.main(["--resume", str(folder / "previous.pt"), "--steps", "80"]) == 2
+    one_line(capsys, "previous.pt", "latest.pt", "move")
+    (folder / "latest.pt").rename(tiny / "away.pt")
+    assert dreamer.main(["--resume", str(folder / "previous.pt"), "--steps", "60"]) == 0
+    assert "at step 45" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_is_no_checkpoint_is_one_line_of_ours(kind, tiny, capsys):
     folder = tiny / "checkpoints"
