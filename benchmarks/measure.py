@@ -52,7 +52,9 @@ def replay_bytes(replay: Any) -> int:
 
 
 def median(values: list[float]) -> float:
-    return round(statistics.median(values), 4)
+    """To four decimals; below 1 to four digits: some seconds are less than a thousandth."""
+    value = statistics.median(values)
+    return round(value, 4) if abs(value) >= 1.0 else float(f"{value:.4g}")
 
 
 def write(report: Mapping, out: Path | None) -> None:

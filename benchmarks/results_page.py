@@ -181,13 +181,14 @@ def comparisons(root: Path, path: str, content: dict) -> Iterator[Row]:
         measures[f"returns in equal {clocks} seconds"] = content["seconds"]["comparisons"]
     for what, by_model in measures.items():
         for model, found in by_model.items():
-            claimed = "higher" if found["value"] > 0 else "lower"
             yield Row(
                 f"{model} against {base}, {tasks}: difference of normalised {what}",
                 words.estimate(found, sign=True),
                 f"{base} {words.number(found['baseline'])}",
                 str(content["seeds"][model]),
-                f"yes: {claimed}" if found["claimed"] else "no difference shown",
+                f"yes: {'higher' if found['value'] > 0 else 'lower'}"
+                if found["claimed"]
+                else "no difference shown",
                 files,
                 *of_runs(content),
             )

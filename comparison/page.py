@@ -152,8 +152,8 @@ def provenance(report: Report) -> Section:
     methods = [
         (
             "Final return: mean return of the training episodes that ended in the last"
-            f" {stats.LAST:.0%} of a run. The last checkpoint and the last window count, never the"
-            " best."
+            f" {stats.LAST:.0%} of a run; of the last one where none did. The last checkpoint and"
+            " the last window count, never the best."
         ),
         (
             f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal"

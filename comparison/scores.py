@@ -131,6 +131,8 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"a run has the {key} {row[key]!r}")
     known = {"task": row["task"], "seed": seed, "steps": frames}
+    reached = int(row.get("reached", frames))
+    whole = bool(row.get("complete", reached >= frames))
     series = {}
     for key, name in SERIES.items():
         if row.get(key):
@@ -138,7 +140,7 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
             series[name] = x[np.argsort(x[:, 0], kind="stable")]
     if "score" in row:
         series["score"] = np.array([[frames, float(row["score"])]])
-    elif "returns" not in row and row.get("complete", True):
+    elif "returns" not in row and whole:
         raise ValueError(f"the run {row['task']}/{row['model']}/{row['seed']} has no returns")
     if not all(np.isfinite(x).all() for x in series.values()):
         raise ValueError("a score is no finite number")
@@ -152,8 +154,8 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
         row["model"],
         {**UNKNOWN, **with_defaults(config or {}), **known},
         start,
-        int(row.get("reached", frames)),
-        bool(row.get("complete", True)),
+        reached,
+        whole,
         series,
     )
 

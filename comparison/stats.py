@@ -71,18 +71,24 @@ def curve(episodes: np.ndarray, steps: int) -> np.ndarray:
 
 
 def part_ends(steps: int) -> np.ndarray:
-    """(BINS,): the frame at which each part of a run ends."""
-    return steps * np.arange(1, BINS + 1) / BINS
+    """(BINS,): the frame at which each part of a run ends, the last one exactly at ``steps``."""
+    ends = steps * np.arange(1, BINS + 1) / BINS
+    ends[-1] = steps  # of seconds, which are no whole numbers, rounding could make it less
+    return ends
 
 
-def steps_to(curve: np.ndarray, threshold: float, steps: int, after: float = 0.0) -> float:
+def steps_to(
+    curve: np.ndarray, threshold: float, steps: int, after: float = 0.0, first: float = 0.0
+) -> float:
     """The end of the first part of the run whose mean return reaches ``threshold``; inf if none
     does (censored).
 
-    Parts that begin before frame ``after``, when the run still acted at random, do not count.
+    Parts that begin before frame ``after``, when the run still acted at random, do not count; nor
+    do those that end before ``first``, when the first episode ended: their value was not seen yet.
     """
-    learning = part_ends(steps) - steps / BINS >= after
-    reached = np.flatnonzero((curve >= threshold) & learning)
+    ends = part_ends(steps)
+    known = (ends - steps / BINS >= after) & (ends >= first)
+    reached = np.flatnonzero((curve >= threshold) & known)
     return float(part_ends(steps)[reached[0]]) if len(reached) else math.inf
 
 
@@ -148,8 +154,10 @@ AGGREGATES = {
 
 def improvement(x: np.ndarray, y: np.ndarray) -> Estimate:
     """Probability that a run of x (n, tasks) scores higher than one of y (m, tasks), mean over
-    tasks.
+    tasks; NaN where a run has no score.
     """
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return {"value": math.nan, "low": None, "high": None, "method": BOOTSTRAP}
     return estimate((x, y), probability_of_improvement)
 
 
@@ -188,9 +196,10 @@ class Difference(NamedTuple):
     low: float | None  # the interval at LEVEL, jointly for all comparisons; None for single runs
     high: float | None
     p: float  # of the permutation test, two-sided
-    least_p: float  # what p would be if every run of one model beat every run of the other
+    least_p: float  # the smallest p that so many runs can give
     alpha: float  # what p and the interval must meet
     detectable: float | None  # true difference that would be seen with a probability of POWER
+    freedom: float | None  # degrees of freedom of the interval
 
     @property
     def claimed(self) -> bool:
@@ -213,14 +222,14 @@ def compare(x: Scores, y: Scores, comparisons: int) -> Difference:
     value = float(np.mean([a.mean() - b.mean() for a, b in zip(x, y, strict=True)]))
     p, least_p = permutation(x, y), least(x, y)
     if min(map(len, (*x, *y))) < 2:
-        return Difference(value, None, None, p, least_p, alpha, None)
+        return Difference(value, None, None, p, least_p, alpha, None, None)
     # variance, freedom
     parts = np.array([(a.var(ddof=1) / len(a) / len(x) ** 2, len(a) - 1) for a in (*x, *y)])
     variance = parts[:, 0].sum()
     error = math.sqrt(variance)
     freedom = variance**2 / (parts[:, 0] ** 2 / parts[:, 1]).sum() if variance else math.inf
     quantile = scipy.stats.t.ppf(1.0 - alpha / 2.0, freedom)
-    detectable = (quantile + scipy.stats.t.ppf(POWER, freedom)) * error
+    detectable = standard_errors(freedom, alpha) * error
     return Difference(
         value,
         value - quantile * error,
@@ -229,6 +238,7 @@ def compare(x: Scores, y: Scores, comparisons: int) -> Difference:
         least_p,
         alpha,
         float(detectable),
+        float(freedom),
     )
 
 
@@ -248,16 +258,34 @@ def permutation(x: Scores, y: Scores) -> float:
 
 def least(x: Scores, y: Scores) -> float:
     """The smallest two-sided p that so many runs can give: two of all the ways to split them
-    between the models.
+    between the models, the one that was seen and its mirror image.
+
+    Where a model has fewer runs there is no mirror image, and one way alone can be the furthest.
     """
-    return min(
-        1.0, 2.0 / math.prod(math.comb(len(a) + len(b), len(a)) for a, b in zip(x, y, strict=True))
-    )
+    pairs = list(zip(x, y, strict=True))
+    extreme = 2.0 if all(len(a) == len(b) for a, b in pairs) else 1.0
+    return min(1.0, extreme / math.prod(math.comb(len(a) + len(b), len(a)) for a, b in pairs))
 
 
-def seeds_for(detectable: float, target: float, seeds: int) -> int:
-    """About how many seeds show a difference of ``target``, if that many show ``detectable``."""
-    return math.ceil(seeds * (detectable / target) ** 2)
+def standard_errors(freedom: float, alpha: float) -> float:
+    """How many standard errors a true difference must be to be seen with a probability of POWER."""
+    return scipy.stats.t.ppf(1.0 - alpha / 2.0, freedom) + scipy.stats.t.ppf(POWER, freedom)
+
+
+def seeds_for(found: Mapping[str, Any], target: float, seeds: int) -> int:
+    """About how many seeds show a difference of ``target``, if ``seeds``, at least 2, gave the
+    Difference ``found``. With more of them the standard error falls, and so do t quantiles.
+    """
+    freedom, alpha = found["freedom"], found["alpha"]
+    error = found["detectable"] / standard_errors(freedom, alpha) * math.sqrt(seeds)
+    shown = lambda n: standard_errors(freedom * (n - 1) / (seeds - 1), alpha) * error / math.sqrt(n)
+    low, more = 1, 2
+    while shown(more) > target:  # the answer is above low and at most more
+        low, more = more, 2 * more
+    while more - low > 1:
+        middle = (low + more) // 2
+        low, more = (middle, more) if shown(middle) > target else (low, middle)
+    return more
 
 
 def two_way(differences: np.ndarray) -> tuple[float, float | None, float | None]:

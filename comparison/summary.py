@@ -93,7 +93,9 @@ def record(run: Run, steps: int) -> dict[str, Any]:
     rates, frames = run.get("perf/updates_per_s"), run.get("perf/frames_per_s")
     moving = frames[frames[:, 1] > 0]
     wall = (np.diff(moving[:, 0], prepend=0.0) / moving[:, 1]).sum()
-    peak = run.get("perf/peak_mb")
+    peak, evaluated = run.get("perf/peak_mb"), run.get("eval_return")
+    if run.config["steps"] > steps:  # of a longer run, what came later is not compared
+        evaluated = evaluated[evaluated[:, 0] <= steps]
     return {
         "task": run.task,
         "model": run.model,
@@ -108,9 +110,10 @@ def record(run: Run, steps: int) -> dict[str, Any]:
         "final_return": final,
         "published": run.published,
         "random_until": random_until(run),
+        "first_end": float(episodes[0, 0]) if len(episodes) else math.inf,
         "area": float(curve.mean()),
         "curve": curve.tolist(),
-        "eval_returns": run.get("eval_return").tolist(),
+        "eval_returns": evaluated.tolist(),
         "frames_per_s": median_late(frames),
         "updates_per_s": median_late(rates),
         "wall_s": float(wall) if len(moving) else None,
@@ -141,7 +144,8 @@ def rate(row: dict, scale: Mapping[str, Any]) -> None:
             row[normal] = ((np.array(row[name]) - scale["zero"]) / scale["unit"]).tolist()
     row["steps_to"] = None
     if threshold is not None and not row["published"]:
-        row["steps_to"] = stats.steps_to(curve, threshold, scale["steps"], row["random_until"])
+        unknown = row["random_until"], row["first_end"]
+        row["steps_to"] = stats.steps_to(curve, threshold, scale["steps"], *unknown)
 
 
 def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[str, Any]:

@@ -66,6 +66,11 @@ def verdict(model: str, base: str, found: Mapping[str, Any] | None, what: str) -
         return (
             f"Nothing can be said about {model}: no seed of it, or of {base}, finished every task."
         )
+    if found["value"] is None:
+        return (
+            f"Nothing can be said about {model}: no episode of a run of it, or of {base},"
+            " had ended."
+        )
     value, between = found["value"], interval(found["low"], found["high"], sign=True)
     if found["claimed"]:
         share = ""
@@ -94,6 +99,8 @@ def improvements(summary: Mapping[str, Any]) -> list[str]:
     base, lines = summary["models"][0], []
     for model, entry in summary["comparisons"].items():
         found = entry["improvement"]
+        if found["value"] is None:  # a run has no score, as its verdict says
+            continue
         line = f"A run of {model} scores more than one of {base} with probability"
         if found["low"] is None:
             lines.append(f"{line} {number(found['value'])}; single runs have no interval.")
@@ -108,19 +115,22 @@ def improvements(summary: Mapping[str, Any]) -> list[str]:
 
 def limits(summary: Mapping[str, Any]) -> list[str]:
     """What cannot be seen with so few seeds, and what a reader should not conclude."""
-    lines, tasks = [], len(summary["tasks"])
+    lines, tasks, base_model = [], len(summary["tasks"]), summary["models"][0]
     for model, found in summary["comparisons"].items():
-        seeds = min(summary["seeds"][model], summary["seeds"][summary["models"][0]])
         if found["detectable"] is None:
             continue
+        # the comparison has all finished runs of a task, whatever became of their seeds elsewhere
+        entries = summary["per_task"].values()
+        own, others = (min(x[name]["runs"] for x in entries) for name in (model, base_model))
+        seeds = min(own, others)
         size, base = found["detectable"], found["baseline"]
         relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
         more = ""
         if base > 0 and size > TARGET * base:
-            more = (
-                f" About {stats.seeds_for(size, TARGET * base, seeds):,} seeds would show "
-                f"{percent(TARGET)}."
+            enough_seeds = max(
+                stats.seeds_for(found, TARGET * base, seeds), enough(found["alpha"], tasks)
             )
+            more = f" About {enough_seeds:,} seeds would show {percent(TARGET)}."
         lines.append(
             f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative}"
             " cannot be seen here; the spread between seeds would hide it more than one time in"
@@ -128,7 +138,7 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         )
         if found["least_p"] > found["alpha"]:
             lines.append(
-                f"{model}: {seeds} runs against {seeds} on {count(tasks, 'task')} separate"
+                f"{model}: {own} runs against {others} on {count(tasks, 'task')} separate"
                 f" completely by chance with probability {number(found['least_p'])}, so no"
                 f" difference of any size can be claimed; {enough(found['alpha'], tasks)} seeds"
                 " could."

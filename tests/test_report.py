@@ -81,6 +81,13 @@ def test_one_run_by_hand():
         stats.steps_to(curve, 1.0, 1000) == 50.0 and stats.steps_to(curve, 1.0, 1000, 50.0) == 100.0
     )
     assert stats.steps_to(curve, 3.0, 1000) == 950.0 and stats.steps_to(curve, 9.0, 1000) == np.inf
+    # one long episode tells nothing of the parts before its end, though they are drawn like it
+    late = stats.curve(np.array([[620.0, 5.0]]), 1000)
+    assert (late == 5.0).all() and stats.steps_to(late, 1.0, 1000, 50.0, 620.0) == 650.0
+    # seconds: an episode at the very end of a budget that is no whole number is in the last part
+    budgets = np.random.default_rng(0).uniform(1.0, 1e5, 100).tolist()
+    last = [stats.curve(np.array([[0.1, 0.0], [budget, 1.0]]), budget)[-1] for budget in budgets]
+    assert last == [1.0] * 100
 
 
 def test_a_median_of_censored_times_is_never_half_way_to_nowhere():
@@ -169,7 +176,30 @@ def test_the_permutation_test_counts_every_split():
 
 
 def test_seeds_for():
-    assert stats.seeds_for(0.4, 0.2, 3) == 12  # half the effect needs four times the seeds
+    """The power of a t test with known spread, solved for the number of runs."""
+    t, normal = scipy.stats.t.ppf, scipy.stats.norm.ppf
+
+    def needed(n, effect):  # of standard deviation 1
+        freedom = 2 * (n - 1)
+        return t(0.975, freedom) + t(0.8, freedom) <= effect / np.sqrt(2 / n)
+
+    for seeds, effect in itertools.product((2, 3, 8), (0.5, 1.0, 2.0)):
+        freedom = 2 * (seeds - 1)
+        detectable = (t(0.975, freedom) + t(0.8, freedom)) * np.sqrt(2 / seeds)
+        found = {"detectable": detectable, "freedom": freedom, "alpha": 0.05}
+        exact = next(n for n in range(2, 200) if needed(n, effect))
+        assert stats.seeds_for(found, effect, seeds) == exact
+    asymptotic = 2 * (normal(0.975) + normal(0.8)) ** 2 / 0.01**2
+    assert stats.seeds_for(found, 0.01, 8) == pytest.approx(asymptotic, rel=0.001)
+
+
+def test_the_least_p_of_unequal_numbers_of_runs():
+    """Three against four: no other split is as far as the complete one, so p is 1 of 35."""
+    x, y = [np.array([10.0, 11.0, 12.0])], [np.array([0.0, 1.0, 2.0, 3.0])]
+    assert stats.least(x, y) == pytest.approx(1 / 35)
+    assert stats.permutation(x, y) == pytest.approx(1 / 35, abs=0.005)
+    found = stats.compare(x, y, 1)
+    assert found.claimed and found.least_p <= found.alpha
 
 
 def takes_off(rng, n):

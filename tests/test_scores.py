@@ -10,7 +10,7 @@ from test_report import report, write_run
 
 import run_comparison
 import tools
-from comparison import scores, seconds, stats, words
+from comparison import scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
 from comparison.runs import Run
 
@@ -291,6 +291,32 @@ def test_seconds_are_in_the_report(known):
     assert "| dummy_grid, tiny_hdreamer |" in page and "| 80 s |" in page
     html = (folder / "report" / "report.html").read_text()
     assert html.count("CPU seconds</text>") + html.count("% of the seconds</text>") >= 3
+
+
+def test_a_run_of_which_no_episode_ended_within_the_seconds_has_no_score_by_them(tmp_path):
+    runs_of(tmp_path / "runs", slow=100.0, seeds=2)
+    _, found = report(tmp_path / "runs")
+    entry = found["seconds"]["comparisons"][MODELS[1]]
+    assert entry["value"] is entry["improvement"]["value"] is None and not entry["claimed"]
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    line = f"Within equal CPU seconds nothing can be said about {MODELS[1]}: no episode of a run"
+    assert line in text and "single runs" not in text and "with probability 0 [" not in text
+
+
+def test_of_a_longer_run_nothing_later_is_compared():
+    series = {"train_return": np.array([[90, 1.0], [190, 2.0]])}
+    series["eval_return"] = np.array([[100, 1.0], [200, 2.0]])
+    config = {"task": "t", "seed": 0, "steps": 200, "replay.prefill": 0, "env.action_repeat": 1}
+    run = Run(None, "m", config, {}, 200, True, series)
+    assert summary.record(run, 100)["eval_returns"] == [[100, 1.0]]
+    assert summary.record(run, 200)["eval_returns"] == [[100, 1.0], [200, 2.0]]
+
+
+@pytest.mark.parametrize(("given", "whole"), [({}, True), ({"reached": 60}, False)])
+def test_a_run_that_did_not_reach_its_frames_is_incomplete(tmp_path, given, whole):
+    row = {"task": "t", "model": "m", "seed": 0, "frames": 100, "returns": [[50, 1.0]]}
+    assert scores.restored(row | given, None, tmp_path).complete is whole
+    assert scores.restored(row | given | {"complete": True}, None, tmp_path).complete
 
 
 def made(hardware, device="auto", cpu=True):
