@@ -106,9 +106,8 @@ def differing(subjects: Sequence[Subject]) -> str:
     """
     trained = [subject.run for subject in subjects]
     found = fairness.unfair_runs(trained)
-    if not all(
-        run.complete for run in trained
-    ):  # the last record of a whole run lies before its end
+    # Of unfinished runs alone: the last record of a whole one lies a little before its end.
+    if not all(run.complete for run in trained):
         found["frames of training"] = {run.name: run.step for run in trained}
     return fairness.describe(found)
 

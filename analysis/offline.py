@@ -234,7 +234,7 @@ class Trainer:
         torch.set_rng_state(state["torch_rng"])
         if state.get("cuda_rng") is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        if "log_size" in state:  # checkpoints of 0.2.0 lack it
+        if "log_size" in state:  # older checkpoints lack it
             self.cut_log(state["log_size"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
 

@@ -89,7 +89,7 @@ def steps_to(
     ends = part_ends(steps)
     known = (ends - steps / BINS >= after) & (ends >= first)
     reached = np.flatnonzero((curve >= threshold) & known)
-    return float(part_ends(steps)[reached[0]]) if len(reached) else math.inf
+    return float(ends[reached[0]]) if len(reached) else math.inf
 
 
 # ---------------------------------------------------------------- aggregates
