@@ -78,6 +78,7 @@ def snapshot(run: Any) -> dict[str, Any]:
         "copy_from": run.copy_from,
         "moment": run.moment,
         "company": run.company,
+        "rates": run.rates.state(),
     }
 
 
@@ -103,7 +104,7 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
     run.unsaved = False
     run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
     old = tools.flatten(state["config"])
-    asked = old.keys() & {"eval_episodes", "eval_greedy", "eval_time_limit"}
+    asked = old.keys() & tools.EVALUATION_KEYS
     if run.finished and any(old[key] != run.config[key] for key in asked):
         run.evaluated = -1  # it is over, and asked for another evaluation than it had
     log = run.logdir / "metrics.jsonl"
