@@ -208,7 +208,7 @@ def _read_choice(key: str, space: Discrete, value: Any) -> np.ndarray:
     array = np.asarray(value)
     if (
         array.size != 1
-        or array.dtype.kind not in "iu"
+        or array.dtype.kind not in "biu"  # True and False are 1 and 0, as for Gymnasium
         or not 0 <= int(array.item()) - space.start < space.n
     ):
         raise EnvError(f"observation {key!r} is {one_line(repr(value))}, its space says {space}")
