@@ -161,9 +161,9 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
     signum, failed = run(jobs, options, plan, folder)
     found = [runs.read(home) for home in homes if (home / "metrics.jsonl").exists()]
     # runs of an earlier command may have been trained in another precision, say
-    differing = fairness.unfair_runs(found) | plan.differences
+    differing = fairness.unfair_runs(found)
     differing.pop("steps", None)  # of the longer ones only as many frames are compared
-    counted = plan.capacity, options.task[0], differing
+    counted = plan.capacity, options.task[0], differing | plan.differences
     return signum, Content(list(plan.arms), found, *counted, failed, unmatched=plan.unmatched)
 
 

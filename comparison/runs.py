@@ -130,7 +130,8 @@ def finished(folder: Path, steps: int, config: Config | None = None) -> bool:
     counters, known = state["counters"], True
     if config is not None:
         old = flatten(state["config"])
-        check_same_run(folder, old | {"seed": config.seed}, config, "choose another --logdir")
+        remedy = "choose another --logdir, or report on what is there by --from"
+        check_same_run(folder, old | {"seed": config.seed}, config, remedy)
         known = all(old.get(key, config[key]) == config[key] for key in EVALUATION_KEYS)
     return known and counters["step"] >= steps and counters["evaluated"] == counters["step"]
 
