@@ -71,6 +71,8 @@ def at(path: Sequence[str | int], value: Any) -> Any:
     for depth, key in enumerate(path):
         here = f"observation {'/'.join(map(str, path[:depth]))!r}" if depth else "the observation"
         if isinstance(key, int):
+            if isinstance(value, np.ndarray) and value.ndim:  # as Gymnasium does
+                value = tuple(value)
             if not isinstance(value, tuple | list) or key >= len(value):
                 raise EnvError(f"{here} must be a tuple as its space is, not {count(value)}")
         elif not isinstance(value, Mapping):

@@ -302,6 +302,11 @@ PARTS = {  # name -> space, value, {name: what is seen}
         {"0": bits([2], [1]), "1": bits([3], [2])},
     ),
     "list for a tuple": (Tuple([Discrete(2)]), [1], {"0": bits([2], [1])}),
+    "array for a tuple": (
+        Tuple([Discrete(2), Discrete(3)]),
+        np.int64([1, 2]),
+        {"0": bits([2], [1]), "1": bits([3], [2])},
+    ),
     "nested": (
         Dict(a=Dict(b=Discrete(2), c=Tuple([Box(-9, 9, (2,)), Discrete(2)])), d=MultiBinary(2)),
         {"a": {"b": 0, "c": (FLOAT([3, 4]), 1)}, "d": np.int8([1, 0])},
