@@ -16,11 +16,13 @@ from test_parts import KL
 import models
 import tools
 from hidreamer.behavior import Behavior, Replayed
+from hidreamer.checkpoint import save_checkpoint
 from hidreamer.distributions import BINS, SymexpTwoHot, symexp
 from hidreamer.dynamics.rssm import RSSM
 from hidreamer.losses import PARTS
 from hidreamer.nets import BlockGRUCell, BlockLinear, RMSNorm, SideBySide
 from hidreamer.optim import make_optimizer
+from run_state import load_weights
 
 # Trainable numbers with 64x64 images and 18 actions. Those of the original's names are its own; it
 # has other convolutions (kernels of 5, pooling, four stages from depth 2 to 4 times).
@@ -209,6 +211,34 @@ def test_what_starts_afresh_is_corrected_by_its_own_steps():
         made = optimizer.state_dict()
     steps = [int(state["step"]) for state in made.values()]
     assert steps == [150, 100, 50]
+
+
+@pytest.mark.parametrize("before", ["laprop", "adam"])
+def test_another_algorithms_moments_are_not_taken_over(before, tmp_path):
+    """LaProp's average is of normalised gradients; Adam's first steps from it were 38 times the
+    rate. ``--resume`` of another run says what starts afresh.
+    """
+    path, lines = tmp_path / "latest.pt", []
+    agent, batch = make(**{"model.algorithm": before})
+    for _ in range(10):
+        agent.update(batch)
+    state = {"config": agent.config.tree(), "agent": agent.save_state()}
+    if before == "adam":
+        del state["config"]["model"]["algorithm"]  # a checkpoint from before there was a choice
+    save_checkpoint(path, state)
+    for now in ("laprop", "adam"):
+        other, _ = make(**{"model.algorithm": now})
+        load_weights(SimpleNamespace(config=other.config, agent=other, report=lines.append), path)
+        made = {name: len(opt.state_dict()) for name, opt in other.optimizers.items()}
+        assert bool(made["model"]) == (before == now) and made["actor"] and made["critic"]
+        assert ("fresh   model optimiser" in lines[-1]) == (before != now)
+        weights = other.world_model.state_dict()
+        weights = {key: x.clone() for key, x in weights.items()}
+        other.update(batch)
+        moved = [
+            (x - weights[key]).abs().max() for key, x in other.world_model.state_dict().items()
+        ]
+        assert 0.5 < max(moved) / other.config.model.lr < 2
 
 
 def test_replay_value_loss_by_hand():
