@@ -482,6 +482,9 @@ def test_an_objective_without_parameters_needs_no_module(monkeypatch):
     before = copy.deepcopy(agent.state_dict())
     agent.update(batch)
     assert "small_loss" in agent.metric_names and changed(before, agent.state_dict())
+    monkeypatch.setitem(objectives.OBJECTIVES, "small", lambda model, config: SmallEmbedding())
+    with pytest.raises(ValueError, match=r"'small' has no weight: add small to model\.losses"):
+        make()
 
 
 def test_the_commands_of_the_page_are_of_keys_that_there_are():
