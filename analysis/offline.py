@@ -339,9 +339,15 @@ class Trainer:
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments, 128 + signal after a signal."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     try:
         args = tools.parse(argv)
         values: dict[str, Any] = dict(args.overrides)
+        for key in ("logdir", "episodes", "updates"):
+            if key not in values:
+                raise ConfigError(f"--{key} is missing; python -m analysis.offline --help has all")
         folders = values.pop("episodes")
         updates = tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
         config = tools.load_config(args.presets, values)

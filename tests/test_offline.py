@@ -354,6 +354,15 @@ def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
     assert err.count("\n") == 1 and says in err, err
 
 
+def test_what_a_job_needs_is_one_line(capsys):
+    given = ["--logdir", "nowhere", "--episodes", "nowhere", "--updates", "1"]
+    for i in (0, 2, 4):
+        assert offline.main(given[:i] + given[i + 2 :]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith(f"error: {given[i]} is missing")
+    assert offline.main(["--help"]) == 0 and "--episodes FOLDER" in capsys.readouterr().out
+
+
 def test_held_out_episodes_are_of_all_ages():
     """A run's first episodes are a beginner's: judging on those alone would say little."""
     files = [Path(f"{i:05d}.npz") for i in range(5000)]
