@@ -28,7 +28,8 @@ def member_seeds(overrides: dict[str, Any]) -> list[int]:
         raise ConfigError("--seeds names all seeds: leave out --seed and --population")
     if named is None:
         first = tools.coerce("seed", overrides.pop("seed", 0), 0, "At least 0.")
-        named = range(first, first + tools.coerce("population", count, 1, "At least 1. At most 1000."))
+        count = tools.coerce("population", count, 1, "At least 1. At most 1000.")
+        named = range(first, first + count)
     try:
         named = [
             tools.coerce("seeds", x, 0, "At least 0.")
