@@ -148,8 +148,12 @@ def plain_warnings() -> None:
 
 
 def python_path() -> str:
-    """PYTHONPATH of a process that is to import what stands in ROOT."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """PYTHONPATH of a process, in any folder, that is to import what stands in ROOT and what this
+    process can.
+    """
+    given = os.environ.get("PYTHONPATH")
+    folders = map(os.path.abspath, given.split(os.pathsep)) if given else []
+    return os.pathsep.join([str(ROOT), *folders])
 
 
 def run(main: Callable[[list[str]], int]) -> int:

@@ -14,6 +14,7 @@ import pytest
 
 import dreamer
 import run_comparison
+from comparison.backends import Process
 from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.provenance import provenance
@@ -184,8 +185,6 @@ def test_memory_is_the_runs_own():
 
 def test_two_runners_never_share_a_folder(tmp_path):
     """The lock belongs to the run, so that it outlives a runner that was killed."""
-    from comparison.backends import Process
-
     make = lambda: Process(["sleep", "30"], tmp_path / "run", tmp_path / "run.log", {}, {})
     first, second = make(), make()
     assert first.start() and not second.start()
@@ -195,6 +194,15 @@ def test_two_runners_never_share_a_folder(tmp_path):
     second.stop(signal.SIGKILL)
     second.popen.wait()
     assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_job_finds_modules_where_the_runner_does(tmp_path, monkeypatch):
+    """PYTHONPATH may be relative, and jobs have another folder."""
+    (tmp_path / "own_environment.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    command = [sys.executable, "-c", "import own_environment, tools"]
+    assert Process(command, tmp_path / "run", tmp_path / "run.log", {}, {}).run() == 0
 
 
 # ---------------------------------------------------------------- bad input
