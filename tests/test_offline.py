@@ -342,6 +342,20 @@ def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
     assert err.count("\n") == 1 and says in err, err
 
 
+def test_a_job_by_hand_says_what_is_missing(tmp_path, capsys):
+    for words, says in (
+        (["--configs", "debug"], "--episodes is missing"),
+        (["--episodes", str(tmp_path)], "--updates is missing"),
+        (["--episodes", str(tmp_path), "--updates", "2"], "--logdir is missing"),
+        (["--episodes", str(tmp_path), "--updates", "--logdir", "x"], "--updates is missing"),
+        (["--episodes", str(tmp_path), "--updates", "2", "--logdir", "x"], "holds 0 episodes"),
+    ):
+        assert offline.main(words) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and says in err, err
+    assert offline.main([]) == 2 and "--episodes FOLDER" in capsys.readouterr().out
+
+
 def test_held_out_episodes_are_of_all_ages():
     """A run's first episodes are a beginner's: judging on those alone would say little."""
     files = [Path(f"{i:05d}.npz") for i in range(5000)]
