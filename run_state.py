@@ -16,6 +16,7 @@ import tools
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.episodes import EpisodeError
+from hidreamer.optim import of_same_algorithm
 from hidreamer.provenance import STARTS
 from tools import ConfigError
 
@@ -183,7 +184,8 @@ def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
 
 
 def load_weights(run: Any, source: Path) -> None:
-    """Load weights and optimisers of another run, ours or dreamerv3-torch's.
+    """Load weights and optimisers of another run, ours or dreamerv3-torch's; an optimiser of
+    another algorithm starts afresh.
 
     Raises ConfigError, CheckpointError.
     """
@@ -198,7 +200,9 @@ def load_weights(run: Any, source: Path) -> None:
                 f"--resume: {source} is a checkpoint neither of this program nor of "
                 "dreamerv3-torch: it has no 'agent'"
             )
-        moved = run.agent.load_state(state["agent"])
+        agent = dict(state["agent"])
+        agent["optim"] = of_same_algorithm(agent["optim"], state.get("config", {}), run.config)
+        moved = run.agent.load_state(agent)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"--resume {source}: {error}") from None
     run.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))

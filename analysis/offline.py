@@ -319,41 +319,40 @@ class Trainer:
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 1 failure, 2 bad arguments, 128 + signal after a signal."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(__doc__.strip())
-        return 0 if argv else 2
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     try:
-        return start(argv)
+        args = tools.parse(argv)
+        values: dict[str, Any] = dict(args.overrides)
+        for key in ("logdir", "episodes", "updates"):
+            if values.get(key, True) is True:  # a key without a value
+                raise ConfigError(f"--{key} is missing; python -m analysis.offline --help has all")
+        folders = values.pop("episodes")
+        updates = tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
+        config = tools.load_config(args.presets, values)
+        logdir = tools.user_path(config.logdir)
+        files = find(folders if isinstance(folders, list) else [folders])
+        trainer = Trainer(config, files, logdir, models.pick_device(config))
+        trainer.resume(updates)
     except (ConfigError, CheckpointError, EnvError) as error:
-        status, message = 2, error
-    except (ArithmeticError, OSError) as error:
-        status, message = 1, error
-    print(f"error: {message}", file=sys.stderr)
-    return status
-
-
-def start(argv: list[str]) -> int:
-    """-> exit status. Raises what ``main`` turns into a line."""
-    args = tools.parse(argv)
-    values: dict[str, Any] = dict(args.overrides)
-    for key in ("episodes", "updates", "logdir"):
-        if values.get(key, True) is True:
-            raise ConfigError(f"--{key} is missing, or its value: see --help")
-    folders = values.pop("episodes")
-    updates = tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
-    config = tools.load_config(args.presets, values)
-    logdir = tools.user_path(config.logdir)
-    files = find(folders if isinstance(folders, list) else [folders])
-    trainer = Trainer(config, files, logdir, models.pick_device(config))
-    trainer.resume(updates)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, trainer.on_signal)
-    trainer.train(updates)
-    if trainer.signal:
-        return 128 + trainer.signal
-    results: dict[str, Any] = trainer.evaluate()
-    results |= {"updates": updates, "training": len(trainer.episodes)}
-    checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+    try:
+        trainer.train(updates)
+        if trainer.signal:
+            return 128 + trainer.signal
+        results: dict[str, Any] = trainer.evaluate()
+        results |= {"updates": updates, "training": len(trainer.episodes)}
+        checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+    except (ArithmeticError, ConfigError, EnvError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
