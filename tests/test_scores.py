@@ -209,23 +209,24 @@ def test_older_runs_and_other_machines_are_compared_alike(tmp_path):
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path, capsys):
-    write_run(tmp_path, [1, 2, 3], MODELS[0], 0)
-    (before,) = find([tmp_path])
+    run = tmp_path / "run"
+    write_run(run, [1, 2, 3], MODELS[0], 0)
+    (before,) = find([run])
     for line in ("[]", "3", '{"x": 1}', '{"step": "a"}', '{"step": 1e999}', 9999 * "["):
-        with open(tmp_path / "metrics.jsonl", "a") as file:
+        with open(run / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a") as file:
         file.write(f'{{"step": {before.step}, "train_return": "much", "kl_0": {{"a": 1}}}}\n')
-    with open(tmp_path / "starts.jsonl", "a") as file:
+    with open(run / "starts.jsonl", "a") as file:
         file.write('[]\n{"commit": 7}\n')
-    (after,) = find([tmp_path])
+    (after,) = find([run])
     assert (after.step, after.complete, after.name) == (before.step, before.complete, before.name)
     assert after.series.keys() == before.series.keys()
     for name, values in before.series.items():
         np.testing.assert_array_equal(values, after.series[name], name)
-    config = tmp_path / "config.yaml"
+    config = run / "config.yaml"
     config.write_text(config.read_text().replace("log_every: ", "log_every: every "))
-    assert run_comparison.main(["--from", str(tmp_path), "--logdir", str(tmp_path / "a")]) == 2
+    assert run_comparison.main(["--from", str(run), "--logdir", str(tmp_path / "a")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "log_every is 'every " in err, err
 
