@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str]) -> tuple[list[str], Path]:
         words += ["--configs", PRESET]
     if "logdir" not in args.overrides:
         words += ["--logdir", LOGDIR if not args.presets else f"runs/{args.presets[0]}"]
-    return words, Path(str(tools.parse(words).overrides["logdir"])).expanduser()
+    return words, tools.user_path(str(tools.parse(words).overrides["logdir"]))
 
 
 # ---------------------------------------------------------------- both players
@@ -112,11 +112,9 @@ def beside(agent: Any, players: Mapping[str, tuple[Any, str]]) -> Iterator[Any]:
 
 def training_returns(logdir: Path) -> tuple[list[int], list[float]]:
     """Frames at which training episodes ended, and their returns."""
-    from comparison.runs import records
+    from comparison.runs import metrics
 
-    ended = [
-        line for line in records(logdir / "metrics.jsonl") if line.get("train_return") is not None
-    ]
+    ended = [line for line in metrics(logdir) if line.get("train_return") is not None]
     return [line["step"] for line in ended], [line["train_return"] for line in ended]
 
 

@@ -72,12 +72,12 @@ from training import Failure, Run
 
 def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     """-> config, folder of the run, checkpoint of another run to start from. Raises ConfigError."""
-    source = Path(args.resume).expanduser() if args.resume else None
+    source = tools.user_path(args.resume) if args.resume else None
     if source is not None and source.is_dir():
         names = ("checkpoints/latest.pt", "checkpoints/previous.pt", "latest.pt")
         source = next((source / x for x in names if (source / x).exists()), source / names[0])
     if source is not None and not source.exists():
-        seeds = members_in(Path(args.resume).expanduser())
+        seeds = members_in(tools.user_path(args.resume))
         hint = f": {several(seeds)}, which --seeds names" if seeds else ""
         raise ConfigError(f"--resume: there is no checkpoint {source}{hint}")
     home = (
@@ -90,9 +90,9 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
     if config.logger in SERVICES and importlib.util.find_spec(config.logger) is None:
         extra = config.logger
         raise ConfigError(f"logger {extra} needs its extra: {app.install_line(extra)}")
-    logdir = Path(
+    logdir = tools.user_path(
         config.logdir or home or f"runs/{config.task}-{config.dynamics.type}-{config.seed}"
-    ).expanduser()
+    )
     if seeds := members_in(logdir):
         raise ConfigError(
             f"{logdir} is no folder of one run: {several(seeds)}, which --seeds continues; for"

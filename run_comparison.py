@@ -175,7 +175,7 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
         raise ConfigError("--paired-offline compares on one --task, that of the episodes")
     jobs, (task,), updates = {}, options.task, options.updates
     compared = list(plan.arms)
-    sources = [str(Path(source).expanduser().resolve()) for source in options.paired_offline]
+    sources = [str(tools.user_path(source).resolve()) for source in options.paired_offline]
     files = offline.find(sources)
     offline.check(files, plan.configs[task, compared[0]])
     for seed, model in itertools.product(seeds(options), compared):
@@ -225,10 +225,6 @@ def make_backend(options: SimpleNamespace, device: str, folder: Path) -> Any:
         return backends.Ray(options.jobs, device, options.per_gpu, given)
     if options.backend == "slurm":
         return backends.Slurm(options.jobs, device, given, folder / "slurm")
-    if given:
-        raise ConfigError(
-            "--resources are for --backend ray or slurm; local runs share what the machine has"
-        )
     return backends.Local(options.jobs, device, options.per_gpu)
 
 
@@ -245,7 +241,7 @@ def refuse(differing: fairness.Differences, options: SimpleNamespace) -> None:
 
 def collect(options: SimpleNamespace) -> Content:
     """Runs that exist; unless --models says otherwise the flat state is the baseline."""
-    found = scores.find(Path(path).expanduser() for path in getattr(options, "from"))
+    found = scores.find(map(tools.user_path, getattr(options, "from")))
     if options.until:
         found = [runs.cut(run, options.until) for run in found]
     kinds = {run.model: run.config["dynamics.type"] for run in found}
@@ -325,11 +321,11 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         options, presets, values = parse(argv)
-        folder = Path(options.logdir).expanduser().resolve()
+        folder = tools.user_path(options.logdir).resolve()
         if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
             if options.logdir == OPTIONS["logdir"][0]:
-                folder = Path(sources[0]).expanduser().resolve()
+                folder = tools.user_path(sources[0]).resolve()
                 folder = folder.with_name(f"{folder.stem}-report") if folder.is_file() else folder
         elif options.paired_offline:
             folder /= "offline"
@@ -346,7 +342,7 @@ def main(argv: list[str]) -> int:
             print(f"\n{failed['name']}: {failed['reason']}\n{failed['log']}\n", file=sys.stderr)
         write(what, folder, argv)
         if options.export:
-            scores.write(what.runs, Path(options.export).expanduser())
+            scores.write(what.runs, tools.user_path(options.export))
             print(f"scores: {options.export}")
         print(f"report: {folder / 'report.html'}")
         return 1 if what.failed else 0

@@ -28,7 +28,8 @@ def member_seeds(overrides: dict[str, Any]) -> list[int]:
         raise ConfigError("--seeds names all seeds: leave out --seed and --population")
     if named is None:
         first = tools.coerce("seed", overrides.pop("seed", 0), 0, "At least 0.")
-        named = range(first, first + tools.coerce("population", count, 1, "At least 1."))
+        count = tools.coerce("population", count, 1, "At least 1. At most 1000.")
+        named = range(first, first + count)
     try:
         named = [
             tools.coerce("seeds", x, 0, "At least 0.")
@@ -46,14 +47,14 @@ def member_args(args: Args, seeds: Sequence[int]) -> list[Args]:
     the run of its seed in --resume, where that is the folder of several. Raises ConfigError.
     """
     source, logdir = args.resume, args.overrides.get("logdir")
-    found = members_in(Path(source).expanduser()) if source else []
+    found = members_in(tools.user_path(source)) if source else []
     if missing := [seed for seed in seeds if found and seed not in found]:
         raise ConfigError(f"--resume {source}: {several(found)}, and none of seed {missing[0]}")
     if source and not found and logdir is None:
         raise ConfigError(
             "--resume of one run for several seeds needs a --logdir for their folders"
         )
-    if logdir is not None and os.path.lexists(Path(str(logdir)).expanduser() / "checkpoints"):
+    if logdir is not None and os.path.lexists(tools.user_path(str(logdir)) / "checkpoints"):
         raise ConfigError(
             f"{logdir} is the folder of one run, and those of several seeds are to be in it: choose"
             " another --logdir"

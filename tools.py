@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ FORMER_KEYS = {f"loss_scales.{key}": f"model.losses.{key}" for key in ("decoder"
 
 
 FEW = 40  # names that a message lists whole
+MOST = 2**63 - 1  # the largest whole number that tensors and random generators take
 
 # ---------------------------------------------------------------- config
 
@@ -142,6 +144,8 @@ def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
     for word, wrong in (("least", lambda a, b: a < b), ("most", lambda a, b: a > b)):
         if (match := re.search(rf"At {word} ([\d.]+)\.", sentence)) and wrong(out, float(match[1])):
             raise ConfigError(f"{key} is {out}; it must be at {word} {match[1]}")
+    if kind is int and abs(out) > MOST:
+        raise ConfigError(f"{key} is {out}; it must be a whole number of 64 bits, at most {MOST}")
     return out
 
 
@@ -266,6 +270,15 @@ def parse(argv: list[str]) -> Args:
             "--capacity trains nothing and takes no --resume: give --configs and keys"
         )
     return Args(lists["configs"], overrides, resume, lists["capacity"])
+
+
+def user_path(text: str | os.PathLike) -> Path:
+    """A path that a user wrote, ``~`` and ``~NAME`` being homes. Raises ConfigError."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        name = Path(text).parts[0]
+        raise ConfigError(f"{text}: no home is known for {name}; write the whole path") from None
 
 
 def help_text(usage: str) -> str:

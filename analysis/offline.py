@@ -47,7 +47,7 @@ RESULTS = "results.npz"
 def find(folders: list[str]) -> list[Path]:
     """The episodes in run folders or in folders of .npz files. Raises ConfigError."""
     files: list[Path] = []
-    for folder in map(Path, folders):
+    for folder in map(tools.user_path, folders):
         inside = folder / "train_eps" if (folder / "train_eps").is_dir() else folder
         files += sorted(inside.glob("*.npz"))
     if len(files) < LEAST:
@@ -338,7 +338,7 @@ class Trainer:
 
 
 def main(argv: list[str]) -> int:
-    """-> exit status: 0 done, 2 bad arguments, 128 + signal after a signal."""
+    """-> exit status: 0 done, 1 failure, 2 bad arguments, 128 + signal after a signal."""
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return 0
@@ -346,18 +346,21 @@ def main(argv: list[str]) -> int:
         args = tools.parse(argv)
         values: dict[str, Any] = dict(args.overrides)
         for key in ("logdir", "episodes", "updates"):
-            if key not in values:
+            if values.get(key, True) is True:  # a key without a value
                 raise ConfigError(f"--{key} is missing; python -m analysis.offline --help has all")
         folders = values.pop("episodes")
         updates = tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
         config = tools.load_config(args.presets, values)
-        logdir = Path(config.logdir)
+        logdir = tools.user_path(config.logdir)
         files = find(folders if isinstance(folders, list) else [folders])
         trainer = Trainer(config, files, logdir, models.pick_device(config))
         trainer.resume(updates)
     except (ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, trainer.on_signal)
     try:
@@ -367,10 +370,10 @@ def main(argv: list[str]) -> int:
         results: dict[str, Any] = trainer.evaluate()
         results |= {"updates": updates, "training": len(trainer.episodes)}
         results |= {"config": json.dumps(config.flat()), "episodes": digest(files)}
-    except (ArithmeticError, ConfigError) as error:
+        checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+    except (ArithmeticError, ConfigError, EnvError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
     return 0
 
 

@@ -67,7 +67,8 @@ class Process:
             note_start(self.folder, self.note | {"environment": self.env})
             log.write(f"$ {shlex.join(self.command)}\n".encode())
             log.flush()
-            env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
+            # The command runs in ROOT: folders of modules are named as seen from here.
+            env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()} | self.env
             # A session of its own: Ctrl-C in a terminal must reach the command through us, once.
             command = [*SHIELD, *self.command]
             self.popen = subprocess.Popen(

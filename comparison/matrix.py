@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 
 from comparison.backends import Handle
-from comparison.runs import records
+from comparison.runs import metrics
 
 ATTEMPTS = 2
 LINES = 15  # of a failed job's log that are shown
@@ -63,7 +63,7 @@ class Job:
     def look(self) -> None:
         """Read how far the job is."""
         names = {f"perf/{self.unit}_per_s": "rate", "train_return": "return"}
-        for record in records((self.watched or self.folder) / "metrics.jsonl", last=65536):
+        for record in metrics(self.watched or self.folder, last=65536):
             self.seen["step"] = record["step"]
             # the speed of acting at random does not predict the rest
             training = record.get("perf/updates_per_s", 1.0) > 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
         ["minatar_breakout"],
         "Tasks that every model is trained on, each with its suite's preset.",
     ),
-    "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1."),
+    "seeds": (3, "Number of seeds; 3 means 0, 1, 2. At least 1. At most 1000."),
     "seed_list": ([], "The seeds themselves, such as 3 5 8, instead of their number."),
     "logdir": (
         "runs/comparison",
@@ -117,12 +116,19 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
         raise ConfigError("--until is for runs that exist (--from); a new one has --steps")
     if options["export"] and options["paired_offline"]:
         raise ConfigError("--export is for returns, of which --paired-offline has none")
-    if options["export"] and Path(options["export"]).expanduser().is_dir():
+    if options["export"] and tools.user_path(options["export"]).is_dir():
         raise ConfigError(f"--export {options['export']} is a folder; name a file in it")
     if options["export"]:  # before hours of work
-        there = [x for x in Path(options["export"]).expanduser().absolute().parents if x.exists()]
+        export = tools.user_path(options["export"]).absolute()
+        there = [x for x in export.parents if x.exists()]
         if not there[0].is_dir() or not os.access(there[0], os.W_OK):
             raise ConfigError(f"--export {options['export']}: {there[0]} cannot be written to")
+    given = SimpleNamespace(**options)
+    seeds(given)
+    if resources(given) and options["backend"] == "local":
+        raise ConfigError(
+            "--resources are for --backend ray or slurm; local runs share what the machine has"
+        )
     known = tools.load_config([], {}).flat()
     if options["vary"]:
         check_vary(options, values, known)
@@ -133,7 +139,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
             raise ConfigError(
                 f"there is no option {key!r}; {tools.nearest(key, [*known, *OPTIONS])}"
             )
-    return SimpleNamespace(**options), args.presets, values
+    return given, args.presets, values
 
 
 def check_vary(options: dict[str, Any], values: dict[str, Any], known: dict[str, Any]) -> None:

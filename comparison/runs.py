@@ -33,6 +33,8 @@ HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels
 HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every", "threads", "env.parallel"}
 HOUSEKEEPING |= {"env.timeout", "replay.store", "replay.keep_episodes"}
 WHOLE = "dynamics.hrvq.levels"  # a key of every config that is whole
+TYPES = {"task": str, "dynamics.type": str, "seed": int, "steps": int, "log_every": int}
+TYPES |= {"replay.prefill": int, "env.action_repeat": int}
 SEVERAL = {"commit", "hardware"}  # a run that was continued may have begun elsewhere: name all
 
 
@@ -96,9 +98,10 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, or those in its ``last`` bytes; [] if there is none.
+    """The objects of a .jsonl file, or those in its ``last`` bytes; [] if there is none.
 
-    Half a line, at the cut or where a process was killed while writing, is skipped.
+    Half a line, at the cut or where a process was killed while writing, is skipped, and so is a
+    line that is no object.
     """
     if not path.exists():
         return []
@@ -108,10 +111,39 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(value, dict):
+            found.append(value)
     return found
+
+
+def metrics(folder: Path, last: int = 0) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl that have a step; ``last`` as in ``records``."""
+    found = records(folder / "metrics.jsonl", last)
+    return [record for record in found if is_number(record.get("step"))]
+
+
+def is_number(value: Any) -> bool:
+    """Whether what a line of a log holds is a number, and finite: not null, nor NaN as in older
+    logs.
+    """
+    kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return kind and math.isfinite(value)
+
+
+def check_types(config: Mapping[str, Any], where: Path) -> None:
+    """Raises ConfigError where a flat config, of the file ``where``, has another type for a key
+    that reports compute with than this version.
+    """
+    for key, kind in TYPES.items():
+        if key in config and type(config[key]) is not kind:
+            name = {int: "a whole number", str: "text"}[kind]
+            raise ConfigError(
+                f"{where} is no config of a run of this version: {key} is {config[key]!r}; it must"
+                f" be {name}"
+            )
 
 
 def finished(folder: Path, steps: int, config: Config | None = None) -> bool:
@@ -146,15 +178,15 @@ def read(folder: Path) -> Run:
             raise ConfigError(
                 f"{folder / 'config.yaml'} is no config of a run of this version: it has no {key}"
             )
+    check_types(config, folder / "config.yaml")
     config = with_defaults(config)
     steps, log_every = config["steps"], config["log_every"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0
-    for record in records(folder / "metrics.jsonl"):
+    for record in metrics(folder):
         step = record.pop("step")
         for name, value in record.items():
-            # null, or NaN in older logs: there was no number
-            if value is not None and math.isfinite(value):
+            if is_number(value):
                 values.setdefault(name, []).append((step, value))
     whole = step > steps - log_every
     if (folder / "checkpoints").exists():
@@ -163,9 +195,9 @@ def read(folder: Path) -> Run:
     for facts in starts:
         start |= facts
     for key in SEVERAL & start.keys():
-        start[key] = ", ".join(dict.fromkeys(x[key] for x in starts if key in x))
+        start[key] = ", ".join(dict.fromkeys(str(x[key]) for x in starts if key in x))
     series = {name: np.array(pairs, float) for name, pairs in values.items()}
-    return Run(folder, start.get("model", ""), config, start, step, whole, series)
+    return Run(folder, str(start.get("model", "")), config, start, step, whole, series)
 
 
 def find(folders: Iterable[Path]) -> list[Run]:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from comparison import seconds
-from comparison.runs import Run, config_hash, refuse_duplicates, with_defaults
+from comparison.runs import Run, check_types, config_hash, refuse_duplicates, with_defaults
 from comparison.runs import find as find_runs
 from comparison.summary import HUMAN
 from hidreamer import checkpoint
@@ -102,7 +102,7 @@ def read(path: Path) -> list[Run]:
     """The runs of a file of scores, ours or a published one. Raises ConfigError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} holds no scores: {error}") from error
     try:
         if isinstance(content, dict) and "format" in content:
@@ -113,7 +113,7 @@ def read(path: Path) -> list[Run]:
                 raise ValueError("it has no runs")
             return [restored(row, configs.get(row.get("config")), path) for row in rows]
         return [restored(row, None, path) for row in published(content, path.stem)]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
             f"{path} holds no scores as docs/comparing.md describes them: {reason}"
@@ -149,6 +149,7 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
         raise ValueError("the seconds of a run fall")
     if row.get("clock", seconds.WALL) not in seconds.CLOCKS:
         raise ValueError(f"the clock is {row['clock']!r}, not {', '.join(seconds.CLOCKS)}")
+    check_types(config or {}, path)
     start = {key: row[key] for key in STARTED if key in row}
     return Run(
         path,

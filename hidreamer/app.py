@@ -56,10 +56,10 @@ class Parser(argparse.ArgumentParser):
 
 def missing(folder: str | os.PathLike, of: str = "a run or of an export") -> str:
     """One line where a folder that is to be read is none, else "". of: what it is to be of."""
-    path = Path(folder).expanduser()
-    if not path.exists():
+    path = os.path.expanduser(folder)  # a home that is not known is no folder
+    if not os.path.exists(path):
         return f"there is no folder {path}: name that of {of}"
-    return "" if path.is_dir() else f"{path} is a file: name the folder of {of}"
+    return "" if os.path.isdir(path) else f"{path} is a file: name the folder of {of}"
 
 
 def missing_agent(where: str) -> str:
@@ -148,8 +148,12 @@ def plain_warnings() -> None:
 
 
 def python_path() -> str:
-    """PYTHONPATH of a process that is to import what stands in ROOT."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """PYTHONPATH of a process, in any folder, that is to import what stands in ROOT and what this
+    process can.
+    """
+    given = os.environ.get("PYTHONPATH")
+    folders = map(os.path.abspath, given.split(os.pathsep)) if given else []
+    return os.pathsep.join([str(ROOT), *folders])
 
 
 def run(main: Callable[[list[str]], int]) -> int:

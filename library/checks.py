@@ -16,10 +16,15 @@ from hidreamer.episodes import EpisodeError, load_episode
 
 
 def whole(name: str, value: Any, least: int, error: type[Exception] = ValueError) -> int:
-    """An integer argument of at least ``least``. Raises ``error`` for everything else."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least:
+    """An integer argument of at least ``least``, and of 64 bits, as tensors and random generators
+    take them. Raises ``error`` for everything else.
+    """
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if is_whole and least <= value < 2**63:
         return int(value)
-    raise error(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    raise error(
+        f"{name} is {value!r}; it must be a whole number, at least {least} and less than 2**63"
+    )
 
 
 def levels(value: Any, coarse: Sequence[str]) -> list[str]:

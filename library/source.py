@@ -54,6 +54,8 @@ def read(where: str | os.PathLike) -> Source:
     if str(where).startswith(HUB):
         return read_export(download(str(where)))
     path = path_of(where)
+    if not os.path.exists(path):  # Path.exists raises for names that no file can have
+        raise FolderError(app.missing(path))
     if (path / WEIGHTS).exists():
         return read_export(path)
     if path.is_file() and path.suffix == ".pt":
@@ -70,9 +72,9 @@ def read(where: str | os.PathLike) -> Source:
 
 
 def path_of(where: str | os.PathLike) -> Path:
-    """Raises FolderError for what is no path."""
+    """Raises FolderError for what is no path, ConfigError for a home that is not known."""
     if isinstance(where, str | os.PathLike) and str(where):
-        return Path(where).expanduser()
+        return tools.user_path(where)
     found = "''" if where == "" else type(where).__name__
     raise FolderError(f"the path of a folder is needed, not {found}")
 

@@ -14,7 +14,6 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import models
@@ -87,7 +86,7 @@ def start(argv: list[str], signals: Signals) -> int:
     if name not in (*STAGES, "all"):
         raise ConfigError(f"there is no stage {name!r}; {tools.nearest(name, (*STAGES, 'all'))}")
     config, strict = configured(name, tools.parse(rest))
-    root, device = Path(config.logdir).expanduser(), models.pick_device(config)
+    root, device = tools.user_path(config.logdir), models.pick_device(config)
     signals.defer()
     for kind in STAGES.values() if name == "all" else [STAGES[name]]:
         found = stage.run(kind, config, root, device, signals.check, (Stop,))

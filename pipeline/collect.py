@@ -92,7 +92,7 @@ class Collect(Stage):
 
             self.imported = minari.read(block.from_minari, spaces, block.steps)
         elif block.agent:
-            self.policy = Policy(Path(block.agent).expanduser(), config, self.games, device)
+            self.policy = Policy(tools.user_path(block.agent), config, self.games, device)
         self.writer = ThreadPoolExecutor(1)  # compressing leaves the interpreter to the emulator
         self.pending: list[Future] = []
 
@@ -182,7 +182,7 @@ class Collect(Stage):
             from pipeline import minari
 
             recordings = data.load_all(self.root, self.config)
-            for line in minari.write(Path(block.to_minari).expanduser(), recordings):
+            for line in minari.write(tools.user_path(block.to_minari), recordings):
                 self.report(line)
         policy = block.from_minari or block.agent or "random"
         return Gate(self.name, tables, {"policy": policy, "steps of each game": self.rows}), outputs

@@ -21,7 +21,7 @@ from pipeline import data, encoder_gate, nets, training
 from pipeline.data import Recording
 from pipeline.gate import Gate
 from pipeline.stage import Stage
-from tools import Config, ConfigError
+from tools import Config, ConfigError, user_path
 
 FAR = 10  # steps that the lineage's negative lies away at least
 LAST_LR = 1e-6
@@ -112,7 +112,7 @@ def make(config: Config, device: torch.device) -> tuple[nn.Module, tuple[int, in
     height, width = config.env["size"]
     shape = (config.pipeline.stack * channels, height, width)
     if block.kind == "dinov2":
-        return nets.DINOv2(Path(block.weights).expanduser(), channels).to(device), shape
+        return nets.DINOv2(user_path(block.weights), channels).to(device), shape
     try:
         return nets.StackEncoder(shape, block.dim).to(device), shape
     except ValueError as error:

@@ -20,7 +20,7 @@ from hidreamer import app
 from hidreamer.checkpoint import FolderError
 from pipeline.collect import Played
 from pipeline.data import Recording, Space
-from tools import ConfigError
+from tools import ConfigError, user_path
 
 
 def package() -> Any:
@@ -36,7 +36,7 @@ def package() -> Any:
 
 def opened(name: str) -> Any:
     """A data set by its folder, or by its id among those that Minari keeps. Raises ConfigError."""
-    minari, path = package(), Path(name).expanduser()
+    minari, path = package(), user_path(name)
     try:
         if (path / "data").is_dir():
             return minari.MinariDataset(path / "data")
@@ -56,7 +56,7 @@ def read(name: str, wanted: list[Space], steps: int) -> list[list[Played]]:
     found = []
     for space in wanted:
         game = space.task.removeprefix("atari_")
-        inside = Path(name).expanduser() / game
+        inside = user_path(name) / game
         source = str(inside) if inside.is_dir() else name
         if len(wanted) > 1 and source == name:
             raise ConfigError(f"pipeline.collect.from_minari: {name} has no data set {game}")

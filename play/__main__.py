@@ -34,8 +34,8 @@ def parser() -> app.Parser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. Imports nothing large: mistakes are reported at once."""
     args = parser().parse_args(argv)
-    if args.seed is not None and args.seed < 0:
-        raise app.UsageError(f"--seed is {args.seed}; it must be at least 0")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise app.UsageError(f"--seed is {args.seed}; it can be 0 to {2**63 - 1}")
     if not 0 <= args.port < 2**16:
         raise app.UsageError(f"--port is {args.port}; it can be 0 (any free one) to {2**16 - 1}")
     if args.record and args.record.suffix != ".mp4":

@@ -16,6 +16,7 @@ import dreamer
 import run_comparison
 import tools
 from comparison import runs
+from comparison.backends import Process
 from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.provenance import provenance
@@ -197,8 +198,6 @@ def test_memory_is_the_runs_own():
 
 def test_two_runners_never_share_a_folder(tmp_path):
     """The lock belongs to the run, so that it outlives a runner that was killed."""
-    from comparison.backends import Process
-
     make = lambda: Process(["sleep", "30"], tmp_path / "run", tmp_path / "run.log", {}, {})
     first, second = make(), make()
     assert first.start() and not second.start()
@@ -208,6 +207,15 @@ def test_two_runners_never_share_a_folder(tmp_path):
     second.stop(signal.SIGKILL)
     second.popen.wait()
     assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_job_finds_modules_where_the_runner_does(tmp_path, monkeypatch):
+    """PYTHONPATH may be relative, and jobs have another folder."""
+    (tmp_path / "own_environment.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    command = [sys.executable, "-c", "import own_environment, tools"]
+    assert Process(command, tmp_path / "run", tmp_path / "run.log", {}, {}).run() == 0
 
 
 # ---------------------------------------------------------------- bad input
@@ -221,11 +229,13 @@ BAD = {
     "one run's option": (["--seed", "3"], "--seed-list"),
     "no number": (["--seeds", "many"], "whole number"),
     "no seeds": (["--seeds", "0"], "at least 1"),
+    "too many seeds": (["--seeds", "1" + 12 * "0"], "at most 1000"),
     "a seed twice": (["--seed-list", "7", "11", "7"], "twice"),
     "a model twice": (["--models", "tiny_hdreamer", "tiny_hdreamer"], "twice"),
     "resources without a cluster": (["--resources", "num_cpus=2"], "--backend ray or slurm"),
     "resources without a value": (["--backend", "slurm", "--resources", "num_cpus"], "KEY=VALUE"),
     "no runs": (["--from", "/nonexistent"], "there is no run"),
+    "a home that is not known": (["--from", "~nobody-here/run"], "no home is known"),
     "another size": (["--dynamics.hrvq.levels", "0"], "at least 1"),
     "both": (["--from", "x", "--paired-offline", "y"], "leave one of them out"),
     "seeds side by side, offline": (["--side-by-side", "--paired-offline", "y"], "--side-by-side"),

@@ -63,6 +63,8 @@ def test_misspelt_names_are_told_with_the_nearest():
         ("steps", "many", "whole number"),
         ("steps", "1.5", "whole number"),
         ("steps", "0", "at least 1"),
+        ("steps", "1" + 20 * "0", "64 bits"),
+        ("threads", "100000", "at most 1024"),
         ("model.lr", "fast", "a number"),
         ("model.lr", "nan", "a number"),
         ("video", "yes", "true or false"),

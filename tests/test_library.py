@@ -187,7 +187,7 @@ def test_counts_are_whole_numbers(bad, trained):
     ):
         with pytest.raises(ValueError, match=f"^{name} is {bad!r}; it must be a whole number"):
             act()
-    for seed in (-1, 1.5, "x"):
+    for seed in (-1, 1.5, "x", 2**63):
         with pytest.raises(ValueError, match="seed is"):
             agent.collect(seed=seed)
 

@@ -357,9 +357,10 @@ def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
 def test_what_a_job_needs_is_one_line(capsys):
     given = ["--logdir", "nowhere", "--episodes", "nowhere", "--updates", "1"]
     for i in (0, 2, 4):
-        assert offline.main(given[:i] + given[i + 2 :]) == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and err.startswith(f"error: {given[i]} is missing")
+        for words in (given[:i] + given[i + 2 :], given[: i + 1] + given[i + 2 :]):
+            assert offline.main(words) == 2
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and err.startswith(f"error: {given[i]} is missing")
     assert offline.main(["--help"]) == 0 and "--episodes FOLDER" in capsys.readouterr().out
 
 

@@ -404,6 +404,9 @@ def test_a_seed_fixes_what_is_played(trained):
         (["RUN", "--port", "70000"], "--port is 70000"),
         (["RUN", "--port", "many"], "many"),
         (["RUN", "--seed", "-1"], "--seed is -1"),
+        (["RUN", "--seed", str(2**63)], f"--seed is {2**63}"),
+        (["~nobody-here/run"], "there is no folder ~nobody-here/run"),
+        ([300 * "a"], "there is no folder aaa"),
         (["RUN", "--prot", "3"], "--prot"),
     ],
 )

@@ -12,7 +12,7 @@ import run_comparison
 import tools
 from comparison import scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
-from comparison.runs import Run
+from comparison.runs import Run, find
 from hidreamer import checkpoint
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer")
@@ -209,6 +209,29 @@ def test_older_runs_and_other_machines_are_compared_alike(tmp_path):
     assert "error" not in found["capacity"][MODELS[0]]
 
 
+def test_lines_that_are_no_records_are_left_out(tmp_path, capsys):
+    run = tmp_path / "run"
+    write_run(run, [1, 2, 3], MODELS[0], 0)
+    (before,) = find([run])
+    for line in ("[]", "3", '{"x": 1}', '{"step": "a"}', '{"step": 1e999}', 9999 * "["):
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(line + "\n")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": {before.step}, "train_return": "much", "kl_0": {{"a": 1}}}}\n')
+    with open(run / "starts.jsonl", "a") as file:
+        file.write('[]\n{"commit": 7}\n')
+    (after,) = find([run])
+    assert (after.step, after.complete, after.name) == (before.step, before.complete, before.name)
+    assert after.series.keys() == before.series.keys()
+    for name, values in before.series.items():
+        np.testing.assert_array_equal(values, after.series[name], name)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("log_every: ", "log_every: every "))
+    assert run_comparison.main(["--from", str(run), "--logdir", str(tmp_path / "a")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "log_every is 'every " in err, err
+
+
 def test_games_are_named_as_the_suite_names_them():
     pytest.importorskip("ale_py")
     from comparison.summary import HUMAN
@@ -245,6 +268,7 @@ BAD = {
 RUN = {"task": "dummy_vector", "model": "m", "seed": 0, "frames": 9, "returns": [[9, 1]]}
 for key, value, says in (
     ("frames", 0, "a run has 0 frames"),
+    ("frames", float("inf"), "cannot convert float infinity"),
     ("model", "", "a run has the model ''"),
     ("task", None, "a run has the task None"),
     ("clock", "sundial", "the clock is 'sundial', not CPU, GPU, wall-clock"),
@@ -252,6 +276,10 @@ for key, value, says in (
 ):
     text = json.dumps({"format": scores.FORMAT, "runs": [RUN | {key: value}]})
     BAD[f"{key} {value}"] = text, says
+BAD["too deep"] = 100_000 * "[", "holds no scores"
+text = {"configs": {"x": {"replay.prefill": "many"}}, "runs": [RUN | {"config": "x"}]}
+text = json.dumps({"format": scores.FORMAT} | text)
+BAD["a config with text for a number"] = text, "replay.prefill is 'many'; it must be a whole number"
 BAD["an empty list"] = json.dumps({"format": scores.FORMAT, "runs": []}), "it has no runs"
 
 
