@@ -180,7 +180,7 @@ class HRVQ(Sequences):
         # priors must not make them easier to predict. So where codes have a gradient (in training)
         # the priors come from a second pass, with the same numbers, over detached codes. Auxiliary
         # losses are taken from that pass alone, to be counted once.
-        detached_pass = flat.requires_grad if trained is None else trained
+        detached_pass = self._detached_pass(flat, trained)
         by_position = self.chain and self.depth is None
         how = {"all_positions": by_position and not detached_pass}
         out, own, ffn_losses = self._remember(carry, flat, steps, attention, **how)

@@ -221,7 +221,7 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         known = codes.code.detach()
         # As with a transformer: priors from a memory of detached codes, so that no code learns to
         # be easy to predict. Both memories are computed at once, as twice as many sequences.
-        detached_pass = stoch.requires_grad if trained is None else trained
+        detached_pass = self._detached_pass(stoch, trained)
         if detached_pass:
             known = self._exchanged(known, generator)
             both = torch.cat([stoch, self._stoch(known.flatten(2))])
