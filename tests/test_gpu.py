@@ -260,15 +260,21 @@ def without_extras(folder):
 
 
 def test_every_item_runs_on_a_cpu_without_any_extra(tmp_path):
-    """Also the whole command and the collection of all tests for GPUs, as on the device machine."""
+    """Also the whole command and the collection of all tests for GPUs, as on the device machine.
+    Of what is compiled, which only traces here, one state each: test_compile.py has the others.
+    """
     words = [sys.executable, "benchmarks/gpu_check.py", "--dry", "--out", str(tmp_path / "out")]
+    every = gpu_check.items(torch.device("cpu"), tmp_path, True, float)
+    names = [item.name for item in every if not item.name.startswith("compiled")]
+    names += ["compiled = eager, hrvq", "compiled tf32, tiny_hdreamer"]
+    words += ["--only", *names]
     env = without_extras(tmp_path)
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=550)
     errors = tmp_path / "out" / "errors.txt"
     assert done.returncode == 0, errors.read_text() if errors.exists() else done.stderr
     lines = [json.loads(x) for x in (tmp_path / "out" / "lines.jsonl").read_text().splitlines()]
     found = {line["item"]: line for line in lines}
-    assert len(lines) == len(found) > 25
+    assert set(found) == {"machine", *names} and len(lines) == len(found) > 30
     table = done.stdout[done.stdout.rindex("\nmachine ") :]
     assert all(name in table for name in found)
     assert found["training"]["updates_per_s"] > 0
