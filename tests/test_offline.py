@@ -414,6 +414,10 @@ def test_returns_of_a_report_without_settings_that_came_later(tmp_path, monkeypa
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
 
+    minatar = quantisers.WORLDS["minatar"]
+    few = {row: minatar.rows[row] for row in ("sampled", "stacked", "noise")}
+    monkeypatch.setitem(quantisers.WORLDS, "minatar", minatar._replace(rows=few))
+    monkeypatch.setattr(quantisers, "DREAMS", {})
     latent = quantisers.make_config("minatar", "sampled", 0, tmp_path).dynamics.flat()
     del latent["hrvq.memory"], latent["hrvq.noise"]
     report = {"dynamics": "hrvq", "more": [], "negative_control": False, "latent": latent}
