@@ -40,7 +40,7 @@ class WorldModel(nn.Module):
 
     The parameters of an objective are those of the module of its name here, as
     ``Agent.make_optimizers`` and checkpoints have it. An objective with parameters of its own is
-    that module itself.
+    that module itself; one that has none may have no module.
     """
 
     def __init__(self, obs_space: Mapping[str, spaces.Space], act_dim: int, config):
@@ -190,7 +190,7 @@ class Agent(nn.Module):
         """{loss: {name: module}}: the modules that each loss trains, and no others."""
         wm = self.world_model
         names = ["encoder", "dynamics", *wm.objectives, *(["harmony"] if wm.harmony else [])]
-        modules = {"model": {name: getattr(wm, name) for name in names}}
+        modules = {"model": {name: getattr(wm, name) for name in names if hasattr(wm, name)}}
         if wm.probed:
             modules["probe"] = {"decoder": wm.decoder}
         for prefix, behavior in self.behaviors().items():

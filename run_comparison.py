@@ -135,8 +135,10 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
     jobs, homes, numbers = [], [], seeds(options)
     dreamer = [sys.executable, str(app.ROOT / "dreamer.py")]
     for task, model in itertools.product(options.task, plan.arms):
-        above, steps = folder / task / model.replace("/", "_"), plan.configs[task, model].steps
-        done = [functools.partial(runs.finished, above / str(seed), steps) for seed in numbers]
+        config = plan.configs[task, model]
+        above, steps = folder / task / model.replace("/", "_"), config.steps
+        asked = {"steps": steps, "config": config}
+        done = [functools.partial(runs.finished, above / str(seed), **asked) for seed in numbers]
         name, about = f"{task}/{model}", note(plan, model)
         if options.side_by_side:
             words = [*dreamer, *command(plan, task, model, above, "--seeds", *map(str, numbers))]
@@ -158,7 +160,10 @@ def train(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[int, Cont
         jobs.sort(key=lambda job: by_seed(job.folder))
     signum, failed = run(jobs, options, plan, folder)
     found = [runs.read(home) for home in homes if (home / "metrics.jsonl").exists()]
-    counted = plan.capacity, options.task[0], plan.differences
+    # runs of an earlier command may have been trained in another precision, say
+    differing = fairness.unfair_runs(found)
+    differing.pop("steps", None)  # of the longer ones only as many frames are compared
+    counted = plan.capacity, options.task[0], differing | plan.differences
     return signum, Content(list(plan.arms), found, *counted, failed, unmatched=plan.unmatched)
 
 
@@ -171,13 +176,15 @@ def train_offline(options: SimpleNamespace, plan: Plan, folder: Path) -> tuple[i
     jobs, (task,), updates = {}, options.task, options.updates
     compared = list(plan.arms)
     sources = [str(Path(source).expanduser().resolve()) for source in options.paired_offline]
-    offline.check(offline.find(sources), plan.configs[task, compared[0]])
+    files = offline.find(sources)
+    offline.check(files, plan.configs[task, compared[0]])
     for seed, model in itertools.product(seeds(options), compared):
         home = folder / task / model.replace("/", "_") / str(seed)
         words = [sys.executable, "-m", "analysis.offline"]
         words += command(plan, task, model, home, "--seed", str(seed))
         words += ["--episodes", *sources, "--updates", str(updates)]
-        done = functools.partial(offline.finished, home, updates)
+        asked = {"config": plan.configs[task, model], "files": files}
+        done = functools.partial(offline.finished, home, updates, **asked)
         jobs[model, seed] = Job(
             f"{task}/{model}/{seed}", words, home, updates, done, note(plan, model), "updates"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,10 @@ def make_envs(
     def make(index: int, restart: int) -> Env:
         entropy = [seed, role, generation, index, restart]
         number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-        return make_env(task, block, number, index=index, evaluation=role == 1)
+        with warnings.catch_warnings():
+            if index or restart or role == 1:  # the first one said it, of all
+                warnings.simplefilter("ignore", RuntimeWarning)
+            return make_env(task, block, number, index=index, evaluation=role == 1)
 
     return Envs(make, count, config.env.parallel, config.env.timeout, error_log)
 

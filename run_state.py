@@ -16,6 +16,7 @@ import tools
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.episodes import EpisodeError
+from hidreamer.optim import of_same_algorithm
 from hidreamer.provenance import STARTS
 from tools import ConfigError
 
@@ -78,6 +79,7 @@ def snapshot(run: Any) -> dict[str, Any]:
         "copy_from": run.copy_from,
         "moment": run.moment,
         "company": run.company,
+        "rates": run.rates.state(),
     }
 
 
@@ -103,7 +105,7 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
     run.unsaved = False
     run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
     old = tools.flatten(state["config"])
-    asked = old.keys() & {"eval_episodes", "eval_greedy", "eval_time_limit"}
+    asked = old.keys() & tools.EVALUATION_KEYS
     if run.finished and any(old[key] != run.config[key] for key in asked):
         run.evaluated = -1  # it is over, and asked for another evaluation than it had
     log = run.logdir / "metrics.jsonl"
@@ -183,7 +185,8 @@ def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
 
 
 def load_weights(run: Any, source: Path) -> None:
-    """Load weights and optimisers of another run, ours or dreamerv3-torch's.
+    """Load weights and optimisers of another run, ours or dreamerv3-torch's; an optimiser of
+    another algorithm starts afresh.
 
     Raises ConfigError, CheckpointError.
     """
@@ -198,7 +201,9 @@ def load_weights(run: Any, source: Path) -> None:
                 f"--resume: {source} is a checkpoint neither of this program nor of "
                 "dreamerv3-torch: it has no 'agent'"
             )
-        moved = run.agent.load_state(state["agent"])
+        agent = dict(state["agent"])
+        agent["optim"] = of_same_algorithm(agent["optim"], state.get("config", {}), run.config)
+        moved = run.agent.load_state(agent)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"--resume {source}: {error}") from None
     run.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))

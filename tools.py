@@ -19,7 +19,8 @@ CONFIGS = Path(__file__).parent / "configs.yaml"
 # What a run may change when it is continued; everything else makes it another run.
 CHANGEABLE_KEYS = {"steps", "device", "compile", "precision", "logger", "logdir", "video"}
 CHANGEABLE_KEYS |= {f"{name}_every" for name in ("log", "eval", "checkpoint")}
-CHANGEABLE_KEYS |= {f"eval_{name}" for name in ("episodes", "greedy", "time_limit")}
+EVALUATION_KEYS = {f"eval_{name}" for name in ("episodes", "greedy", "time_limit")}
+CHANGEABLE_KEYS |= EVALUATION_KEYS
 CHANGEABLE_KEYS |= {"decode_levels", "env.invalid", "env.parallel", "env.timeout", "threads"}
 CHANGEABLE_KEYS |= {"replay.store", "replay.keep_episodes"}
 # {former name: name} of keys of older runs, which are accepted as well.
@@ -186,10 +187,14 @@ def saved_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
+def check_same_run(
+    folder: Path, old: Mapping[str, Any], new: Config, remedy: str | None = None
+) -> None:
     """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be
-    continued as ``new``.
+    continued as ``new``. remedy: what the message advises, if not what dreamer.py does.
     """
+    if remedy is None:
+        remedy = f"choose another --logdir, with --resume {folder} to start from its weights"
     before, now = current_names(flatten(old)), new.flat()
     # A key that the old config lacks is younger than the run.
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
@@ -197,8 +202,7 @@ def check_same_run(folder: Path, old: Mapping[str, Any], new: Config) -> None:
         differing = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
         raise ConfigError(
             f"{folder} holds a run with another config"
-            f" ({differing}{', ...' if len(changed) > 3 else ''}): choose another --logdir, with"
-            f" --resume {folder} to start from its weights"
+            f" ({differing}{', ...' if len(changed) > 3 else ''}): {remedy}"
         )
 
 

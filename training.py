@@ -120,7 +120,7 @@ class Run:
             rows = 0 if filled else max(self._prefill_rows(), config.replay.length)
             for line in notes(config, self.envs.repeat, rows):
                 report(line)
-        self.rates = Rates(self.step, self.updates)
+        self.rates = Rates(self.step, self.updates, (state or {}).get("rates"))
         wandb_id = (state or {}).get("wandb_id")
         self.logger = Logger(
             logdir, self.step, log_size, config.tree(), wandb_id, service=config.logger

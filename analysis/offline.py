@@ -104,12 +104,33 @@ def spread(files: list[Path], most: int) -> list[Path]:
     return [files[i] for i in picks]
 
 
-def finished(folder: Path, updates: int) -> bool:
+def digest(files: Iterable[Path]) -> str:
+    """Of the names of episodes."""
+    names = "\n".join(str(path.resolve()) for path in files)
+    return hashlib.sha256(names.encode()).hexdigest()[:12]
+
+
+def finished(
+    folder: Path, updates: int, config: Config | None = None, files: Iterable[Path] = ()
+) -> bool:
+    """Whether a job's results are there, after so many updates.
+
+    config, files: what is asked for, if known, whatever the seed. Raises ConfigError for results
+    of another config or other episodes, which would stand in the report as what they are not.
+    """
     try:
         with np.load(folder / RESULTS) as file:
-            return int(file["updates"]) == updates
+            done = int(file["updates"]) == updates
+            # results of older versions lack both
+            made = [str(file[key]) for key in ("config", "episodes") if key in file]
     except READ_ERRORS:
         return False
+    if config is not None and made:
+        old = json.loads(made[0]) | {"seed": config.seed}
+        tools.check_same_run(folder, old, config, "choose another --logdir")
+        if made[1] != digest(files):
+            raise ConfigError(f"{folder} was trained on other episodes: choose another --logdir")
+    return done
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
@@ -155,8 +176,7 @@ class Trainer:
         keys = [*decoder.kinds["image"], *decoder.sizes]
         self.baseline = heldout.Baseline(rows, keys, config.reward.bins)
         self.update, self.signal = 0, 0
-        names = "\n".join(str(path.resolve()) for path in files)
-        self.same = config_hash(config.flat()) + hashlib.sha256(names.encode()).hexdigest()[:12]
+        self.same = config_hash(config.flat()) + digest(files)
 
     def batch(self, rows: Rows) -> models.Batch:
         return self.agent.tensors({key: x for key, x in rows.items() if key != "is_last"})
@@ -319,9 +339,15 @@ class Trainer:
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments, 128 + signal after a signal."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     try:
         args = tools.parse(argv)
         values: dict[str, Any] = dict(args.overrides)
+        for key in ("logdir", "episodes", "updates"):
+            if key not in values:
+                raise ConfigError(f"--{key} is missing; python -m analysis.offline --help has all")
         folders = values.pop("episodes")
         updates = tools.coerce("updates", values.pop("updates"), 0, "At least 1.")
         config = tools.load_config(args.presets, values)
@@ -340,6 +366,7 @@ def main(argv: list[str]) -> int:
             return 128 + trainer.signal
         results: dict[str, Any] = trainer.evaluate()
         results |= {"updates": updates, "training": len(trainer.episodes)}
+        results |= {"config": json.dumps(config.flat()), "episodes": digest(files)}
     except (ArithmeticError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -57,8 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
     try:
         with checkout(args.commit) as folder:
+            order = [("before", folder), ("now", measure.ROOT)]
             for _ in range(args.rounds):
-                for name, root in (("before", folder), ("now", measure.ROOT)):
+                order.reverse()  # a machine that slows down or speeds up is neither's
+                for name, root in order:
                     runs[name].append(one(root, args.words))
     except subprocess.CalledProcessError as error:  # it has said why
         print(f"error: {' '.join(map(str, error.cmd[:3]))} fails", file=sys.stderr)

@@ -112,8 +112,10 @@ def train_offline(
 
 
 def evaluated(returns: np.ndarray, steps: int) -> float | None:
-    """The return of the evaluation after ``steps`` frames, of (n, 2): step, return."""
-    late = returns[returns[:, 0] >= steps, 1]
+    """The return of the evaluation after ``steps`` frames, of (n, 2): step, return; None where the
+    next one is of a longer run.
+    """
+    late = returns[(returns[:, 0] >= steps) & (returns[:, 0] < steps + WIDTH), 1]
     return float(late[0]) if len(late) else None
 
 
@@ -137,11 +139,11 @@ def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
 
 
 def report(logdir: Path, steps: int) -> dict[str, Any]:
-    """{game: {dynamics: {arm: {seed: figures}}}} of all runs that are there."""
+    """{game: {dynamics: {arm: {seed: figures}}}} of all runs of ARMS that are there."""
     found: dict[str, Any] = {}
     for log in sorted(logdir.glob("*/*/*/*/metrics.jsonl")):
         game, dynamics, arm, seed = log.parent.relative_to(logdir).parts
-        if game in GAMES:
+        if game in GAMES and not set(arm.split("+")) - ARMS.keys():
             runs = found.setdefault(game, {}).setdefault(dynamics, {}).setdefault(arm, {})
             runs[seed] = figures(log.parent, game, steps)
     return found

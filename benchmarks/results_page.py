@@ -29,7 +29,8 @@ from comparison import words  # noqa: E402
 PAGE = "results/README.md"
 REPORT = " (report)"  # behind a commit that made a report and none of its runs
 BINARY = (".png", ".gif", ".mp4", ".npz", ".pt")
-MACHINE = re.compile(r"(?<![\w.])/(?:tmp|work|root|home|Users|mnt|data)/[\w.-]")
+ROOTS = "tmp|work|workspace|root|home|Users|mnt|data|scratch|content|opt|srv|nfs"
+MACHINE = re.compile(rf"(?<![\w.])/(?:{ROOTS})/[\w.-]|\b[A-Z]:\\+Users\b")
 STEP = 15  # of open-loop errors that are quoted
 OFFLINE = ["reconstruction", "open loop, 15"]  # quoted of a comparison
 INTRODUCTION = """# Results
@@ -85,9 +86,13 @@ def table(text: str) -> dict[str, dict[str, float]]:
 
 
 def shown(values: list[Any]) -> str:
-    """`mean [low, high] (each)` of numbers; text as it is."""
+    """`mean [low, high] (each)` of numbers; text as it is. One entry with a value, low and high is
+    an estimate of the file's own.
+    """
     if not values:
         return "–"
+    if len(values) == 1 and isinstance(values[0], dict) and {"low", "high"} <= values[0].keys():
+        return words.estimate(values[0], sign=True)
     if not all(isinstance(x, int | float) for x in values):
         return ", ".join(map(str, values))
     if len(values) == 1:

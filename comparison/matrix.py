@@ -149,9 +149,12 @@ class Matrix:
 
     def _start(self) -> None:
         free = self.backend.slots - sum(job.state == "running" for job in self.jobs)
-        for job in [job for job in self.jobs if job.state == "waiting"][: max(0, free)]:
+        for job in [job for job in self.jobs if job.state == "waiting"]:
+            if free < 1:
+                break
             job.handle = self.backend.start(job)
             if job.handle is not None:  # otherwise another runner has it: ask again
+                free -= 1
                 job.attempts += 1
                 self._enter(job, "running")
 

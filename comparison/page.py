@@ -106,7 +106,7 @@ def fairness_section(report: Report) -> Section:
         if "error" in column and model not in scored:  # of those one line below
             section.warnings.append(f"{model}: {column['error']}")
     if report["differences"]:
-        header = ["config key", "differs besides the latent state (allowed on the command line)"]
+        header = ["config key", "differs besides the latent state"]
         rows = [[key, fairness.describe({key: by})] for key, by in report["differences"].items()]
         section.tables.append(Table(header, rows))
     elif report["varied"]:

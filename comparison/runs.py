@@ -18,7 +18,15 @@ import numpy as np
 
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.provenance import STARTS
-from tools import ConfigError, load_config, saved_config
+from tools import (
+    EVALUATION_KEYS,
+    Config,
+    ConfigError,
+    check_same_run,
+    flatten,
+    load_config,
+    saved_config,
+)
 
 # Settings that change neither what a run learns nor how its figures are measured.
 HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
@@ -106,16 +114,26 @@ def records(path: Path, last: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def finished(folder: Path, steps: int) -> bool:
-    """Whether the run's checkpoint, read whole, has ``steps`` frames done and evaluated."""
+def finished(folder: Path, steps: int, config: Config | None = None) -> bool:
+    """Whether the run's checkpoint, read whole, has ``steps`` frames done and evaluated.
+
+    config: what is asked for, if known, whatever its seed. Then a run that was evaluated in
+    another way is not finished, and ConfigError is raised for one of another config, which would
+    stand in the report as what it is not.
+    """
     try:
         state = load_checkpoint(
             folder / "checkpoints" / "latest.pt", {"config": dict, "counters": dict}
         )
     except CheckpointError:
         return False
-    counters = state["counters"]
-    return counters["step"] >= steps and counters["evaluated"] == counters["step"]
+    counters, known = state["counters"], True
+    if config is not None:
+        old = flatten(state["config"])
+        remedy = "choose another --logdir, or report on what is there by --from"
+        check_same_run(folder, old | {"seed": config.seed}, config, remedy)
+        known = all(old.get(key, config[key]) == config[key] for key in EVALUATION_KEYS)
+    return known and counters["step"] >= steps and counters["evaluated"] == counters["step"]
 
 
 def read(folder: Path) -> Run:

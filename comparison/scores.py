@@ -42,6 +42,7 @@ ATARI_FRAMES = 400_000  # of Atari 100k
 STARTED = ("commit", "hardware", "varied", "arm", "clock")  # of a run's start, that are kept
 SERIES = {"returns": "train_return", "evaluations": "eval_return", "seconds": "seconds"}
 NO_METHODS = ("random", "human")  # columns of tables that are references, not agents
+GAMES = {name.replace("_", ""): name for name in HUMAN}
 UNKNOWN = {"replay.prefill": 0, "env.action_repeat": 1, "dynamics.type": "unknown"}
 
 
@@ -218,6 +219,6 @@ def beside(runs: list[Run]) -> list[Run]:
 
 
 def task(game: str) -> str:
-    """`atari_bank_heist` of BankHeist; a name with an underscore or in small letters stays."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=Up)(?=N)|(?<=N)(?=Down)", "_", game).lower()
-    return words if words.startswith("atari_") else f"atari_{words}"
+    """`atari_bank_heist` of BankHeist, Bank Heist or bank_heist."""
+    letters = re.sub(r"[^a-z0-9]", "", game.lower().removeprefix("atari_"))
+    return f"atari_{GAMES.get(letters, letters)}"

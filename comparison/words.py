@@ -17,7 +17,8 @@ def number(x: float | None, sign: bool = False) -> str:
     """Three digits that matter, or a dash."""
     if x is None or not math.isfinite(x):
         return "–"
-    digits = 0 if x == 0 else max(0, 2 - math.floor(math.log10(abs(x))))
+    rounded = float(f"{x:.3g}")  # 0.0999... is 0.100, not 0.1000
+    digits = 0 if rounded == 0 else max(0, 2 - math.floor(math.log10(abs(rounded))))
     text = f"{x:{'+' if sign else ''},.{min(digits, 5)}f}"
     return text.replace("-", "−")
 

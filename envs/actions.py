@@ -114,14 +114,21 @@ def _choices(
 
 
 def _scaled(space: Box) -> tuple[Box, Callable[[np.ndarray], np.ndarray]]:
-    """Of a float Box: [-1, 1] for the agent wherever both bounds are finite."""
+    """Of a float Box: the agent's -1 and 1 are the bounds.
+
+    A policy's actions lie in [-1, 1]. So where one bound is infinite the other is -1 or 1 and the
+    unit stays, [5, inf] being [5, 7]; without this its actions would all be 5. Where both are, the
+    agent's numbers are the environment's.
+    """
     low, high = space.low.ravel(), space.high.ravel()
-    bounded = np.isfinite(low) & np.isfinite(high)
+    below, above = np.isfinite(low), np.isfinite(high)
     agent = Box(
-        np.where(bounded, -1, low).astype(np.float32), np.where(bounded, 1, high).astype(np.float32)
+        np.where(below, -1, -np.inf).astype(np.float32),
+        np.where(above, 1, np.inf).astype(np.float32),
     )
-    bottom, top = np.where(bounded, low, -1).astype(float), np.where(bounded, high, 1).astype(float)
-    # 0 and 1, which change nothing, where unbounded
+    wide_low, wide_high = low.astype(float), high.astype(float)
+    bottom = np.where(below, wide_low, np.where(above, wide_high - 2, -1))
+    top = np.where(above, wide_high, np.where(below, wide_low + 2, 1))
     centre, half = (top + bottom) / 2, (top - bottom) / 2
 
     def scale(vector: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ class Env:
 
     obs_space: name -> Box of one of three kinds: uint8 (H, W, C) image, bool (H, W, C) grid,
     float32 (N,) vector.
-    act_space: Discrete, MultiDiscrete, or a flat Box, [-1, 1] wherever the environment's own
+    act_space: Discrete, MultiDiscrete, or a flat Box, -1 and 1 wherever the environment's own
     bounds are finite.
     act_dim: width A of the action vector: n, sum(nvec) or the Box's dimension.
     log_keys: names `log_*` of float scalars in the output, to be summed over an episode.

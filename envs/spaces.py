@@ -71,6 +71,8 @@ def at(path: Sequence[str | int], value: Any) -> Any:
     for depth, key in enumerate(path):
         here = f"observation {'/'.join(map(str, path[:depth]))!r}" if depth else "the observation"
         if isinstance(key, int):
+            if isinstance(value, np.ndarray) and value.ndim:  # as Gymnasium does
+                value = tuple(value)
             if not isinstance(value, tuple | list) or key >= len(value):
                 raise EnvError(f"{here} must be a tuple as its space is, not {count(value)}")
         elif not isinstance(value, Mapping):
@@ -208,7 +210,7 @@ def _read_choice(key: str, space: Discrete, value: Any) -> np.ndarray:
     array = np.asarray(value)
     if (
         array.size != 1
-        or array.dtype.kind not in "iu"
+        or array.dtype.kind not in "biu"  # True and False are 1 and 0, as for Gymnasium
         or not 0 <= int(array.item()) - space.start < space.n
     ):
         raise EnvError(f"observation {key!r} is {one_line(repr(value))}, its space says {space}")

@@ -281,11 +281,20 @@ class Rates:
     """Frames and updates per second since the last call.
 
     cpu_s: CPU seconds of this process, all threads together, between the last two calls.
+    state: of ``state()`` in a process that ended between two calls; what was done there since the
+    first of them belongs to the second.
     """
 
-    def __init__(self, frames: int = 0, updates: int = 0):
-        self.last = (time.monotonic(), frames, updates)
-        self._cpu, self.cpu_s = time.process_time(), 0.0
+    def __init__(self, frames: int = 0, updates: int = 0, state: Mapping[str, float] | None = None):
+        begun = state or {"frames": frames, "updates": updates, "wall_s": 0.0, "cpu_s": 0.0}
+        self.last = (time.monotonic() - begun["wall_s"], begun["frames"], begun["updates"])
+        self._cpu, self.cpu_s = time.process_time() - begun["cpu_s"], 0.0
+
+    def state(self) -> dict[str, float]:
+        """The last call's frames and updates, and the seconds since then."""
+        then, frames, updates = self.last
+        seconds = {"wall_s": time.monotonic() - then, "cpu_s": time.process_time() - self._cpu}
+        return {"frames": frames, "updates": updates, **seconds}
 
     def __call__(self, frames: int, updates: int) -> tuple[float, float]:
         (then, f, u), self.last = self.last, (time.monotonic(), frames, updates)

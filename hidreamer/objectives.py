@@ -268,9 +268,15 @@ OBJECTIVES: dict[str, Callable[[Any, Any], Objective]] = {
 def make_objectives(model: Any, config: Any) -> dict[str, Objective]:
     """Those that have a weight in ``config.model.losses``; those with parameters are modules.
 
-    Raises ValueError, one line, where there is none, or for what the observations do not allow.
+    Raises ValueError, one line, where there is none or one without a key for its weight, or for
+    what the observations do not allow.
     """
     weights = config.model.losses
+    for name in OBJECTIVES:
+        if name not in weights:
+            raise ValueError(
+                f"the objective {name!r} has no weight: add {name} to model.losses in configs.yaml"
+            )
     if not any(weights[name] for name in OBJECTIVES):
         raise ValueError(
             "model.losses has no objective, so that states would tell nothing of what is seen: give"

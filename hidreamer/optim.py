@@ -208,7 +208,10 @@ class Optimizer:
         return {key: dict(state[p]) for key, p in self.params.items() if p in state}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse. Parameters that ``state`` lacks start afresh; rates stay as configured."""
+        """The inverse. Parameters that ``state`` lacks start afresh; rates stay as configured, and
+        what was gathered for a next step is dropped.
+        """
+        self.optim.zero_grad()  # of an update that broke off
         self.optim.state.clear()
         for key, p in self.params.items():
             if key in state:
@@ -254,8 +257,6 @@ def make_optimizers(
     the explorer's losses have the settings of the others. capturable: whether steps can be recorded
     in a CUDA graph.
     """
-    blocks = {"model": config.model, "actor": config.actor, "critic": config.critic}
-    blocks |= {"joint": config.model, "probe": config.model}
     if config.optim == "joint":
         joint: dict[str, nn.Module] = {}
         for loss, group in modules.items():
@@ -265,11 +266,32 @@ def make_optimizers(
         modules |= {"joint": joint}
     optimizers = {}
     for name, group in modules.items():
-        block = blocks[name.removeprefix("expl_")]
+        block = config[settings_of(name)]
         settings = {"lr": block.lr, "eps": block.eps, "clip": block.clip}
         settings |= {"agc": block.agc, "warmup": block.warmup, "capturable": capturable}
         optimizers[name] = make_optimizer(block.algorithm, group, cls, **settings)
     return optimizers
+
+
+def settings_of(name: str) -> str:
+    """The config's block that an optimiser has its settings from."""
+    return "model" if name in ("joint", "probe") else name.removeprefix("expl_")
+
+
+def of_same_algorithm(
+    optim: Mapping[str, Any], theirs: Mapping[str, Any], config: Any
+) -> dict[str, Any]:
+    """Of the optimiser states ``optim`` of a run with the config ``theirs`` (a tree, empty for
+    Adam's), by name, those that mean the same in a run with ``config``.
+
+    LaProp's ``exp_avg`` is of normalised gradients: Adam would divide it by their size once more.
+    """
+    kept = {}
+    for name, state in optim.items():
+        block = settings_of(name)
+        if theirs.get(block, {}).get("algorithm", "adam") == config[block]["algorithm"]:
+            kept[name] = state
+    return kept
 
 
 def joint_name(loss_name: str, module: str) -> str:

@@ -104,7 +104,7 @@ class StackedOptimizer(Optimizer):
 
 def norms(x: Tensor) -> Tensor:
     """(P, ...) -> (P,)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
 
 
 class Row:
@@ -114,12 +114,23 @@ class Row:
         self.stacked, self.i = stacked, i
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return pytree.tree_map(lambda x: x[self.i] if x.ndim else x, self.stacked.state_dict())
+        one = lambda name, x: x if name == "step" else x[self.i]  # all have one count of steps
+        state = self.stacked.state_dict().items()
+        return {key: {name: one(name, x) for name, x in own.items()} for key, own in state}
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:
     """Equal trees of tensors (...) as one of tensors (P, ...)."""
     return pytree.tree_map(lambda *x: torch.stack(x), *trees)
+
+
+def stack_moments(states: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict:
+    """States of the members' optimisers as that of their stack's, which counts their steps once."""
+    out = {}
+    for key, first in states[0].items():
+        own = stack_trees([state[key] for state in states])
+        out[key] = own | {"step": first["step"]}
+    return out
 
 
 class Stack:
@@ -149,10 +160,10 @@ class Stack:
             setattr(self.agent.get_submodule(path), name, whole)
             self.stacked[f"agent.{key}"] = whole
         self.agent.make_optimizers(StackedOptimizer)
-        either = lambda *x: torch.stack(x) if x[0].ndim else x[0]  # one count of steps for all
         for name, optimizer in self.agent.optimizers.items():
-            states = [row.optimizers[name].state_dict() for row in agents]
-            optimizer.load_state_dict(pytree.tree_map(either, *states))
+            optimizer.load_state_dict(
+                stack_moments([row.optimizers[name].state_dict() for row in agents])
+            )
             for i, row in enumerate(agents):
                 row.optimizers[name] = Row(optimizer, i)
         forget_graphs(agents)

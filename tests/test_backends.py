@@ -118,6 +118,19 @@ def test_a_run_that_ends_well_but_early_has_failed(make, tmp_path):
     assert liar.state == "failed" and "not that of a finished run" in liar.reason
 
 
+def test_what_another_runner_runs_holds_up_nothing_else(make, tmp_path):
+    """Two runners on one folder share the work, also where each starts one run at a time."""
+    backend, console = make("local"), Console(file=io.StringIO())
+    backend.slots = 1
+    works = job(tmp_path / "works", "touch done")
+    theirs = job(tmp_path / "theirs", "touch done")
+    waits = f"for i in $(seq 200); do [ -e {works.folder}/done ] && exit 0; sleep 0.1; done; exit 1"
+    other = backends.Process(["sh", "-c", waits], theirs.folder, theirs.log, {}, {})
+    assert other.start()
+    assert Matrix([theirs, works], backend, console).run() == 0
+    assert theirs.state == works.state == "done" and other.poll() == 0
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_a_matrix_on_a_cluster(name, tmp_path, capsys):
     needs(name)

@@ -14,6 +14,8 @@ import pytest
 
 import dreamer
 import run_comparison
+import tools
+from comparison import runs
 from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.provenance import provenance
@@ -136,13 +138,24 @@ def test_seeds_side_by_side_are_runs_like_any_other(tmp_path, capsys):
     assert compare("--from", tmp_path) == 0
 
 
-def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path):
+def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path, capsys):
     """The last evaluation falls on the last step, and no checkpoint does."""
     folder = tmp_path / "matrix"
-    periods = ["--eval_every", 80, "--checkpoint_every", 1000]
+    matrix = ["--models", MODELS[0], "--seeds", 1, "--logdir", folder]
+    matrix += ["--eval_every", 80, "--checkpoint_every", 1000]
     for _ in range(2):
-        assert compare("--models", MODELS[0], "--seeds", 1, "--logdir", folder, *periods) == 0
+        assert compare(*matrix) == 0
         assert starts(folder) == {"tiny_dreamerv3/0": 1}
+    # Only what was asked for is finished.
+    capsys.readouterr()
+    assert compare(*matrix, "--replay.ratio", 64) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "replay.ratio" in err and "--resume" not in err, err
+    assert starts(folder) == {"tiny_dreamerv3/0": 1}
+    run = folder / "dummy_vector" / "tiny_dreamerv3" / "0"
+    same = tools.load_config(["debug", MODELS[0]], tools.saved_config(run))
+    other = tools.load_config(["debug", MODELS[0]], tools.saved_config(run) | {"eval_episodes": 7})
+    assert runs.finished(run, 160, same) and not runs.finished(run, 160, other)
 
 
 def test_ctrl_c_leaves_everything_resumable(tmp_path, capsys):

@@ -3,6 +3,7 @@ presets.
 """
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -16,14 +17,15 @@ from test_parts import KL
 import models
 import tools
 from hidreamer.behavior import Behavior, Replayed
+from hidreamer.checkpoint import save_checkpoint
 from hidreamer.distributions import BINS, SymexpTwoHot, symexp
 from hidreamer.dynamics.rssm import RSSM
 from hidreamer.losses import PARTS
 from hidreamer.nets import BlockGRUCell, BlockLinear, RMSNorm, SideBySide
 from hidreamer.optim import make_optimizer
+from run_state import load_weights
 
-# Trainable numbers with 64x64 images and 18 actions. Those of the original's names are its own; it
-# has other convolutions (kernels of 5, pooling, four stages from depth 2 to 4 times).
+# Trainable numbers with 64x64 images and 18 actions.
 COUNTS = {
     "1m": 763_372,
     "12m": 11_718_004,
@@ -211,6 +213,34 @@ def test_what_starts_afresh_is_corrected_by_its_own_steps():
     assert steps == [150, 100, 50]
 
 
+@pytest.mark.parametrize("before", ["laprop", "adam"])
+def test_another_algorithms_moments_are_not_taken_over(before, tmp_path):
+    """LaProp's average is of normalised gradients; Adam's first steps from it were up to 38
+    times the rate. ``--resume`` of another run says what starts afresh.
+    """
+    path, lines = tmp_path / "latest.pt", []
+    agent, batch = make(**{"model.algorithm": before})
+    for _ in range(3):
+        agent.update(batch)
+    state = {"config": agent.config.tree(), "agent": agent.save_state()}
+    if before == "adam":
+        del state["config"]["model"]["algorithm"]  # a checkpoint from before there was a choice
+    save_checkpoint(path, state)
+    for now in ("laprop", "adam"):
+        other, _ = make(**{"model.algorithm": now})
+        load_weights(SimpleNamespace(config=other.config, agent=other, report=lines.append), path)
+        made = {name: len(opt.state_dict()) for name, opt in other.optimizers.items()}
+        assert bool(made["model"]) == (before == now) and made["actor"] and made["critic"]
+        assert ("fresh   model optimiser" in lines[-1]) == (before != now)
+        weights = other.world_model.state_dict()
+        weights = {key: x.clone() for key, x in weights.items()}
+        other.update(batch)
+        moved = [
+            (x - weights[key]).abs().max() for key, x in other.world_model.state_dict().items()
+        ]
+        assert 0.5 < max(moved) / other.config.model.lr < 2
+
+
 def test_replay_value_loss_by_hand():
     """Four steps, whose dreams began at the second and the last: their returns stand for the
     critic's values there, and the slow critic is a target as well.
@@ -307,7 +337,35 @@ def test_the_continue_head_learns_the_discount():
     assert torch.allclose(traj.disc[:, 1:] * 0.8, usual.disc[:, 1:], atol=1e-6)
 
 
+def original(config):
+    """Trainable numbers of the original at such a size, from the shapes of its layers. Its depth is
+    twice ours: four stages of kernels of 5, of 2 to 4 times the depth; the decoder's first layer
+    reads the memory in 8 blocks.
+    """
+    deter, hidden, units = config.dynamics.deter, config.dynamics.hidden, config.cont.units
+    blocks, stoch, channels = 8, 32 * config.dynamics.rssm.classes, 3
+    stages = [2 * config.encoder.depth * times for times in (2, 3, 4, 4)]
+    embed, feat = 4 * 4 * stages[-1], deter + stoch
+    linear = lambda inp, out: (inp + 1) * out
+    block = lambda inp, out: linear(inp, out) + out  # and its norm
+    total = block(deter, hidden) + block(stoch, hidden) + block(18, hidden)
+    total += (deter // blocks + 3 * hidden) * deter + 2 * deter  # each block's own layer
+    total += deter // blocks * 3 * deter + 3 * deter  # its gates
+    total += block(deter, hidden) + block(hidden, hidden) + linear(hidden, stoch)  # prior
+    total += block(deter + embed, hidden) + linear(hidden, stoch)  # posterior
+    for inp, out in itertools.pairwise([channels, *stages]):
+        total += 2 * block(25 * inp, out)  # one in the encoder, as large a one in the decoder
+    total += linear(25 * stages[0], channels) - block(25 * channels, stages[0])  # its last one
+    total += sum(stages[:-1]) * 2 - sum(stages[1:]) * 2  # whose biases and norms are of its outputs
+    total += deter // blocks * embed + embed + stages[-1]
+    total += block(stoch, 2 * units) + linear(2 * units, embed)
+    for layers, out in ((1, 255), (1, 1), (3, 18), (3, 255)):  # reward, continue, actor, critic
+        total += block(feat, units) + (layers - 1) * block(units, units) + linear(units, out)
+    return total
+
+
 def test_sizes_of_2024():
+    """Ours are an eighth larger than the original's: the decoder's first layer has no blocks."""
     images = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
     found = {}
     for name in COUNTS:
@@ -316,6 +374,7 @@ def test_sizes_of_2024():
             agent = models.Agent(images, spaces.Discrete(18), 18, config)
         parts = [m for group in agent.trained().values() for m in group.values()]
         found[name] = sum(p.numel() for part in parts for p in part.parameters())
+        assert found[name] / original(config) == pytest.approx(1.115, abs=0.006), name
     assert found == COUNTS
 
 

@@ -289,15 +289,19 @@ def test_box_actions_are_clipped_and_scaled():
     )
     space, dim, decode = action_codec(Box(low, high))
     assert dim == 4
-    assert space.low.tolist() == [-1, -1, -np.inf, 0] and space.high.tolist() == [
+    assert space.low.tolist() == [-1, -1, -np.inf, -1] and space.high.tolist() == [
         1,
         1,
         np.inf,
         np.inf,
     ]
-    assert decode(np.array([-1, -1, -7, 3], np.float32)).tolist() == [[-2, 0], [-7, 3]]
+    assert decode(np.array([-1, -1, -7, 3], np.float32)).tolist() == [[-2, 0], [-7, 4]]
     assert decode(np.array([0.5, 0, 7, -3], np.float32)).tolist() == [[1, 5], [7, 0]]
-    assert decode(np.array([9, 1, 0, 0], np.float32)).tolist() == [[2, 10], [0, 0]]
+    assert decode(np.array([9, 1, 0, 0], np.float32)).tolist() == [[2, 10], [0, 1]]
+    # a policy's [-1, 1] reaches more than the bound where the other one is infinite
+    decode = action_codec(Box(np.float32([5, -np.inf]), np.float32([np.inf, -9])))[2]
+    assert decode(np.array([-1, -1], np.float32)).tolist() == [5, -11]
+    assert decode(np.array([1, 1], np.float32)).tolist() == [7, -9]
 
 
 @pytest.mark.parametrize(

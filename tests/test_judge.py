@@ -66,8 +66,12 @@ def test_figures_of_runs_whole_and_not(judge, tmp_path):
     write(home / "default" / "0", 30_002, returns, 9.0)
     write(home / "default" / "1", 12_000, {1500: 1.0, 11_000: 5.0})  # goes on elsewhere
     write(tmp_path / "freeway" / "rssm" / "default" / "0", 30_000, {20_000: 5.0}, 7.0)
+    write(home / "default" / "2", 50_000, returns, 19.0)  # what is evaluated has learned longer
+    write(home / "formerly" / "0", 30_000, returns, 9.0)  # an arm that there is no more
     found = judge.report(tmp_path, 30_000)
+    assert found["breakout"]["rssm"].keys() == {"default"}
     runs = found["breakout"]["rssm"]["default"]
+    assert runs["2"]["evaluation"] is None and runs["2"]["last_5000"] == 9.0
     whole = {key: runs["0"][key] for key in ("frames", "evaluation", "last_5000", "passes_4")}
     assert whole == {"frames": 30_002, "evaluation": 9.0, "last_5000": 9.0, "passes_4": 3000}
     # a run that is not over has no end to compare, though an episode of it ended well

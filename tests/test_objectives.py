@@ -469,6 +469,24 @@ def test_an_objective_of_ones_own_is_learned_and_saved(extended, tmp_path, capsy
     one_line(capsys, "model.losses.inverse", "at least 0")
 
 
+class SmallEmbedding:
+    """An objective without parameters, which is no module."""
+
+    def loss(self, post, embed, obs, generator=None):
+        return {"small": embed.square().mean(-1)}, {}
+
+
+def test_an_objective_without_parameters_needs_no_module(monkeypatch):
+    monkeypatch.setitem(objectives.OBJECTIVES, "barlow", lambda model, config: SmallEmbedding())
+    agent, batch = make(**on("barlow"))
+    before = copy.deepcopy(agent.state_dict())
+    agent.update(batch)
+    assert "small_loss" in agent.metric_names and changed(before, agent.state_dict())
+    monkeypatch.setitem(objectives.OBJECTIVES, "small", lambda model, config: SmallEmbedding())
+    with pytest.raises(ValueError, match=r"'small' has no weight: add small to model\.losses"):
+        make()
+
+
 def test_the_commands_of_the_page_are_of_keys_that_there_are():
     text, judge = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     assert all("benchmarks/objectives.py" in line for line in judge.splitlines())

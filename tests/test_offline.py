@@ -4,6 +4,7 @@ and what is measured on held-out ones.
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,7 +268,7 @@ def test_learning_beats_the_baseline(recorded, tmp_path):
 # ---------------------------------------------------------------- the whole
 
 
-def test_a_paired_comparison(recorded, tmp_path):
+def test_a_paired_comparison(recorded, tmp_path, capsys):
     args = [
         "--paired-offline",
         recorded,
@@ -314,6 +315,17 @@ def test_a_paired_comparison(recorded, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in results}
     assert run_comparison.main(args) == 0 and len(results) == 4
     assert times == {path: path.stat().st_mtime_ns for path in results}  # what is finished is kept
+    capsys.readouterr()
+    # nor does it stand for what was asked in another way
+    fewer = shutil.copytree(recorded, tmp_path / "fewer")
+    next(fewer.iterdir()).unlink()
+    for changed, says in (
+        ([*args, "--replay.batch", "3"], "replay.batch"),
+        ([args[0], str(fewer), *args[2:]], "other episodes: choose another --logdir"),
+    ):
+        assert run_comparison.main(changed) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and says in err and "--resume" not in err, err
 
 
 BAD = [("episodes", "10 are needed"), ("task", "no vector"), ("tasks", "one --task")]
@@ -340,6 +352,15 @@ def test_bad_episodes_are_one_line(change, says, recorded, tmp_path, capsys):
     assert run_comparison.main(args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err, err
+
+
+def test_what_a_job_needs_is_one_line(capsys):
+    given = ["--logdir", "nowhere", "--episodes", "nowhere", "--updates", "1"]
+    for i in (0, 2, 4):
+        assert offline.main(given[:i] + given[i + 2 :]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith(f"error: {given[i]} is missing")
+    assert offline.main(["--help"]) == 0 and "--episodes FOLDER" in capsys.readouterr().out
 
 
 def test_held_out_episodes_are_of_all_ages():

@@ -8,6 +8,7 @@ import torch
 from test_agent import EVERYTHING, make
 
 import networks
+from hidreamer import objectives
 from hidreamer.dynamics import TYPES
 from hidreamer.quantizer import Quantizer
 from hidreamer.stacked import Stack
@@ -147,6 +148,37 @@ def test_a_member_learns_what_its_seed_learns_alone(case):
 @pytest.mark.parametrize("case", OTHERS)
 def test_whatever_a_member_learns_from_its_seed_learns_alone(case):
     check(OTHERS[case], 4)
+
+
+class OneNumber(torch.nn.Module):
+    """An objective of one's own whose parameter has no axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.zeros(()))
+
+    def loss(self, post, embed, obs, generator=None):
+        return {"one": (embed.square().mean(-1) - self.log_scale.exp()).square()}, {}
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_parameter_may_be_one_number(monkeypatch):
+    """Also where members that have learned are put together again."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "barlow", lambda model, config: OneNumber())
+    over = {"model.losses.barlow": 1, "model.agc": 0.3, "imag.horizon": 1, "imag.starts": 1}
+    template, batches = made(VECTOR, "discrete", over)
+    double(template)
+    other = copy.deepcopy(template)
+    stack = stacked(template, batches, 1)[1]
+    before = [agent.save_state()["optim"]["model"] for agent in stack.agents]
+    stack.dissolve()
+    again = Stack(other, stack.agents, stack.own)
+    for agent, moments in zip(again.agents, before, strict=True):
+        found = agent.save_state()["optim"]["model"]
+        assert found["barlow.log_scale"]["exp_avg"].shape == ()
+        for key, state in moments.items():
+            assert all(torch.equal(found[key][name], x) for name, x in state.items()), key
+    assert before[0]["barlow.log_scale"]["exp_avg"] != before[1]["barlow.log_scale"]["exp_avg"]
 
 
 @pytest.mark.usefixtures("wide")

@@ -61,6 +61,9 @@ def test_numbers_are_looked_up_and_shown_with_their_interval():
     assert results_page.look(content, "b.c.0,2") == [5, 7]
     assert results_page.look(content, "b.c.-1") == [7]
     assert results_page.shown([2.0]) == "2.00"
+    assert results_page.shown([0.1 - 1e-9]) == "0.100"
+    estimate = {"value": 0.1, "low": -1.0, "high": 1.2, "seeds": ["0", "1"]}
+    assert results_page.shown([estimate]) == "+0.100 [−1.00, +1.20]"
     # the 97.5% point of t with one degree of freedom is 12.706, the standard error 1
     assert results_page.shown([1.0, 3.0]) == "2.00 [−10.7, 14.7] (1.00 / 3.00)"
 
@@ -96,6 +99,8 @@ def test_claims_that_lead_nowhere_are_one_line():
     [
         ("--out /tmp/x.json", True),
         ('"/Users/me/runs"', True),
+        ("/workspace/runs", True),
+        (r"C:\Users\me", True),
         ("results/tmp/x", False),
         ("https://x.org/home/y", False),
         ("runs/home/x", False),

@@ -13,6 +13,7 @@ import tools
 from comparison import scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
 from comparison.runs import Run
+from hidreamer import checkpoint
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer")
 IRIS = {"Pong": [19.3, 18.5, 16.6, 6.2, 12.4], "UpNDown": [3793, 5367.5, 2943.7, 3637.9, 1988.9]}
@@ -213,7 +214,8 @@ def test_games_are_named_as_the_suite_names_them():
     from comparison.summary import HUMAN
 
     camel = "Alien BankHeist BattleZone ChopperCommand MsPacman UpNDown KungFuMaster PrivateEye"
-    names = [scores.task(name) for name in (*camel.split(), "pong", "atari_hero", "up_n_down")]
+    others = ("pong", "atari_hero", "up_n_down", "HERO", "James Bond", "Q*Bert", "Ms. Pac-Man")
+    names = [scores.task(name) for name in (*camel.split(), *others)]
     assert all(name.removeprefix("atari_") in HUMAN for name in names)
 
 
@@ -353,12 +355,25 @@ def test_runs_with_different_clocks_are_not_compared_by_seconds(tmp_path):
 
 
 def test_a_run_logs_the_seconds_of_its_processor(tmp_path):
-    from small_runs import run
+    """Also those of a process that was stopped between two records."""
+    from small_runs import latest, run
+
+    def logged(name):
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        return [line[name] for line in lines if name in line]
 
     assert run(tmp_path, "--steps", "100", "--log_every", "20") == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    used = [line["perf/cpu_s"] for line in lines if "perf/cpu_s" in line]
+    used = logged("perf/cpu_s")
     assert len(used) >= 4 and all(0 < x < 60 for x in used)
+    state = latest(tmp_path)
+    spent = state["rates"]
+    assert spent["frames"] == 100 and spent["cpu_s"] > 0 and spent["wall_s"] > 0
+    state["rates"] = {"frames": 90, "updates": 0, "cpu_s": 1e4, "wall_s": 3e4}
+    checkpoint.save_checkpoint(tmp_path / "checkpoints" / "latest.pt", state)
+    assert run(tmp_path, "--steps", "120", "--log_every", "20") == 0
+    assert 1e4 < logged("perf/cpu_s")[-1] < 1.1e4
+    # by this, and the frames between two records, wall-clock time is known (`seconds.axis`)
+    assert logged("perf/frames_per_s")[-1] == pytest.approx(30 / 3e4, rel=0.1)
 
 
 # --------------------------------------------------------------------------------------------- vary

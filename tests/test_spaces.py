@@ -9,10 +9,12 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
 from test_envs import build
 
+import tools
 from envs import EnvError
 from envs.actions import MOST_ACTIONS, action_codec
 from envs.base import PREFIXES, RESERVED, BadValue, resize
 from envs.spaces import LARGEST
+from run_setup import make_envs
 
 
 class Shows(gymnasium.Env):
@@ -145,6 +147,7 @@ VECTORS = {  # name -> space, value, numbers
     "bits": (MultiBinary((2, 2)), np.int8([[1, 0], [0, 1]]), [1, 0, 0, 1]),
     "choice": (Discrete(3, start=-1), 0, [0, 1, 0]),
     "choice, numpy": (Discrete(3), np.array([2]), [0, 0, 1]),
+    "choice, a flag": (Discrete(2), True, [0, 1]),
 }
 
 
@@ -299,6 +302,11 @@ PARTS = {  # name -> space, value, {name: what is seen}
         {"0": bits([2], [1]), "1": bits([3], [2])},
     ),
     "list for a tuple": (Tuple([Discrete(2)]), [1], {"0": bits([2], [1])}),
+    "array for a tuple": (
+        Tuple([Discrete(2), Discrete(3)]),
+        np.int64([1, 2]),
+        {"0": bits([2], [1]), "1": bits([3], [2])},
+    ),
     "nested": (
         Dict(a=Dict(b=Discrete(2), c=Tuple([Box(-9, 9, (2,)), Discrete(2)])), d=MultiBinary(2)),
         {"a": {"b": 0, "c": (FLOAT([3, 4]), 1)}, "d": np.int8([1, 0])},
@@ -340,6 +348,12 @@ def test_text_is_left_out_with_one_line(shows):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shows(space, value, gym={"keys": "image"})
+    # nor does each environment of a run say it again, nor each evaluation
+    config = tools.load_config(["debug"], {"task": "gym_Shows-v0", "env.parallel": False})
+    with pytest.warns(RuntimeWarning) as caught:
+        for role in (0, 1):
+            make_envs(config, 3, role, 0).close()
+    assert len(caught) == 2
 
 
 def test_two_observations_of_one_name_are_refused(shows):
