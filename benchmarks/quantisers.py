@@ -140,11 +140,12 @@ def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]
             ) from None
         own = {key: x for key, x in given.items() if key.startswith("dynamics.")}
         own["dynamics.type"] = kind
-        state = latent or tools.load_config(presets, settings | own).dynamics.flat()
+        # keys that came after a report have the values of today's presets
+        state = tools.load_config(presets, settings | own).dynamics.flat() | latent
         others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
         for row in [*WORLDS[world].rows, *DREAMS] if not control else ():
             settings_of_row = make_config(world, row, 0, path).dynamics.flat()
-            if all(state.get(key, x) == x for key, x in settings_of_row.items()):
+            if all(state.get(key) == x for key, x in settings_of_row.items()):
                 found[row] = scores, others
     return found
 
@@ -226,8 +227,8 @@ RAM_NOTE = (
 )
 
 
-def figures(args: argparse.Namespace, rows: list[str]) -> Found:
-    """Train, or continue where it stopped, and judge."""
+def figures(args: argparse.Namespace, rows: list[str], commit: str) -> Found:
+    """Train, or continue where it stopped, and judge by the code of ``commit``."""
     files = offline.find(args.episodes)
     found: Found = {}
     for seed in map(str, args.seeds):
@@ -241,8 +242,9 @@ def figures(args: argparse.Namespace, rows: list[str]) -> Found:
             if args.picture and not found:
                 args.picture.parent.mkdir(parents=True, exist_ok=True)
                 iio.imwrite(args.picture, picture(trainer))
-            kept = folder / f"judged_{args.updates}.json"  # a later call does not judge again
-            if kept.exists():
+            # a later call of the same code does not judge again
+            kept = folder / f"judged_{args.updates}_{commit}.json"
+            if kept.exists() and not commit.endswith("+changes"):
                 found.setdefault(row, {})[seed] = json.loads(kept.read_text())
             else:
                 found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
@@ -370,7 +372,7 @@ def main() -> int:
                 "episodes": args.episodes,
                 "context": CONTEXT,
             }
-            report["rows"] = figures(args, rows)
+            report["rows"] = figures(args, rows, made_by["commit"])
     except (tools.ConfigError, CheckpointError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

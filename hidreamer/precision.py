@@ -40,6 +40,15 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
+def products_in(
+    dtype: torch.dtype | None, device: torch.device
+) -> contextlib.AbstractContextManager:
+    """Autocast to a half precision; for any other ``dtype``, or None, nothing is changed."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast takes products in; None where it is off."""
     on = torch.is_autocast_enabled(device.type)

@@ -31,6 +31,7 @@ try:
     from pipeline.encoder import Encoder
     from pipeline.policy import Policy
     from pipeline.stage import StageError
+    from pipeline.token_model import check_state
     from pipeline.tokenizer import Tokenizer
     from pipeline.world_model import WorldModel
 except ModuleNotFoundError as error:
@@ -77,6 +78,7 @@ def configured(name: str, args: tools.Args) -> tuple[tools.Config, bool]:
     config = tools.load_config(args.presets, overrides)
     if not config.logdir:
         raise ConfigError("--logdir is missing: the folder that all stages share")
+    check_state(config)
     return config, strict
 
 

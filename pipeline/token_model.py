@@ -26,6 +26,20 @@ from tools import Config, ConfigError
 
 # Settings of ``dynamics.hrvq`` that tokens decide, or that mean nothing without a decoder.
 OWN = ("groups", "code_dim", "commitment", "level_dropout", "spatial")
+# Settings that stages share, with the one value that all of them are made for.
+FIXED = {"memory": "interleaved", "posterior_sees": "frame", "memory_reads": "all"}
+FIXED |= {"residual": "drawn"}
+
+
+def check_state(config: Config) -> None:
+    """Raises ConfigError for a latent state of ``dynamics.hrvq`` that the pipeline has not."""
+    for key, value in FIXED.items():
+        found = config.dynamics.hrvq[key]
+        if found != value:
+            raise ConfigError(
+                f"dynamics.hrvq.{key} is {found}, and the pipeline has {value} alone: add"
+                f" --dynamics.hrvq.{key} {value}"
+            )
 
 
 class TokenDynamics(HRVQ):

@@ -431,6 +431,23 @@ def test_nats_are_of_steps_that_something_foretold(monkeypatch):
     )
 
 
+def test_returns_of_a_report_without_settings_that_came_later(tmp_path, monkeypatch):
+    """They are as by default: an agent of interleaved tokens is no row of stacked ones."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantisers
+
+    minatar = quantisers.WORLDS["minatar"]
+    few = {row: minatar.rows[row] for row in ("sampled", "stacked", "noise")}
+    monkeypatch.setitem(quantisers.WORLDS, "minatar", minatar._replace(rows=few))
+    monkeypatch.setattr(quantisers, "DREAMS", {})
+    latent = quantisers.make_config("minatar", "sampled", 0, tmp_path).dynamics.flat()
+    del latent["hrvq.memory"], latent["hrvq.noise"]
+    report = {"dynamics": "hrvq", "more": [], "negative_control": False, "latent": latent}
+    report["runs"] = {"0": {"figures": {"return_at_20000": 1.5}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert quantisers.returns("minatar", [tmp_path / "report.json"]) == {"sampled": ([1.5], "")}
+
+
 def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers

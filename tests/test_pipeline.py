@@ -41,6 +41,11 @@ from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
         (["collect", "--logdir", "x", "--resume", "y"], ["--resume"]),
         (["collect", "--logdir", "x", "--agent", "nowhere"], ["nowhere", "config.yaml"]),
         (["collect", "--logdir", "x", "--from-minari", "nowhere"], ["minari"]),
+        (
+            ["collect", "--logdir", "x", "--dynamics.hrvq.memory", "stacked"],
+            ["--dynamics.hrvq.memory interleaved"],
+        ),
+        (["all", "--logdir", "x", "--dynamics.hrvq.residual", "expected"], ["residual drawn"]),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(words, hints, capsys, tmp_path, monkeypatch):

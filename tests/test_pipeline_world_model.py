@@ -223,6 +223,17 @@ def test_the_loss_is_weighted_by_level_and_reaches_no_frozen_part():
         assert (p.grad is None) == frozen or name in ("dynamics.bos_token",), name
 
 
+def test_wrong_codes_reach_the_priors_of_learning_alone():
+    model = make_model(config(**{"dynamics.hrvq.noise": 1.0}))
+    batch = batch_of(model)
+    learned = model.observe(batch)[1]
+    with torch.no_grad():
+        quiet = model.observe(batch)[1]
+    assert torch.allclose(learned.feat.deter, quiet.feat.deter, atol=1e-6)
+    for one, other in zip(learned.levels, quiet.levels, strict=True):
+        assert not torch.allclose(one.prior[:, 1:], other.prior[:, 1:])
+
+
 def test_dropout_is_of_learning_alone():
     model = make_model(config(**{"pipeline.world_model.dropout": 0.5}))
     batch = batch_of(model)

@@ -142,6 +142,25 @@ def test_bfloat16_is_near(kind):
     assert cosine > 0.9
 
 
+def test_innovation_in_bfloat16_is_near():
+    """What the priors expect is computed inside the scan, by layers whose weights were cast for
+    autocast, which is off there.
+    """
+    over = {"memory": "gru", "posterior_sees": "memory", "residual": "innovation"}
+    over = {f"dynamics.hrvq.{key}": x for key, x in over.items()}
+    found = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        agent, batch = make(**{"dynamics.type": "hrvq", "precision": precision} | over)
+        obs = networks.preprocess(batch)
+        with torch.no_grad(), agent.autocast():
+            _, post, _ = agent.world_model.observe(obs, sample=False)
+        metrics = agent.update(batch)
+        loss = metrics[agent.metric_names.index("model_loss")]
+        found.append(torch.stack([*post.feat.deter.mean((0, 1)), loss]))
+    assert torch.allclose(*found, rtol=0.01, atol=0.01) and not torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("kind", "forward", "both"),
     [("rssm", 23, 36), ("hrssm", 34, 51), ("gru", 44, 63), ("gru frame", 7, 11)],

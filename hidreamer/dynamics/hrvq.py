@@ -30,8 +30,6 @@ from hidreamer.dynamics.base import (
     Feat,
     KLConfig,
     Level,
-    Losses,
-    Metrics,
     Policy,
     Post,
     unroll,
@@ -39,7 +37,7 @@ from hidreamer.dynamics.base import (
 from hidreamer.dynamics.sampler import Noise, policy_and_noise
 from hidreamer.dynamics.sequences import Sequences
 from hidreamer.dynamics.tokens import before_each
-from hidreamer.experts import expert_use, make_transformer
+from hidreamer.experts import make_transformer
 from hidreamer.mask import read_levels
 from hidreamer.parallel import attention_after
 from hidreamer.quantizer import Codes
@@ -180,7 +178,7 @@ class HRVQ(Sequences):
         # priors must not make them easier to predict. So where codes have a gradient (in training)
         # the priors come from a second pass, with the same numbers, over detached codes. Auxiliary
         # losses are taken from that pass alone, to be counted once.
-        detached_pass = flat.requires_grad if trained is None else trained
+        detached_pass = self._detached_pass(flat, trained)
         by_position = self.chain and self.depth is None
         how = {"all_positions": by_position and not detached_pass}
         out, own, ffn_losses = self._remember(carry, flat, steps, attention, **how)
@@ -205,15 +203,6 @@ class HRVQ(Sequences):
         cache = carry.extend(keys, values, segment, feat.deter[:, -1], feat.stoch[:, -1])
         aux = Aux(codes, is_first, cache, ffn_losses)
         return cache.last_steps(self.window), Post(feat, tuple(levels), aux)
-
-    def loss(self, post: Post) -> tuple[Losses, Metrics]:
-        losses, metrics = super().loss(post)
-        for name, loss in post.aux.ffn_losses.items():  # (B, 1) each
-            losses[name] = loss.expand(post.aux.is_first.shape)
-        return losses, metrics | expert_use(self.transformer)
-
-    def prior_logits(self, carry: RolloutCarry) -> tuple[Tensor, ...]:
-        return tuple(carry.rollout.logits)
 
     def imagine(
         self,
@@ -257,15 +246,3 @@ class HRVQ(Sequences):
                 else:  # predicts nothing before the next action: computed together with that
                     rollout.append(code)
         return Feat(deter, self._stoch(torch.cat(codes, 1)))
-
-    def _choose(
-        self,
-        level: int,
-        out: Tensor,
-        codes: list[Tensor],
-        last: Tensor | None,
-        noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """A level's code of outputs (N, W) and the coarser codes, as of ``_draw``."""
-        of_level = out if self.depth is None else self.depth(level, out, codes)
-        return self._draw(level, self._logit(level, of_level, last), noise, out.dtype)

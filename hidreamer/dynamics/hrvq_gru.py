@@ -23,7 +23,7 @@ from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
 from hidreamer.dynamics.residual_scan import ResidualScan
 from hidreamer.dynamics.tokens import before_each
 from hidreamer.gradients import Tensors
-from hidreamer.precision import autocast_dtype
+from hidreamer.precision import autocast_dtype, products_in
 from hidreamer.quantizer import Codes
 
 
@@ -115,17 +115,23 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         )
         return self._stoch(codes.code.flatten(-3)), codes.logit
 
-    def _expected(self, deter: Tensor) -> Any:
-        """What ``Quantizer.encode`` asks for "innovation": the codes that the priors expect."""
+    def _expected(self, deter: Tensor, dtype: torch.dtype | None = None) -> Any:
+        """What ``Quantizer.encode`` asks for "innovation": the codes that the priors expect.
+
+        dtype: what products are taken in where autocast is off, as it is in a scan; None leaves
+        autocast as it is.
+        """
         if self.residual != "innovation":
             return None
-        with torch.no_grad():
+        cast = lambda: products_in(dtype, deter.device)
+        with torch.no_grad(), cast():
             u = self.img_out(deter)
 
         @torch.no_grad()
         def expected(level: int, coarser: list[Tensor]) -> Tensor:
-            logit = self._logit(level, self.depth(level, u, coarser))
-            return self.quantizer.expected(level, logit)
+            with cast():
+                logit = self._logit(level, self.depth(level, u, coarser))
+                return self.quantizer.expected(level, logit)
 
         return expected
 
@@ -215,7 +221,7 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         known = codes.code.detach()
         # As with a transformer: priors from a memory of detached codes, so that no code learns to
         # be easy to predict. Both memories are computed at once, as twice as many sequences.
-        detached_pass = stoch.requires_grad if trained is None else trained
+        detached_pass = self._detached_pass(stoch, trained)
         if detached_pass:
             known = self._exchanged(known, generator)
             both = torch.cat([stoch, self._stoch(known.flatten(2))])

@@ -48,7 +48,7 @@ class ResidualScan(Tokens):
         x = dists.at_least_float32(product(v, weight)) + bias  # (B, G * d)
         z = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS)
         left = z.unflatten(-1, (groups, dim)).transpose(0, 1)  # (G, B, d)
-        expected, codes, seen = self._expected(deter), [], []
+        expected, codes, seen = self._expected(deter, weight.dtype), [], []
         for level in range(self.levels):
             given = left
             if expected is not None:

@@ -1,4 +1,5 @@
-"""The transformer memories of ``hrvq``: tokens, the carry that caches them, imagination's starts.
+"""The transformer memories of ``hrvq``: tokens, the carry that caches them, imagination's starts,
+and what reads their outputs.
 
 Shapes: B sequences, T steps, N = B * n branches, L levels, l levels with a position of their own,
 G groups of d numbers, A action, W width, Z stoch, Q = T * (l + 1) new positions.
@@ -9,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hidreamer.dynamics.base import Post, start_steps
+from hidreamer.dynamics.base import Losses, Metrics, Post, start_steps
 from hidreamer.dynamics.tokens import Tokens, before_each
+from hidreamer.experts import expert_use
 from hidreamer.mask import make_level_mask
 from hidreamer.nets import linear
 from hidreamer.parallel import Attention, Whole
@@ -28,6 +30,7 @@ class Sequences(Tokens):
     """
 
     transformer: Transformer
+    depth: nn.Module | None  # of ``stacked``
 
     def make_positions(
         self, positions: int, act_dim: int, width: int, heads: int, window: int, mask: str
@@ -93,6 +96,18 @@ class Sequences(Tokens):
         x = torch.stack(tokens, 1).unflatten(0, rope.shape[:2])
         return x, self.transformer.layers[0].project(x, rope, room)
 
+    def _choose(
+        self,
+        level: int,
+        out: Tensor,
+        codes: list[Tensor],
+        last: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A level's code of outputs (N, W) and the coarser codes, as of ``_draw``."""
+        of_level = out if self.depth is None else self.depth(level, out, codes)
+        return self._draw(level, self._logit(level, of_level, last), noise, out.dtype)
+
     def _run_transformer(
         self, action: Tensor, codes: Tensor, attention: Attention, all_positions: bool
     ) -> tuple[Tensor, list[KV], FFNLosses]:
@@ -157,6 +172,15 @@ class Sequences(Tokens):
             cached + chosen.start + (each - 1) * chosen.step, cached + length, each * chosen.step
         )
         return start.cut(lasts, self.window + (each - 1) * chosen.step)
+
+    def loss(self, post: Post) -> tuple[Losses, Metrics]:
+        losses, metrics = super().loss(post)
+        for name, loss in post.aux.ffn_losses.items():  # (B, 1) each
+            losses[name] = loss.expand(post.aux.is_first.shape)
+        return losses, metrics | expert_use(self.transformer)
+
+    def prior_logits(self, carry: RolloutCarry) -> tuple[Tensor, ...]:
+        return tuple(carry.rollout.logits)
 
     def fixed_size(self, carry: Carry) -> Carry:
         return carry.padded(self.window, self.positions + 1)

@@ -190,6 +190,13 @@ class Tokens(Dynamics):
         wrong = torch.rand(flat.shape[:-1], **where) < self.wrong
         return torch.where(wrong.unsqueeze(-1), other, flat).view_as(codes)
 
+    def _detached_pass(self, codes: Tensor, trained: bool | None) -> bool:
+        """Whether priors come from a pass of their own: where codes have a gradient (``trained``;
+        None looks), or where some are exchanged.
+        """
+        trained = codes.requires_grad if trained is None else trained
+        return trained or (self.wrong > 0.0 and torch.is_grad_enabled())
+
     # ------------------------------------------------------------ the interface
 
     def loss(self, post: Post) -> tuple[Losses, Metrics]:
