@@ -24,6 +24,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import run_config
 import tools
 from hidreamer import app
 from seeds import member_args, member_seeds, members_in, several
@@ -108,7 +109,7 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
 
 def read_config(home: Path) -> dict[str, Any]:
     """{"group.key": value} of a run's config.yaml, checked. Raises ConfigError, naming the file."""
-    saved = tools.saved_config(home)
+    saved = run_config.saved_config(home)
     saved.pop("logdir", None)  # a run may be moved
     try:
         tools.load_config([], saved)

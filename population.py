@@ -17,8 +17,8 @@ import numpy as np
 from torch.utils import _pytree as pytree
 
 import models
+import run_config
 import run_state
-import tools
 from envs import EnvError
 from hidreamer import checkpoint
 from hidreamer.feed import Feed
@@ -238,7 +238,7 @@ def roll_back(folders: Mapping[Path, Config]) -> None:
     for folder, config in folders.items():
         state = checkpoint.find_checkpoint(folder / "checkpoints", run_state.FIELDS)[0]
         if state:
-            tools.check_same_run(folder, state["config"], config)
+            run_config.check_same_run(folder, state["config"], config)
             states[folder] = state
     moments = {state["config"]["seed"]: state.get("moment", 0) for state in states.values()}
     newest, company = max(moments.values(), default=0), {}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import models
+import run_config
 import tools
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
@@ -105,7 +106,7 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
     run.unsaved = False
     run.report(f"continuing {run.logdir} at step {run.step} of {run.config.steps}")
     old = tools.flatten(state["config"])
-    asked = old.keys() & tools.EVALUATION_KEYS
+    asked = old.keys() & run_config.EVALUATION_KEYS
     if run.finished and any(old[key] != run.config[key] for key in asked):
         run.evaluated = -1  # it is over, and asked for another evaluation than it had
     log = run.logdir / "metrics.jsonl"

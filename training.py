@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import models
+import run_config
 import run_state
 import tools
 from envs.errors import ActionError
@@ -63,7 +64,7 @@ class Run:
         for problem in problems:
             report(problem)
         if state:
-            tools.check_same_run(logdir, state["config"], config)
+            run_config.check_same_run(logdir, state["config"], config)
         else:
             checkpoint.refuse_used_folder(logdir)
         # How often the run was continued after its first step.

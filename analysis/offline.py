@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import models
+import run_config
 import tools
 from analysis import heldout, probes
 from comparison.runs import config_hash
@@ -127,7 +128,7 @@ def finished(
         return False
     if config is not None and made:
         old = json.loads(made[0]) | {"seed": config.seed}
-        tools.check_same_run(folder, old, config, "choose another --logdir")
+        run_config.check_same_run(folder, old, config, "choose another --logdir")
         if made[1] != digest(files):
             raise ConfigError(f"{folder} was trained on other episodes: choose another --logdir")
     return done

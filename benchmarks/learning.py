@@ -24,6 +24,7 @@ from measure import ROOT
 
 import dreamer
 import hidreamer.episodes
+import run_config
 import tools
 from comparison.runs import records
 from envs import make_env
@@ -91,7 +92,7 @@ def train(task: str, words: list[str], folder: Path, control: bool) -> None:
 
 def saved_latent(folder: Path) -> dict[str, Any]:
     """{key: value} of all settings of the latent state of a run, without "dynamics."."""
-    saved = tools.saved_config(folder).items()
+    saved = run_config.saved_config(folder).items()
     return {key.removeprefix("dynamics."): x for key, x in saved if key.startswith("dynamics.")}
 
 
@@ -101,7 +102,7 @@ def longer(folder: Path, steps: int) -> bool:
     """
     if not (folder / "config.yaml").exists():
         return False
-    there = tools.saved_config(folder)["steps"]
+    there = run_config.saved_config(folder)["steps"]
     if there <= steps:
         return False
     print(

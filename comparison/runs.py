@@ -18,15 +18,8 @@ import numpy as np
 
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.provenance import STARTS
-from tools import (
-    EVALUATION_KEYS,
-    Config,
-    ConfigError,
-    check_same_run,
-    flatten,
-    load_config,
-    saved_config,
-)
+from run_config import EVALUATION_KEYS, check_same_run, saved_config
+from tools import Config, ConfigError, flatten, load_config
 
 # Settings that change neither what a run learns nor how its figures are measured.
 HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}

@@ -20,6 +20,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+import run_config
 import tools
 from envs import env_for_spaces
 from envs.base import one_line
@@ -86,7 +87,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 def read_config(folder: Path) -> Config:
     """Raises ConfigError, naming the file."""
-    saved = tools.saved_config(folder)
+    saved = run_config.saved_config(folder)
     try:
         return tools.load_config([], saved | {"logdir": ""})
     except ConfigError as error:

@@ -19,6 +19,7 @@ import torch
 from gymnasium.utils import seeding
 
 import models
+import run_config
 import tools
 from envs import make_env
 from envs.base import Env
@@ -225,7 +226,7 @@ class Policy:
     """
 
     def __init__(self, logdir: Path, config: Config, games: list[str], device: torch.device):
-        saved = tools.saved_config(logdir)
+        saved = run_config.saved_config(logdir)
         saved.pop("logdir", None)
         known = tools.load_config([], {}).flat()
         theirs = tools.load_config([], {key: x for key, x in saved.items() if key in known})

@@ -14,6 +14,7 @@ import pytest
 
 import dreamer
 import run_comparison
+import run_config
 import tools
 from comparison import runs
 from comparison.backends import Process
@@ -154,8 +155,10 @@ def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path, cap
     assert err.count("\n") == 1 and "replay.ratio" in err and "--resume" not in err, err
     assert starts(folder) == {"tiny_dreamerv3/0": 1}
     run = folder / "dummy_vector" / "tiny_dreamerv3" / "0"
-    same = tools.load_config(["debug", MODELS[0]], tools.saved_config(run))
-    other = tools.load_config(["debug", MODELS[0]], tools.saved_config(run) | {"eval_episodes": 7})
+    same = tools.load_config(["debug", MODELS[0]], run_config.saved_config(run))
+    other = tools.load_config(
+        ["debug", MODELS[0]], run_config.saved_config(run) | {"eval_episodes": 7}
+    )
     assert runs.finished(run, 160, same) and not runs.finished(run, 160, other)
 
 

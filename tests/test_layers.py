@@ -29,6 +29,7 @@ LAYERS = {
     "models": 8,
     "networks": 7,
     "seeds": 7,
+    "run_config": 7,
     "legacy": 6,
     "tools": 6,
     "envs": 5,

@@ -11,6 +11,7 @@ from test_agent import EVERYTHING, VECTOR, changed, make
 from torch.nn import functional as F
 
 import networks
+import run_config
 import tools
 from conftest import ROOT
 from hidreamer import losses, objectives, views
@@ -308,9 +309,9 @@ def test_former_names_of_weights():
     weights = old["model"].pop("losses")
     old["loss_scales"] |= {key: weights[key] for key in ("decoder", "reward", "cont")}
     del old["model"]["barlow"], old["decoder"]["probe"]
-    tools.check_same_run("folder", old, config)
+    run_config.check_same_run("folder", old, config)
     with pytest.raises(tools.ConfigError, match=r"model\.losses\.decoder 0\.5 -> 1\.0"):
-        tools.check_same_run("folder", old, tools.load_config([], {}))
+        run_config.check_same_run("folder", old, tools.load_config([], {}))
 
 
 def test_replay_returns_by_hand():

@@ -12,6 +12,7 @@ from test_pipeline import recording
 from test_pipeline_world_model import CPU, toy_batch, toy_model
 
 import networks
+import run_config
 import tools
 from hidreamer import evaluation
 from hidreamer.losses import clipped_gain, reinforce_gain
@@ -222,7 +223,7 @@ def test_the_gate(acting):
     assert row["baselines"].keys() == {"random play", "online"}
     assert row["value"] == np.mean(gate["facts"]["returns"]["here"])
     assert all(len(x) == 2 for x in gate["facts"]["returns"].values())
-    online = tools.saved_config(acting / "policy" / "online")
+    online = run_config.saved_config(acting / "policy" / "online")
     assert online["steps"] == 240 * 4 and online["task"] == "atari_pong"
     assert (acting / "policy/online/checkpoints/latest.pt").exists()
 

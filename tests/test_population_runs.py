@@ -20,7 +20,8 @@ from conftest import ROOT
 from envs.errors import ActionError
 from hidreamer import capture, checkpoint
 from hidreamer.feed import Feed
-from tools import load_config, saved_config
+from run_config import saved_config
+from tools import load_config
 from training import Failure, Run
 
 STEPS = ("--steps", 60, "--checkpoint_every", 45)

@@ -10,6 +10,7 @@ from test_agent import EVERYTHING, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
+import run_config
 import tools
 from conftest import ROOT
 from hidreamer import precision
@@ -51,7 +52,7 @@ def test_tf32_is_the_default_and_float32_on_a_cpu(matmul):
 def test_a_run_of_before_continues_in_its_precision_or_another(tmp_path):
     """Older runs have float32 in their config.yaml, which was the default."""
     old = tools.load_config(["debug"], {"precision": "float32"}).tree()
-    tools.check_same_run(tmp_path, old, tools.load_config(["debug"], {}))
+    run_config.check_same_run(tmp_path, old, tools.load_config(["debug"], {}))
 
 
 class Casts(TorchDispatchMode):

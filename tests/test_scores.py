@@ -9,7 +9,7 @@ import pytest
 from test_report import report, write_run
 
 import run_comparison
-import tools
+import run_config
 from comparison import scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
 from comparison.runs import Run, find
@@ -473,7 +473,7 @@ def test_a_varied_key_is_compared_and_named(tmp_path):
     assert run_comparison.main([*args, *vary]) == 0
     found = json.loads((tmp_path / "v" / "summary.json").read_text())
     assert found["models"] == ["dynamics.hrssm.stoch=[3,1]", "dynamics.hrssm.stoch=[2,2]"]
-    config = tools.saved_config(tmp_path / "v" / "dummy_vector" / found["models"][0] / "0")
+    config = run_config.saved_config(tmp_path / "v" / "dummy_vector" / found["models"][0] / "0")
     assert config["dynamics.hrssm.stoch"] == [3, 1]
     assert run_comparison.main(["--from", str(tmp_path / "s.json")]) == 0  # names it again
     again = json.loads((tmp_path / "s-report" / "summary.json").read_text())

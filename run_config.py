@@ -1,0 +1,58 @@
+"""The config that a run was begun with: what is kept of it, and what may change when the run is
+continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tools import Config, ConfigError, current_names, flatten
+
+# What a run may change when it is continued; everything else makes it another run.
+CHANGEABLE_KEYS = {"steps", "device", "compile", "precision", "logger", "logdir", "video"}
+CHANGEABLE_KEYS |= {f"{name}_every" for name in ("log", "eval", "checkpoint")}
+EVALUATION_KEYS = {f"eval_{name}" for name in ("episodes", "greedy", "time_limit")}
+CHANGEABLE_KEYS |= EVALUATION_KEYS
+CHANGEABLE_KEYS |= {"decode_levels", "env.invalid", "env.parallel", "env.timeout", "threads"}
+CHANGEABLE_KEYS |= {"replay.store", "replay.keep_episodes"}
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """{"group.key": value} of a run's config.yaml, by present names. Raises ConfigError."""
+    try:
+        tree = YAML(typ="safe").load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(tree, Mapping):
+            raise ValueError("it has no keys")
+        return current_names(flatten(tree))
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if mark := getattr(error, "problem_mark", None):
+            reason = f"line {mark.line + 1}: {' '.join(str(error.problem).split())}"
+        raise ConfigError(
+            f"{folder / 'config.yaml'} is no config of a run: {reason}; correct it, or continue"
+            " the run by its --configs and keys"
+        ) from None
+
+
+def check_same_run(
+    folder: Path, old: Mapping[str, Any], new: Config, remedy: str | None = None
+) -> None:
+    """Raises ConfigError where the config tree ``old`` of the run in ``folder`` cannot be
+    continued as ``new``. remedy: what the message advises, if not what dreamer.py does.
+    """
+    if remedy is None:
+        remedy = f"choose another --logdir, with --resume {folder} to start from its weights"
+    before, now = current_names(flatten(old)), new.flat()
+    # A key that the old config lacks is younger than the run.
+    changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
+    if changed:
+        differing = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
+        raise ConfigError(
+            f"{folder} holds a run with another config"
+            f" ({differing}{', ...' if len(changed) > 3 else ''}): {remedy}"
+        )
