@@ -19,8 +19,10 @@ def two(tmp_path_factory):
 
 
 def test_seeds_longer_than_a_float_are_different_ones():
-    words = ["--seeds", "99999999999999999999", "100000000000000000000"]
-    assert member_seeds(tools.parse(words).overrides) == [10**20 - 1, 10**20]
+    words = ["--seeds", "999999999999999999", "1000000000000000000"]
+    assert member_seeds(tools.parse(words).overrides) == [10**18 - 1, 10**18]
+    with pytest.raises(tools.ConfigError, match="64 bits"):
+        member_seeds(tools.parse(["--seeds", str(2**63), "0"]).overrides)
     assert tools.load_config([], {"seed": str(2**53 + 1)}).seed == 2**53 + 1
     assert tools.load_config([], {"steps": "5e4"}).steps == 50_000
 
