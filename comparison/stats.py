@@ -5,9 +5,9 @@ Scores of a model are a list with one array (runs,) per task; where it is rectan
 (runs, tasks).
 
 With few seeds a percentile bootstrap is too narrow to claim anything from: under no difference,
-rliable's interval of the probability of improvement excludes one half in 21% of comparisons with 3
-seeds and in 13% with 5 (150 simulations each, normal scores, one task). So its intervals describe,
-and ``compare`` decides.
+rliable's interval of the probability of improvement excludes one half in 20% of comparisons with 3
+seeds and in 7% with 5 (250 simulations each, normal scores, one task). So its intervals describe,
+and ``compare`` decides. benchmarks/error_rates.py simulated it, as all such numbers below.
 """
 
 from __future__ import annotations
@@ -293,9 +293,8 @@ def two_way(differences: np.ndarray) -> tuple[float, float | None, float | None]
     could have been.
 
     Half-widths of the two sources add as squares, each with its own t quantile (Howe 1974). Of
-    4,000 simulations without a difference at most 5.4% excluded 0, for 2 to 5 seeds, 10 or 40
-    episodes, and seeds from negligible to dominant. A percentile bootstrap over seeds and episodes
-    excluded it in up to 23% with 3 seeds (600 simulations).
+    4,000 simulations without a difference at most 5.8% excluded 0, for 2 to 5 seeds, 10 or 40
+    episodes, and seeds from negligible to dominant.
     """
     seeds, episodes = differences.shape
     mean = differences.mean()
