@@ -161,7 +161,7 @@ def test_what_works_is_not_copied_again(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize("kind", ["rssm", "hrvq", pytest.param("hrssm", marks=pytest.mark.slow)])
 def test_a_run_compiles_every_piece_it_needs_and_then_no_more(kind, precision, monkeypatch):
     """In the order of a run, which acts first. Past its limit torch would give up a piece."""
     graphs = []

@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import kills
 
 KINDS = [
-    ("dummy_vector", "rssm"),
     ("gym_CartPole-v1", "hrvq"),
+    pytest.param("dummy_vector", "rssm", marks=pytest.mark.slow),
     pytest.param("dummy_vector", "hrssm", marks=pytest.mark.slow),
 ]
 

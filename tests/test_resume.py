@@ -117,7 +117,8 @@ def length(logdir):
 
 
 @pytest.mark.parametrize(
-    "kind", ["tokens", "classic", "atari", pytest.param("minatar", marks=pytest.mark.slow)]
+    "kind",
+    ["tokens", "classic", *(pytest.param(x, marks=pytest.mark.slow) for x in ("atari", "minatar"))],
 )
 def test_killed_runs_go_on_exactly(kind, whole, tmp_path):
     expected = records(whole(kind))
