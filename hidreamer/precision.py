@@ -35,9 +35,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     Without autocast's cache of cast weights: what is cast in imagination, where no gradient is
     recorded, would be used in the losses. ``cast_weights`` and the scan cast once instead.
     """
-    if precision != "bfloat16":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    return products_in(torch.bfloat16 if precision == "bfloat16" else None, device)
 
 
 def products_in(
