@@ -345,7 +345,10 @@ def make_continue_head(feat_dim: int, config: Any) -> nn.Module:
 
 
 class Actor(MLP):
-    """The policy, (..., F) -> distribution of actions (..., A), ClippedNormal for a Box."""
+    """The policy, (..., F) -> distribution of actions (..., A), ClippedNormal for a Box.
+
+    Raises ValueError where a Box has no deviation between ``min_std`` and ``max_std``.
+    """
 
     def __init__(
         self,
@@ -361,6 +364,11 @@ class Actor(MLP):
     ):
         if isinstance(space, spaces.Box):
             sizes = None
+            if not 0 < max_std >= min_std:
+                raise ValueError(
+                    f"actor.net.max_std is {max_std}: it must be above 0, and not below min_std"
+                    f" {min_std}"
+                )
         elif isinstance(space, spaces.Discrete):
             sizes = (int(space.n),)
         else:

@@ -81,6 +81,10 @@ class Collect(Stage):
         if len(set(self.games)) != len(self.games):
             raise ConfigError(f"pipeline.games names a game twice: {' '.join(self.games)}")
         spaces = [data.space(config, game) for game in self.games]
+        if block.to_minari:
+            from pipeline import minari
+
+            minari.refuse_existing(tools.user_path(block.to_minari), self.games)
         self.per_game, self.total = block.steps, block.steps * len(self.games)
         self.names: list[list[str]] = [[] for _ in self.games]  # of the episodes' files
         self.returns: list[list[float]] = [[] for _ in self.games]
@@ -179,14 +183,16 @@ class Collect(Stage):
             from pipeline import speed
 
             tables.append(speed.table(self.config, self.games[0], self.rows[0], self.seconds[0]))
-        if block.to_minari:
-            from pipeline import minari
-
-            recordings = data.load_all(self.root, self.config)
-            for line in minari.write(tools.user_path(block.to_minari), recordings):
-                self.report(line)
         policy = block.from_minari or block.agent or "random"
         return Gate(self.name, tables, {"policy": policy, "steps of each game": self.rows}), outputs
+
+    @classmethod
+    def export(cls, config: Config, root: Path, report: Callable) -> None:
+        if folder := config.pipeline.collect.to_minari:
+            from pipeline import minari
+
+            for line in minari.write(tools.user_path(folder), data.load_all(root, config)):
+                report(line)
 
     def close(self) -> None:
         self.writer.shutdown()

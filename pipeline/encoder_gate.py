@@ -43,10 +43,10 @@ def geometry_rows(embeddings: Mapping[str, np.ndarray], recording: Recording) ->
     """The lineage's metrics on held-out episodes, of embeddings (N, E) by who made them."""
     successors, rows = recording.pairs(1, held=True), recording.rows(held=True)
     pairs = probing.random_pairs(rows, np.random.default_rng(0))
-    pixels = probing.pixels(recording)(np.arange(len(recording)))
-    everybody = dict(embeddings) | {"pixels": pixels}
-    ratio = {who: probing.temporal_ratio(x, successors, pairs) for who, x in everybody.items()}
-    spread = {who: float(probing.distances(x, pairs).mean()) for who, x in embeddings.items()}
+    features: dict[str, probing.Features] = {who: x.__getitem__ for who, x in embeddings.items()}
+    spread = {who: float(probing.distances(x, pairs).mean()) for who, x in features.items()}
+    features["pixels"] = probing.pixels(recording)
+    ratio = {who: probing.temporal_ratio(x, successors, pairs) for who, x in features.items()}
     norm = {who: float(np.linalg.norm(x[rows], axis=-1).mean()) for who, x in embeddings.items()}
     game, out = recording.game, []
     for name, by, better in (

@@ -117,10 +117,19 @@ def cut(played: Played, steps: int) -> Played:
     return Played(rows, float(rows["reward"].sum()))
 
 
-def write(folder: Path, recordings: list[Recording]) -> list[str]:
-    """A data set FOLDER/GAME of every game. -> lines about them.
+def refuse_existing(folder: Path, games: list[str]) -> None:
+    """Before games are recorded. Raises FolderError where FOLDER/GAME is there already."""
+    for target in (folder / game for game in games):
+        if target.exists():
+            raise FolderError(
+                f"{target} is there already: choose another pipeline.collect.to_minari"
+            )
 
-    Raises ConfigError, FolderError where one is there already.
+
+def write(folder: Path, recordings: list[Recording]) -> list[str]:
+    """A data set FOLDER/GAME of every game that has none there. -> lines about them.
+
+    Raises ConfigError.
     """
     minari = package()
     from minari.data_collector import EpisodeBuffer
@@ -129,9 +138,8 @@ def write(folder: Path, recordings: list[Recording]) -> list[str]:
     for recording in recordings:
         target = folder / recording.game
         if target.exists():
-            raise FolderError(
-                f"{target} is there already: choose another pipeline.collect.to_minari"
-            )
+            lines.append(f"Minari data set {target} is there already and left as it is")
+            continue
         buffers = []
         bounds = [*np.flatnonzero(recording.is_first), len(recording)]
         for i, (a, b) in enumerate(itertools.pairwise(bounds)):

@@ -68,18 +68,22 @@ def pixels(recording: Recording) -> Features:
 # ---------------------------------------------------------------- the lineage's metrics
 
 
-def temporal_ratio(x: np.ndarray, successors: np.ndarray, others: np.ndarray) -> float:
+def temporal_ratio(encode: Features, successors: np.ndarray, others: np.ndarray) -> float:
     """Mean distance of successive frames over that of random pairs of frames; lower is smoother.
 
-    x (N, D); successors (M,): rows whose episode goes on; others (K, 2): random pairs.
+    successors (M,): rows whose episode goes on; others (K, 2): random pairs of rows.
     """
-    near = np.linalg.norm(x[successors + 1] - x[successors], axis=-1).mean()
-    far = distances(x, others).mean()
+    near = distances(encode, np.stack([successors, successors + 1], -1)).mean()
+    far = distances(encode, others).mean()
     return float(near / far) if far else float("nan")
 
 
-def distances(x: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(x[pairs[:, 0]] - x[pairs[:, 1]], axis=-1)
+def distances(encode: Features, pairs: np.ndarray) -> np.ndarray:
+    """(M,) between the features of two rows each, (M, 2); pixels of all at once are gigabytes."""
+    pieces = np.array_split(pairs, -(-len(pairs) // PAIRS))
+    return np.concatenate(
+        [np.linalg.norm(encode(x[:, 1]) - encode(x[:, 0]), axis=-1) for x in pieces]
+    )
 
 
 def random_pairs(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:

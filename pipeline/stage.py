@@ -85,6 +85,13 @@ class Stage:
         """Release what ``__init__`` took."""
 
     @classmethod
+    def export(cls, config: Config, root: Path, report: Callable) -> None:
+        """Write what was asked for outside of LOGDIR and is not there; the stage is finished.
+
+        Raises OSError.
+        """
+
+    @classmethod
     def identity(cls, config: Config) -> dict[str, Any]:
         """The config keys that decide this stage's outputs, with their values."""
         return manifest.relevant(config.flat(), (*COMMON, *cls.keys))
@@ -282,6 +289,7 @@ def run(
     StageError, OSError.
     """
     if (found := finished(kind, config, root)) is not None:
+        kind.export(config, root, print)
         return found
     inputs = {}
     for name in kind.needs:
@@ -296,7 +304,9 @@ def run(
         screen = stack.enter_context(StageScreen(kind.name, stage.total))
         stage.report, stage.poll = screen.line, poll
         try:
-            return runner.run(poll, screen).tree()
+            found = runner.run(poll, screen).tree()
         except tuple(stops):
             runner.save()
             raise
+        kind.export(config, root, stage.report)
+        return found

@@ -89,6 +89,14 @@ def test_other_names_are_listed():
         networks.make_head("normal", 6, **HEAD)
 
 
+@pytest.mark.parametrize("std", [{"min_std": 1.5}, {"min_std": 0.0, "max_std": 0.0}])
+def test_a_continuous_policy_needs_a_deviation(std):
+    std = {"min_std": 0.1, "max_std": 1.0} | std
+    networks.Actor(6, spaces.Discrete(3), **HEAD, unimix=0.01, **std)  # which has none
+    with pytest.raises(ValueError, match=r"actor.net.max_std is .* not below min_std"):
+        networks.Actor(6, spaces.Box(-1, 1, (2,)), **HEAD, unimix=0.01, **std)
+
+
 def test_cells_are_chosen_by_name(monkeypatch):
     """Another cell drives both scans, the observed and the imagined one."""
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -204,8 +203,7 @@ def test_a_trained_agent_collects(tmp_path, capsys):
 def test_minari_both_ways(collected, tmp_path, capsys):
     """What is written and read again is, to the last bit, what was recorded."""
     pytest.importorskip("minari")
-    folder = copied(collected, tmp_path / "a", "collect")
-    shutil.rmtree(folder / "collect")
+    folder = copied(collected, tmp_path / "a", "collect")  # finished: what is asked for is written
     assert run("collect", folder, "--to-minari", tmp_path / "sets") == 0
     assert run("collect", tmp_path / "b", "--from-minari", tmp_path / "sets") == 0
     assert made(tmp_path / "b/collect") == made(folder / "collect")
@@ -220,6 +218,9 @@ def test_minari_both_ways(collected, tmp_path, capsys):
     one_line(capsys, "pipeline.collect.steps", "240")
     assert run("collect", tmp_path / "f", "--to-minari", tmp_path / "sets") == 2
     one_line(capsys, "is there already")
+    assert not (tmp_path / "f/collect/manifest.json").exists()
+    assert run("collect", folder, "--to-minari", tmp_path / "sets") == 0  # again changes nothing
+    assert "left as it is" in capsys.readouterr().out
 
 
 def test_speed_stands_beside_that_of_ale_py(collected):
