@@ -66,14 +66,13 @@ def bare(ax: Axes) -> None:
 def open_loop(
     ax: Axes,
     models: Mapping[str, Mapping[str, Any]],
-    baseline: Sequence[float],
+    baseline: Sequence[float | None],
     colours: Mapping[str, str],
 ) -> None:
     """Mean R2 over factors by imagined steps. models: {model: {"value", "low", "high"}}."""
     x = np.arange(len(HORIZONS))
-    ax.plot(
-        x, baseline, color=BASELINES["raw observation"], lw=1.6, ls="--", label="last frame seen"
-    )
+    look = {"color": BASELINES["raw observation"], "lw": 1.6, "ls": "--", "marker": "o", "ms": 3}
+    ax.plot(x, baseline, **look, label="last frame seen")
     for model, found in models.items():
         ax.plot(x, found["value"], color=colours[model], lw=2.2, marker="o", ms=4, label=model)
         if all(v is not None for v in found["low"]):

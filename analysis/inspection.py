@@ -75,7 +75,7 @@ def analyse(
         check_steps(material)
         found["baseline"] = study.baseline(material, sorted(loading.observed(subjects[0])))
     else:
-        found["factors"] = {}
+        found["factors"], found["lacks"] = {}, lacking(material, args.pictures)
     strips: dict[str, list] = {}
     shown, kept = set(), []
     for subject in subjects:
@@ -93,6 +93,18 @@ def analyse(
     if kept:
         index = longest(episodes)
         recording.write(folder / f"{report.NAME}.rrd", episodes[index], index, kept)
+
+
+def lacking(material: study.Material, pictures: bool) -> str:
+    """Why a page has no probes, in one sentence. pictures: whether none were asked for."""
+    if not any(episode.factors for episode in material.episodes):
+        return f"Task {material.task} has no named factors: no probes, only pictures and codes."
+    if pictures:
+        return "No probes were asked for (--pictures): only pictures and codes."
+    return (
+        f"The named factors of {material.task} hardly vary on these episodes: no probes, only"
+        " pictures and codes. More of them (--episodes) may do."
+    )
 
 
 def check_steps(material: study.Material) -> None:

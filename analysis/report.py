@@ -56,8 +56,7 @@ def sections(report: Report, strips: Strips) -> list[Section]:
             *([ego(report)] if any(run["contrast"] for run in report["runs"].values()) else []),
         ]
     else:
-        text = [f"Task {report['task']} has no named factors: no probes, only pictures and codes."]
-        found.append(Section("What this page lacks", warnings=text))
+        found.append(Section("What this page lacks", warnings=[report["lacks"]]))
     found += pictures(report, strips)
     found += [every_score(report)] if report["factors"] else []
     return [*found, provenance(report)]
@@ -181,7 +180,8 @@ def value(cell: Any) -> float:
 
 def open_loop(report: Report) -> Section:
     """R2 over the length of a dream, a curve for each model, beside the last frame seen."""
-    baseline = [mean_score(report["baseline"][str(h)]["linear"]) or 0.0 for h in HORIZONS]
+    # None where too few steps lie that far in an episode: not measured, which is no R² of 0
+    baseline = [mean_score(report["baseline"][str(h)]["linear"]) for h in HORIZONS]
     curves = {model: entry["open loop"] for model, entry in report["models"].items()}
     colours = figures.colours(list(report["models"]))
     draw = functools.partial(drawings.open_loop, models=curves, baseline=baseline, colours=colours)
@@ -373,14 +373,17 @@ def provenance(report: Report) -> Section:
             f" seed {held['seed']}, actions sampled; the runs' policies took turns ({acted}), and"
             " every run is judged on all of them."
         ),
+    ]
+    probing = [
         (
             f"Probes: of every {readout.FOLD} episodes one is for testing and one for choosing the"
             f" penalty or the epoch; at most {readout.FIT} steps are fitted on. Linear: ridge"
             f" regression. Small network: {readout.UNITS} hidden units."
         ),
         "R²: explained share of the variance about the training mean; 0 is what the mean does.",
-        "States are drawn, as in training and acting, with the same seeds for all runs.",
     ]
+    methods += probing if report["factors"] else []
+    methods.append("States are drawn, as in training and acting, with the same seeds for all runs.")
     if report.get("dropped"):
         methods.append(f"Left out, because they hardly vary here: {listed(report['dropped'])}.")
     table = Table(["run", "frames", "commit", "hardware"], rows)

@@ -204,9 +204,8 @@ class LoadedAgent:
         """
         limit = self._agent_steps(evaluation.time_limit(self.config))
         limit = limit if steps is None else whole("steps", steps, 1)
-        env, generator = self.real_env(seed), None
-        if seed is not None:
-            generator = torch.Generator(self.device).manual_seed(int(seed))
+        env = self.real_env(seed)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(int(seed))
         policy = self.make_policy(greedy=greedy, generator=generator)
         rows, obs, action = [], env.reset(), np.zeros(self.act_dim, np.float32)
         try:
@@ -244,6 +243,7 @@ class LoadedAgent:
         is torch's default one.
         Raises ValueError for what is missing or of another shape.
         """
+        checks.random(generator, self.device)
         rows, model = self.rows(episode), self.world_model
         total, carry, parts = len(rows["is_first"]), self.dynamics.initial(1), []
         for first in range(0, total, CHUNK):
@@ -302,8 +302,8 @@ class LoadedAgent:
         """
         horizon = None if horizon is None else whole("horizon", horizon, 1)
         count = whole("count", count, 1)
-        self._check(latents, Latents, Dream)
-        if isinstance(latents, Dream) and start != -1:
+        self._check(latents, generator, Latents, Dream)
+        if isinstance(latents, Dream) and not np.array_equal(start, -1):
             raise ValueError("a dream goes on from where it ended: start is of latents alone")
         carry = latents.carry if isinstance(latents, Dream) else self._start(latents, start)
         total = len(self.dynamics.feat(carry).deter)
@@ -316,8 +316,9 @@ class LoadedAgent:
         feat = feat.map(Tensor.float)
         return Dream(feat, action.float(), *self.heads(feat), carry)
 
-    def _check(self, found: Any, *kinds: type) -> None:
+    def _check(self, found: Any, generator: Any, *kinds: type) -> None:
         """Raises ValueError unless ``found`` is one of these and of an agent like this one."""
+        checks.random(generator, self.device)
         if not isinstance(found, kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"a {type(found).__name__} is no {names}, which encode and dream give")
@@ -386,7 +387,7 @@ class LoadedAgent:
         them, or the levels up to which to decode, such as 0, "L1" or ["L0", "L1"].
         Raises ValueError.
         """
-        self._check(latents, Latents, Dream, Feat)
+        self._check(latents, generator, Latents, Dream, Feat)
         feat = latents if isinstance(latents, Feat) else latents.feat
         flat = feat.deter.ndim == 2
         feat = feat.map(lambda x: x.unsqueeze(0)) if flat else feat

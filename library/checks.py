@@ -27,6 +27,17 @@ def whole(name: str, value: Any, least: int, error: type[Exception] = ValueError
     )
 
 
+def random(value: Any, device: torch.device) -> None:
+    """Raises ValueError unless ``value`` is a generator of ``device``, or None."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Generator):
+        kind = type(value).__name__
+        raise ValueError(f"generator is a {kind}; it must be a torch.Generator(agent.device)")
+    if value.device.type != device.type:
+        raise ValueError(f"generator is of {value.device}, the agent is on {device}")
+
+
 def levels(value: Any, coarse: Sequence[str]) -> list[str]:
     """``levels`` of ``LoadedAgent.decode`` as names in ``coarse``, the levels up to each but the
     last; "all" for that. Raises ValueError.

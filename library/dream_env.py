@@ -169,6 +169,9 @@ class Dreams:
             raise ResetNeeded("a dream begins with reset")
         if len(action) != len(over):
             raise ValueError(f"{len(action)} actions for {len(over)} dreams")
+        if action.ndim != 2:
+            shape, expected = tuple(action.shape), (len(over), action.shape[-1])
+            raise ValueError(f"the action vectors are {shape}, not {expected}: one for each dream")
         with self.agent.model.autocast():
             self.carry, feat, _ = self.agent.dynamics.imagine(
                 self.carry, action.unsqueeze(1), 1, generator=self.generator

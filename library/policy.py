@@ -12,7 +12,7 @@ from gymnasium.spaces import Box
 from envs.base import resize
 from envs.spaces import layout
 from hidreamer.dynamics.base import Post
-from library.checks import array, cast
+from library.checks import array, cast, random
 from models import ActState
 
 
@@ -38,6 +38,7 @@ class Policy:
         greedy: bool = True,
         generator: torch.Generator | None = None,
     ):
+        random(generator, agent.device)
         self.agent, self.count, self.greedy, self.generator = agent, count, greedy, generator
         self.post: Post | None = None
         self.reset()

@@ -16,6 +16,7 @@ WORDS = {"up": UP, "forward": UP, "down": DOWN, "backward": DOWN, "left": LEFT, 
 WORDS |= {"fire": FIRE, "attack": FIRE, "use": FIRE, "do": FIRE, "jump": FIRE}
 NOTHING = ("noop", "nothing", "none")
 SPARE = "1234567890qwetyuiofghjkl"  # keys of actions without a direction; no command of the page
+BUTTON = "#"  # begins the name of a key that no keyboard has, of actions beyond SPARE
 AXES = ((LEFT, RIGHT), (DOWN, UP), ("1", "2"), ("3", "4"), ("5", "6"), ("7", "8"), ("9", "0"))
 MOST = 18  # actions that a "what if" tries
 GYM = {  # names of actions that Gymnasium has only in its documentation
@@ -76,7 +77,7 @@ class Controls:
             if label.lower() in NOTHING:
                 keys = frozenset()
             elif not keys or keys in used:
-                keys = frozenset([next(spare, f"action {i}")])
+                keys = frozenset([next(spare, f"{BUTTON}{offset + i}")])
             used.add(keys)
             vector = np.zeros(self.size, np.float32)
             vector[offset + i] = 1.0

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import cv2
 import uvicorn
@@ -58,6 +57,11 @@ def bind(port: int) -> socket.socket:
     return found
 
 
+def plain(x: Any) -> Any:
+    """A number as JSON has it, which knows neither NaN nor infinity."""
+    return x if x is None or math.isfinite(x) else "not finite"
+
+
 def png(picture: Any) -> str:
     """A picture (H,W,3) as the address of an image."""
     _, data = cv2.imencode(".png", picture[..., ::-1])
@@ -70,6 +74,7 @@ class Player:
     def __init__(self, session: Session, videos: Path):
         self.session, self.videos = session, videos
         self.sockets: set[WebSocket] = set()
+        self.held: dict[WebSocket, set[str]] = {}  # keys that are down in each tab
         self.paused, self.speed = False, 15
         self.movie: Movie | None = None
         self.lock = asyncio.Lock()  # of the session: one thread at a time
@@ -113,8 +118,12 @@ class Player:
         for name, (title, picture) in view.pictures.items():
             pictures.append({"id": name, "title": title, "src": png(picture)})
         message, session.message = session.message, ""
-        found = {"type": "state", "pictures": pictures, "numbers": view.numbers}
-        found |= {"levels": [level._asdict() for level in view.levels], "message": message}
+        numbers, levels = {key: plain(x) for key, x in view.numbers.items()}, []
+        for level in view.levels:
+            nats = {"prior": plain(level.prior), "post": plain(level.post)}
+            levels.append(level._asdict() | nats)
+        found = {"type": "state", "pictures": pictures, "numbers": numbers}
+        found |= {"levels": levels, "message": message}
         found |= {"dreaming": session.now.dreaming, "hand": session.hand, "paused": self.paused}
         found |= {"speed": self.speed, "recording": self.movie is not None}
         return json.dumps(found | {"action": session.now.action, "over": session.now.over})
@@ -131,8 +140,7 @@ class Player:
 
     async def serve(self, websocket: WebSocket) -> None:
         """A tab, as long as it is open. Pages of other origins are refused."""
-        origin = urlsplit(websocket.headers.get("origin", ""))
-        if origin.scheme != "http" or origin.netloc != websocket.headers.get("host"):
+        if websocket.headers.get("origin") != f"http://{websocket.headers.get('host')}":
             await websocket.close(1008)
             return
         await websocket.accept()
@@ -147,39 +155,39 @@ class Player:
             pass
         finally:
             self.sockets.discard(websocket)
-            if not self.sockets:
-                self.session.held = set()
+            self._hold(websocket, [])
 
     def hello(self) -> dict[str, Any]:
         agent = self.session.agent
         facts = {"task": agent.facts["task"], "dynamics": agent.config.dynamics.type}
-        return facts | {"trained": agent.facts["step"], "keys": self.session.controls.legend()}
+        facts |= {"trained": agent.facts["step"], "note": self.session.note}
+        return facts | {"keys": self.session.controls.legend()}
 
     async def answer(self, websocket: WebSocket, text: str) -> None:
         """{"do": NAME, "value": ...}; what is no such thing is ignored."""
         try:
             asked = json.loads(text)
             name, value = str(asked["do"]), asked.get("value")
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return
         session = self.session
-        moves = {"reset": session.reset, "dream": session.switch, "back": session.back}
+        moves = {"reset": session.reset, "back": session.back}
         if name == "keys" and isinstance(value, list):
-            session.held = {str(key) for key in value[:20]}
+            self._hold(websocket, value)
         elif name in moves:
             self.paused = self.paused or name == "back"
             await self.do(moves[name])
         elif name == "step":
             self.paused = True
             await self.do(session.step)
-        elif name == "hand":
-            await self.do(self._switch_hand)
+        elif name in ("hand", "dream"):
+            await self.do(self._switch, name, value)
         elif name == "pause":
             self.paused = not self.paused
             self.wake.set()
             await self.do(lambda: None)
-        elif name == "speed" and type(value) in (int, float) and math.isfinite(value):
-            self.speed = min(max(round(value), SPEEDS[0]), SPEEDS[1])
+        elif name == "speed" and type(value) in (int, float) and value == value:
+            self.speed = round(min(max(value, SPEEDS[0]), SPEEDS[1]))
             await self.do(lambda: None)
         elif name == "record":
             await self.do(self._switch_recording)
@@ -188,8 +196,25 @@ class Player:
                 answer = await asyncio.to_thread(self._what_if)
             await websocket.send_text(answer)
 
-    def _switch_hand(self) -> None:
-        self.session.hand = not self.session.hand
+    def _hold(self, websocket: WebSocket, keys: list[Any]) -> None:
+        """The keys of a tab, none once it left, beside those of the others."""
+        self.held[websocket] = {str(key) for key in keys[:20]}
+        if websocket not in self.sockets:
+            del self.held[websocket]
+        self.session.held = set().union(*self.held.values())
+
+    def _switch(self, name: str, value: Any) -> None:
+        """To the hand or the dream where ``value`` is True, from it where False, else over: a page
+        that asks twice before it is answered means the same both times.
+        """
+        session = self.session
+        now = session.hand if name == "hand" else session.now.dreaming
+        if now is value:
+            return
+        if name == "dream":
+            session.switch()
+        else:
+            session.hand = not now
 
     def _switch_recording(self) -> None:
         try:
@@ -206,12 +231,19 @@ class Player:
     def _what_if(self) -> str:
         options = []
         for option in self.session.what_if():
-            options.append(option | {"frames": [png(frame) for frame in option["frames"]]})
+            numbers = {key: plain(option[key]) for key in ("reward", "value", "cont")}
+            frames = [png(frame) for frame in option["frames"]]
+            options.append(option | numbers | {"frames": frames})
         return json.dumps({"type": "what if", "options": options})
 
+    def close_movie(self) -> None:
+        """What was recorded so far becomes a whole file."""
+        movie, self.movie = self.movie, None
+        if movie:
+            movie.close()
+
     def close(self) -> None:
-        if self.movie:
-            self.movie.close()
+        self.close_movie()
         self.session.close()
 
 
@@ -223,6 +255,7 @@ def make_app(player: Player) -> Starlette:
         task = asyncio.create_task(player.run())
         yield
         task.cancel()
+        player.close_movie()  # here, for a signal other than Ctrl-C ends the process after this
 
     page = lambda request: FileResponse(PAGE, headers=HEADERS)
     routes = [Route("/", page), WebSocketRoute("/socket", player.serve)]

@@ -67,14 +67,14 @@ class Session:
 
     seed: of the environment and of all random numbers here, so that it fixes what is shown;
     without one the environment has the run's. hand: whether keys act instead of the agent. held:
-    those that are down. message: the last thing to tell the user. Raises EnvError where the
-    environment cannot be built.
+    those that are down. message: the last thing to tell the user. note: what is true all the time.
+    Raises EnvError where the environment cannot be built.
     """
 
     def __init__(self, agent: LoadedAgent, seed: int | None = None):
-        self.agent, self.hand, self.held, self.message = agent, False, set(), ""
+        self.agent, self.hand, self.held, self.message, self.note = agent, False, set(), "", ""
         if not any(agent.world_model.decoder.kinds.values()):
-            self.message = "it has no decoder to draw its states: train with --decoder.probe true"
+            self._remark("it has no decoder to draw its states: train with --decoder.probe true")
         self.env = agent.real_env(seed)
         self.controls = Controls(self.env)
         # Of what happens, and of what is only looked at, which changes nothing of that.
@@ -85,6 +85,9 @@ class Session:
         self.past: deque[Moment] = deque(maxlen=BACK)
         self.drawable = True
         self.now = self._begin()
+
+    def _remark(self, text: str) -> None:
+        self.message, self.note = text, f"{self.note}. {text}" if self.note else text
 
     # ------------------------------------------------------------ moving
 
@@ -236,7 +239,8 @@ class Session:
             try:
                 return self.env.render()
             except EnvError as error:
-                self.drawable, self.message = False, str(error).split(";")[0]
+                self.drawable = False
+                self._remark(str(error).split(";")[0])
         return raw_picture(self.now.obs, self.agent.obs_space)
 
     @torch.no_grad()

@@ -280,7 +280,7 @@ def test_actions_that_are_none_are_one_sentence(kind, trained):
     with pytest.raises(gymnasium.error.ResetNeeded):
         dreams.step(0)
     dreams.reset(seed=1)
-    for action in (99, -1, "x", None, float("nan")):
+    for action in (99, -1, "x", None, float("nan"), np.array([0])):
         with pytest.raises(ValueError, match="action"):
             dreams.step(action)
     assert np.isfinite(dreams.step(0)[1])

@@ -19,11 +19,13 @@ import dreamer
 from analysis import (
     attention,
     factors,
+    inspection,
     latents,
     loading,
     pictures,
     readout,
     recording,
+    report,
     study,
     summary,
 )
@@ -427,6 +429,26 @@ def test_a_task_without_factors(tmp_path, capsys):
     assert command.main([str(run), "--pictures", "--episodes", "10"]) == 0
     text = (run / "analysis" / "analysis.html").read_text()
     assert "has no named factors" in text and "Codes over time" in text and "Attention" in text
+    assert "Probes:" not in text
+
+
+def test_why_there_are_no_probes_is_true():
+    for found, asked, says in (
+        ({}, True, "no named factors"),
+        ({"ball x": None}, True, "--pictures"),
+        ({"ball x": None}, False, "hardly vary"),
+    ):
+        episodes = [types.SimpleNamespace(factors=found)]
+        material = types.SimpleNamespace(task="minatar_breakout", episodes=episodes)
+        assert says in inspection.lacking(material, asked)
+
+
+def test_a_horizon_that_no_episode_reaches_is_not_drawn_as_nothing(monkeypatch):
+    kept = []
+    monkeypatch.setattr(report.figures, "picture", lambda draw: kept.append(draw.keywords))
+    cells = {str(h): {"linear": {"x": None if h else 0.5}} for h in HORIZONS}
+    report.open_loop({"baseline": cells, "models": {}})
+    assert kept[0]["baseline"] == [0.5, *(len(HORIZONS) - 1) * [None]]
 
 
 @pytest.mark.parametrize("task", ["dummy_continuous", "dummy_image", "dummy_multi"])

@@ -75,16 +75,18 @@ def test_without_a_key_for_nothing_the_last_action_goes_on():
 
 
 @pytest.mark.parametrize(
-    "space", [Discrete(40), MultiDiscrete([30, 3]), Box(-1, 1, (30,))], ids=str
+    "space", [Discrete(40), MultiDiscrete([30, 30]), Box(-1, 1, (30,))], ids=str
 )
 def test_many_actions(space):
-    widths = {"Discrete": 40, "MultiDiscrete": 33, "Box": 30}
+    widths = {"Discrete": 40, "MultiDiscrete": 60, "Box": 30}
     suite = SimpleNamespace()
     size = widths[type(space).__name__]
     controls = Controls(SimpleNamespace(act_space=space, act_dim=size, suite=suite))
     for name, vector in controls.options():
         assert vector.shape == (size,) and name
     assert controls.vector(["1"]).shape == (size,)
+    keys = [" ".join(entry["keys"]) for entry in controls.legend()]
+    assert len(set(keys)) == len(keys) and not any(" " in key for key in keys)
 
 
 # ---------------------------------------------------------------- the session
@@ -304,6 +306,7 @@ def test_an_environment_that_fails(trained, monkeypatch):
     monkeypatch.setattr(session.env.suite, "render", fail)
     assert session.view().pictures["real"][1].std() > 0  # the observation instead
     assert "cannot be drawn" in session.message and "\n" not in session.message
+    assert session.note == session.message  # a tab that is opened later is told as well
 
 
 def test_fifteen_frames_a_second_on_one_core(tmp_path):
@@ -350,7 +353,7 @@ def test_an_agent_without_a_decoder_is_played_without_its_pictures(tmp_path):
     words += ["--steps", "40", "--video", "false", "--eval_episodes", "0"]
     assert dreamer.main([*words, "--logdir", str(tmp_path / "run")]) == 0
     session = Session(hidreamer.load(tmp_path / "run"), seed=0)
-    assert "--decoder.probe true" in session.message
+    assert "--decoder.probe true" in session.message and session.note == session.message
     session.step()
     pictures = session.view().pictures
     assert pictures["imagined"][1].std() < pictures["real"][1].std()

@@ -1,7 +1,9 @@
 """The page of ``python -m play``: who may come, what a tab can ask for, and in a browser."""
 
+import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -9,16 +11,24 @@ import subprocess
 import sys
 import time
 import urllib.request
+from typing import ClassVar
 
 import imageio.v3 as iio
 import pytest
+import torch
 from browser import browser
+from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 import hidreamer
 from conftest import ROOT
+from play.server import Player
+from play.session import Level, Session
 
+LONG = {"task": 9 * "gym_a_module:", "dynamics": "rssm", "trained": 1, "note": "a note"}
+LONG["keys"] = [{"name": "one", "keys": ["1"]}, {"name": "last", "keys": ["#24"]}]
+STRANGE = '{value: "not finite", cont: "not finite", step: 5}'
 CASES = [("rssm", "image"), ("hrssm", "grid"), ("hrvq", "vector"), ("hrvq", "multi")]
 
 
@@ -72,7 +82,8 @@ def test_who_may_come(trained):
                 found = error.code
             assert found == status, host
         address = url.replace("http", "ws") + "/socket"
-        for origin in (url, None, "http://evil.example", f"http://localhost:{port}", "null"):
+        others = [None, "http://evil.example", f"http://localhost:{port}", "null", "http://["]
+        for origin in [url, *others]:
             if origin == url:
                 with connect(address, origin=origin, proxy=None) as tab:
                     assert json.loads(tab.recv())["task"] == "dummy_image"
@@ -129,9 +140,74 @@ def test_what_a_tab_can_ask_for(trained, tmp_path):
             done = until(tab, lambda m: m.get("message", "").startswith("recorded"))
             movie = done["message"].removeprefix("recorded ")
             assert len(iio.imread(movie)) >= 5 and str(tmp_path) in movie
-        process.terminate()
+            say(tab, "record")
+            until(tab, lambda m: m.get("recording"))
+        process.terminate()  # what was recorded until then is a whole file
         process.wait(30)
         assert process.stderr.read() == ""
+    movies = list(tmp_path.glob("*.mp4"))
+    assert movies and not any("tmp" in path.name for path in movies)
+    assert all(len(iio.imread(path)) for path in movies)
+
+
+@pytest.fixture
+def player(trained, tmp_path):
+    session = Session(hidreamer.load(trained("rssm", "image")), seed=0)
+    yield Player(session, tmp_path)
+    session.close()
+
+
+def ask(player, tab, what, value=None):
+    text = what if value is None and what[0] in "[{" else json.dumps({"do": what, "value": value})
+    asyncio.run(player.answer(tab, text))
+
+
+def test_asking_twice_is_asking_once(player):
+    """The page asks by what it was last told, which may be a while ago."""
+    session = player.session
+    for what, found in (("hand", lambda: session.hand), ("dream", lambda: session.now.dreaming)):
+        for value, expected in ((True, True), (True, True), (False, False), (False, False)):
+            ask(player, "a tab", what, value)
+            assert found() is expected
+        ask(player, "a tab", what)
+        assert found()
+
+
+def test_the_keys_of_a_tab_go_with_it(player):
+    first, second = Tab(), Tab()
+    player.sockets = {first, second}
+    ask(player, first, "keys", ["1"])
+    ask(player, second, "keys", ["2", 3])
+    assert player.session.held == {"1", "2", "3"}
+    asyncio.run(player.serve(second))  # which leaves at once
+    assert player.session.held == {"1"} and player.sockets == {first}
+
+
+class Tab:
+    """One that leaves as soon as it is asked for something."""
+
+    headers: ClassVar = {"origin": "http://a", "host": "a"}
+
+    async def receive_text(self):
+        raise WebSocketDisconnect
+
+    async def accept(self, *args):
+        pass
+
+    send_text = accept
+
+
+def test_numbers_that_nobody_expects(player):
+    for text in ("[" * 60000, '{"do": "speed", "value": 1' + 400 * "0" + "}"):
+        ask(player, "a tab", text)
+    assert player.speed == 60
+    ask(player, "a tab", "speed", -math.inf)
+    assert player.speed == 1
+    player.session.agent.heads = lambda feat: 3 * [torch.full_like(feat.deter[..., 0], math.nan)]
+    player.session._levels = lambda: [Level("L0", math.nan, math.inf, 1.0)]
+    for text in (player._change(player.session.step), player._what_if()):
+        assert "not finite" in text
+        json.loads(text, parse_constant=pytest.fail)  # a browser has no NaN in its JSON
 
 
 # ---------------------------------------------------------------- the page
@@ -165,11 +241,17 @@ def test_the_page_in_a_browser(case, trained, tmp_path):
         tab.wait("!stats().state.hand")
         tab.key("x")
         tab.wait("document.querySelectorAll('#options figure').length > 3")
+        assert tab.eval("document.getElementById('dialog').innerText.match(/[0-9]+ actions/)")
         tab.eval("document.getElementById('close').click()")
+        tab.eval("document.getElementById('agent').click()")  # where it is already
+        tab.eval("document.getElementById('asleep').click()")
         tab.key("r")
         tab.key(",")
         tab.key("d")
-        tab.wait("!stats().state.dreaming")
+        tab.wait("!stats().state.dreaming && !stats().state.hand")
+        tab.eval(f"hello({json.dumps(LONG)}); show({{...stats().state, numbers: {STRANGE}}})")
+        assert tab.eval("document.querySelectorAll('#hand kbd').length") == 1
+        assert tab.eval("document.getElementById('n-value').textContent") == "not finite"
         tab.size(390, 844, dark=True)
         picture = iio.imread(tab.screenshot())
         assert picture.shape[:2] == (844, 390) and picture[-1, -1, :3].max() < 60  # dark
