@@ -23,12 +23,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from hidreamer import app
 
 if __name__ == "__main__":
     app.plain_interrupts()
+
+from rich.console import Console
 
 import tools
 from envs import EnvError
