@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import dreamer
 import tools
 from hidreamer import app
 
@@ -239,6 +238,9 @@ def main(argv: Sequence[str]) -> int:
     except tools.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    import dreamer  # torch, which takes seconds to load
+    from hidreamer.process import resource
+
     if status := dreamer.main(words):
         return status
     print("playing beside random play ...", flush=True)
@@ -247,6 +249,11 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the run is whole in {logdir}")
         return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {resource(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -13,7 +13,6 @@ The same command again continues the run. In one process (docs/population.md), e
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import importlib.util
 import os
@@ -157,11 +156,11 @@ class Stop(BaseException):
 
 
 class Signals:
-    """SIGTERM and SIGINT, in the ``with`` block, raise Stop: at once, or, after ``defer``, at the
-    next ``check``.
+    """SIGTERM, SIGINT and, but for nohup, SIGHUP, in the ``with`` block, raise Stop: at once, or,
+    after ``defer``, at the next ``check``.
 
-    When one has come, a second Ctrl-C ends the process on the spot; a second SIGTERM does not cut
-    off what the first began.
+    When one has come, a second Ctrl-C ends the process on the spot; a second of the others does
+    not cut off what the first began.
     """
 
     def __init__(self):
@@ -169,10 +168,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {
-                signum: signal.signal(signum, self._on_signal)
-                for signum in (signal.SIGTERM, signal.SIGINT)
-            }
+            kinds = [signal.SIGTERM, signal.SIGINT]
+            kinds += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)
+            self.before = {signum: signal.signal(signum, self._on_signal) for signum in kinds}
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -196,8 +194,9 @@ class Signals:
                 os.write(1, text.encode())
             worker.Shutdown.begin(GRACE)
         self.signum = signum
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.deferred else signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for other in self.before:
+            wait = self.deferred and other != signal.SIGINT
+            signal.signal(other, signal.SIG_IGN if wait else signal.SIG_DFL)
         if not self.deferred:
             raise Stop(signum)
 
@@ -362,37 +361,11 @@ def main(argv: list[str]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         members = any(word.startswith(("--seeds", "--population")) for word in argv)
         status = 2 if isinstance(error, WRONG_PLACE) else 1
-        message = resource(error, ", or fewer seeds at a time" if members else "")
+        message = process.resource(error, ", or fewer seeds at a time" if members else "")
         if not message:
             raise
     print(f"error: {message}", file=sys.stderr)
     return status
-
-
-def resource(error: Exception, also: str = "") -> str:
-    """What ran out, and which keys ask for less of it, ``also`` what else would; "" where that was
-    no disk and no memory.
-    """
-    cause = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        what = (
-            f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
-            f"replay.length or imag.starts{also}"
-        )
-    elif (
-        isinstance(error, MemoryError)
-        or getattr(error, "errno", 0) == errno.ENOMEM
-        or "allocate memory" in cause
-    ):
-        less = f"replay.capacity or replay.store disk, replay.batch, env.count{also}"
-        what = f"the memory is full ({cause}): ask for less with {less}"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"the disk is full, or what the output goes to ({error})"
-    elif isinstance(error, OSError):
-        return f"a file cannot be used ({error}): move it away, or choose another --logdir"
-    else:
-        return ""
-    return f"{what}; the last checkpoint is whole, and the same command continues from it"
 
 
 if __name__ == "__main__":

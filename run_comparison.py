@@ -23,11 +23,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from hidreamer import app
+
+if __name__ == "__main__":
+    app.plain_interrupts()
+
 from rich.console import Console
 
 import tools
 from envs import EnvError
-from hidreamer import app
 from hidreamer.provenance import note_start, provenance
 from tools import Config, ConfigError
 
@@ -352,9 +356,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a full disk, a folder that is not ours, a cluster that is silent
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":
+    app.plain_warnings()
     sys.exit(app.run(main))

@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 import models
 import tools
-from hidreamer import checkpoint
+from hidreamer import app, checkpoint
 from hidreamer.dynamics import TYPES
 
 OBS = {
@@ -88,4 +88,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(app.run(lambda argv: main()))

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,23 @@ def main(argv: Sequence[str]) -> int:
     try:
         if args.out:  # before episodes are played for nothing
             args.out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.out.parent):
+                pass
+    except OSError as error:
+        print(f"error: --out cannot be written ({error}): name another file", file=sys.stderr)
+        return 1
+    try:
         found = evaluate(agent, episodes=args.episodes, seed=args.seed, sampled=args.sampled)
         print(evaluation.line(found))
         if args.out:
             text = json.dumps(found, indent=1) + "\n"
-            replace_file(args.out, functools.partial(Path.write_text, data=text))
+            try:
+                replace_file(args.out, functools.partial(Path.write_text, data=text))
+            except OSError as error:  # what was played for is not lost
+                print(json.dumps(found))
+                text = f"--out cannot be written ({error}): its content is above"
+                print(f"error: {text}", file=sys.stderr)
+                return 1
             print(args.out)
         else:
             print(json.dumps(found))

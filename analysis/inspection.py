@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
                 " the page without them"
             )
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         episodes = loading.collect(subjects, args.episodes, args.longest)
         analyse(subjects, episodes, args, folder)
     except (ConfigError, CheckpointError, EnvError) as error:

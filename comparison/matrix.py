@@ -96,19 +96,34 @@ class Matrix:
             if job.finished():
                 self._enter(job, "done")
         with self._listening(), self._screen():
-            while any(job.state in ("waiting", "running") for job in self.jobs):
-                self._on_signal()
-                self._collect()
-                self._start()
-                self._look()
-                time.sleep(0.1)
+            try:
+                while any(job.state in ("waiting", "running") for job in self.jobs):
+                    self._on_signal()
+                    self._collect()
+                    self._start()
+                    self._look()
+                    time.sleep(0.1)
+            except BaseException:  # a job that cannot be started, a reader that left
+                self._stop()
+                raise
         return self.signum
+
+    def _stop(self) -> None:
+        """Have no job outlive the matrix: each saves, and ends."""
+        left = [job.handle for job in self.jobs if job.state == "running" and job.handle]
+        for handle in left:
+            handle.stop(signal.SIGTERM)
+        while any(handle.poll() is None for handle in left):
+            time.sleep(0.1)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted and passed on by the loop."""
+        """SIGINT, SIGTERM and SIGHUP are noted and passed on by the loop."""
         note = lambda signum, frame: self.signals.append(signum)
-        old = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not with nohup
+            kinds.append(signal.SIGHUP)
+        old = {signum: signal.signal(signum, note) for signum in kinds}
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ the top of site-packages (docs/decisions/014-installed.md).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -143,8 +144,37 @@ def activation() -> str:
 
 
 def plain_warnings() -> None:
-    """Warnings of this process are one line each."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    """Warnings of this process are one line each, and none where nobody reads them."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        with contextlib.suppress(OSError):  # a reader that left, a full disk: no reason to stop
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def plain_interrupts() -> None:
+    """Ctrl-C where nothing waits for it, as while modules are loaded, is one line."""
+
+    def show(kind: type[BaseException], *rest: object) -> None:
+        if kind is KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, *rest)
+
+    sys.excepthook = show
+
+
+def safe_streams() -> None:
+    """Have standard streams that take all text and that no other file stands in for."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: the next file would have its number, and what is printed in it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":  # an encoding may lack what a path has
+            stream.reconfigure(errors="backslashreplace")
 
 
 def python_path() -> str:
@@ -158,8 +188,10 @@ def python_path() -> str:
 
 def run(main: Callable[[list[str]], int]) -> int:
     """-> exit status of ``main``, given the arguments; 1 if its reader left, as with ``--help |
-    head``.
+    head``; 130 after Ctrl-C.
     """
+    safe_streams()
+    plain_interrupts()
     try:
         status = main(sys.argv[1:])
         if sys.stdout is not None:  # started with it closed
@@ -171,9 +203,14 @@ def run(main: Callable[[list[str]], int]) -> int:
         print(f"error: the output cannot be written ({error})", file=sys.stderr)
         hide_stdout()
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return status
 
 
 def hide_stdout() -> None:
     """Drop what is still buffered for a reader that left, and all that follows."""
+    if sys.stdout is None:
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

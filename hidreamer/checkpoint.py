@@ -5,6 +5,7 @@ a time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -24,6 +25,8 @@ import torch
 FORMAT = 1  # of checkpoints; a reader refuses those with a higher number
 # of a damaged .npz
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# of a file that may be whole: what this process lacks to read it
+LACKING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class FolderError(Exception):
@@ -32,6 +35,10 @@ class FolderError(Exception):
 
 class CheckpointError(FolderError):
     """One line: which checkpoint cannot be read, and why."""
+
+
+class UnreadError(CheckpointError):
+    """The same of one that may be whole: no other is to be taken for it, nor is it to be moved."""
 
 
 # ---------------------------------------------------------------- plain values
@@ -130,7 +137,8 @@ def load_checkpoint(
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+        kind = UnreadError if error.errno in LACKING else CheckpointError
+        raise kind(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except pickle.UnpicklingError:
         reason = "holds more than tensors and plain values, so that reading it could run code"
         raise CheckpointError(f"{path} is no checkpoint of this program: it {reason}") from None
@@ -139,6 +147,8 @@ def load_checkpoint(
             f"{path} is damaged, copied in part, or no checkpoint at all"
         ) from None
     except Exception as error:  # whatever else a damaged file makes zipfile and torch raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UnreadError(f"cannot read the checkpoint {path}: the memory is full") from None
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({type(error).__name__})"
         ) from None
@@ -176,7 +186,7 @@ def find_checkpoint(
     lines about others.
 
     None where there is no checkpoint. Raises CheckpointError where there are some, and none of
-    them is whole.
+    them is whole, or the newest may be and cannot be read.
     """
     problems = []
     for path in (folder / "latest.pt", folder / "previous.pt"):
@@ -185,6 +195,8 @@ def find_checkpoint(
         try:
             state = load_checkpoint(path, {**fields, "running_file": str})
             rows = read_rows(folder / str(state["running_file"]), path)
+        except UnreadError:
+            raise
         except CheckpointError as error:
             problems.append((path, str(error)))
             continue
@@ -212,7 +224,10 @@ def read_rows(path: Path, owner: Path) -> Rows:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, MemoryError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", 0) in LACKING:
+            reason = getattr(error, "strerror", None) or "the memory is full"
+            raise UnreadError(f"cannot read {path}, a part of {owner}: {reason}") from None
         how = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise CheckpointError(f"{owner} cannot be used: its part {path.name} is {how}") from None
 
@@ -267,7 +282,8 @@ def locked(logdir: Path) -> Iterator[None]:
                 f"{logdir} cannot be the folder of a run ({error.strerror}: "
                 f"{error.filename or logdir})"
             )
-            raise FolderError(f"{message}: choose another --logdir") from None
+            room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise FolderError(f"{message}: {room}choose another --logdir") from None
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hidreamer import memory
+from hidreamer.checkpoint import LACKING
 from hidreamer.replay import Replay, Rows, Spec, Stream, record, rows_to_come
 
 OURS = re.compile(r"(\d{7,})-\d{2,}-(\d+)\.npz")  # COUNT-STREAM-ROWS
@@ -320,7 +321,7 @@ def load_episode(
     the first ``is_first``, also of a part of an episode (but where it was not, ``as_saved``).
 
     With ``spec`` they are those of a replay, see ``fit``; without, all that the file has. Raises
-    EpisodeError.
+    EpisodeError, and OSError for a file that may be whole (``checkpoint.LACKING``).
     """
     if path.exists() and not path.is_file():
         raise EpisodeError("it cannot be read (no file)")  # opening a pipe would wait for ever
@@ -335,6 +336,8 @@ def load_episode(
     except MemoryError:
         raise
     except OSError as error:
+        if error.errno in LACKING:
+            raise
         raise EpisodeError(
             f"it cannot be read ({error.strerror or 'no whole npz archive'})"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import errno
 import json
 import math
 import os
@@ -304,6 +305,18 @@ class Rates:
         return (frames - f) / took, (updates - u) / took
 
 
+class Terminal(Console):
+    """One that is gone, as after a lost connection, is to its program what a closed pipe is."""
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError as problem:
+            if problem.errno != errno.EIO:
+                raise
+            self.on_broken_pipe()
+
+
 class Screen:
     """A live bar on a terminal; elsewhere a line a minute, and the last one when the ``with``
     block ends.
@@ -314,7 +327,7 @@ class Screen:
     TEXT = "{task.fields[rates]} {task.fields[losses]} return {task.fields[score]} left"
 
     def __init__(self, total: int, text: str = TEXT):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, soft_wrap=True)
         self.total, self.shown, self.rates = total, time.monotonic(), Rates()
         # not shown yet
         self.latest: tuple[int, int, Mapping[str, float], float | None] | None = None

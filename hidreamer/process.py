@@ -1,8 +1,9 @@
-"""How a training process uses its machine: memory that it keeps, threads."""
+"""How a training process uses its machine: memory that it keeps, threads, what ran out."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 from typing import Any
@@ -13,6 +14,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt(3)
 GROWTH = 2**28  # bytes by which the heap grows at least
 SMALL = 10_000_000  # parameters of an agent that one thread is enough for
 AVAILABLE = torch.get_num_threads()  # before any run of this process chose
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOVE = "move it away, or choose another --logdir"
+REMEDIES = dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more with ulimit -n")
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM), "allow that, or choose another --logdir")
 
 
 def keep_freed_memory() -> None:
@@ -41,3 +46,29 @@ def pick_threads(agent: Any, threads: int) -> int:
     images = agent.world_model.encoder.kinds["image"]
     small = sum(x.numel() for x in agent.parameters()) < SMALL
     return 1 if small and not images else AVAILABLE
+
+
+def resource(error: Exception, also: str = "") -> str:
+    """What ran out, and which keys ask for less of it, ``also`` what else would; "" where that was
+    no disk and no memory.
+    """
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        what = (
+            f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
+            f"replay.length or imag.starts{also}"
+        )
+    elif (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", 0) == errno.ENOMEM
+        or "allocate memory" in cause
+    ):
+        less = f"replay.capacity or replay.store disk, replay.batch, env.count{also}"
+        what = f"the memory is full ({cause}): ask for less with {less}"
+    elif isinstance(error, OSError) and error.errno in FULL:
+        what = f"the disk is full, or what the output goes to, or a limit is reached ({error})"
+    elif isinstance(error, OSError):
+        return f"a file cannot be used ({error}): {REMEDIES.get(error.errno, MOVE)}"
+    else:
+        return ""
+    return f"{what}; the last checkpoint is whole, and the same command continues from it"

@@ -21,6 +21,7 @@ import legacy
 import models
 import networks
 import tools
+from hidreamer import app
 from hidreamer import distributions as dists
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.dynamics.base import kl_losses
@@ -143,4 +144,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(app.run(main))

@@ -26,7 +26,7 @@ from envs import env_for_spaces
 from envs.base import one_line
 from hidreamer import app
 from hidreamer.app import HUB
-from hidreamer.checkpoint import CheckpointError, FolderError, load_checkpoint
+from hidreamer.checkpoint import CheckpointError, FolderError, UnreadError, load_checkpoint
 from hidreamer.provenance import STARTS
 from tools import Config, ConfigError
 
@@ -113,7 +113,8 @@ def read_run(folder: Path, checkpoints: list[Path]) -> Source:
 
 def newest(checkpoints: Sequence[Path]) -> dict[str, Any]:
     """The state in the first of ``checkpoints`` that is whole; one warning says which were not.
-    Raises CheckpointError, about the first, where none is.
+    Raises CheckpointError, about the first, where none is, or about one that may be whole and
+    cannot be read.
     """
     problems: list[CheckpointError] = []
     for path in checkpoints:
@@ -121,6 +122,8 @@ def newest(checkpoints: Sequence[Path]) -> dict[str, Any]:
             state = load_checkpoint(path, {"agent": dict, "step": int})
             if "params" not in state["agent"]:
                 raise CheckpointError(f"{path} is no checkpoint of a run: it has no parameters")
+        except UnreadError:
+            raise
         except CheckpointError as error:
             problems.append(error)
             continue

@@ -16,11 +16,16 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from hidreamer import app
+
+if __name__ == "__main__":
+    app.plain_interrupts()
+
 import models
 import tools
-from dreamer import Signals, Stop, resource
+from dreamer import Signals, Stop
 from envs import EnvError
-from hidreamer import app
+from hidreamer import process
 from hidreamer.checkpoint import FolderError
 from tools import ConfigError
 from training import Failure
@@ -128,7 +133,7 @@ def guarded(work: Callable[[Signals], int]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        status, message = 1, resource(error)
+        status, message = 1, process.resource(error)
         if not message:
             raise
     print(f"error: {message}", file=sys.stderr)

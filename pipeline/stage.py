@@ -150,6 +150,8 @@ class Runner:
             return None
         try:
             state = checkpoint.load_checkpoint(path, FIELDS)
+        except checkpoint.UnreadError:
+            raise
         except checkpoint.CheckpointError as error:
             try:
                 state = checkpoint.load_checkpoint(folder / "previous.pt", FIELDS)

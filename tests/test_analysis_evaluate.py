@@ -109,3 +109,23 @@ def test_a_command_says_at_once_what_is_wrong(module, tmp_path):
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     if module != "pipeline":
         assert not any(line.endswith("| torch") for line in done.stderr.splitlines())
+
+
+def test_what_cannot_be_written_is_said_before_and_printed_after(
+    trained, tmp_path, capsys, monkeypatch
+):
+    out, words = tmp_path / "scores.json", [str(trained("rssm", "vector")), "--episodes", "1"]
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hidreamer.checkpoint.replace_file", full)
+        assert evaluate.main([*words, "--out", str(out)]) == 1
+        printed, err = capsys.readouterr()
+        assert len(json.loads(printed.splitlines()[-1])["returns"]) == 1
+        assert "--out" in err and err.count("\n") == 1
+    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(evaluate, "evaluate", None)  # nothing is played
+    assert evaluate.main([*words, "--out", str(out)]) == 1
+    one_line(capsys, "--out", "name another")

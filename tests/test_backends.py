@@ -112,6 +112,24 @@ def test_a_signal_that_comes_while_a_command_starts_is_not_lost(tmp_path, monkey
     assert process.run() == -signal.SIGTERM and not process.signals
 
 
+def test_no_job_outlives_a_matrix_that_breaks_off(make, tmp_path):
+    tidy = 'trap "touch tidied; exit 143" TERM; touch started; while :; do sleep 0.1; done'
+    first, second = job(tmp_path / "first", tidy), job(tmp_path / "file" / "second", "true")
+    (tmp_path / "file").write_text("no folder can be below")
+    backend = make("local")
+    start, backend.slots = backend.start, 2
+
+    def once_the_first_runs(job):
+        if job is second:
+            wait_for(first.folder / "started")
+        return start(job)
+
+    backend.start = once_the_first_runs
+    with pytest.raises(NotADirectoryError):
+        Matrix([first, second], backend, Console(file=io.StringIO())).run()
+    assert (first.folder / "tidied").exists() and first.handle.poll() == 143
+
+
 def test_a_run_that_ends_well_but_early_has_failed(make, tmp_path):
     liar = job(tmp_path / "liar", "true")
     assert Matrix([liar], make("local"), Console(file=io.StringIO())).run() == 0
