@@ -41,8 +41,9 @@ from hidreamer.provenance import provenance
 from hidreamer.replay import Replay, row_spec
 from hidreamer.spaces import random_rows
 
-KEYS: dict[str, dict[str, float]] = {
+KEYS: dict[str, dict[str, float | str]] = {
     **ARMS,
+    "bfloat16": {"precision": "bfloat16"},
     "replay_loss": {"critic.replay_loss": 0.3},
     "replay_grad": {"critic.replay_loss": 0.3, "critic.replay_grad": True},
     "probe": {**ARMS["barlow"], "decoder.probe": True},

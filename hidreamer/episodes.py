@@ -338,9 +338,8 @@ def load_episode(
     except OSError as error:
         if error.errno in LACKING:
             raise
-        raise EpisodeError(
-            f"it cannot be read ({error.strerror or 'no whole npz archive'})"
-        ) from None
+        reason = error.strerror or "no whole npz archive"
+        raise EpisodeError(f"it cannot be read ({reason})") from None
     except Exception:  # whatever a damaged or foreign file makes numpy and zipfile raise
         raise EpisodeError("it is damaged: no whole npz archive of arrays") from None
     for key in ("action", "reward"):
