@@ -84,6 +84,20 @@ def test_a_comparison_names_the_commits_and_machines_of_its_runs():
     assert results_page.of_runs(content)[::2] == ("09667271a84c+changes", "a laptop")
 
 
+def test_an_interval_that_holds_the_baseline_shows_nothing(tmp_path):
+    """Of two seeds below the baseline, and of one; the t interval of (0.1, 0.3) is 0.2 +- 1.27."""
+
+    def verdict(*errors):
+        runs = {str(i): {"open loop 15, moving": x} for i, x in enumerate(errors)}
+        for run in runs.values():
+            run["open loop 15, moving, copy"] = 0.4
+        (row,) = results_page.world_models(tmp_path, "x.json", {"rows": {"gru": runs}})
+        return row.shown
+
+    assert verdict(0.1, 0.3) == verdict(0.1) == "open"
+    assert verdict(0.1, 0.11) == "yes" and verdict(0.1, 0.5) == "no"
+
+
 def test_claims_that_lead_nowhere_are_one_line():
     entry = {"file": "results/demo/demo.json", "claim": "x", "seeds": "0", "shown": "no"}
     for fault, says in {
