@@ -110,8 +110,11 @@ def play_toy(kind, folder):
     ][-1]
 
 
+KINDS = ["rssm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hrssm", "hrvq"))]
+
+
 @pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
-@pytest.mark.parametrize("kind", ["rssm", "hrvq", pytest.param("hrssm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_toy_task_is_learned(kind, tmp_path):
     """Answer the cue that is shown, one of four: from 5 of 20 at random to 18 and more."""
     random, learned = play_toy(kind, tmp_path)
@@ -119,9 +122,7 @@ def test_a_toy_task_is_learned(kind, tmp_path):
 
 
 @pytest.mark.timeout(3600)  # half a minute of CPU; the clock says more where others compute, too
-@pytest.mark.parametrize(
-    "kind", ["rssm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hrssm", "hrvq"))]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_toy_task_is_not_learned_from_shuffled_rewards(kind, tmp_path, monkeypatch):
     """The same run, but for the order in which a batch's rewards come:
     two of four cues may be answered by luck.
