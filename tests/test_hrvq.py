@@ -568,6 +568,17 @@ def test_wrong_codes_reach_the_priors_alone(variant):
     assert not torch.allclose(plain.levels[1].prior, wrong.levels[1].prior)
 
 
+def test_an_action_weighs_in_its_token_beside_the_codes():
+    """A dream obeys its actions early in training only if they are not lost beside the state."""
+    dynamics = build(memory="stacked", code_dim=32)
+    stoch = dynamics._stoch(torch.randn(500, dynamics.levels * dynamics.level_dims[0]).double())
+    actions = torch.eye(dynamics.act_dim).double()
+    zero = torch.zeros_like(actions), torch.zeros_like(stoch)
+    of_action = dynamics._action_token(actions, zero[1][: len(actions)]).std(0).mean()
+    of_codes = dynamics._action_token(zero[0][:1].expand(len(stoch), -1), stoch).std(0).mean()
+    assert of_action > 0.2 * of_codes
+
+
 def test_what_a_finer_level_codes():
     """By hand, of one group: z, then z without the first code or without the expected one."""
     dynamics = build(levels=2, groups=1)
