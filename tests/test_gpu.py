@@ -279,7 +279,8 @@ def test_items_run_on_a_cpu_without_any_extra(every, tmp_path):
     assert done.returncode == 0, errors.read_text() if errors.exists() else done.stderr
     lines = [json.loads(x) for x in (tmp_path / "out" / "lines.jsonl").read_text().splitlines()]
     found = {line["item"]: line for line in lines}
-    assert set(found) == {"machine", *names} and len(lines) == len(found) > (30 if every else 5)
+    assert {"machine", *names} <= set(found) and len(lines) == len(found) > (30 if every else 5)
+    assert not every or set(found) == {"machine", *names}
     table = done.stdout[done.stdout.rindex("\nmachine ") :]
     assert all(name in table for name in found)
     assert found["training"]["updates_per_s"] > 0
