@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from envs import EnvError
     from hidreamer import evaluation
-    from hidreamer.checkpoint import FolderError, replace_file
+    from hidreamer.checkpoint import FolderError, replace_file, writable_folder
     from library.agent import load
     from tools import ConfigError
 
@@ -111,9 +110,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         if args.out:  # before episodes are played for nothing
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.out.parent):
-                pass
+            writable_folder(args.out.parent)
     except OSError as error:
         print(f"error: --out cannot be written ({error}): name another file", file=sys.stderr)
         return 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from analysis import (
 )
 from comparison import runs
 from envs import EnvError, make_env
-from hidreamer.checkpoint import CheckpointError
+from hidreamer.checkpoint import CheckpointError, writable_folder
 from hidreamer.provenance import provenance
 from tools import ConfigError
 
@@ -38,9 +37,7 @@ def run(args: argparse.Namespace) -> int:
                 f"task {subjects[0].config.task} has no named factors to look for: --pictures makes"
                 " the page without them"
             )
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        writable_folder(folder)
         episodes = loading.collect(subjects, args.episodes, args.longest)
         analyse(subjects, episodes, args, folder)
     except (ConfigError, CheckpointError, EnvError) as error:

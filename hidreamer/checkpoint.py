@@ -12,6 +12,7 @@ import os
 import pickle
 import socket
 import struct
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -67,6 +68,16 @@ def arrays(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- writing
+
+
+def writable_folder(folder: Path) -> None:
+    """Make ``folder``, and a file in it that is gone at once: before work that would be lost.
+
+    Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def replace_file(path: Path, write: Callable[[Path], Any], keep: Path | None = None) -> None:
