@@ -7,6 +7,7 @@ plays the interrupted one again. ``LOGDIR/collect/GAME`` is like the folder of a
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -191,7 +192,8 @@ class Collect(Stage):
         if folder := config.pipeline.collect.to_minari:
             from pipeline import minari
 
-            for line in minari.write(tools.user_path(folder), data.load_all(root, config)):
+            load = functools.partial(data.load, root, config)
+            for line in minari.write(tools.user_path(folder), config.pipeline.games, load):
                 report(line)
 
     def close(self) -> None:

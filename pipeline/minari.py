@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,9 @@ def refuse_existing(folder: Path, games: list[str]) -> None:
             )
 
 
-def write(folder: Path, recordings: list[Recording]) -> list[str]:
-    """A data set FOLDER/GAME of every game that has none there. -> lines about them.
+def write(folder: Path, games: list[str], load: Callable[[str], Recording]) -> list[str]:
+    """A data set FOLDER/GAME of every game that has none there, from what ``load`` has of it. ->
+    lines about them.
 
     Raises ConfigError.
     """
@@ -135,12 +137,12 @@ def write(folder: Path, recordings: list[Recording]) -> list[str]:
     from minari.data_collector import EpisodeBuffer
 
     lines = []
-    for recording in recordings:
-        target = folder / recording.game
+    for game in games:
+        target = folder / game
         if target.exists():
             lines.append(f"Minari data set {target} is there already and left as it is")
             continue
-        buffers = []
+        recording, buffers = load(game), []
         bounds = [*np.flatnonzero(recording.is_first), len(recording)]
         for i, (a, b) in enumerate(itertools.pairwise(bounds)):
             buffers.append(
