@@ -125,7 +125,7 @@ def test_what_cannot_be_written_is_said_before_and_printed_after(
         printed, err = capsys.readouterr()
         assert len(json.loads(printed.splitlines()[-1])["returns"]) == 1
         assert "--out" in err and err.count("\n") == 1
-    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr("hidreamer.checkpoint.tempfile.TemporaryFile", full)
     monkeypatch.setattr(evaluate, "evaluate", None)  # nothing is played
     assert evaluate.main([*words, "--out", str(out)]) == 1
     one_line(capsys, "--out", "name another")
