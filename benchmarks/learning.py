@@ -34,6 +34,7 @@ from hidreamer.replay import Addresses, Replay, Rows
 from hidreamer.spaces import random_action
 
 # name: presets, steps, and thresholds (of what figure, its least value).
+BALL = 1  # the plane of Breakout's ball
 TASKS = {
     "minatar": {
         "configs": ["minatar"],
@@ -169,14 +170,14 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
     out = {}
     grids = {"": model["grid"][:, -1], "_copy": truth["grid"][:, context - 1]}
     for name, grid in grids.items():
-        hits = ball_cell(grid) == ball_cell(truth["grid"][:, -1])
+        hits = likeliest_cell(grid, BALL) == likeliest_cell(truth["grid"][:, -1], BALL)
         out[f"ball_after_3{name}"] = float(hits[whole].float().mean())
     return out
 
 
-def ball_cell(grid: torch.Tensor) -> torch.Tensor:
-    """(N,): the likeliest cell of MinAtar Breakout's ball, plane 1 of (N, 10, 10, 4)."""
-    return grid[..., 1].flatten(1).argmax(-1)
+def likeliest_cell(grid: torch.Tensor, plane: int) -> torch.Tensor:
+    """(N,): where a plane of MinAtar's grids (N, 10, 10, planes), drawn or real, has its thing."""
+    return grid[..., plane].flatten(1).argmax(-1)
 
 
 def random_return(task: str, count: int = 300) -> float:

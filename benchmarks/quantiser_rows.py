@@ -50,6 +50,16 @@ MEMORIES = {
     "stacked, noise": {"hrvq.memory": "stacked", "hrvq.noise": 0.1},
     "noise": {"hrvq.noise": 0.1},
 }
+# The presets that the comparison uses, as differences from tiny_hidreamer_stacked.
+RECURRENT = {"hrvq.noise": 0.0, "hidden": 256}
+TINY: dict[str, dict[str, Any]] = {
+    "stacked": {},
+    "rssm": {"type": "rssm", "hidden": 256, "rssm.stoch": 12, "rssm.classes": 32},
+    "hrssm": {"type": "hrssm", "hidden": 224, "hrssm.stoch": [4, 8], "hrssm.classes": [32, 32]},
+    "interleaved": {"hrvq.memory": "interleaved", "hrvq.noise": 0.0, "hidden": 184},
+    "gru, memory seen": GRU | RECURRENT | {"hrvq.posterior_sees": "memory"},
+    "gru": GRU | RECURRENT,
+}
 
 
 class World(NamedTuple):
@@ -58,10 +68,18 @@ class World(NamedTuple):
     presets: list[str]
     settings: dict[str, Any]
     rows: dict[str, dict[str, Any]]
+    thing: tuple[str, int] | None = None  # the thing whose cell is judged, and its plane
 
 
 WORLDS = {
-    "minatar": World(["minatar"], THREE, ROWS | TWO | MEMORIES),
+    "minatar": World(["minatar"], THREE, ROWS | TWO | MEMORIES, ("ball", 1)),
+    # The cannon goes where actions send it: does a dream obey them?
+    "space_invaders": World(
+        ["minatar", "tiny_hidreamer_stacked"],
+        {"task": "minatar_space_invaders"},
+        TINY,
+        ("cannon", 0),
+    ),
     # Small objects want many updates rather than large ones: one sequence a batch.
     "pong": World(["demo_atari", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
 }
@@ -82,7 +100,7 @@ def row_settings(world: str, row: str) -> dict[str, Any]:
     if row in DREAMS:
         base, temperature = DREAMS[row]
         return row_settings(world, base) | {"hrvq.temperature": temperature}
-    presets, settings, rows = WORLDS[world]
+    presets, settings, rows, _ = WORLDS[world]
     values = {"type": "hrvq"} | rows[row]
     if row == "flat" or row.endswith("one level"):
         block = tools.load_config(presets, settings).dynamics.hrvq

@@ -27,7 +27,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import torch
-from learning import ball_cell
+from learning import likeliest_cell
 from measure import ROOT
 from quantiser_rows import DREAMS, WORLDS, make_config, spatial_note
 
@@ -49,8 +49,11 @@ PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at
 
 
 @torch.no_grad()
-def judge(trainer: offline.Trainer) -> dict[str, Any]:
-    """Figures on held-out chunks of whole length, per step; lists are by level, coarse to fine."""
+def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dict[str, Any]:
+    """Figures on held-out chunks of whole length, per step; lists are by level, coarse to fine.
+
+    thing: of whose cell is judged where it is dreamt, and its plane in the grid.
+    """
     length, model = trainer.config.replay.length, trainer.agent.world_model
     held = list(trainer.load(trainer.held_files).values())
     pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
@@ -77,10 +80,9 @@ def judge(trainer: offline.Trainer) -> dict[str, Any]:
             for name, what in (("", predicted), (", copy", last)):
                 moving = heldout.errors(what, truth, slice(at, at + 1))[1]
                 found[f"open loop {h}, moving{name}"] = moving
-            if trainer.config.task == "minatar_breakout":
-                for name, what in (("", predicted), (", copy", last)):
-                    hits = ball_cell(what["grid"][:, at]) == ball_cell(truth["grid"][:, at])
-                    found[f"ball {h}{name}"] = hits.float().mean().item()
+                if thing:
+                    cells = [likeliest_cell(x["grid"][:, at], thing[1]) for x in (what, truth)]
+                    found[f"{thing[0]} {h}{name}"] = (cells[0] == cells[1]).float().mean().item()
         for name, x in found.items():
             sums.setdefault(name, []).append(x)
         posts.append(post._replace(feat=None))
@@ -202,7 +204,8 @@ def cell(by_seed: dict[str, dict[str, Any]], name: str) -> str:
 
 
 SHOWN = {"reconstruction": "reconstruction (×10⁻³)", "moving": "moving (×10⁻³)"}
-SHOWN |= {f"ball {h}": f"ball, {h}" for h in HORIZONS}
+THINGS = [world.thing[0] for world in WORLDS.values() if world.thing]
+SHOWN |= {f"{thing} {h}": f"{thing}, {h}" for thing in THINGS for h in HORIZONS}
 SHOWN |= {f"open loop {h}, moving": f"open loop {h}, moving (×10⁻³)" for h in HORIZONS}
 SHOWN |= {
     "nats": "nats a step",
@@ -229,7 +232,7 @@ RAM_NOTE = (
 
 def figures(args: argparse.Namespace, rows: list[str], commit: str) -> Found:
     """Train, or continue where it stopped, and judge by the code of ``commit``."""
-    files = offline.find(args.episodes)
+    files, thing = offline.find(args.episodes), WORLDS[args.world].thing
     found: Found = {}
     for seed in map(str, args.seeds):
         for row in rows:
@@ -247,7 +250,7 @@ def figures(args: argparse.Namespace, rows: list[str], commit: str) -> Found:
             if kept.exists() and not commit.endswith("+changes"):
                 found.setdefault(row, {})[seed] = json.loads(kept.read_text())
             else:
-                found.setdefault(row, {})[seed] = judge(trainer) | memory(trainer)
+                found.setdefault(row, {})[seed] = judge(trainer, thing) | memory(trainer)
                 kept.write_text(json.dumps(found[row][seed]))
             rounded = {key: np.round(x, 4).tolist() for key, x in found[row][seed].items()}
             print(row, seed, rounded, flush=True)
@@ -256,7 +259,7 @@ def figures(args: argparse.Namespace, rows: list[str], commit: str) -> Found:
                     continue
                 dynamics = trainer.agent.world_model.dynamics
                 dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
-                found.setdefault(name, {})[seed] = judge(trainer)
+                found.setdefault(name, {})[seed] = judge(trainer, thing)
     first = found[rows[0]][str(args.seeds[0])]
     copied = {
         name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")
@@ -286,16 +289,14 @@ def judged(world: str, path: Path) -> dict[str, Any]:
 
 
 def page(world: str, found: Found, others: dict[str, str], files: list[Path]) -> str:
-    """Markdown of figures. ``others``: what was set, besides the latent state,
-    for agents whose returns are shown.
-    """
+    """Markdown of figures. others: what was set, besides the latent state, for agents' returns."""
     first = next(iter(found.values()))
     seeds = " / ".join(first)
     context = f"{CONTEXT} steps observed, then imagined with the real actions"
     first = next(iter(first.values()))
-    columns = dict(SHOWN)
-    if "ball 1" in first:  # where the ball's cell is known, errors of pixels are less telling
-        columns = {k: title for k, title in SHOWN.items() if not k.startswith("open loop")}
+    # where a thing's cell is known, errors of pixels are less telling
+    left_out = "open loop" if WORLDS[world].thing else "none"
+    columns = {key: title for key, title in SHOWN.items() if not key.startswith(left_out)}
     present = set()
     for by_seed in found.values():
         present = present.union(*by_seed.values())
