@@ -98,6 +98,19 @@ def test_frozen():
     assert config.actor.lr == 3e-5
 
 
+def test_the_file_is_parsed_once_and_no_config_can_tell(tmp_path, monkeypatch):
+    """Parsing takes most of what making a small agent takes."""
+    size = tools.load_config([], {}).env.size
+    size.append(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(tools, "YAML", None)
+        assert tools.load_config([], {}).env.size == size[:2]
+    text = tools.CONFIGS.read_text()
+    (tmp_path / "configs.yaml").write_text(text.replace("\n  steps: ", "\n  steps: 1"))
+    monkeypatch.setattr(tools, "CONFIGS", tmp_path / "configs.yaml")
+    assert str(tools.load_config([], {}).steps)[0] == "1"
+
+
 def test_round_trip_through_yaml():
     config = tools.load_config(["tiny_dreamerv3"], {"actor.lr": 1e-7})
     assert YAML(typ="safe").load(tools.dump_yaml(config.tree())) == config.tree()
