@@ -11,17 +11,21 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from test_vector import BOTH, gone, maker, pids, play
 
 import envs.worker
-from conftest import ROOT
 from envs import EnvError
 from envs.vector import Envs
+from hidreamer import app
 
+# Not conftest's: every process of an environment imports this file, and conftest imports torch.
+ROOT = Path(__file__).parent.parent
 NEVER = 1000  # seconds: far more than any test waits
 
 
@@ -450,25 +454,52 @@ MODULE = """
 """
 
 
-def command(tmp_path, fault, *words):
+# dreamer.py with another length of its patience: dreamer.GRACE.
+HURRIED = """
+    import sys
+    import dreamer
+    from hidreamer import app
+    dreamer.GRACE = 1.5
+    app.plain_warnings()
+    sys.exit(dreamer.main(sys.argv[1:]))
+"""
+
+
+def arguments(tmp_path, *words):
     (tmp_path / "faultyenv.py").write_text(textwrap.dedent(MODULE))
-    args = [
-        "--configs",
-        "gym",
-        "debug",
-        "--task",
-        "gym_faultyenv:Faulty-v0",
-        "--logdir",
-        str(tmp_path / "run"),
-    ]
+    args = ["--configs", "gym", "debug", "--task", "gym_faultyenv:Faulty-v0"]
+    return [*args, "--logdir", str(tmp_path / "run"), "--video", "false", *words]
+
+
+def command(tmp_path, fault, *words, program=("dreamer.py",)):
     return subprocess.Popen(
-        [sys.executable, "dreamer.py", *args, "--video", "false", *words],
+        [sys.executable, *program, *arguments(tmp_path, *words)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "FAULT": fault},
     )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """here("step error") -> exit status and standard error of the same command in this process."""
+    import dreamer
+
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(fault, *words):
+        monkeypatch.setenv("FAULT", fault)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", RuntimeWarning)
+            app.plain_warnings()
+            status = dreamer.main(arguments(tmp_path, *words))
+        return status, capsys.readouterr().err
+
+    yield run
+    sys.modules.pop("faultyenv", None)
+    gymnasium.registry.pop("Faulty-v0", None)
 
 
 @pytest.mark.parametrize(
@@ -500,11 +531,17 @@ def command(tmp_path, fault, *words):
         ),
     ],
 )
-def test_a_run_with_a_broken_environment_ends_with_one_line(tmp_path, fault, words, status, line):
-    run = command(tmp_path, fault, *words)
-    _, error = run.communicate(timeout=120)
+def test_a_run_with_a_broken_environment_ends_with_one_line(
+    tmp_path, fault, words, status, line, here
+):
+    if words[:1] == ["--env.parallel"]:  # once as a program
+        run = command(tmp_path, fault, *words)
+        _, error = run.communicate(timeout=120)
+        found = run.returncode
+    else:
+        found, error = here(fault, *words)
     *warned, last = error.splitlines()
-    assert run.returncode == status and last.startswith("error: ") and line in last, error
+    assert found == status and last.startswith("error: ") and line in last, error
     assert all(line.startswith("warning: environment 0 crashed and is replaced") for line in warned)
     if "hang" not in fault:
         assert "faultyenv.py" in (tmp_path / "run" / "env_errors.txt").read_text()
@@ -525,8 +562,12 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
 
 @pytest.mark.parametrize("parallel", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path, parallel):
-    """Not until env.timeout: who asks a job to end kills it soon after."""
-    run = command(tmp_path, "step hang", "--env.timeout", "300", "--env.parallel", parallel)
+    """Not until env.timeout: who asks a job to end kills it soon after. Here not ten seconds."""
+    import dreamer
+
+    assert dreamer.GRACE == 10.0
+    words = ["--env.timeout", "300", "--env.parallel", parallel]
+    run = command(tmp_path, "step hang", *words, program=["-c", textwrap.dedent(HURRIED)])
     while "hangs" not in (line := run.stdout.readline()):
         assert line, "it ended"
     time.sleep(0.5)
@@ -536,7 +577,7 @@ def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path,
     assert run.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 40
     assert "SIGTERM: ending after the running step; Ctrl-C ends at once\n" in out
     assert error.startswith(
-        "warning: environment 0 crashed and is replaced: no answer within 10 s of the signal"
+        "warning: environment 0 crashed and is replaced: no answer within 1.5 s of the signal"
     )
     assert error.count("\n") == 1
     assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
