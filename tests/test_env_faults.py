@@ -3,7 +3,6 @@ none stops a run without a line.
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -17,47 +16,15 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from test_vector import BOTH, gone, maker, pids, play
+from small_envs import faulty, maker, sleep, stuck
+from test_vector import BOTH, gone, pids, play
 
 import envs.worker
 from envs import EnvError
 from envs.vector import Envs
 from hidreamer import app
 
-# Not conftest's: every process of an environment imports this file, and conftest imports torch.
 ROOT = Path(__file__).parent.parent
-NEVER = 1000  # seconds: far more than any test waits
-
-
-def faulty(method, fault, restarts=1, after=0, index=0):
-    """`make` of dummies of which number `index` breaks: its `method` calls `fault` first,
-    from the call `after` on.
-    """
-
-    class Faulty:
-        def __init__(self, number, restart):
-            self.env, self.calls = maker("dummy_vector")(number, restart), 0
-            self.broken = number == index and restart < restarts
-            if self.broken and method == "construct":
-                fault()
-
-        def __getattr__(self, name):
-            if name != method or not self.broken:
-                return getattr(self.env, name)
-            self.calls += 1
-            return getattr(self.env, name) if self.calls <= after else fault
-
-    return Faulty
-
-
-def sleep(*_):
-    while True:
-        with contextlib.suppress(Exception):  # as one that waits for a server
-            time.sleep(NEVER)
-
-
-def stuck(*_):
-    ctypes.PyDLL(None).sleep(NEVER)  # in C, and no other thread of Python may run
 
 
 def impatient(envs, seconds=0.5):
@@ -384,7 +351,7 @@ def test_answers_that_cannot_travel_are_crashes():
 HUNG = """
     import sys
     sys.path.insert(0, {tests!r})
-    from test_env_faults import faulty, sleep, stuck
+    from small_envs import faulty, sleep, stuck
     from envs.vector import Envs
     envs = Envs(faulty("step", {fault}, after=1), 2, True)
     envs.step(None)
