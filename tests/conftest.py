@@ -147,7 +147,25 @@ LONG = (
     "other_device_programs",
     "installed",
 )
+LONG += tuple(name for name in NEED_COMPARE if name.startswith("pipeline"))
 LONG += ("env_faults", "backends", "export", "scores", "report", "write_back", "demo", "cli")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """``--dist loadfile``, but all files of the pipeline go to one process, which makes ``acting``
+    and what that is made of once.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "pipeline" if Path(file).name.startswith("test_pipeline") else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """Every preset builds, every key is read, and a wrong argument is one clear line."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from ruamel.yaml import YAML
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import optimizer
 
 import models
 import tools
@@ -98,6 +99,19 @@ def test_frozen():
     assert config.actor.lr == 3e-5
 
 
+def test_the_file_is_parsed_once_and_no_config_can_tell(tmp_path, monkeypatch):
+    """Parsing takes most of what making a small agent takes."""
+    size = tools.load_config([], {}).env.size
+    size.append(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(tools, "YAML", None)
+        assert tools.load_config([], {}).env.size == size[:2]
+    text = tools.CONFIGS.read_text()
+    (tmp_path / "configs.yaml").write_text(text.replace("\n  steps: ", "\n  steps: 1"))
+    monkeypatch.setattr(tools, "CONFIGS", tmp_path / "configs.yaml")
+    assert str(tools.load_config([], {}).steps)[0] == "1"
+
+
 def test_round_trip_through_yaml():
     config = tools.load_config(["tiny_dreamerv3"], {"actor.lr": 1e-7})
     assert YAML(typ="safe").load(tools.dump_yaml(config.tree())) == config.tree()
@@ -166,13 +180,26 @@ def networks():
     return found
 
 
+@pytest.fixture
+def meta(monkeypatch):
+    """The device, with what torch has not told of it: no autocast there, but fused optimisers.
+
+    With ``FakeTensorMode``, which needs neither, an update takes twice as long.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    known = optimizer._get_fused_kernels_supported_devices()
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [*known, "meta"])
+    return torch.device("meta")
+
+
 @pytest.mark.parametrize(
     ("suite", "names"), [(suite, names) for (_, suite), names in networks().items()], ids=str
 )
-def test_every_preset_trains_with_every_latent_state(suite, names):
+def test_every_preset_trains_with_every_latent_state(suite, names, meta):
     """Built, and updated once, at its own widths.
 
-    Tensors are fake (shapes without numbers): no memory, little time.
+    Tensors are on the device "meta" (shapes without numbers): no memory, little time.
     """
     preset, kind = names[0]
     small = {
@@ -189,18 +216,13 @@ def test_every_preset_trains_with_every_latent_state(suite, names):
     if "image" in obs_space:  # of the preset's size
         obs_space = {"image": spaces.Box(0, 255, (*config.env["size"], 3), np.uint8)}
     rows = random_rows(obs_space, act_space, 2, 2)
-    with torch.device("meta"):
+    with meta:
         agent = models.Agent(obs_space, act_space, rows["prev_action"].shape[-1], config)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        agent.to_empty(device="cpu")
         agent.make_optimizers()
-        batch = {key: mode.from_tensor(torch.from_numpy(x)) for key, x in rows.items()}
-        metrics = agent.update(batch)
+        metrics = agent.update({key: torch.from_numpy(x).to(meta) for key, x in rows.items()})
     assert metrics.shape == (len(agent.metric_names),)
-    for optimizer in agent.optimizers.values():
-        assert optimizer.state_dict().keys() == optimizer.params.keys(), (
-            "every parameter has moments"
-        )
+    for one in agent.optimizers.values():
+        assert one.state_dict().keys() == one.params.keys(), "every parameter has moments"
 
 
 def test_heads_that_do_not_divide_the_width_are_told_with_both_keys():

@@ -3,7 +3,6 @@ none stops a run without a line.
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -11,49 +10,21 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
-from test_vector import BOTH, gone, maker, pids, play
+from small_envs import faulty, maker, sleep, stuck
+from test_vector import BOTH, gone, pids, play
 
 import envs.worker
-from conftest import ROOT
 from envs import EnvError
 from envs.vector import Envs
+from hidreamer import app
 
-NEVER = 1000  # seconds: far more than any test waits
-
-
-def faulty(method, fault, restarts=1, after=0, index=0):
-    """`make` of dummies of which number `index` breaks: its `method` calls `fault` first,
-    from the call `after` on.
-    """
-
-    class Faulty:
-        def __init__(self, number, restart):
-            self.env, self.calls = maker("dummy_vector")(number, restart), 0
-            self.broken = number == index and restart < restarts
-            if self.broken and method == "construct":
-                fault()
-
-        def __getattr__(self, name):
-            if name != method or not self.broken:
-                return getattr(self.env, name)
-            self.calls += 1
-            return getattr(self.env, name) if self.calls <= after else fault
-
-    return Faulty
-
-
-def sleep(*_):
-    while True:
-        with contextlib.suppress(Exception):  # as one that waits for a server
-            time.sleep(NEVER)
-
-
-def stuck(*_):
-    ctypes.PyDLL(None).sleep(NEVER)  # in C, and no other thread of Python may run
+ROOT = Path(__file__).parent.parent
 
 
 def impatient(envs, seconds=0.5):
@@ -380,7 +351,7 @@ def test_answers_that_cannot_travel_are_crashes():
 HUNG = """
     import sys
     sys.path.insert(0, {tests!r})
-    from test_env_faults import faulty, sleep, stuck
+    from small_envs import faulty, sleep, stuck
     from envs.vector import Envs
     envs = Envs(faulty("step", {fault}, after=1), 2, True)
     envs.step(None)
@@ -450,25 +421,52 @@ MODULE = """
 """
 
 
-def command(tmp_path, fault, *words):
+# dreamer.py with another length of its patience: dreamer.GRACE.
+HURRIED = """
+    import sys
+    import dreamer
+    from hidreamer import app
+    dreamer.GRACE = 1.5
+    app.plain_warnings()
+    sys.exit(dreamer.main(sys.argv[1:]))
+"""
+
+
+def arguments(tmp_path, *words):
     (tmp_path / "faultyenv.py").write_text(textwrap.dedent(MODULE))
-    args = [
-        "--configs",
-        "gym",
-        "debug",
-        "--task",
-        "gym_faultyenv:Faulty-v0",
-        "--logdir",
-        str(tmp_path / "run"),
-    ]
+    args = ["--configs", "gym", "debug", "--task", "gym_faultyenv:Faulty-v0"]
+    return [*args, "--logdir", str(tmp_path / "run"), "--video", "false", *words]
+
+
+def command(tmp_path, fault, *words, program=("dreamer.py",)):
     return subprocess.Popen(
-        [sys.executable, "dreamer.py", *args, "--video", "false", *words],
+        [sys.executable, *program, *arguments(tmp_path, *words)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "FAULT": fault},
     )
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """here("step error") -> exit status and standard error of the same command in this process."""
+    import dreamer
+
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(fault, *words):
+        monkeypatch.setenv("FAULT", fault)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", RuntimeWarning)
+            app.plain_warnings()
+            status = dreamer.main(arguments(tmp_path, *words))
+        return status, capsys.readouterr().err
+
+    yield run
+    sys.modules.pop("faultyenv", None)
+    gymnasium.registry.pop("Faulty-v0", None)
 
 
 @pytest.mark.parametrize(
@@ -500,11 +498,17 @@ def command(tmp_path, fault, *words):
         ),
     ],
 )
-def test_a_run_with_a_broken_environment_ends_with_one_line(tmp_path, fault, words, status, line):
-    run = command(tmp_path, fault, *words)
-    _, error = run.communicate(timeout=120)
+def test_a_run_with_a_broken_environment_ends_with_one_line(
+    tmp_path, fault, words, status, line, here
+):
+    if words[:1] == ["--env.parallel"]:  # once as a program
+        run = command(tmp_path, fault, *words)
+        _, error = run.communicate(timeout=120)
+        found = run.returncode
+    else:
+        found, error = here(fault, *words)
     *warned, last = error.splitlines()
-    assert run.returncode == status and last.startswith("error: ") and line in last, error
+    assert found == status and last.startswith("error: ") and line in last, error
     assert all(line.startswith("warning: environment 0 crashed and is replaced") for line in warned)
     if "hang" not in fault:
         assert "faultyenv.py" in (tmp_path / "run" / "env_errors.txt").read_text()
@@ -525,8 +529,12 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
 
 @pytest.mark.parametrize("parallel", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path, parallel):
-    """Not until env.timeout: who asks a job to end kills it soon after."""
-    run = command(tmp_path, "step hang", "--env.timeout", "300", "--env.parallel", parallel)
+    """Not until env.timeout: who asks a job to end kills it soon after. Here not ten seconds."""
+    import dreamer
+
+    assert dreamer.GRACE == 10.0
+    words = ["--env.timeout", "300", "--env.parallel", parallel]
+    run = command(tmp_path, "step hang", *words, program=["-c", textwrap.dedent(HURRIED)])
     while "hangs" not in (line := run.stdout.readline()):
         assert line, "it ended"
     time.sleep(0.5)
@@ -536,7 +544,7 @@ def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path,
     assert run.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 40
     assert "SIGTERM: ending after the running step; Ctrl-C ends at once\n" in out
     assert error.startswith(
-        "warning: environment 0 crashed and is replaced: no answer within 10 s of the signal"
+        "warning: environment 0 crashed and is replaced: no answer within 1.5 s of the signal"
     )
     assert error.count("\n") == 1
     assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()

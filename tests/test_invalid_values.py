@@ -12,11 +12,9 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 from test_envs import build, is_plain, one_hot, same
 
-import dreamer
 from envs import EnvError, make_env
 from envs.base import BadValue, Env, Suite
 from envs.vector import Envs
-from hidreamer.checkpoint import load_checkpoint
 
 NAN, INF = float("nan"), float("inf")
 
@@ -257,6 +255,9 @@ def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, ca
     """As reported: one NaN reward ended a run hundreds of steps later,
     and every continuation of it.
     """
+    import dreamer  # not above: processes of environments import this file, and need no torch
+    from hidreamer.checkpoint import load_checkpoint
+
     run = ["--configs", "gym", "debug", "--task", fails, *QUICK, "--logdir", str(tmp_path / "run")]
     assert dreamer.main(run) == 1
     error = capsys.readouterr().err

@@ -284,7 +284,7 @@ def test_a_paired_comparison(recorded, tmp_path, capsys):
         "--seeds",
         2,
         "--updates",
-        20,
+        8,
         "--jobs",
         2,
         "--replay.length",
@@ -297,7 +297,7 @@ def test_a_paired_comparison(recorded, tmp_path, capsys):
     found = json.loads((tmp_path / "offline" / "summary.json").read_text())["offline"]
     assert (found["seeds"], found["updates"], found["train_episodes"], found["held_out"]) == (
         2,
-        20,
+        8,
         12,
         3,
     )

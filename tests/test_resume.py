@@ -1,5 +1,7 @@
 """A run that was killed goes on exactly as one that was not: the same metrics, bit for bit."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -54,25 +57,23 @@ RUNS = {
 }
 
 
-def command(kind, logdir, *extra):
-    args, steps = RUNS[kind]
-    return [
-        sys.executable,
-        str(ROOT / "dreamer.py"),
-        *args,
-        "--steps",
-        str(steps),
-        "--logdir",
-        str(logdir),
-        *extra,
-    ]
+def arguments(kind, logdir, *extra, steps=None):
+    args, usual = RUNS[kind]
+    return [*args, "--steps", str(steps or usual), "--logdir", str(logdir), *extra]
 
 
-def run(kind, logdir, *extra, env=None):
-    result = subprocess.run(
-        command(kind, logdir, *extra), capture_output=True, text=True, env=env, timeout=300
-    )
-    return result
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(kind, logdir, *extra, steps=None):
+    """Nobody kills this one: in this process, which has loaded torch already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = dreamer.main(arguments(kind, logdir, *extra, steps=steps))
+    return Ended(status, out.getvalue(), err.getvalue())
 
 
 def records(logdir):
@@ -100,9 +101,8 @@ def whole(tmp_path_factory):
 
 def kill_when(kind, logdir, ready, signum=signal.SIGKILL):
     """Start the run and send it ``signum`` once ``ready()``. -> its exit status and output."""
-    process = subprocess.Popen(
-        command(kind, logdir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, str(ROOT / "dreamer.py"), *arguments(kind, logdir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -176,9 +176,7 @@ def finished(whole, tmp_path):
 
 
 def longer(logdir, *extra):
-    cmd = command("minatar", logdir, *extra)
-    cmd[cmd.index("--steps") + 1] = "420"
-    return subprocess.run(cmd, capture_output=True, text=True, timeout=300)
+    return run("minatar", logdir, *extra, steps=420)
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +268,7 @@ def test_a_nan_names_itself(finished, looked_at_once, monkeypatch, capsys):
     torch.save(state, path)
     before = path.read_bytes()
     monkeypatch.setattr(dreamer.Screen, "due", lambda self: looked_at_once)
-    words = command("minatar", finished, "--steps", "600")[2:]
-    assert dreamer.main(words) == 1
+    assert dreamer.main(arguments("minatar", finished, steps=600)) == 1
     error = capsys.readouterr().err
     assert (
         "reward_loss" in error

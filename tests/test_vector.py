@@ -12,19 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_envs import maker
 from test_envs import build, same
 
-from envs import EnvError, make_env
+from envs import EnvError
 from envs.base import ActionError
 from envs.vector import Envs
 
 ROOT = Path(__file__).parent.parent
 BOTH = pytest.mark.parametrize("parallel", [False, True])
-
-
-def maker(task, **overrides):
-    config = {"size": [64, 64], "action_repeat": 1, "time_limit": 0} | overrides
-    return lambda index, restart: make_env(task, config, 10 * index + restart)
 
 
 def actions(envs, rng):
