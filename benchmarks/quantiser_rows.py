@@ -60,6 +60,9 @@ TINY: dict[str, dict[str, Any]] = {
     "gru, memory seen": GRU | RECURRENT | {"hrvq.posterior_sees": "memory"},
     "gru": GRU | RECURRENT,
 }
+HEARD = {
+    f"{row}, action x 8": TINY[row] | {"action_scale": 8.0} for row in ("stacked", "rssm", "gru")
+}
 
 
 class World(NamedTuple):
@@ -77,7 +80,7 @@ WORLDS = {
     "space_invaders": World(
         ["minatar", "tiny_hidreamer_stacked"],
         {"task": "minatar_space_invaders"},
-        TINY,
+        TINY | HEARD,
         ("cannon", 0),
     ),
     # Small objects want many updates rather than large ones: one sequence a batch.

@@ -149,6 +149,10 @@ class Block(nn.Module):
         """The block after its linear layer, (..., out) -> (..., out)."""
         return self.act(self.norm(x))
 
+    def last_weights(self, size: int) -> Tensor:
+        """(out, size), a view: what the last ``size`` inputs are multiplied with."""
+        return self.linear.weight[:, -size:]
+
     def split(self, sizes: Sequence[int]) -> SplitBlock:
         """The block as one of several inputs side by side, of ``sizes`` numbers each."""
         return SplitBlock(self, sizes)
@@ -300,6 +304,9 @@ class SideBySide(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         one, two = x.split(self.sizes, -1)
         return torch.cat([self.parts[0](one), self.parts[1](two)], -1)
+
+    def last_weights(self, size: int) -> Tensor:
+        return self.parts[1].last_weights(size)
 
     def split(self, sizes: Sequence[int]) -> SideBySide:
         assert tuple(sizes) == self.sizes, (sizes, self.sizes)

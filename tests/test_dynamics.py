@@ -24,11 +24,12 @@ SIZES["hrvq"] = {
 }
 
 
-def build(kind, dtype=torch.float64, **overrides):
+def build(kind, dtype=torch.float64, action_scale=1.0, **overrides):
     """A small dynamics whose zero-initialised layers are random,
     so that every output depends on every input.
     """
     config = tools.load_config([], {"dynamics.type": kind}).dynamics.tree() | SMALL
+    config["action_scale"] = action_scale
     config[kind] = config[kind] | SIZES[kind] | overrides
     dynamics = make_dynamics(config, E, A)
     for p in dynamics.parameters():
@@ -216,6 +217,31 @@ KINDS |= {"stacked": VARIANTS["stacked"], "gru": VARIANTS["gru"], "gru, memory s
 def variant(request):
     kind, overrides = VARIANTS[request.param]
     return build(kind, **overrides)
+
+
+BLOCKS = {"block_gru": ("rssm", {"cell": "block_gru", "blocks": 2})}
+
+
+@pytest.mark.parametrize("name", [*KINDS, *BLOCKS])
+def test_the_weights_that_read_an_action_are_those_that_are_scaled(name):
+    """Hardly anything of an action is left where they begin at about 0; the state is still read."""
+    kind, overrides = (KINDS | BLOCKS)[name]
+
+    def dreamt(scale):
+        torch.manual_seed(0)
+        dynamics = build(kind, action_scale=scale, **overrides)
+        carry = dynamics.initial(A)
+        carry = carry._replace(stoch=torch.eye(A, dynamics.stoch_dim).double())
+        action = torch.eye(A).double().unsqueeze(1).repeat(1, 2, 1)  # (A, 2, A)
+        same = dynamics.select(carry, torch.zeros(A, dtype=torch.long))
+        return [dynamics.imagine(x, action, 2, False)[1].deter[:, 1] for x in (same, carry)]
+
+    alone, with_states = dreamt(1e-12)
+    assert torch.allclose(alone, alone[:1].expand_as(alone))
+    assert name == "hrvq" or not torch.allclose(with_states[1:], with_states[:1])
+    alone, _ = dreamt(1.0)
+    assert not torch.allclose(alone[1:], alone[:1])
+    assert not torch.allclose(alone, dreamt(3.0)[0])
 
 
 def carries(dynamics):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from hidreamer.dynamics.base import Dynamics, KLConfig
 from hidreamer.dynamics.hrssm import HRSSM
 from hidreamer.dynamics.hrvq import HRVQ
@@ -30,6 +32,8 @@ def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int 
     if config["type"] == "hrvq":
         make = by_name(MEMORIES, own["memory"], "dynamics.hrvq.memory")
     dynamics = make(embed_dim, act_dim, kl_config, **sizes, **own)
+    with torch.no_grad():  # an action of norm 1 stands beside one-hots or codes by the dozen
+        dynamics.action_weights().mul_(config["action_scale"])
     needed = dynamics.map_positions
     if needed and positions not in (0, needed):
         raise ValueError(

@@ -180,6 +180,10 @@ class Dynamics(nn.Module):
         """D + Z."""
         return self.deter_dim + self.stoch_dim
 
+    def action_weights(self) -> Tensor:
+        """(out, A), a view: what an action is multiplied with where it enters."""
+        raise NotImplementedError
+
     def initial(self, batch: int) -> Any:
         """The carry of ``batch`` sequences before an episode's first observation."""
         raise NotImplementedError

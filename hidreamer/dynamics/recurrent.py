@@ -105,6 +105,9 @@ class Recurrent(Dynamics):
         known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
         self.has_scan = known and hasattr(self, "post_forward")
 
+    def action_weights(self) -> Tensor:
+        return self.img_in.last_weights(self.act_dim)
+
     def prior_step(self, deter: Tensor, noise: Noise) -> Tensor:
         """Memory (N,D) -> an imagined stoch (N,Z)."""
         raise NotImplementedError
@@ -132,10 +135,7 @@ class Recurrent(Dynamics):
         return list(zip(*levels, strict=True))
 
     def noises(self, steps: int, like: Tensor, generator: torch.Generator | None) -> Tensors:
-        """The same by level, (T,N,S,1).
-
-        All of it at once: per step, it would be a call to the generator for each level.
-        """
+        """The same by level, (T,N,S,1): all at once, not a call for each step and level."""
         sizes = [len(like) * variables for variables, _ in self.shapes]
         parts = dists.uniform((steps, sum(sizes)), like, generator).split(sizes, 1)
         return tuple(part.view(steps, len(like), -1, 1) for part in parts)

@@ -64,6 +64,10 @@ class Sequences(Tokens):
             self.level_emb = nn.Parameter(0.02 * torch.randn(self.levels + 1, width))
         self.bos_token = nn.Parameter(0.02 * torch.randn(width))  # for the action before an episode
 
+    def action_weights(self) -> Tensor:
+        layer = self.token[self.levels] if self.positions else self.token
+        return layer.weight[:, -self.act_dim :]
+
     def _token(self, level: int, x: Tensor) -> Tensor:
         """Codes (..., G * d) of a level, or actions (..., A), -> (..., W)."""
         return self.token[level](x) + self.level_emb[level]
