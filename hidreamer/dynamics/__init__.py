@@ -32,8 +32,9 @@ def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int 
     if config["type"] == "hrvq":
         make = by_name(MEMORIES, own["memory"], "dynamics.hrvq.memory")
     dynamics = make(embed_dim, act_dim, kl_config, **sizes, **own)
-    with torch.no_grad():  # an action of norm 1 stands beside one-hots or codes by the dozen
-        dynamics.action_weights().mul_(config["action_scale"])
+    if config["action_scale"] != 1.0:  # an action's norm is 1, that of S one-hots or codes S ** 0.5
+        with torch.no_grad():
+            dynamics.action_weights().mul_(config["action_scale"])
     needed = dynamics.map_positions
     if needed and positions not in (0, needed):
         raise ValueError(
