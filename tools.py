@@ -98,7 +98,7 @@ def nearest(name: str, names: Any) -> str:
 
 @functools.lru_cache(maxsize=2)
 def parsed(text: str) -> dict[str, Any]:
-    """The presets in ``text`` of configs.yaml, which takes a fifth of a second: not to be changed.
+    """The presets in ``text`` of configs.yaml, parsed once, since that is slow: not to be changed.
 
     Raises YAMLError.
     """

@@ -33,8 +33,8 @@ from hidreamer.provenance import STARTS, provenance
 from hidreamer.replay import Addresses, Replay, Rows
 from hidreamer.spaces import random_action
 
-# name: presets, steps, and thresholds (of what figure, its least value).
 BALL = 1  # the plane of Breakout's ball
+# name: presets, steps, and thresholds (of what figure, its least value).
 TASKS = {
     "minatar": {
         "configs": ["minatar"],

@@ -50,15 +50,14 @@ MEMORIES = {
     "stacked, noise": {"hrvq.memory": "stacked", "hrvq.noise": 0.1},
     "noise": {"hrvq.noise": 0.1},
 }
-# The presets that the comparison uses, as differences from tiny_hidreamer_stacked.
-RECURRENT = {"hrvq.noise": 0.0, "hidden": 256}
+# The presets that the comparison uses.
 TINY: dict[str, dict[str, Any]] = {
-    "stacked": {},
-    "rssm": {"type": "rssm", "hidden": 256, "rssm.stoch": 12, "rssm.classes": 32},
-    "hrssm": {"type": "hrssm", "hidden": 224, "hrssm.stoch": [4, 8], "hrssm.classes": [32, 32]},
-    "interleaved": {"hrvq.memory": "interleaved", "hrvq.noise": 0.0, "hidden": 184},
-    "gru, memory seen": GRU | RECURRENT | {"hrvq.posterior_sees": "memory"},
-    "gru": GRU | RECURRENT,
+    "stacked": {"preset": "tiny_hidreamer_stacked"},
+    "rssm": {"preset": "tiny_dreamerv3"},
+    "hrssm": {"preset": "tiny_hdreamer"},
+    "interleaved": {"preset": "tiny_hidreamer"},
+    "gru, memory seen": {"preset": "tiny_hidreamer_gru"},
+    "gru": {"preset": "tiny_hidreamer_gru", "hrvq.posterior_sees": "frame"},
 }
 HEARD = {
     f"{row}, action x 8": TINY[row] | {"action_scale": 8.0} for row in ("stacked", "rssm", "gru")
@@ -78,7 +77,7 @@ WORLDS = {
     "minatar": World(["minatar"], THREE, ROWS | TWO | MEMORIES, ("ball", 1)),
     # The cannon goes where actions send it: does a dream obey them?
     "space_invaders": World(
-        ["minatar", "tiny_hidreamer_stacked"],
+        ["minatar", "tiny_dreamerv3"],
         {"task": "minatar_space_invaders"},
         TINY | HEARD,
         ("cannon", 0),
@@ -105,6 +104,9 @@ def row_settings(world: str, row: str) -> dict[str, Any]:
         return row_settings(world, base) | {"hrvq.temperature": temperature}
     presets, settings, rows, _ = WORLDS[world]
     values = {"type": "hrvq"} | rows[row]
+    if preset := values.pop("preset", None):
+        state = tools.load_config([*presets, preset], settings).dynamics.flat()
+        values = state | {key: x for key, x in values.items() if key != "type"}
     if row == "flat" or row.endswith("one level"):
         block = tools.load_config(presets, settings).dynamics.hrvq
         values["hrvq.groups"] = block.levels * block.groups

@@ -294,9 +294,9 @@ def page(world: str, found: Found, others: dict[str, str], files: list[Path]) ->
     seeds = " / ".join(first)
     context = f"{CONTEXT} steps observed, then imagined with the real actions"
     first = next(iter(first.values()))
-    # where a thing's cell is known, errors of pixels are less telling
-    left_out = "open loop" if WORLDS[world].thing else "none"
-    columns = {key: title for key, title in SHOWN.items() if not key.startswith(left_out)}
+    columns = SHOWN
+    if WORLDS[world].thing:  # where a thing's cell is known, errors of pixels are less telling
+        columns = {k: title for k, title in SHOWN.items() if not k.startswith("open loop")}
     present = set()
     for by_seed in found.values():
         present = present.union(*by_seed.values())

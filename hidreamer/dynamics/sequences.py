@@ -57,7 +57,7 @@ class Sequences(Tokens):
         if not self.positions:
             self.token = linear(reads * size + self.act_dim, width)
             with torch.no_grad():  # an action of norm 1 beside codes whose numbers are about 1
-                self.token.weight[:, -self.act_dim :] *= self.code_shape[1] ** 0.5
+                self.action_weights().mul_(self.code_shape[1] ** 0.5)
         else:
             self.token = nn.ModuleList(linear(size, width) for _ in range(self.levels))
             self.token.append(linear(self.act_dim, width))
