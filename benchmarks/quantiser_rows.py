@@ -83,7 +83,11 @@ WORLDS = {
         ("cannon", 0),
     ),
     # Small objects want many updates rather than large ones: one sequence a batch.
-    "pong": World(["demo_atari", "tiny_hidreamer"], {"replay.batch": 1} | PLACES, ROWS | WHOLE),
+    "pong": World(
+        ["demo_atari", "tiny_hidreamer"],
+        {"replay.batch": 1} | PLACES,
+        ROWS | WHOLE | {row: MEMORIES[row] for row in ("stacked", "stacked, noise", "gru")},
+    ),
 }
 # Other temperatures to imagine a trained row at: the row, and the codes' temperature by level.
 DREAMS = {f"sampled, fine at {fine}": ("sampled", [1.0, fine, fine]) for fine in (0.5, 0.1)}
