@@ -7,6 +7,7 @@ plays the interrupted one again. ``LOGDIR/collect/GAME`` is like the folder of a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import zlib
@@ -24,10 +25,10 @@ import run_config
 import tools
 from envs import make_env
 from envs.base import Env
-from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.episodes import save_episode
 from hidreamer.spaces import random_action
+from library import source
 from pipeline import data
 from pipeline.gate import Gate, Row, Table
 from pipeline.stage import Stage
@@ -234,23 +235,28 @@ class Policy:
     """
 
     def __init__(self, logdir: Path, config: Config, games: list[str], device: torch.device):
+        if not (logdir / "config.yaml").exists():
+            raise ConfigError(
+                f"pipeline.collect.agent: {logdir} is no run, it has no config.yaml: give the"
+                " --logdir of a dreamer.py run, or leave it empty for random play"
+            )
         saved = run_config.saved_config(logdir)
         saved.pop("logdir", None)
         known = tools.load_config([], {}).flat()
         theirs = tools.load_config([], {key: x for key, x in saved.items() if key in known})
-        for game in games:
-            env = make_env(f"atari_{game}", config.env.tree(), 0)
-            other = make_env(theirs.task, theirs.env.tree(), 0)
-            same = env.obs_space == other.obs_space and env.act_dim == other.act_dim
-            if not same or theirs.env.action_repeat != config.env.action_repeat:
-                raise ConfigError(
-                    f"pipeline.collect.agent: {logdir} plays {theirs.task} from"
-                    f" {described(other)}, and {game} is recorded as {described(env)}: set"
-                    " pipeline.games, env.size, env.action_repeat and env.atari to the agent's"
-                )
-        self.agent = models.make_agent(env, theirs, device)
+        with contextlib.closing(make_env(theirs.task, theirs.env.tree(), 0)) as played:
+            for game in games:
+                with contextlib.closing(make_env(f"atari_{game}", config.env.tree(), 0)) as env:
+                    same = env.obs_space == played.obs_space and env.act_dim == played.act_dim
+                if not same or theirs.env.action_repeat != config.env.action_repeat:
+                    raise ConfigError(
+                        f"pipeline.collect.agent: {logdir} plays {theirs.task} from"
+                        f" {described(played)}, and {game} is recorded as {described(env)}: set"
+                        " pipeline.games, env.size, env.action_repeat and env.atari to the agent's"
+                    )
+        self.agent = models.make_agent(played, theirs, device)
         self.agent.make_optimizers()
-        state = checkpoint.load_checkpoint(logdir / "checkpoints" / "latest.pt", {"agent": dict})
+        state = source.newest(source.checkpoints_of(logdir))
         try:
             self.agent.load_state(state["agent"])
         except (ValueError, KeyError, RuntimeError) as error:

@@ -38,7 +38,7 @@ from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
         (["collect", "--logdir", "x", "--games", "pongg"], ["pongg", "pong"]),
         (["collect", "--logdir", "x", "--games", "pong", "pong"], ["twice"]),
         (["collect", "--logdir", "x", "--resume", "y"], ["--resume"]),
-        (["collect", "--logdir", "x", "--agent", "nowhere"], ["nowhere", "config.yaml"]),
+        (["collect", "--logdir", "x", "--agent", "nowhere"], ["nowhere", "random play"]),
         (["collect", "--logdir", "x", "--from-minari", "nowhere"], ["minari"]),
         (
             ["collect", "--logdir", "x", "--dynamics.hrvq.memory", "stacked"],
@@ -198,6 +198,10 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     capsys.readouterr()
     assert run("collect", tmp_path / "d", *few, "--games", "breakout") == 2
     one_line(capsys, "atari_pong", "6 actions", "4 actions", "pipeline.games")
+    latest = agent / "checkpoints" / "latest.pt"
+    latest.write_bytes(latest.read_bytes()[:-300])
+    with pytest.warns(RuntimeWarning, match=r"latest\.pt is damaged.*; reading .*previous\.pt"):
+        assert run("collect", tmp_path / "e", *few) == 0
 
 
 def test_minari_both_ways(collected, tmp_path, capsys):
