@@ -23,17 +23,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hidreamer.depth import Depth
-from hidreamer.dynamics.base import (
-    Feat,
-    KLConfig,
-    Level,
-    Policy,
-    Post,
-    unroll,
-)
+from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, unroll
 from hidreamer.dynamics.sampler import Noise, policy_and_noise
 from hidreamer.dynamics.sequences import Sequences
 from hidreamer.dynamics.tokens import before_each
@@ -121,6 +114,9 @@ class HRVQ(Sequences):
             size = groups * code_dim
             self.depth = Depth(deter, size, levels, depth_units, chain, norm=norm, act=act)
             widths = self.depth.widths
+            # Heads read both side by side: at the norm's 1 deter would be W ** 0.5 long beside
+            # L * G codes of norm 1 (docs/decisions/022-length-of-deter.md).
+            nn.init.constant_(self.transformer.norm.weight, (levels * groups / deter) ** 0.5)
         self.make_priors(widths, copy)
         self.former_names = former_hrvq_names(layers)
 
