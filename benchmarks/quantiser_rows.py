@@ -59,9 +59,8 @@ TINY: dict[str, dict[str, Any]] = {
     "gru, memory seen": {"preset": "tiny_hidreamer_gru"},
     "gru": {"preset": "tiny_hidreamer_gru", "hrvq.posterior_sees": "frame"},
 }
-HEARD = {
-    f"{row}, action x 8": TINY[row] | {"action_scale": 8.0} for row in ("stacked", "rssm", "gru")
-}
+HEARD = {f"{row}, action x 8": TINY[row] | {"action_scale": 8.0} for row in ("rssm", "gru")}
+HEARD["stacked, action x 1"] = TINY["stacked"] | {"action_scale": 1.0}  # its preset has 8
 
 
 class World(NamedTuple):

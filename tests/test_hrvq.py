@@ -579,6 +579,17 @@ def test_an_action_weighs_in_its_token_beside_the_codes():
     assert of_action > 0.2 * of_codes
 
 
+def test_stacked_features_begin_as_long_in_deter_as_in_stoch():
+    """Heads read both side by side: deter was W ** 0.5 long beside codes of norm 1 each."""
+    dynamics = build(memory="stacked", code_dim=32)
+    embed, action = torch.randn(8, 6, dynamics.embed_dim), torch.eye(dynamics.act_dim)[:1]
+    is_first = torch.zeros(8, 6, dtype=torch.bool)
+    steps = embed.double(), action.double().expand(8, 6, -1), is_first
+    _, post = dynamics.observe(dynamics.initial(8), *steps)
+    deter, stoch = (x.detach().norm(dim=-1).mean() for x in post.feat)
+    assert 0.6 < deter / stoch < 1.7
+
+
 def test_what_a_finer_level_codes():
     """By hand, of one group: z, then z without the first code or without the expected one."""
     dynamics = build(levels=2, groups=1)

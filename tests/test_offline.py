@@ -467,6 +467,44 @@ def test_a_picture_shows_the_frames_themselves_first(monkeypatch):
     assert np.array_equal(shown[:128:8, ::8], frames)
 
 
+def test_agents_of_the_same_episodes(recorded, tmp_path, monkeypatch, capsys):
+    """Playing in between changes no training, and what is kept is not trained again."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import offline_agents
+
+    rows = {"sampled": {}, "rssm": {"type": "rssm"}}
+    tiny = offline_agents.WORLDS["pong"]._replace(presets=["debug"], rows=rows)
+    tiny = tiny._replace(settings={"task": "dummy_grid"})
+    monkeypatch.setitem(offline_agents.WORLDS, "tiny", tiny)
+    for name, value in (("EVERY", 1), ("EPISODES", 3), ("ENVS", 2)):
+        monkeypatch.setattr(offline_agents, name, value)
+    made_by = {"commit": "0" * 12, "command": "python benchmarks/offline_agents.py"}
+    monkeypatch.setattr(offline_agents, "provenance", lambda: made_by)
+
+    def run(name, *words):
+        words = ("--seeds", "0", "--updates", "2", "--runs", str(tmp_path / name), *words)
+        out = str(tmp_path / f"{name}.json")
+        argv = ["offline_agents.py", "tiny", "--episodes", str(recorded), "--out", out, *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert offline_agents.main() == 0
+        return json.loads(Path(out).read_text())["rows"]
+
+    found = run("often")
+    assert found.keys() == rows.keys()
+    assert [step["updates"] for step in found["rssm"]["0"]] == [1, 2]
+    assert "return after 2" in (tmp_path / "often.md").read_text()
+    monkeypatch.setattr(offline_agents, "EVERY", 9)
+    once = run("once", "--rows", "rssm")["rssm"]["0"]
+    assert [once[0][key] for key in ("return", "updates")] == [found["rssm"]["0"][1]["return"], 2]
+    monkeypatch.setattr(offline_agents, "train", None)
+    assert run("often") == found
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:2], "--episodes", "x", "--rows", "nearest"])
+    with pytest.raises(SystemExit):
+        offline_agents.main()
+    assert "no row 'nearest'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_table_of_quantisers(recorded, tmp_path, monkeypatch, capsys):
     """Every row trains and is judged; a state without codes leaves their columns empty."""
