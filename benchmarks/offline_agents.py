@@ -41,13 +41,14 @@ Found = dict[str, dict[str, list[dict[str, float]]]]  # {row: {seed: figures by 
 
 
 def play(trainer: offline.Trainer) -> list[float]:
-    """Returns of EPISODES episodes; the agent's own random numbers are left as they were."""
+    """Returns of EPISODES episodes; torch's own random numbers are left as they were."""
     config = trainer.config
     make = lambda index, restarts: make_env(config.task, config.env.tree(), SEED + index)
-    with torch.random.fork_rng(), contextlib.closing(Envs(make, ENVS, False)) as envs:
-        torch.manual_seed(SEED)
-        limit = evaluation.time_limit(config)
-        played = evaluation.play(trainer.agent, envs, EPISODES, "train", limit=limit)
+    drawing, limit = torch.Generator().manual_seed(SEED), evaluation.time_limit(config)
+    with contextlib.closing(Envs(make, ENVS, False)) as envs:
+        played = evaluation.play(
+            trainer.agent, envs, EPISODES, "train", limit=limit, generator=drawing
+        )
     return [episode["return"] for episode in played.episodes]
 
 
