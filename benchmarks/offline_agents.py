@@ -5,10 +5,10 @@
 
 The worlds and rows are those of benchmarks/quantisers.py. No agent explores, so what differs is
 what each model makes of the same steps and what its actor and critic learn in its dreams: a test of
-minutes, with less chance in it than whole runs have. It says nothing about exploring.
+minutes. It says nothing about exploring, and another set of episodes may rank the rows otherwise.
 Every 500 updates, and after the last, the policy plays 64 episodes (actions drawn, as in training).
-What was trained is kept under runs/offline_agents/ (or --runs): the same command by the same commit
-takes up what is missing. --out writes the figures, and tables of them beside it.
+Figures are kept under runs/offline_agents/ (or --runs), no weights: the same command by the same
+commit trains only what is missing. --out writes the figures, and tables of them beside it.
 """
 
 from __future__ import annotations
@@ -98,23 +98,23 @@ def figures(args: argparse.Namespace, rows: list[str], commit: str) -> Found:
 
 def page(found: Found) -> str:
     """Markdown: returns by updates, and the losses on the way to the last."""
-    times = [step["updates"] for step in next(iter(next(iter(found.values())).values()))]
-    columns = [f"return after {time:,}" for time in times]
-    shown = [name for name in LOSSES if name in next(iter(next(iter(found.values())).values()))[-1]]
+    seeds = next(iter(found.values()))
+    steps = next(iter(seeds.values()))
+    columns = [f"return after {step['updates']:,}" for step in steps]
+    shown = [name for name in LOSSES if name in steps[-1]]
     titles = [*columns, *(name.replace("_", " ") for name in shown), "CPU s an update"]
     lines = ["|  | " + " | ".join(titles) + " |", "| --- " * (len(titles) + 1) + "|"]
     for row, by_seed in found.items():
         cells = []
-        for i in range(len(times)):
+        for i in range(len(steps)):
             texts = [f"{x[i]['return']:.2f} ± {x[i]['error']:.2f}" for x in by_seed.values()]
             cells.append(" / ".join(texts))
         for name in (*shown, "cpu_s"):
             cells.append(" / ".join(f"{x[-1][name]:.3g}" for x in by_seed.values()))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    seeds = " / ".join(next(iter(found.values())))
     note = (
-        f"Seeds {seeds}; {EPISODES} episodes each, ± the standard error over them: not that over"
-        f" seeds, which is larger. Losses are means of the updates since the figures before."
+        f"Seeds {' / '.join(seeds)}; {EPISODES} episodes each, ± the standard error over them:"
+        f" not that over seeds, which is larger. Losses are means of the updates since the figures before."
     )
     return f"{note}\n\n" + "\n".join(lines) + "\n"
 
