@@ -114,7 +114,8 @@ def page(found: Found) -> str:
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     note = (
         f"Seeds {' / '.join(seeds)}; {EPISODES} episodes each, ± the standard error over them:"
-        f" not that over seeds, which is larger. Losses are means of the updates since the figures before."
+        " not that over seeds, which is larger. Losses are means of the updates since the figures"
+        " before."
     )
     return f"{note}\n\n" + "\n".join(lines) + "\n"
 
