@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py --games breakout --seeds 10 11 12 [--arms default ac_cpc ...]
         [--dynamics rssm] [--steps 30000] [--logdir runs/objectives] [--out results/F.json]
-    python benchmarks/objectives.py --report --logdir runs/objectives [--out results/F.json]
+    python benchmarks/objectives.py --report --logdir runs/objectives [--from results/F.json ...]
     python benchmarks/objectives.py --offline 2000 --games breakout --seeds 10 11 12 ...
 
 Pairs are written with a plus: --arms default ac_cpc+replay_loss. Runs lie in
@@ -14,11 +14,15 @@ same keys but their own, the same seeds and as many frames.
 seed recorded, judged on those held out, as run_comparison.py --paired-offline does; in
 LOGDIR/offline.
 
+--from: what --out wrote of runs that lie elsewhere, or no longer anywhere, is reported beside those
+in LOGDIR; of a run that is in several places, the one that got furthest.
+
 Returns are those of an evaluation at the end: at 30,000 frames an episode of Freeway has ended once
 in each environment. They are compared by seed with the default's, where both runs are finished. An
-arm wins a game where its mean difference is above 0; whether the interval is as well, stands beside
-it. "passes 4" is the first thousand frames in which training episodes of Breakout return more than
-4 on average.
+arm wins a game where the 95% interval of its mean difference is above 0: an arm without any effect
+is ahead in half of the games. "random play" is what a run's episodes returned before it trained.
+"passes 4" is the first thousand frames in which training episodes of Breakout return more than 4 on
+average.
 """
 
 from __future__ import annotations
@@ -131,6 +135,7 @@ def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
     return {
         "frames": run.step,
         "evaluation": evaluated(run.get("eval_return"), steps),
+        "random": round(float(summary.random_returns(run).mean()), 3) if len(ended) else None,
         "last_5000": round(float(last.mean()), 3) if len(last) else None,
         "passes_4": passed[0] if passed else None,
         "curve": points,
@@ -147,6 +152,31 @@ def report(logdir: Path, steps: int) -> dict[str, Any]:
             runs = found.setdefault(game, {}).setdefault(dynamics, {}).setdefault(arm, {})
             runs[seed] = figures(log.parent, game, steps)
     return found
+
+
+def merged(found: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add the runs of another report to ``found``; of the same run the one of more frames stays."""
+    for game, by_state in other.items():
+        for dynamics, arms in by_state.items():
+            for arm, runs in arms.items():
+                own = found.setdefault(game, {}).setdefault(dynamics, {}).setdefault(arm, {})
+                for seed, run in runs.items():
+                    if seed not in own or own[seed]["frames"] < run["frames"]:
+                        own[seed] = run
+
+
+def earlier(path: Path, steps: int) -> dict[str, Any]:
+    """``report`` as --out wrote it. Raises ArgumentTypeError."""
+    try:
+        body = json.loads(path.expanduser().read_text())
+        runs, of = body["runs"], body["steps"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(
+            f"--from {path} is no file that --out of this program wrote ({error})"
+        ) from None
+    if of != steps:
+        raise argparse.ArgumentTypeError(f"--from {path} is of {of} frames: give --steps {of}")
+    return runs
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -170,15 +200,16 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = ["| game | state | arm | seed | frames | evaluation | last 5,000 | passes 4 at |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    names = ["game", "state", "arm", "seed", "frames", "evaluation", "random play", "last 5,000"]
+    lines = [f"| {' | '.join([*names, 'passes 4 at'])} |", "|---" * (len(names) + 1) + "|"]
     shown = lambda x: "-" if x is None else str(x)
     for game, by_state in found.items():
         for dynamics, arms in by_state.items():
             for arm, runs in arms.items():
                 for seed, run in runs.items():
                     cells = [game, dynamics, arm, seed, str(run["frames"])]
-                    cells += [shown(run[key]) for key in ("evaluation", "last_5000", "passes_4")]
+                    cells += [shown(run["evaluation"]), shown(run.get("random"))]
+                    cells += [shown(run["last_5000"]), shown(run["passes_4"])]
                     lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -189,10 +220,10 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
     for dynamics, arms in differences.items():
         for arm, games in arms.items():
             told = [f"{game} {words.estimate(x, sign=True)}" for game, x in games.items()]
-            won = sum(x["value"] > 0 for x in games.values())
-            clear = sum(x["low"] is not None and x["low"] > 0 for x in games.values())
-            line = f"{dynamics}, {arm}: {', '.join(told)}. Won {won} of {len(games)} games,"
-            line += f" {clear} with an interval above 0: "
+            ahead = sum(x["value"] > 0 for x in games.values())
+            won = sum(x["low"] is not None and x["low"] > 0 for x in games.values())
+            line = f"{dynamics}, {arm}: {', '.join(told)}. Ahead in {ahead} of {len(games)} games,"
+            line += f" won {won} (interval above 0): "
             if len(games) < len(GAMES):
                 line += f"open, {len(GAMES) - len(games)} of {len(GAMES)} games are missing"
             else:
@@ -237,9 +268,14 @@ def main() -> int:
     parser.add_argument("--logdir", type=Path, default=ROOT / "runs" / "objectives")
     parser.add_argument("--offline", type=int, default=0, metavar="UPDATES")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--from", dest="files", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logdir = args.logdir.expanduser().resolve()
+    try:
+        before = [earlier(path, args.steps) for path in args.files]
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     todo = [(s, g, a) for s in args.seeds for g in args.games for a in args.arms]
     for seed, game, arm in [] if args.report else todo:
         inside = Path(game) / args.dynamics / arm / str(seed)
@@ -251,6 +287,8 @@ def main() -> int:
         if status:
             return status
     found = report(logdir, args.steps)
+    for runs in before:
+        merged(found, runs)
     differences = judged(found)
     print(table(found), *verdicts(differences), sep="\n")
     if args.out:

@@ -81,8 +81,9 @@ def test_figures_of_runs_whole_and_not(judge, tmp_path):
     # no episode of Freeway ends so late; and 4 points are nothing there
     assert (free["evaluation"], free["last_5000"], free["passes_4"]) == (7.0, None, None)
     lines = judge.table(found).splitlines()
-    assert "| breakout | rssm | default | 0 | 30002 | 9.0 | 9.0 | 3000 |" in lines
-    assert "| freeway | rssm | default | 0 | 30000 | 7.0 | - | - |" in lines
+    assert "| breakout | rssm | default | 0 | 30002 | 9.0 | 1.0 | 9.0 | 3000 |" in lines
+    assert "| freeway | rssm | default | 0 | 30000 | 7.0 | 5.0 | - | - |" in lines
+    assert len(lines[0].split("|")) == len(lines[1].split("|")) == len(lines[2].split("|"))
 
 
 def test_differences_are_paired_by_seed(judge, tmp_path):
@@ -98,16 +99,57 @@ def test_differences_are_paired_by_seed(judge, tmp_path):
     assert [found[key] for key in ("value", "low", "high")] == pytest.approx(expected)
 
 
+def test_runs_of_earlier_reports_stand_beside_those_that_are_there(
+    judge, tmp_path, monkeypatch, capsys
+):
+    def reported(logdir, out, *more):
+        words = ["--report", "--logdir", str(logdir), "--out", str(out), *more]
+        monkeypatch.setattr("sys.argv", ["objectives.py", *words])
+        assert judge.main() == 0
+        return json.loads(out.read_text())
+
+    arm = tmp_path / "before" / "freeway" / "rssm"
+    for name, value in {"default": 1.0, "harmony": 4.0}.items():
+        write(arm / name / "0", 30_000, {500: 1.0}, value)
+    reported(tmp_path / "before", tmp_path / "before.json")
+    arm = tmp_path / "now" / "freeway" / "rssm"
+    write(arm / "default" / "0", 9000, {500: 1.0})  # begun anew, and not yet as far
+    write(arm / "default" / "1", 30_000, {500: 1.0}, 2.0)
+    write(arm / "harmony" / "1", 30_000, {500: 1.0}, 7.0)
+    files = ["--from", str(tmp_path / "before.json")]
+    body = reported(tmp_path / "now", tmp_path / "both.json", *files)
+    found = body["differences"]["rssm"]["harmony"]["freeway"]
+    assert found["seeds"] == ["0", "1"] and found["value"] == 4.0
+    assert body["runs"]["freeway"]["rssm"]["default"]["0"]["frames"] == 30_000
+    assert body["arms"].keys() == {"default", "harmony"}
+
+    (tmp_path / "text.json").write_text("[]")
+    for name, more, told in (
+        ("no.json", [], "no.json is no file that --out of this program wrote"),
+        ("text.json", [], "text.json is no file that --out of this program wrote"),
+        ("before.json", ["--steps", "50000"], "is of 30000 frames: give --steps 30000"),
+    ):
+        words = ["--report", "--from", str(tmp_path / name), *more]
+        monkeypatch.setattr("sys.argv", ["objectives.py", *words])
+        with pytest.raises(SystemExit):
+            judge.main()
+        assert told in capsys.readouterr().err
+
+
 def test_the_default_changes_on_three_of_five_games(judge):
-    cell = lambda value: {"seeds": ["0"], "value": value, "low": None, "high": None}
-    won = dict(zip(judge.GAMES, map(cell, (1.0, -1.0, 0.5, 2.0, -3.0)), strict=True))
-    (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
-    assert "Won 3 of 5 games, 0 with an interval above 0: it can be the default" in line
-    won["asterix"] = cell(0.0)
-    (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
-    assert "Won 2 of 5 games" in line and line.endswith("the default stays")
-    del won["freeway"]
-    (line,) = judge.verdicts({"rssm": {"ac_cpc": won}})
+    """Ahead by chance is not won."""
+    cell = lambda value, low=None: {"seeds": ["0"], "value": value, "low": low, "high": value}
+    games = dict.fromkeys(judge.GAMES, cell(1.0, -0.5))
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
+    assert "Ahead in 5 of 5 games, won 0" in line and line.endswith("the default stays")
+    games |= dict.fromkeys(("asterix", "seaquest"), cell(2.0, 0.5)) | {"freeway": cell(-1.0)}
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
+    assert "Ahead in 4 of 5 games, won 2" in line and line.endswith("the default stays")
+    games["breakout"] = cell(2.0, 0.5)
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
+    assert "won 3 (interval above 0): it can be the default" in line
+    del games["freeway"]
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
     assert line.endswith("open, 1 of 5 games are missing")
 
 
