@@ -45,6 +45,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "replay_rng": dict,
     "explore_rng": dict,
     "log_size": int,
+    "running_file": str,
 }
 
 

@@ -42,6 +42,13 @@ EVERY = 5  # each fifth episode is held out
 LEAST = 2 * EVERY  # episodes that are needed, so that two are held out
 MOST = 50  # held-out episodes that are looked at
 LOG, SAVE = 20, 200  # updates between two records, two checkpoints
+FIELDS = {  # of every checkpoint
+    "update": int,
+    "same": str,
+    "agent": dict,
+    "replay_rng": dict,
+    "torch_rng": torch.Tensor,
+}
 RESULTS = "results.npz"
 
 
@@ -234,12 +241,11 @@ class Trainer:
         Raises ConfigError where that was another training or a longer one, CheckpointError where
         it cannot be read.
         """
-        path = self.logdir / "checkpoints" / "latest.pt"
-        if not path.exists():
+        folder = self.logdir / "checkpoints"
+        state, _, problems = checkpoint.find_checkpoint(folder, FIELDS)
+        if state is None:
             self.cut_log(0)
             return
-        fields = {"update": int, "same": str, "agent": dict, "replay_rng": dict}
-        state = checkpoint.load_checkpoint(path, fields | {"torch_rng": torch.Tensor})
         if state["same"] != self.same:
             raise ConfigError(
                 f"{self.logdir} was trained on other episodes or with another config: "
@@ -258,6 +264,10 @@ class Trainer:
         if "log_size" in state:  # older checkpoints lack it
             self.cut_log(state["log_size"])
         self.replay.rng.bit_generator.state = state["replay_rng"]
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if problems:
+            checkpoint.set_aside(folder / "latest.pt")
 
     def cut_log(self, size: int) -> None:
         """Drop the records of updates that are made again, after whatever killed the job."""

@@ -193,8 +193,8 @@ Rows = dict[str, np.ndarray]
 def find_checkpoint(
     folder: Path, fields: Mapping[str, type | tuple[type, ...]]
 ) -> tuple[dict[str, Any] | None, Rows, list[str]]:
-    """The newest whole checkpoint in a run's ``checkpoints/``, rows of its unfinished episodes,
-    lines about others.
+    """The newest whole checkpoint in a ``checkpoints/``, the rows of the episodes that were running
+    (of ``fields`` with "running_file"), lines about others.
 
     None where there is no checkpoint. Raises CheckpointError where there are some, and none of
     them is whole, or the newest may be and cannot be read.
@@ -204,18 +204,16 @@ def find_checkpoint(
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder where a checkpoint belongs: move it away")
         try:
-            state = load_checkpoint(path, {**fields, "running_file": str})
-            rows = read_rows(folder / str(state["running_file"]), path)
+            state = load_checkpoint(path, fields)
+            running = "running_file" in fields
+            rows = read_rows(folder / state["running_file"], path) if running else {}
         except UnreadError:
             raise
         except CheckpointError as error:
             problems.append((path, str(error)))
             continue
-        message = [
-            f"{problem}; continuing from {path} at step {state.get('step')}"
-            for _, problem in problems
-        ]
-        return state, rows, message
+        at = f" at step {state['step']}" if "step" in state else ""
+        return state, rows, [f"{problem}; continuing from {path}{at}" for _, problem in problems]
     if there := [problem for path, problem in problems if os.path.lexists(path)]:
         what = f"put whole ones back, or move {folder.parent} away to start anew"
         raise CheckpointError(f"{'; '.join(there)}; {what}")

@@ -144,21 +144,12 @@ class Runner:
         Raises FolderError.
         """
         folder = self.folder / "checkpoints"
-        path = folder / "latest.pt"
-        if not path.exists() and not (folder / "previous.pt").exists():
+        state, _, problems = checkpoint.find_checkpoint(folder, FIELDS)
+        if state is None:
             checkpoint.refuse_used_folder(self.folder)
             return None
-        try:
-            state = checkpoint.load_checkpoint(path, FIELDS)
-        except checkpoint.UnreadError:
-            raise
-        except checkpoint.CheckpointError as error:
-            try:
-                state = checkpoint.load_checkpoint(folder / "previous.pt", FIELDS)
-            except checkpoint.CheckpointError:
-                raise InputError(f"{error}, and so is previous.pt: {again(self.folder)}") from None
-            checkpoint.set_aside(path)
-            self.stage.report(f"{error}; continuing from previous.pt at step {state['step']}")
+        for problem in problems:
+            self.stage.report(problem)
         if changed := manifest.differences(state["config"], self.stage.identity(self.config)):
             raise InputError(
                 f"{self.folder} holds a stage with another config ({changed}): choose another"
@@ -173,6 +164,8 @@ class Runner:
         names, sums, self.window.count = state["window"]
         self.names, self.window.sums = tuple(names), sums.to(self.stage.device)
         torch.set_rng_state(state["torch_rng"])
+        if problems:
+            checkpoint.set_aside(folder / "latest.pt")
         if state.get("cuda_rng") is not None and self.stage.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.stage.device)
         return checkpoint.size_of_log(self.folder / "metrics.jsonl", state["log_size"])[0]

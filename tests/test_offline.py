@@ -22,6 +22,7 @@ from analysis.heldout import CONTEXT
 from comparison import stats
 from conftest import ROOT
 from envs import make_env
+from hidreamer.checkpoint import CheckpointError
 from hidreamer.distributions import BINS, Bernoulli, TwoHot
 from hidreamer.episodes import save_episode
 from hidreamer.spaces import random_rows
@@ -204,6 +205,32 @@ def test_a_killed_job_has_no_record_twice(recorded, tmp_path, monkeypatch):
                 made.train(8)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert seen == [0, 0, 3] and [json.loads(line)["step"] for line in lines] == [*range(1, 9)]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_previous(recorded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(offline, "LOG", 1)
+    monkeypatch.setattr(offline, "SAVE", 3)
+    whole = trainer(recorded, tmp_path / "whole")
+    whole.train(8)
+    for how in ("damaged", "gone"):
+        folder = tmp_path / how
+        trainer(recorded, folder).train(6)
+        latest = folder / "checkpoints" / "latest.pt"
+        latest.write_bytes(b"no checkpoint") if how == "damaged" else latest.unlink()
+        capsys.readouterr()
+        made = trainer(recorded, folder)
+        made.resume(8)
+        assert made.update == 3 and "continuing from" in capsys.readouterr().err
+        assert (folder / "checkpoints" / "latest.damaged").exists() == (how == "damaged")
+        made.train(8)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [*range(1, 9)]
+        mine, expected = made.evaluate(), whole.evaluate()
+        assert all(np.array_equal(mine[key], expected[key], equal_nan=True) for key in expected)
+    for name in ("latest.pt", "previous.pt"):
+        (folder / "checkpoints" / name).write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match=f"move {folder} away to start anew"):
+        trainer(recorded, folder).resume(8)
 
 
 YEAR_2024 = {"optim": "joint", "reward.bins": "symexp", "imag.contdisc": True, "model.agc": 0.3}

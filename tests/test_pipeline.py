@@ -19,6 +19,7 @@ from small_runs import one_line
 import tools
 from conftest import ROOT
 from envs import make_env
+from hidreamer.checkpoint import load_checkpoint
 from pipeline import __main__ as command
 from pipeline import collect, data, gate, manifest, speed, stage
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
@@ -162,6 +163,20 @@ def test_a_killed_collect_continues_to_the_same_end(collected, tmp_path, monkeyp
     assert not (tmp_path / "collect" / "manifest.json").exists()
     (tmp_path / "collect/pong/train_eps/0000099-00-61.npz").write_bytes(b"half")
     assert run("collect", tmp_path) == 0
+    assert same(tmp_path / "collect", collected / "collect")
+
+
+@pytest.mark.parametrize("how", ["damaged", "gone"])
+def test_a_stage_goes_on_from_its_checkpoint_before(how, collected, tmp_path, monkeypatch, capsys):
+    run_killed(monkeypatch, "collect", tmp_path, 5, "--checkpoint_every", "1")
+    latest = tmp_path / "collect" / "checkpoints" / "latest.pt"
+    step = load_checkpoint(latest.with_name("previous.pt"))["step"]
+    assert 0 < step < load_checkpoint(latest)["step"]
+    latest.write_bytes(b"no checkpoint") if how == "damaged" else latest.unlink()
+    capsys.readouterr()
+    assert run("collect", tmp_path) == 0
+    assert f"previous.pt at step {step}" in capsys.readouterr().out
+    assert (latest.parent / "latest.damaged").exists() == (how == "damaged")
     assert same(tmp_path / "collect", collected / "collect")
 
 
@@ -375,7 +390,7 @@ def test_damaged_checkpoints_are_told_with_what_to_do(tmp_path, monkeypatch, cap
         path.write_bytes(b"no checkpoint")
     capsys.readouterr()
     assert run("collect", tmp_path) == 2
-    one_line(capsys, "latest.pt", f"move {tmp_path / 'collect'} away", "python -m pipeline collect")
+    one_line(capsys, "latest.pt", "previous.pt", f"move {tmp_path / 'collect'} away")
 
 
 def test_a_finished_stage_whose_input_is_damaged_is_not_shown(encoded, tmp_path, capsys):
