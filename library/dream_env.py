@@ -311,7 +311,7 @@ class VectorDreamEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict]:
-        if seed is not None and not isinstance(seed, int | np.integer):
+        if np.iterable(seed):
             seeds = [whole("a seed", one, 0) for one in seed]
             if len(seeds) != self.num_envs:
                 raise ValueError(f"{len(seeds)} seeds for {self.num_envs} dreams")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import datetime
 import json
 import math
 import socket
@@ -223,7 +224,8 @@ class Player:
                 self.session.message = f"recorded {self.movie.path}"
                 self.movie = None
             else:
-                name = time.strftime("play-%Y%m%d-%H%M%S.mp4")
+                # several may begin in one second
+                name = datetime.datetime.now().strftime("play-%Y%m%d-%H%M%S-%f.mp4")
                 self.movie = Movie(self.videos / name, self.speed)
         except OSError as error:
             self.movie, self.session.message = None, f"the recording failed: {one_line(error)}"

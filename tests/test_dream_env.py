@@ -259,6 +259,8 @@ def test_a_seed_for_each_dream(trained):
     for seeds, says in (([1, 2], "2 seeds for 3 dreams"), ([1, None, 2], "a seed is None")):
         with pytest.raises(ValueError, match=says):
             env.reset(seed=seeds)
+    with pytest.raises(gymnasium.error.Error, match="integer"):
+        env.reset(seed=1.5)
 
 
 def test_without_episodes_it_says_what_else_there_is(trained, tmp_path):

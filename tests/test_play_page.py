@@ -197,6 +197,14 @@ class Tab:
     send_text = accept
 
 
+def test_recordings_of_one_second_are_files_of_their_own(player, tmp_path):
+    for _ in range(3):  # a second ends between two of them at most
+        ask(player, "a tab", "record")
+        player._change(player.session.step)
+        ask(player, "a tab", "record")
+    assert len(list(tmp_path.glob("play-*.mp4"))) == 3
+
+
 def test_numbers_that_nobody_expects(player):
     for text in ("[" * 60000, '{"do": "speed", "value": 1' + 400 * "0" + "}"):
         ask(player, "a tab", text)
