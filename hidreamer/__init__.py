@@ -13,7 +13,7 @@ sequences``; 4 ``dynamics.hrvq hrvq_gru``; 5 ``dynamics``.
 
 import gymnasium
 
-__version__ = "0.2.0"
+__version__ = "0.2.0.dev0"
 LIBRARY = ("DreamEnv", "LoadedAgent", "VectorDreamEnv", "export", "load", "push")
 LIBRARY += ("ConfigError", "EnvError", "FolderError")
 _library = None  # the module, once it has been asked for
