@@ -242,8 +242,8 @@ class Agent(nn.Module):
         """The inverse, also for a latent state that ``Dynamics.convert_state_dict`` translates.
 
         -> {module: "mapped", "split" over levels, or "fresh" (left as initialised)}. Raises
-        ValueError, naming the first tensor that is missing or of another shape; only an explorer
-        that is not there may start afresh.
+        ValueError, naming the first tensor that is missing or of another shape; only an explorer, a
+        decoder and objectives that are not there may start afresh.
         """
         return load_state(self, state)
 

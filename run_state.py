@@ -93,7 +93,9 @@ def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int
     instead = f"choose another --logdir, or continue with the commit that {STARTS} in it names"
     try:
         try:
-            run.agent.load_state(state["agent"])
+            moved = run.agent.load_state(state["agent"])
+            if lost := [x for x, how in moved.items() if how == "fresh" and "optimiser" not in x]:
+                raise ValueError(f"{lost[0]} is not in the checkpoint")  # a run's own has all
         except ValueError as error:
             raise ConfigError(
                 f"{run.logdir} is of another version of this code ({error}): {instead}"

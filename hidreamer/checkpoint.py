@@ -47,8 +47,12 @@ class UnreadError(CheckpointError):
 
 def plain(value: Any) -> Any:
     """``value`` with arrays as tensors and containers plain, so that it loads with
-    ``weights_only=True``.
+    ``weights_only=True``; of a tensor that is a part of a larger one (as a population's member
+    has), that part alone, for torch saves all that a tensor lies in.
     """
+    if isinstance(value, torch.Tensor):
+        whole = value.untyped_storage().nbytes() <= value.nbytes
+        return value if whole else value.clone()
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value).copy())
     if isinstance(value, np.generic):

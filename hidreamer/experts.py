@@ -82,8 +82,8 @@ class Routed(nn.Module):
 
     The weights of those that are chosen are their softmax, renormalised. The auxiliary loss
     "balance" is that of the Switch Transformer (Fedus et al. 2022, eq. 4) times ``balance``: 1
-    times it where all experts are used alike. ``use`` (M,) is the running share of choices, kept
-    while training.
+    times it where all experts are used alike. ``use`` (M,) is the running share of choices in
+    passes that record a gradient.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ def imag_targets(
         "imag_value": value.mean(),
         "imag_cont": alive[:, 1:].mean(),
         "return_scale": denominator,
-        "adv_std": adv.std(),
+        "adv_std": adv.std(correction=min(1, adv.numel() - 1)),  # that of a single one is 0
     }
     return Targets(returns, weight, adv, {name: x.detach() for name, x in metrics.items()})
 

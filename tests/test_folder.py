@@ -215,6 +215,19 @@ def test_going_back_to_the_previous_checkpoint_is_asked_for(tiny, capsys):
     assert "at step 45" in capsys.readouterr().out
 
 
+def test_a_run_whose_checkpoint_lacks_a_module_does_not_start_it_afresh(tiny, capsys):
+    def without_decoder(state):
+        names = [name for name in state["params"] if name.startswith("world_model.decoder.")]
+        assert names and [state["params"].pop(name) for name in names]
+        return state
+
+    path = tiny / "checkpoints" / "latest.pt"
+    agent = without_decoder(checkpoint.load_checkpoint(path)["agent"])
+    edited(agent=agent)(path)
+    assert run(tiny, "--steps", 80) == 2
+    one_line(capsys, "of another version", "world_model.decoder", "is not in the checkpoint")
+
+
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_is_no_checkpoint_is_one_line_of_ours(kind, tiny, capsys):
     folder = tiny / "checkpoints"

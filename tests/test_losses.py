@@ -9,7 +9,7 @@ from test_agent import EVERYTHING, changed, imagine, make
 import networks
 from hidreamer.behavior import Replayed
 from hidreamer.dynamics import TYPES
-from hidreamer.losses import imag_loss
+from hidreamer.losses import imag_loss, imag_targets
 from hidreamer.optim import make_optimizer
 
 OWN = {"model": "world_model.", "actor": "behavior.actor.", "critic": "behavior.critic."}
@@ -62,6 +62,18 @@ def test_imagination_losses_need_no_networks(reinforce):
     assert torch.allclose(loss.critic, torch.tensor(2.5))
     assert loss.actor.requires_grad is not reinforce
     assert not any(x.requires_grad for x in loss.metrics.values())
+
+
+def test_a_single_advantage_deviates_by_nothing():
+    """Of the least batch that the config allows; a metric that is no number ends a run."""
+    one = torch.ones(1, 2)
+    scale = lambda returns: torch.tensor(1.0)
+    metrics = imag_targets(0.9 * one, one, 0.0 * one, scale, discount=0.9, lam=0.95).metrics
+    assert metrics["adv_std"] == 0.0 and all(x.isfinite() for x in metrics.values())
+    one = torch.ones(2, 2)
+    rew = torch.tensor([[0.0, 1.0], [0.0, 3.0]])
+    metrics = imag_targets(0.0 * one, rew, 0.0 * one, scale, discount=0.9, lam=0.95).metrics
+    assert torch.isclose(metrics["adv_std"], torch.tensor(2.0).sqrt())  # of two, unbiased
 
 
 @pytest.mark.parametrize("name", ["decoder", "reward", "cont"])

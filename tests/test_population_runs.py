@@ -65,6 +65,8 @@ def test_a_member_s_folder_is_that_of_its_seed_alone(three, made):
             for what, x in state.items():
                 found = member["agent"]["optim"][name][key][what]
                 assert torch.allclose(found, x, atol=1e-4), (name, key, what)
+    tensors = [x for x in torch.utils._pytree.tree_leaves(member) if isinstance(x, torch.Tensor)]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)  # nothing of the others
     assert hidreamer.load(three / "2").config.seed == 2
 
 

@@ -20,7 +20,8 @@ MEMORIES = {"interleaved": HRVQ, "stacked": HRVQ, "gru": RecurrentHRVQ}  # of hr
 def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int = 0) -> Dynamics:
     """The latent state ``config["type"]``, built from the ``dynamics`` block of a config.
 
-    positions: of the feature map that an embedding is, 0 where it is none. Raises ValueError, one
+    positions: of the feature map in an embedding, 0 where there is none: ``spatial`` deals out to
+    its groups what has no place. Raises ValueError, one
     line, for a name that does not exist or sizes that do not fit together.
     """
     if config["type"] not in TYPES:
