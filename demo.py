@@ -37,6 +37,10 @@ def arguments(argv: Sequence[str]) -> tuple[list[str], Path]:
             "the demo takes no --capacity and no --resume; dreamer.py does. "
             "The same command again continues it"
         )
+    if several := {"seeds", "population"} & args.overrides.keys():
+        raise tools.ConfigError(
+            f"the demo shows one run; dreamer.py takes --{min(several)}. Here write --seed"
+        )
     if not args.presets:
         words += ["--configs", PRESET]
     if "logdir" not in args.overrides:

@@ -299,7 +299,7 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     warnings = fairness.warnings(
         {model: column for model, column in known.items() if "error" not in column}
     )
-    warnings += what.unmatched
+    warnings += [*what.unmatched, *fairness.origins(what.runs), *fairness.lives(what.runs)]
     report |= {
         "made": made,
         "capacity": known,

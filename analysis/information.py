@@ -109,21 +109,25 @@ def table(
     codes: {level: (N, V) integers}; factors: {name: (N,), NaN where it has no value}; lengths: of
     the episodes that the N steps are. Factors that hardly vary have zero bits and p 1.
     """
-    classes = {name: discretise(x) for name, x in factors.items()}
-
-    def best(which: slice | np.ndarray) -> np.ndarray:
-        """(levels, factors) bits, with the factors' steps in the order ``which``."""
-        bits = np.empty((len(codes), len(classes)))
-        for i, x in enumerate(codes.values()):
-            for j, y in enumerate(classes.values()):
-                bits[i, j] = mutual_information(x, y[which]).max()
-        return bits
-
+    classes = [discretise(x) for x in factors.values()]
     rng = np.random.default_rng(seed)
-    seen = best(slice(None))
-    null = np.stack([best(other_episodes(lengths, rng)) for _ in range(permutations)])
-    whole = [entropy(np.bincount(y[y >= 0], minlength=1)) for y in classes.values()]
+    seen = best_bits(codes, classes)
+    orders = (other_episodes(lengths, rng) for _ in range(permutations))
+    null = np.stack([best_bits(codes, [y[order] for y in classes]) for order in orders])
+    whole = [entropy(np.bincount(y[y >= 0], minlength=1)) for y in classes]
     return Information(seen, null.mean(0), family_p(seen, null), np.array(whole))
+
+
+def best_bits(codes: Mapping[str, np.ndarray], classes: Sequence[np.ndarray]) -> np.ndarray:
+    """(levels, factors): bits that each level's best variable shares with each factor.
+
+    codes: {level: (N, V) integers}; classes: of ``discretise``, (N,) each.
+    """
+    bits = np.empty((len(codes), len(classes)))
+    for i, x in enumerate(codes.values()):
+        for j, y in enumerate(classes):
+            bits[i, j] = mutual_information(x, y).max()
+    return bits
 
 
 def family_p(seen: np.ndarray, null: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ import tools
 from analysis import heldout, probes
 from comparison.runs import config_hash
 from envs import EnvError, make_env
-from hidreamer import checkpoint
+from hidreamer import app, checkpoint
 from hidreamer.checkpoint import READ_ERRORS, CheckpointError
 from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
@@ -163,11 +163,14 @@ class Trainer:
         self.agent.make_optimizers()
         self.untrained = copy.deepcopy(self.agent.world_model)
         self.load = functools.partial(load, spec=self.spec)
-        self.episodes = self.load(self.train_files)
+        episodes = self.load(self.train_files)
+        self.count = len(episodes)
+        # that probes are fitted on, of all ages of the run
+        self.probed = {path: episodes[path] for path in spread(list(episodes), probes.EPISODES)}
         sizes = {"batch": config.replay.batch, "length": config.replay.length}
-        total = sum(len(rows["reward"]) for rows in self.episodes.values())
+        total = sum(len(rows["reward"]) for rows in episodes.values())
         self.replay = Replay(self.spec, capacity=total, streams=1, rng=rng, **sizes)
-        for rows in self.episodes.values():
+        for rows in episodes.values():
             self.replay.streams[0].extend(rows)
         if not self.replay.ready():
             raise ConfigError(
@@ -280,10 +283,6 @@ class Trainer:
         """At most MOST held-out episodes, of all ages of the run."""
         return self.load(spread(self.held_files, MOST))
 
-    def probed(self) -> list[Path]:
-        """The training episodes that probes are fitted on, of all ages as well."""
-        return spread(list(self.episodes), probes.EPISODES)
-
     def evaluate(self) -> dict[str, np.ndarray]:
         """{"model/METRIC" and "baseline/METRIC": (held-out episodes,)}.
         Raises ConfigError where none can be read.
@@ -338,8 +337,8 @@ class Trainer:
         encoders["model"] = functools.partial(features, self.agent.world_model)
         encoders["untrained"] = functools.partial(features, self.untrained)
         train = []
-        for path in self.probed():
-            if (episode := chunks(path, self.episodes[path])) is not None:
+        for path, rows in self.probed.items():
+            if (episode := chunks(path, rows)) is not None:
                 train.append(episode)
         test = [chunks(path, rows) for path, rows in held.items()]
         if not train:
@@ -378,8 +377,10 @@ def main(argv: list[str]) -> int:
         trainer.train(updates)
         if trainer.signal:
             return 128 + trainer.signal
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost by stopping from here on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         results: dict[str, Any] = trainer.evaluate()
-        results |= {"updates": updates, "training": len(trainer.episodes)}
+        results |= {"updates": updates, "training": trainer.count}
         results |= {"config": json.dumps(config.flat()), "episodes": digest(files)}
         checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
     except (ArithmeticError, ConfigError, EnvError, OSError) as error:
@@ -394,4 +395,5 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    app.plain_warnings()
+    sys.exit(app.run(main))

@@ -117,22 +117,24 @@ def ridge(b: Basis, train: np.ndarray, valid: np.ndarray, test: np.ndarray) -> n
         there = np.isfinite(train[:, k])
         if there.sum() < LEAST:
             continue
-        target = train[there, k]
+        target, centre = train[there, k], 0.0
         if there.all():
             scale, turn = b.scale, None
             product = b.train.T @ target
-        else:  # a regression on some of the steps has axes of its own
-            scale, turn = np.linalg.eigh(b.train[there].T @ b.train[there])
-            product = turn.T @ (b.train[there].T @ target)
+        else:  # a regression on some of the steps has a mean and axes of its own
+            centre = b.train[there].mean(0)
+            x = b.train[there] - centre
+            scale, turn = np.linalg.eigh(x.T @ x)
+            product = turn.T @ (x.T @ target)
         known = np.isfinite(valid[:, k])
         best = None
         for penalty in PENALTIES:
             weight = product / (np.maximum(scale, 0.0) + penalty)
             weight = weight if turn is None else turn @ weight
-            error = np.square(b.valid[known] @ weight - valid[known, k]).sum()
+            error = np.square((b.valid[known] - centre) @ weight - valid[known, k]).sum()
             if best is None or error < best[0]:
                 best = error, weight
-        out[:, k] = b.test @ best[1]
+        out[:, k] = (b.test - centre) @ best[1]
     return out
 
 
@@ -182,16 +184,16 @@ def cross_fitted(
         test = episode % folds == fold
         mean, spread = x[~test].mean(0), x[~test].std(0)
         z = (x - mean) / np.where(spread > 1e-4, spread, np.inf)
-        for known in groups(np.isfinite(y)):
-            columns, there = known
+        for columns, there in groups(np.isfinite(y)):
             fit, out = ~test & there, test & there
             if fit.sum() < LEAST or not out.any():
                 continue
-            centre = y[fit][:, columns].mean(0)
-            gram = z[fit].T @ z[fit] + penalty * np.eye(z.shape[1])
-            weight = np.linalg.solve(gram, z[fit].T @ (y[fit][:, columns] - centre))
-            rest = np.square(z[out] @ weight + centre - y[out][:, columns])
-            around = np.square(y[out][:, columns] - centre)
+            known, level = z[fit] - z[fit].mean(0), y[fit][:, columns].mean(0)
+            gram = known.T @ known + penalty * np.eye(z.shape[1])
+            weight = np.linalg.solve(gram, known.T @ (y[fit][:, columns] - level))
+            found = (z[out] - z[fit].mean(0)) @ weight + level
+            rest = np.square(found - y[out][:, columns])
+            around = np.square(y[out][:, columns] - level)
             for i, column in enumerate(columns):
                 error[:, column] += np.bincount(episode[out], rest[:, i], count)
                 total[:, column] += np.bincount(episode[out], around[:, i], count)

@@ -164,12 +164,12 @@ def every_score(report: Report) -> Section:
     for name, run in report["runs"].items():
         rows = []
         for level, cells in run["information"]["levels"].items():
-            bits = [
-                f"{cells[f]['bits']:.2f} ({cells[f]['chance']:.2f}), p {cells[f]['p']:.3f}"
-                for f in names
-            ]
+            bits = []
+            for cell in (cells[f] for f in names):
+                beside = f"({cell['chance']:.2f}, {cell['untrained']:.2f})"
+                bits.append(f"{cell['bits']:.2f} {beside}, p {cell['p']:.3f}")
             rows.append([f"{name}, {level}", *bits])
-        tables.append(Table(["bits (by chance), p", *names], rows))
+        tables.append(Table(["bits (by chance, untrained), p", *names], rows))
     return Section("Every score", tables=tables, folded=True)
 
 
@@ -200,11 +200,11 @@ def informed(report: Report) -> Section:
     for name, run in report["runs"].items():
         found = run["information"]
         levels = found["levels"]
-        bits, p = np.empty((2, len(names), len(levels)))
+        bits, p, untrained = np.empty((3, len(names), len(levels)))
         for j, cells in enumerate(levels.values()):
-            bits[:, j] = [cells[name]["bits"] for name in names]
-            p[:, j] = [cells[name]["p"] for name in names]
-        silent = p > information.LEVEL
+            for table, key in ((bits, "bits"), (p, "p"), (untrained, "untrained")):
+                table[:, j] = [cells[name][key] for name in names]
+        silent = (p > information.LEVEL) | (bits <= untrained)
         total = np.array([[found["entropy"][f]] for f in names])
         draw = functools.partial(
             drawings.heatmap,
@@ -221,10 +221,11 @@ def informed(report: Report) -> Section:
     text = (
         f"Bits that the best single variable of a level tells of a factor ({first['estimator']}"
         f" corrected; factors of many values are cut into {information.BINS} quantiles), darker for"
-        " a larger share of all there is. Faint: no more than chance, which is what exchanging"
-        f" whole episodes gives ({first['permutations']} exchanges, {information.LEVEL:.0%} for a"
-        " run's whole table). Shuffled steps would not do: successive steps are alike, so whatever"
-        " drifts would seem to tell of whatever else drifts."
+        " a larger share of all there is. Faint: no more than codes of an untrained model of the"
+        " same shape tell (those of a board tell something of it), or than chance, which is what"
+        f" exchanging whole episodes gives ({first['permutations']} exchanges,"
+        f" {information.LEVEL:.0%} for a run's whole table). Shuffled steps would not do, as"
+        " successive ones are alike: whatever drifts would seem to tell of whatever else drifts."
     )
     return Section("Mutual information of codes and factors", [text], figures=drawn)
 

@@ -130,13 +130,16 @@ def probes(
 # ---------------------------------------------------------------- information and contrast
 
 
-def inform(subject: Subject, found: Sequence[Latents], material: Material) -> Found:
-    """Mutual information of each level's codes and each factor, from a subject's ``found``, the
-    latents of every episode.
+def inform(found: Sequence[Latents], fresh: Sequence[Latents], material: Material) -> Found:
+    """Mutual information of each level's codes and each factor, from the latents of every episode,
+    those of an untrained model of the same shape beside them.
 
-    -> {"entropy": {factor: bits}, "levels": {level: {factor: {"bits", "chance", "p"}}}, ...}
+    -> {"entropy": {factor: bits}, "levels": {level: {factor: {"bits", "chance", "p",
+    "untrained"}}}, ...}
     """
-    codes = stacked([one.codes for one in found])
+    codes, other = (stacked([one.codes for one in x]) for x in (found, fresh))
+    classes = [information.discretise(x) for x in material.factors.values()]
+    untrained = information.best_bits(other, classes)
     table = information.table(codes, material.factors, material.lengths)
     out: Found = {"estimator": information.ESTIMATOR, "permutations": information.PERMUTATIONS}
     out["entropy"] = dict(zip(material.factors, map(float, table.entropy), strict=True))
@@ -145,6 +148,7 @@ def inform(subject: Subject, found: Sequence[Latents], material: Material) -> Fo
         cells = {}
         for j, name in enumerate(material.factors):
             cell = {"bits": table.bits[i, j], "chance": table.null[i, j], "p": table.p[i, j]}
+            cell["untrained"] = untrained[i, j]
             cells[name] = {key: float(x) for key, x in cell.items()}
         out["levels"][level] = cells
     return out
@@ -220,6 +224,6 @@ def measure(subject: Subject, trained: Sequence[Latents], material: Material) ->
     if material.factors:
         fresh = read_all(subject, subject.untrained, material)
         out["probes"] = probes(subject, trained, fresh, material)
-        out["information"] = inform(subject, trained, material)
+        out["information"] = inform(trained, fresh, material)
         out["contrast"] = ego(subject, trained, material)
     return out

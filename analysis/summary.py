@@ -165,7 +165,9 @@ def read_lines(report: Report) -> list[str]:
 
 
 def information_lines(report: Report) -> list[str]:
-    """Which levels tell something of which factor, run by run."""
+    """Which levels tell something of which factor, run by run, and which of that an untrained model
+    tells as well.
+    """
     lines = []
     for name, run in report["runs"].items():
         for level, cells in run["information"]["levels"].items():
@@ -177,8 +179,11 @@ def information_lines(report: Report) -> list[str]:
                 lines.append(
                     f"{name}, {level}: information about {which} is shown; most about"
                     f" {best}, {cells[best]['bits']:.2f} bits ({share:.0%} of its entropy;"
-                    f" {cells[best]['chance']:.2f} bits by chance)."
+                    f" {cells[best]['chance']:.2f} bits by chance, {cells[best]['untrained']:.2f}"
+                    " of an untrained model)."
                 )
+                if taught := [f for f in shown if cells[f]["bits"] <= cells[f]["untrained"]]:
+                    lines[-1] += f" An untrained model tells as much of {listed(taught)}."
             else:
                 lines.append(f"{name}, {level}: no information about any factor is shown.")
     return lines

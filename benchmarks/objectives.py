@@ -39,11 +39,13 @@ from learning import curve, longer, returns_in
 from measure import ROOT
 
 import dreamer
+import tools
 from analysis import heldout, offline
 from analysis.summary import over_seeds
 from comparison import summary, words
-from comparison.runs import finished, read
+from comparison.runs import config_hash, finished, read
 from hidreamer.provenance import provenance
+from tools import ConfigError
 
 # Weights are those of the sources. Without a decoder's weight there is one for the pictures and for
 # --offline, which changes nothing else.
@@ -93,26 +95,35 @@ def command(game: str, dynamics: str, arm: str, seed: int, folder: Path) -> list
 
 
 def train(game: str, dynamics: str, arm: str, seed: int, steps: int, folder: Path) -> int:
-    """One run. -> exit status."""
+    """One run. -> exit status. Raises ConfigError where FOLDER holds one of another config."""
     if longer(folder, steps):
         return 2
-    if finished(folder, steps) and evaluated(read(folder).get("eval_return"), steps) is not None:
+    words = [*command(game, dynamics, arm, seed, folder), "--steps", str(steps)]
+    words += ["--eval_every", str(steps), "--eval_episodes", str(EVALUATION), "--video", "false"]
+    whole = finished(folder, steps, config_of(words))
+    if whole and evaluated(read(folder).get("eval_return"), steps) is not None:
         return 0
-    more = ["--steps", str(steps), "--eval_every", str(steps), "--video", "false"]
-    more += ["--eval_episodes", str(EVALUATION)]
-    return dreamer.main([*command(game, dynamics, arm, seed, folder), *more])
+    return dreamer.main(words)
 
 
 def train_offline(
     game: str, dynamics: str, arm: str, seed: int, updates: int, logdir: Path, folder: Path
 ) -> int:
-    """One world model on the episodes of the default's run. -> exit status."""
-    if offline.finished(folder, updates):
-        return 0
+    """One world model on the episodes of the default's run. -> exit status. Raises ConfigError
+    where FOLDER holds one of another config or other episodes.
+    """
     source = logdir / game / dynamics / "default" / str(seed)
-    job = [sys.executable, "-m", "analysis.offline", *command(game, dynamics, arm, seed, folder)]
+    words = command(game, dynamics, arm, seed, folder)
+    if offline.finished(folder, updates, config_of(words), offline.find([str(source)])):
+        return 0
+    job = [sys.executable, "-m", "analysis.offline", *words]
     job += ["--episodes", str(source), "--updates", str(updates)]
     return subprocess.run(job, cwd=ROOT, check=False).returncode
+
+
+def config_of(words: list[str]) -> tools.Config:
+    args = tools.parse(words)
+    return tools.load_config(args.presets, args.overrides)
 
 
 def evaluated(returns: np.ndarray, steps: int) -> float | None:
@@ -132,8 +143,10 @@ def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
     points = curve(folder, min(steps, run.step), WIDTH) if len(ended) else []
     last = returns_in(ended, steps - 5000, steps) if done else np.zeros(0)
     passed = [step for step, mean in points if mean > BAR] if game == "breakout" else []
+    own = set().union(*ARMS.values())
     return {
         "frames": run.step,
+        "config": config_hash({key: x for key, x in run.config.items() if key not in own}),
         "evaluation": evaluated(run.get("eval_return"), steps),
         "random": round(float(summary.random_returns(run).mean()), 3) if len(ended) else None,
         "last_5000": round(float(last.mean()), 3) if len(last) else None,
@@ -181,7 +194,8 @@ def earlier(path: Path, steps: int) -> dict[str, Any]:
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
     """{dynamics: {arm: {game: its difference from the default}}}, by seeds that both finished:
-    "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on.
+    "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on. Raises
+    ConfigError where two runs differ in more than an arm's keys.
     """
     out: dict[str, Any] = {}
     for game, by_state in found.items():
@@ -190,6 +204,12 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
             for arm, runs in arms.items():
                 pairs = {}
                 for seed in runs.keys() & base.keys():
+                    configs = {x["config"] for x in (runs[seed], base[seed]) if "config" in x}
+                    if len(configs) > 1:
+                        raise ConfigError(
+                            f"{game}/{dynamics}/{arm}/{seed} and default/{seed} differ in more than"
+                            " the keys of the arm: train one of them anew, in another --logdir"
+                        )
                     one, other = runs[seed]["evaluation"], base[seed]["evaluation"]
                     if one is not None and other is not None:
                         pairs[seed] = one - other
@@ -257,6 +277,15 @@ def finished_seeds(arm: Path, updates: int) -> set[str]:
 
 
 def main() -> int:
+    try:
+        return judge()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def judge() -> int:
+    """What the command line asks for. -> exit status. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -54,8 +54,11 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
     step = agent.make_update(agent.config.compile)
     for _ in range(5 if step != agent.update else 1):
         step(batch)
-    obs = {key: x[:1, 0] for key, x in batch.items() if key in env.obs_space or key == "is_first"}
+    obs = {key: x[:1, 0] for key, x in batch.items() if key in env.obs_space}
+    obs["is_first"] = torch.zeros_like(batch["is_first"][:1, 0])
     state = agent.initial(1)
+    for _ in range(agent.config.dynamics.hrvq.window):  # a full memory, as it mostly is
+        state = agent.act(state, obs)
     fns = {"update": lambda: step(batch), "policy": lambda: agent.act(state, obs)}
     times = measure.interleaved(fns, repeats, device.type == "cuda")
     for i, name in enumerate(("cpu", "wall")):

@@ -5,13 +5,13 @@ of and costs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 import models
-from comparison.runs import HOUSEKEEPING, Run
+from comparison.runs import HOUSEKEEPING, Run, single_lives
 from envs import Env, EnvError, env_for_spaces
 from hidreamer import cost
 from hidreamer.spaces import random_rows
@@ -131,6 +131,34 @@ def elsewhere(configs: Mapping[str, Mapping[str, Config]]) -> list[str]:
             columns[model] = sizes(agent)
         lines += warnings(columns, f" on {task}")
     return lines
+
+
+def origins(runs: Sequence[Run]) -> list[str]:
+    """A line where models were trained by other code than each other, and one where on other
+    machines.
+    """
+    lines = []
+    for key, what, follows in (
+        ("commit", "by code of", "a difference may be that of the code"),
+        ("hardware", "on", "their seconds are not compared"),
+    ):
+        found: dict[str, set[str]] = {}
+        for run in runs:
+            if run.known:
+                found.setdefault(run.model, set()).add(run.start.get(key, "unknown"))
+        if len(set(map(frozenset, found.values()))) > 1:
+            told = "; ".join(f"{model} {what} {', '.join(sorted(x))}" for model, x in found.items())
+            lines.append(f"Models were trained apart, {told}: {follows}.")
+    return lines
+
+
+def lives(runs: Sequence[Run]) -> list[str]:
+    """A line where episodes of training are single lives."""
+    return [
+        f"With env.atari.lives reset an episode is a life: returns on {task} are those of lives,"
+        " not normalised by a human's of a game; evaluations play whole games."
+        for task in sorted(single_lives(runs))
+    ]
 
 
 def warnings(columns: Mapping[str, Mapping[str, Any]], where: str = "") -> list[str]:

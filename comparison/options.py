@@ -95,7 +95,8 @@ class Arm(NamedTuple):
 def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
     """-> options, presets for all runs, config values for all runs. Raises ConfigError."""
     args = tools.parse(argv)
-    values, options = tools.current_names(args.overrides), {}
+    current, options = tools.current_names(args.overrides), {}
+    values = dict(current)
     if args.resume or args.capacity:
         raise ConfigError(
             "--resume and --capacity belong to dreamer.py; here the same command again continues"
@@ -114,6 +115,15 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
         raise ConfigError("--side-by-side is for seeds that are trained in an environment")
     if options["until"] and not options["from"]:
         raise ConfigError("--until is for runs that exist (--from); a new one has --steps")
+    if options["from"]:  # the runs are what they are
+        taken = {"from", "models", "until", "logdir", "export", "allow_differences", "vary"}
+        ignored = [key for key in current if key not in taken]
+        ignored += ["configs"] * bool(args.presets)
+        if ignored:
+            raise ConfigError(
+                f"--from reports on runs that exist, and --{ignored[0]} would change nothing: leave"
+                " it out (--models chooses among the runs, --until the frames that are compared)"
+            )
     if options["export"] and options["paired_offline"]:
         raise ConfigError("--export is for returns, of which --paired-offline has none")
     if options["export"] and tools.user_path(options["export"]).is_dir():

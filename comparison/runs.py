@@ -188,7 +188,8 @@ def read(folder: Path) -> Run:
     for facts in starts:
         start |= facts
     for key in SEVERAL & start.keys():
-        start[key] = ", ".join(dict.fromkeys(str(x[key]) for x in starts if key in x))
+        between = "; " if key == "hardware" else ", "  # a machine's own words have commas
+        start[key] = between.join(dict.fromkeys(str(x[key]) for x in starts if key in x))
     series = {name: np.array(pairs, float) for name, pairs in values.items()}
     return Run(folder, str(start.get("model", "")), config, start, step, whole, series)
 
@@ -209,6 +210,12 @@ def find(folders: Iterable[Path]) -> list[Run]:
     named = name_models(list(runs.values()))
     refuse_duplicates(named)
     return named
+
+
+def single_lives(runs: Iterable[Run]) -> set[str]:
+    """The games of Atari whose training episodes are one life each."""
+    lost = [run for run in runs if run.known and run.config.get("env.atari.lives") == "reset"]
+    return {run.task for run in lost if run.task.startswith("atari_")}
 
 
 def cut(run: Run, frames: int) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ def axis(run: Run) -> tuple[str, np.ndarray]:
     """-> which seconds, and (n, 2): frame, seconds used until then; (0, 2) where none were logged.
 
     On a GPU seconds are those during which the run held it. On CPUs they are those of the
-    process, all its threads together, so that a busy machine does not count; of runs from before
-    they were logged, wall-clock time. Members of a population share their process's seconds
-    equally. Work that a kill undid does not count.
+    process, all its threads together: waiting for a core does not count, though sharing its caches
+    does. Of runs from before they were logged, or that went on from one kind to the other,
+    wall-clock time. Members of a population share their process's seconds equally. Work that a kill
+    undid does not count.
     """
     if "seconds" in run.series:
         return run.start.get("clock", WALL), run.series["seconds"]
@@ -30,24 +30,28 @@ def axis(run: Run) -> tuple[str, np.ndarray]:
     share = lambda steps: np.array([1.0 / members.get(step, 1.0) for step in steps.tolist()])
     wall = np.diff(moving[:, 0], prepend=0.0) / moving[:, 1]
     wall = (wall * share(moving[:, 0])).cumsum()
-    # "MODEL, N threads, NAME OF THE GPU": see provenance
-    on_gpu = re.search(r"threads, \S", run.start.get("hardware", ""))
-    if on_gpu and run.config.get("device") != "cpu":
+    # "MODEL, N threads, NAME OF THE GPU", of each machine: see provenance
+    machines = run.start.get("hardware", "").split("; ")
+    on_gpu = {run.config.get("device") != "cpu" and "threads, " in x for x in machines}
+    if on_gpu == {True}:
         return GPU, np.stack([moving[:, 0], wall], 1)
-    if len(cpu) and len(cpu) == len(frames):
+    if on_gpu == {False} and len(cpu) and len(cpu) == len(frames):
         return CPU, np.stack([cpu[:, 0], (cpu[:, 1] * share(cpu[:, 0])).cumsum()], 1)
     return WALL, np.stack([moving[:, 0], wall], 1)
 
 
 def add(rows: Sequence[dict], runs: Sequence[Run], scale: dict[str, Any]) -> None:
     """Add to the rows of one task what their runs returned by seconds, and to its scale the clock
-    and the budget: the seconds of the run that used the fewest. Nothing where a run has none.
+    and the budget: the seconds of the run that used the fewest. Nothing where a run has none, or
+    where runs were on different machines, whose seconds buy different work.
 
     rows and runs go in pairs; incomplete runs take no part.
     """
     scale |= {"clock": None, "budget": None}
     pairs = [pair for pair in zip(rows, runs, strict=True) if pair[0]["status"] == "complete"]
     axes = [axis(run) for _, run in pairs]
+    if len({run.start.get("hardware", "") for _, run in pairs}) > 1:
+        return
     if not axes or len({clock for clock, _ in axes}) > 1 or not all(len(x) for _, x in axes):
         return
     scale |= {"clock": axes[0][0], "budget": float(min(x[-1, 1] for _, x in axes))}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from comparison import seconds, stats
-from comparison.runs import Run, config_hash, levels
+from comparison.runs import Run, config_hash, levels, single_lives
 
 # Mean scores of random play and of a human on the 26 games of Atari 100k (the IRIS repository's
 # result files, which are those of the DreamerV3 repository).
@@ -159,7 +159,8 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     finals = np.array([row["final_return"] for row in rows])
     chance = float(at_random.mean()) if len(at_random) else 0.0
     zero, unit, how = chance, float(np.abs(finals - chance).max(initial=0.0)) or 1.0, "run"
-    if task.removeprefix("atari_") in HUMAN and task.startswith("atari_"):
+    games = task.startswith("atari_") and task not in single_lives(runs)
+    if games and task.removeprefix("atari_") in HUMAN:
         zero, human = HUMAN[task.removeprefix("atari_")]
         unit, how = human - zero, "human"
         chance = chance if len(at_random) else zero
@@ -281,15 +282,14 @@ def normalised(done: Matrix, model: str, key: str) -> list[np.ndarray]:
 
 def level_means(done: Matrix, model: str) -> dict[str, Any]:
     """{"kl_0": mean curve over runs and tasks, mean of the last 10% with an interval}."""
-    rows = []
-    for by_model in done.values():
-        rows += by_model[model]
-    names = sorted(set.intersection(*(set(row["levels"]) for row in rows)))
+    levels: Matrix = {}
+    for task, by_model in done.items():
+        own = [row["levels"] | {"seed": row["seed"]} for row in by_model[model]]
+        levels[task] = {model: own}
+    rows = [row for by_model in levels.values() for row in by_model[model]]
     out = {}
-    for name in names:
-        for row in rows:
-            row[name] = row["levels"][name]
-        x = matrix(done, model, name)  # (seeds, tasks, BINS)
+    for name in sorted(set.intersection(*map(set, rows)) - {"seed"}):
+        x = matrix(levels, model, name)  # (seeds, tasks, BINS)
         last = x[..., -round(stats.LAST * stats.BINS) :].mean(-1)
         out[name] = {
             "curve": x.mean((0, 1)).tolist(),

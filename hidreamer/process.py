@@ -48,6 +48,10 @@ def pick_threads(agent: Any, threads: int) -> int:
     return 1 if small and not images else AVAILABLE
 
 
+# These decide what a run is, so that a folder holds one value of each.
+ELSEWHERE = "in another --logdir, with --resume to start from these weights"
+
+
 def resource(error: Exception, also: str = "") -> str:
     """What ran out, and which keys ask for less of it, ``also`` what else would; "" where that was
     no disk and no memory.
@@ -56,14 +60,14 @@ def resource(error: Exception, also: str = "") -> str:
     if isinstance(error, torch.OutOfMemoryError):
         what = (
             f"the GPU's memory is full ({cause}): ask for less with replay.batch, "
-            f"replay.length or imag.starts{also}"
+            f"replay.length or imag.starts{also}, {ELSEWHERE}"
         )
     elif (
         isinstance(error, MemoryError)
         or getattr(error, "errno", 0) == errno.ENOMEM
         or "allocate memory" in cause
     ):
-        less = f"replay.capacity or replay.store disk, replay.batch, env.count{also}"
+        less = f"replay.store disk; replay.capacity, replay.batch or env.count{also}, {ELSEWHERE}"
         what = f"the memory is full ({cause}): ask for less with {less}"
     elif isinstance(error, OSError) and error.errno in FULL:
         what = f"the disk is full, or what the output goes to, or a limit is reached ({error})"

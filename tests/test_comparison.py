@@ -240,6 +240,9 @@ BAD = {
     "no runs": (["--from", "/nonexistent"], "there is no run"),
     "a home that is not known": (["--from", "~nobody-here/run"], "no home is known"),
     "another size": (["--dynamics.hrvq.levels", "0"], "at least 1"),
+    "a task of runs that exist": (["--from", "x", "--task", "y"], "--task would change nothing"),
+    "a key of runs that exist": (["--from", "x", "--steps", "9"], "--until the frames"),
+    "a preset of runs that exist": (["--from", "x", "--configs", "debug"], "--configs would"),
     "both": (["--from", "x", "--paired-offline", "y"], "leave one of them out"),
     "seeds side by side, offline": (["--side-by-side", "--paired-offline", "y"], "--side-by-side"),
     "seeds side by side, again": (["--side-by-side", "--from", "y"], "--side-by-side"),
@@ -250,9 +253,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(name, tmp_path, capsys):
     args, says = BAD[name]
-    status = run_comparison.main(
-        ["--configs", "debug", "--task", "dummy_vector", "--logdir", str(tmp_path), *args]
-    )
+    trained = [] if "--from" in args else ["--configs", "debug", "--task", "dummy_vector"]
+    status = run_comparison.main([*trained, "--logdir", str(tmp_path), *args])
     err = capsys.readouterr().err
     assert status == 2 and err.count("\n") == 1 and says in err, err
     assert not list(tmp_path.iterdir())

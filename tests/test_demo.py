@@ -65,7 +65,9 @@ def test_the_verdict(now, random, says):
     assert says in lines[-1] and lines[0].startswith("return now:")
 
 
-@pytest.mark.parametrize("words", [["--resume", "x"], ["--capacity", "debug"], ["stray"]])
+@pytest.mark.parametrize(
+    "words", [["--resume", "x"], ["--capacity", "debug"], ["stray"], ["--seeds", "2"]]
+)
 def test_wrong_arguments_are_one_line(words, capsys):
     assert demo.main(words) == 2
     err = capsys.readouterr().err

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis import information, levels, readout
+from analysis import information, levels, readout, summary
 
 RNG = np.random.default_rng
 
@@ -288,6 +288,29 @@ def test_features_beyond_their_number_and_missing_values():
     assert np.isfinite(readout.scores(x, y, episode)["linear"][:2]).all()
     constant = readout.scores(np.ones((400, 3)), y, episode)["linear"]
     assert constant[0] == 0.0 and np.isnan(constant[2])
+
+
+def test_a_factor_that_is_there_at_some_steps_is_read_at_those():
+    """Features whose mean is another where the factor is: without an intercept of its own a
+    regression on these steps spends its weights on the mean.
+    """
+    rng, episode = RNG(0), np.repeat(np.arange(40), 50)
+    place, there = rng.uniform(size=2000), rng.uniform(size=2000) < 0.6
+    x = np.where(there, 2.0 + place, 0.0)[:, None]
+    y = np.where(there, place, np.nan)[:, None]
+    assert read(x, y, episode)["linear"][0] > 0.99
+    error, total = readout.cross_fitted(x, y, episode, penalty=1.0)
+    assert 1.0 - error.sum() / total.sum() > 0.98
+
+
+def test_a_line_says_which_information_is_an_untrained_models_too():
+    cell = {"bits": 0.3, "chance": 0.1, "p": 0.01}
+    cells = {"ball x": cell | {"untrained": 0.1}, "ball y": cell | {"untrained": 0.3}}
+    entropy = {"ball x": 1.0, "ball y": 2.0}
+    run = {"information": {"levels": {"L0": cells}, "entropy": entropy}}
+    (line,) = summary.information_lines({"runs": {"hrvq/0": run}})
+    assert "every factor is shown" in line
+    assert line.endswith("An untrained model tells as much of ball y.")
 
 
 def test_ridge_is_sklearns():

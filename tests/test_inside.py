@@ -363,6 +363,9 @@ def test_the_json_has_every_number(page, trained):
         parts = set(run["probes"]["trained"]["0"])
         assert {"encoder", "deter", "all", *run["levels"]} <= parts
         assert set(run["information"]["levels"]) == set(run["levels"])
+        cells = [x for level in run["information"]["levels"].values() for x in level.values()]
+        assert any(x["untrained"] > 0 for x in cells)  # random codes of a board tell something
+        assert any(x["untrained"] != x["bits"] for x in cells)
         assert (run["contrast"] is None) == (len(run["levels"]) == 1)
     assert found["models"]["rssm"]["seeds"] == 2
     cell = found["models"]["rssm"]["means"]["linear"]["all"]

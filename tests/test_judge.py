@@ -136,6 +136,22 @@ def test_runs_of_earlier_reports_stand_beside_those_that_are_there(
         assert told in capsys.readouterr().err
 
 
+def test_runs_of_another_config_are_no_pair(judge, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "seaquest" / "rssm"
+    write(home / "default" / "0", 30_000, {500: 1.0}, 1.0)
+    write(home / "harmony" / "0", 30_000, {500: 1.0}, 4.0)
+    path = home / "harmony" / "0" / "config.yaml"
+    path.write_text(path.read_text().replace("harmony: 0.0", "harmony: 1.0"))
+    assert judge.judged(judge.report(tmp_path, 30_000))["rssm"]["harmony"]["seaquest"]["seeds"]
+    text = path.read_text()
+    path.write_text(text.replace("horizon: 15", "horizon: 9"))
+    assert path.read_text() != text
+    monkeypatch.setattr("sys.argv", ["objectives.py", "--report", "--logdir", str(tmp_path)])
+    assert judge.main() == 2
+    err = capsys.readouterr().err
+    assert "seaquest/rssm/harmony/0 and default/0 differ" in err and err.count("\n") == 1
+
+
 def test_the_default_changes_on_three_of_five_games(judge):
     """Ahead by chance is not won."""
     cell = lambda value, low=None: {"seeds": ["0"], "value": value, "low": low, "high": value}

@@ -160,7 +160,12 @@ def test_a_disk_that_fails_is_damage(made, monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "hint"),
-    [(errno.EFBIG, "a limit"), (errno.EMFILE, "ulimit -n"), (errno.EACCES, "allow that")],
+    [
+        (errno.ENOMEM, "in another --logdir"),
+        (errno.EFBIG, "a limit"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EACCES, "allow that"),
+    ],
 )
 def test_what_ran_out_names_its_remedy(number, hint):
     assert hint in process.resource(OSError(number, os.strerror(number)))

@@ -5,6 +5,7 @@ and what is measured on held-out ones.
 import json
 import math
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from test_agent import make
 
 import run_comparison
 import tools
-from analysis import heldout, offline
+from analysis import heldout, offline, probes
 from analysis.heldout import CONTEXT
 from comparison import stats
 from conftest import ROOT
@@ -391,6 +392,27 @@ def test_what_a_job_needs_is_one_line(capsys):
     assert offline.main(["--help"]) == 0 and "--episodes FOLDER" in capsys.readouterr().out
 
 
+def test_a_signal_ends_an_evaluation_at_once(recorded, tmp_path, monkeypatch):
+    """Which takes long where RAM is recovered, and loses nothing: the weights are saved."""
+    signals, seen = (signal.SIGTERM, signal.SIGINT), []
+    before = [signal.getsignal(x) for x in signals]
+
+    def evaluate(self):
+        seen.extend(signal.getsignal(x) for x in signals)
+        raise ArithmeticError
+
+    monkeypatch.setattr(offline.Trainer, "evaluate", evaluate)
+    words = ["--configs", "debug", "--task", "dummy_grid", "--env.action_repeat", "1"]
+    words += ["--replay.length", "12", "--episodes", str(recorded), "--updates", "1"]
+    try:
+        assert offline.main([*words, "--logdir", str(tmp_path)]) == 1
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    assert seen == [signal.SIG_DFL, signal.default_int_handler]
+    assert (tmp_path / "checkpoints" / "latest.pt").exists()
+
+
 def test_held_out_episodes_are_of_all_ages():
     """A run's first episodes are a beginner's: judging on those alone would say little."""
     files = [Path(f"{i:05d}.npz") for i in range(5000)]
@@ -401,7 +423,7 @@ def test_held_out_episodes_are_of_all_ages():
     gaps = np.diff([int(path.stem) for path in held])
     assert gaps.min() > 90 and gaps.max() < 115
     # and so are those that probes are fitted on
-    fitted = offline.Trainer.probed(SimpleNamespace(episodes=dict.fromkeys(train)))
+    fitted = offline.spread(train, probes.EPISODES)
     assert (len(fitted), fitted[0], fitted[-1]) == (20, train[0], train[-1])
 
 

@@ -369,7 +369,7 @@ def test_a_continued_run_names_every_commit_and_machine_that_it_saw(tmp_path):
     start = runs.read(tmp_path / "0").start
     assert (start["commit"], start["hardware"], start["model"]) == (
         "abc, def",
-        "a machine, another",
+        "a machine; another",
         MODELS[0],
     )
 

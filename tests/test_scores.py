@@ -363,6 +363,8 @@ def made(hardware, device="auto", cpu=True):
         (made("AMD, 1 threads", cpu=False), "wall-clock", [2.0, 6.0]),
         (made("AMD, 1 threads, NVIDIA H100"), "GPU", [2.0, 6.0]),
         (made("AMD, 1 threads, NVIDIA H100", device="cpu"), "CPU", [1.0, 4.0]),
+        (made("Intel, 2 threads; AMD, 1 threads"), "CPU", [1.0, 4.0]),  # went on elsewhere
+        (made("AMD, 1 threads; AMD, 1 threads, NVIDIA H100"), "wall-clock", [2.0, 6.0]),
     ],
 )
 def test_the_clock_is_that_of_the_device(run, clock, used):
@@ -380,6 +382,36 @@ def test_runs_with_different_clocks_are_not_compared_by_seconds(tmp_path):
     write_run(path, [1, 2, 3], MODELS[0], 1)  # has logged no CPU seconds
     _, found = report(tmp_path / "runs")
     assert found["seconds"] is None and found["tasks"]["dummy_vector"]["clock"] is None
+
+
+def started(folder, **facts):
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+def test_runs_of_other_machines_and_code_are_named_and_not_compared_by_seconds(tmp_path):
+    runs_of(tmp_path / "runs", seeds=2)
+    _, found = report(tmp_path / "runs")
+    assert found["seconds"] and not any("trained apart" in x for x in found["warnings"])
+    model = tmp_path / "runs" / "dummy_vector" / MODELS[1]
+    for seed in "01":
+        started(model / seed, commit="def", hardware="Intel, 2 threads")
+    _, found = report(tmp_path / "runs")
+    assert found["seconds"] is None
+    code, machines = (x for x in found["warnings"] if "trained apart" in x)
+    assert "tiny_dreamerv3 by code of abc; tiny_hdreamer by code of abc, def" in code
+    assert "on a machine; tiny_hdreamer on a machine; Intel, 2 threads" in machines
+
+
+def test_single_lives_are_no_games(tmp_path):
+    """As scores of games they would be normalised by a human's, and come out far too low."""
+    for lives, says in (("unused", "human"), ("reset", "run")):
+        for model in MODELS:
+            folder = tmp_path / lives / model
+            write_run(folder, [1.0, 2.0], model, 0, "atari_pong", **{"env.atari.lives": lives})
+        _, found = report(tmp_path / lives)
+        assert found["tasks"]["atari_pong"]["normalisation"] == says
+        assert any("an episode is a life" in x for x in found["warnings"]) == (lives == "reset")
 
 
 def test_a_run_logs_the_seconds_of_its_processor(tmp_path):
@@ -444,8 +476,8 @@ def test_values_of_a_key_are_arms():
     ],
 )
 def test_bad_varying_is_one_line(words, says, tmp_path, capsys):
-    args = ["--configs", "debug", "--task", "dummy_vector", "--logdir", str(tmp_path)]
-    assert run_comparison.main([*args, "--vary", *words]) == 2
+    args = [] if "--from" in words else ["--configs", "debug", "--task", "dummy_vector"]
+    assert run_comparison.main([*args, "--logdir", str(tmp_path), "--vary", *words]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err, err
     assert not list(tmp_path.iterdir())
