@@ -19,7 +19,7 @@ from small_runs import one_line
 import tools
 from conftest import ROOT
 from envs import make_env
-from hidreamer.checkpoint import load_checkpoint
+from hidreamer.checkpoint import FolderError, load_checkpoint
 from pipeline import __main__ as command
 from pipeline import collect, data, gate, manifest, speed, stage
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
@@ -240,6 +240,45 @@ def test_minari_both_ways(collected, tmp_path, capsys):
     assert not (tmp_path / "f/collect/manifest.json").exists()
     assert run("collect", folder, "--to-minari", tmp_path / "sets") == 0  # again changes nothing
     assert "left as it is" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_of_a_minari_data_set_is_made_again(tmp_path, monkeypatch):
+    """Half a data set, found by the next process, had ended every one after it in a traceback."""
+    package = pytest.importorskip("minari")
+    from pipeline import minari
+
+    part = recording([4, 3, 5])
+    part.image = part.image.astype(np.uint8)
+    write = lambda: minari.write(tmp_path, ["pong"], lambda game: part)
+    left = tmp_path / "pong.tmp" / "pong-v0" / "data"
+    for path in (left, tmp_path / "pong-v0" / "data"):  # the second is an older version's
+        path.mkdir(parents=True)
+        (path / "half").touch()
+    original = package.create_dataset_from_buffers
+
+    def full(name, *args, **keys):
+        original(name, *args, **keys)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(package, "create_dataset_from_buffers", full)
+        write()
+    assert not (tmp_path / "pong").exists() and not (tmp_path / "pong.tmp" / "pong-v0").exists()
+    assert "3 episodes" in write()[0]
+    assert not (tmp_path / "pong" / "data" / "half").exists()
+    assert not (tmp_path / "pong.tmp").exists()
+    (tmp_path / "pong").rename(tmp_path / "other")
+    (tmp_path / "pong.tmp").touch()
+    with pytest.raises(FolderError, match=r"pong\.tmp"):
+        write()
+    (tmp_path / "pong.tmp").unlink()
+
+    def refuse(*args, **keys):
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(package, "create_dataset_from_buffers", refuse)
+    with pytest.raises(tools.ConfigError, match=r"to_minari.*pong.*\(two\)"):
+        write()
 
 
 def test_speed_stands_beside_that_of_ale_py(collected):
