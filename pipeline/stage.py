@@ -81,6 +81,10 @@ class Stage:
         """Write the outputs. -> the gate, and the paths of what was written."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of this stage alone: plain values by name."""
+        return {}
+
     def close(self) -> None:
         """Release what ``__init__`` took."""
 
@@ -190,6 +194,7 @@ class Runner:
             "steps": stage.step,
             "seconds": round(self._seconds(), 1),
             **provenance(),
+            **stage.facts(),
         }
         manifest.write(self.folder, outputs, self.inputs, facts)
         return found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zlib
 
 import numpy as np
@@ -23,6 +24,8 @@ from hidreamer.checkpoint import FolderError, load_checkpoint
 from pipeline import __main__ as command
 from pipeline import collect, data, gate, manifest, speed, stage
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
+
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- the command line
 
@@ -208,6 +211,8 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     assert run("collect", tmp_path / "a", *few) == 0
     assert run("collect", tmp_path / "b", *few) == 0
     assert same(tmp_path / "a/collect", tmp_path / "b/collect")
+    noted = read(tmp_path / "a/collect", "manifest.json")["agent"]
+    assert noted["step"] == 160 and len(noted["sha256"]) == 64
     assert run("collect", tmp_path / "c", *few, "--random", "1") == 0
     assert made(tmp_path / "a/collect") != made(tmp_path / "c/collect")
     capsys.readouterr()
@@ -217,6 +222,26 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     latest.write_bytes(latest.read_bytes()[:-300])
     with pytest.warns(RuntimeWarning, match=r"latest\.pt is damaged.*; reading .*previous\.pt"):
         assert run("collect", tmp_path / "e", *few) == 0
+
+
+def test_an_agent_that_trained_on_does_not_continue_a_recording(tmp_path, monkeypatch):
+    """Its path was all that was compared: half the episodes had been another policy's."""
+    config = tools.load_config(
+        ["pipeline_debug"], {"pipeline.games": ["pong"], "pipeline.collect.agent": "agent"}
+    )
+    identity = {"step": 160, "sha256": "a"}
+    agent = lambda: types.SimpleNamespace(logdir=tmp_path / "agent", identity=dict(identity))
+    monkeypatch.setattr(collect, "Policy", lambda *args: agent())
+    lines = []
+    with contextlib.closing(collect.Collect(config, tmp_path, CPU, lines.append)) as begun:
+        state = begun.save_state()
+        begun.load_state(state)
+        identity["sha256"] = "b"
+        begun.policy = agent()
+        with pytest.raises(manifest.InputError, match=r"at step 160, .* collect` again$"):
+            begun.load_state(state)
+        begun.load_state({key: x for key, x in state.items() if key != "agent"})
+    assert len(lines) == 1 and "two policies" in lines[0]
 
 
 def test_minari_both_ways(collected, tmp_path, capsys):
