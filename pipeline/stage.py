@@ -51,8 +51,9 @@ class Stage:
     """One stage of the pipeline, made anew by each process; ``load_state`` puts it where it was.
 
     On one machine and thread count, a stage that was killed and continued makes, bit for bit, what
-    one that was never killed makes: nothing in ``advance`` reads the clock, and all randomness is
-    torch's global generator (which the runner saves) or in ``save_state``.
+    one that was never killed makes, but for the speed in the gate of ``collect``: ``advance`` reads
+    the clock for nothing else, and all randomness is torch's global generator (which the runner
+    saves) or in ``save_state``.
     """
 
     name: ClassVar[str]
