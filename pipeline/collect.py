@@ -31,6 +31,7 @@ from hidreamer.spaces import random_action
 from library import source
 from pipeline import data
 from pipeline.gate import Gate, Row, Table
+from pipeline.manifest import InputError, again
 from pipeline.stage import Stage
 from tools import Config, ConfigError
 
@@ -156,15 +157,36 @@ class Collect(Stage):
     def save_state(self) -> dict[str, Any]:
         self._wait()
         state = {"names": self.names, "returns": self.returns, "rows": self.rows}
-        return state | {"seconds": self.seconds}
+        return state | {"seconds": self.seconds} | self.facts()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises InputError where another agent played the first episodes."""
+        if self.policy is not None:
+            self._check_agent(state.get("agent"))
         self.names, self.returns, self.rows = state["names"], state["returns"], state["rows"]
         self.seconds = state["seconds"]
         for game, names in zip(self.games, self.names, strict=True):
             for path in data.folder(self.root, game).glob("*.npz*"):
                 if path.name not in names:  # of after the checkpoint: it is played again
                     path.unlink()
+
+    def _check_agent(self, before: Mapping[str, Any] | None) -> None:
+        """before: of the agent that the recording was begun with, None if that is not known."""
+        logdir, now = self.policy.logdir, self.policy.identity
+        if before is None:
+            self.report(
+                f"an older version began {self.folder} and did not note {logdir}'s step: if that"
+                " run has trained on since, this recording is of two policies"
+            )
+        elif dict(before) != now:
+            raise InputError(
+                f"{self.folder} was begun with {logdir} at step {before['step']}, and that run is"
+                f" another now, at step {now['step']}: put its checkpoint back, or"
+                f" {again(self.folder)}"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self.policy is None else {"agent": self.policy.identity}
 
     def _wait(self) -> None:
         """Until all episodes are written. Raises OSError."""
@@ -257,6 +279,9 @@ class Policy:
         self.agent = models.make_agent(played, theirs, device)
         self.agent.make_optimizers()
         state = source.newest(source.checkpoints_of(logdir))
+        self.logdir = logdir
+        self.identity = {"step": state["step"]}  # the path alone would be another's once it trains
+        self.identity["sha256"] = source.digest(state["agent"]["params"], {})
         try:
             self.agent.load_state(state["agent"])
         except (ValueError, KeyError, RuntimeError) as error:

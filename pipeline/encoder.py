@@ -214,7 +214,7 @@ class Encoder(Stage):
         outputs = [training.save_params(self.folder / "objective.pt", self.objective)]
         stack, found = self.config.pipeline.stack, []
         for recording in self.recordings:
-            args = (recording, np.arange(len(recording)), stack, self.device)
+            args = (recording, np.arange(len(recording)), stack, self.device, self.poll)
             own = nets.embed(self.objective.encoder, *args)
             outputs.append(save_embeddings(self.folder, recording.game, own))
             found.append({"here": own})
@@ -224,7 +224,8 @@ class Encoder(Stage):
         objective = self.block.objective if self.block.kind == "cnn" else "none: frozen DINOv2"
         facts = {"parameters": count, "objective": objective}
         steps = self.config.pipeline.probe_steps
-        return Gate(self.name, encoder_gate.tables(found, self.recordings, steps), facts), outputs
+        tables = encoder_gate.tables(found, self.recordings, steps, self.poll)
+        return Gate(self.name, tables, facts), outputs
 
 
 def save_embeddings(folder: Path, game: str, embeddings: np.ndarray) -> Path:

@@ -6,7 +6,7 @@ Shapes: N frames, E numbers of an embedding.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,13 +29,20 @@ PROBE_NOTE = (
 
 
 def tables(
-    embeddings: list[dict[str, np.ndarray]], recordings: list[Recording], steps: int
+    embeddings: list[dict[str, np.ndarray]],
+    recordings: list[Recording],
+    steps: int,
+    poll: Callable[[], None],
 ) -> list[Table]:
-    """Of every game's embeddings (N, E) by who made them, "here" first. steps: of the probes."""
+    """Of every game's embeddings (N, E) by who made them, "here" first.
+
+    steps: of the probes. poll: called time and again; it may raise.
+    """
     geometry, out = [], []
     for found, recording in zip(embeddings, recordings, strict=True):
+        poll()
         geometry += geometry_rows(found, recording)
-        out.append(probe_table(found, recording, steps))
+        out.append(probe_table(found, recording, steps, poll))
     return [Table("Geometry", geometry, GEOMETRY_NOTE), *out]
 
 
@@ -59,17 +66,22 @@ def geometry_rows(embeddings: Mapping[str, np.ndarray], recording: Recording) ->
     return out
 
 
-def probe_table(embeddings: Mapping[str, np.ndarray], recording: Recording, steps: int) -> Table:
+def probe_table(
+    embeddings: Mapping[str, np.ndarray],
+    recording: Recording,
+    steps: int,
+    poll: Callable[[], None],
+) -> Table:
     """R2 of every variable of the console's memory, and below it the lineage's state correlation.
 
     embeddings: {encoder: (N, E)} of all rows of ``recording``, "here" that of the stage. steps:
-    how many training rows the probes are fitted on.
+    how many training rows the probes are fitted on. poll: as of ``tables``.
     """
     features: dict[str, probing.Features] = {}
     for who, x in embeddings.items():
         features[who] = functools.partial(scaled_rows, x)
     features["pixels"] = probing.pixels(recording)
-    found = probing.r2(features, recording, steps)
+    found = probing.r2(features, recording, steps, poll)
     sample = np.random.default_rng(1).permutation(recording.rows(held=True))[:1000]
     rows = []
     for name, byte in probing.variables(recording).items():

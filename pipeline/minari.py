@@ -7,17 +7,19 @@ every later stage need it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-from hidreamer import app
+from hidreamer import app, checkpoint
 from hidreamer.checkpoint import FolderError
 from pipeline.collect import Played
 from pipeline.data import Recording, Space
@@ -35,13 +37,15 @@ def package() -> Any:
     return minari
 
 
-def opened(name: str) -> Any:
-    """A data set by its folder, or by its id among those that Minari keeps. Raises ConfigError."""
+def episodes_of(name: str) -> Iterator[Any]:
+    """The episodes of a data set by its folder, or by its id among those that Minari keeps. Raises
+    ConfigError.
+    """
     minari, path = package(), user_path(name)
     try:
-        if (path / "data").is_dir():
-            return minari.MinariDataset(path / "data")
-        return minari.load_dataset(name)
+        inside = (path / "data").is_dir()
+        found = minari.MinariDataset(path / "data") if inside else minari.load_dataset(name)
+        yield from found.iterate_episodes()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -62,7 +66,7 @@ def read(name: str, wanted: list[Space], steps: int) -> list[list[Played]]:
         if len(wanted) > 1 and source == name:
             raise ConfigError(f"pipeline.collect.from_minari: {name} has no data set {game}")
         episodes, total = [], 0
-        for episode in opened(source).iterate_episodes():
+        for episode in episodes_of(source):
             if total >= steps:
                 break
             played = converted(episode, space, source)
@@ -131,7 +135,7 @@ def write(folder: Path, games: list[str], load: Callable[[str], Recording]) -> l
     """A data set FOLDER/GAME of every game that has none there, from what ``load`` has of it. ->
     lines about them.
 
-    Raises ConfigError.
+    Raises ConfigError, FolderError.
     """
     minari = package()
     from minari.data_collector import EpisodeBuffer
@@ -165,23 +169,49 @@ def write(folder: Path, games: list[str], load: Callable[[str], Recording]) -> l
 def minari_write(
     minari: Any, target: Path, buffers: list, shape: tuple[int, ...], actions: int
 ) -> None:
-    """``create_dataset_from_buffers`` in ``target``: Minari asks for a place by a variable only."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(target.parent.resolve())
+    """``create_dataset_from_buffers`` in ``target``, which is there once it is whole.
+
+    Minari asks for a place by a variable only. Raises ConfigError, FolderError where another
+    process writes it.
+    """
+    folder = target.with_name(target.name + ".tmp")
+    made = folder / f"{target.name}-v0"
+    with checkpoint.locked(folder):
+        try:
+            shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
+            minari_create(minari, made, buffers, shape, actions)
+            made.rename(target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)  # a full disk has no room for half a data set
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def minari_create(
+    minari: Any, made: Path, buffers: list, shape: tuple[int, ...], actions: int
+) -> None:
+    """The data set ``made``, NAME-v0 as Minari has it. Raises ConfigError."""
+    before, name = os.environ.get("MINARI_DATASETS_PATH"), made.name.removesuffix("-v0")
+    os.environ["MINARI_DATASETS_PATH"] = str(made.parent.resolve())
     facts = {
         "observation_space": spaces.Box(0, 255, shape, np.uint8),
         "action_space": spaces.Discrete(actions),
         "algorithm_name": "hidreamer pipeline collect",
-        "description": f"{target.name}: frames, actions, rewards; infos: the console's memory.",
+        "description": f"{name}: frames, actions, rewards; infos: the console's memory.",
         "jpeg_encoding": False,  # the default loses pixels
     }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about environments that it could not make itself
-            minari.create_dataset_from_buffers(f"{target.name}-v0", buffers, **facts)
+            minari.create_dataset_from_buffers(made.name, buffers, **facts)
+    except ValueError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"pipeline.collect.to_minari: Minari cannot write {name} to {made.parent.parent}"
+            f" ({reason})"
+        ) from None
     finally:
         if before is None:
             del os.environ["MINARI_DATASETS_PATH"]
         else:
             os.environ["MINARI_DATASETS_PATH"] = before
-    (target.parent / f"{target.name}-v0").rename(target)

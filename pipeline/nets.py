@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,17 @@ def pixels(stacks: np.ndarray, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def embed(
-    encoder: nn.Module, recording: Recording, rows: np.ndarray, stack: int, device: torch.device
+    encoder: nn.Module,
+    recording: Recording,
+    rows: np.ndarray,
+    stack: int,
+    device: torch.device,
+    poll: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Embeddings (M, E) float32 of rows (M,)."""
+    """Embeddings (M, E) float32 of rows (M,). poll: called for every batch; it may raise."""
     parts = []
     for first in range(0, len(rows), BATCH):
+        poll()
         stacks = recording.stacks(rows[first : first + BATCH], stack)
         parts.append(encoder(pixels(stacks, device)).float().cpu().numpy())
     return np.concatenate(parts)

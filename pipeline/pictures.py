@@ -146,7 +146,8 @@ def codes_over_time(recording: Any, tokens: np.ndarray) -> str:
             codes = tokens[part, level]
             _, first, index = np.unique(codes, return_index=True, return_inverse=True)
             order = first.argsort().argsort()
-            style = {"color": figures.COLOURS[level], "markersize": 2.0, "linestyle": "none"}
+            colour = figures.COLOURS[level % len(figures.COLOURS)]
+            style = {"color": colour, "markersize": 2.0, "linestyle": "none"}
             axis.plot(order[index], marker=".", label=f"L{level}", **style)
         axis.set(xlabel="step", ylabel="code, by first use")
         axis.set_title(f"{recording.game}: codes over time")

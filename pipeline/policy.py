@@ -19,7 +19,7 @@ import tools
 from envs import make_env
 from envs.vector import Envs
 from hidreamer import checkpoint, evaluation
-from pipeline import data, tokenizer, training, world_model
+from pipeline import data, manifest, tokenizer, training, world_model
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
 from pipeline.manifest import InputError
 from pipeline.stage import Stage
@@ -31,6 +31,9 @@ from training import Run
 Episodes = list[dict[str, float]]  # as of ``evaluation.Played``
 
 EVALUATION, RANDOM, TRAINED = 1, 2, 3  # seeds of environments
+# Keys that decide what the online agent becomes, and nothing else here.
+ONLINE = ("replay.capacity", "replay.prefill", "replay.online", "replay.write_back")
+ONLINE += ("expl", "env.count")
 NOTE = (
     "Mean return of whole episodes in the real game, ± one standard error; actions are drawn, as in"
     " training. Online: an agent of the same latent state and heads that learns everything at once,"
@@ -45,6 +48,12 @@ class Policy(Stage):
     needs = ("collect", "encoder", "tokenizer", "world_model")
     keys = ("pipeline.policy", "actor", "critic", "imag", "model", "loss_scales", "optim")
     keys += ("encoder", "decoder", "dynamics", "reward", "cont", "precision", "eval_time_limit")
+
+    @classmethod
+    def identity(cls, config: Config) -> dict[str, Any]:
+        """As of ``Stage``, with those of the online agent where one stands beside it."""
+        online = ONLINE if config.pipeline.policy.online else ()
+        return super().identity(config) | manifest.relevant(config.flat(), online)
 
     def __init__(self, config: Config, root: Path, device: torch.device, report: Callable):
         super().__init__(config, root, device, report)

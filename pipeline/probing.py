@@ -6,6 +6,7 @@ Shapes: N frames, D numbers each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -28,18 +29,33 @@ def variables(recording: Recording) -> dict[str, int]:
 
 
 def r2(
-    features: Mapping[str, Features], recording: Recording, steps: int
+    features: Mapping[str, Features],
+    recording: Recording,
+    steps: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """{who: {variable: R2}} of linear probes, fitted on ``steps`` training rows at random, on the
     held-out episodes. NaN where a variable never changes, or a ball is never in play.
+
+    poll: called for every episode; it may raise.
     """
     chunk = lambda rows: {"row": rows, "ram": recording.ram[rows][None]}
     train = [chunk(rows) for rows in training_rows(recording, steps)]
     held = [chunk(np.arange(x.start, x.stop)) for x in recording.episodes(True)]
     encoders = {}
     for who, encode in features.items():
-        encoders[who] = lambda rows, encode=encode: encode(rows["row"])
+        encoders[who] = polled(lambda rows, encode=encode: encode(rows["row"]), poll)
     return scores(probes.squares(encoders, train, held, variables(recording), steps))
+
+
+def polled(encode: Callable, poll: Callable[[], None]) -> Callable:
+    """``encode``, before which ``poll`` is called every time."""
+
+    def found(x: Any) -> Any:
+        poll()
+        return encode(x)
+
+    return found
 
 
 def training_rows(recording: Recording, steps: int) -> list[np.ndarray]:

@@ -51,8 +51,9 @@ class Stage:
     """One stage of the pipeline, made anew by each process; ``load_state`` puts it where it was.
 
     On one machine and thread count, a stage that was killed and continued makes, bit for bit, what
-    one that was never killed makes: nothing in ``advance`` reads the clock, and all randomness is
-    torch's global generator (which the runner saves) or in ``save_state``.
+    one that was never killed makes, but for the speed in the gate of ``collect``: ``advance`` reads
+    the clock for nothing else, and all randomness is torch's global generator (which the runner
+    saves) or in ``save_state``.
     """
 
     name: ClassVar[str]
@@ -80,6 +81,10 @@ class Stage:
     def finish(self) -> tuple[Gate, list[Path]]:
         """Write the outputs. -> the gate, and the paths of what was written."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of this stage alone: plain values by name."""
+        return {}
 
     def close(self) -> None:
         """Release what ``__init__`` took."""
@@ -190,6 +195,7 @@ class Runner:
             "steps": stage.step,
             "seconds": round(self._seconds(), 1),
             **provenance(),
+            **stage.facts(),
         }
         manifest.write(self.folder, outputs, self.inputs, facts)
         return found

@@ -235,7 +235,8 @@ class Windows:
     """Windows of ``length`` rows within one episode of one side of the split, of several games.
 
     The rows lie in the online agent's replay, a stream a game; ``balance`` draws as many of each
-    game. Raises ConfigError where a game has none.
+    game. generator: on the CPU, torch's global one without it. Raises ConfigError where a game has
+    none.
     """
 
     def __init__(
@@ -246,26 +247,28 @@ class Windows:
         length: int,
         balance: bool,
         held: bool = False,
+        generator: torch.Generator | None = None,
     ):
         spec = {key: (x.shape[1:], x.dtype) for key, x in rows[0].items()}
         total = max(len(part["reward"]) for part in rows) * len(rows)
         sizes = {"capacity": total, "batch": batch, "length": length, "streams": len(rows)}
         self.replay = Replay(spec, **sizes, rng=np.random.default_rng(0))
-        self.starts, self.balance = [], balance
+        self.starts, self.balance, self.generator = [], balance, generator
         for recording, part, stream in zip(recordings, rows, self.replay.streams, strict=True):
             stream.extend(part)
             self.starts.append(window_starts(recording, length, held))
         self.counts = np.array([len(starts) for starts in self.starts])
 
     def draw(self) -> Addresses:
-        """B windows, from torch's generator."""
-        batch, games = self.replay.batch, len(self.starts)
+        """B windows."""
+        batch, games, generator = self.replay.batch, len(self.starts), self.generator
         if self.balance:  # by turns, beginning anywhere, so that remainders are nobody's
-            game = (torch.arange(batch) + torch.randint(games, ())).numpy() % games
+            game = (torch.arange(batch) + torch.randint(games, (), generator=generator)).numpy()
+            game %= games
         else:
             share = torch.from_numpy(self.counts / self.counts.sum())
-            game = torch.multinomial(share, batch, replacement=True).numpy()
-        uniform = torch.rand(batch, dtype=torch.float64).numpy()
+            game = torch.multinomial(share, batch, replacement=True, generator=generator).numpy()
+        uniform = torch.rand(batch, dtype=torch.float64, generator=generator).numpy()
         picks = (uniform * self.counts[game]).astype(int)
         row = np.array([self.starts[g][i] for g, i in zip(game, picks, strict=True)])
         return Addresses(game, row)

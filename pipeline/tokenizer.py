@@ -88,11 +88,19 @@ def make_fit_optimizer(config: Config, quantizer: Quantizer, device: torch.devic
     return make_optimizer("adam", parts, **settings, capturable=device.type == "cuda")
 
 
-def fit(config: Config, embed: Tensor, updates: int, groups: int = 1, levels: int = 0) -> Quantizer:
+def fit(
+    config: Config,
+    embed: Tensor,
+    updates: int,
+    groups: int = 1,
+    levels: int = 0,
+    poll: Callable[[], None] = lambda: None,
+) -> Quantizer:
     """A quantiser of unit vectors ``embed`` (N, E), trained as the stage trains its own, for
     baselines.
 
-    groups, levels: of the quantiser; 0 levels: those of the config.
+    groups, levels: of the quantiser; 0 levels: those of the config. poll: called before every
+    update; it may raise.
     """
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -101,6 +109,7 @@ def fit(config: Config, embed: Tensor, updates: int, groups: int = 1, levels: in
         optimizer = make_fit_optimizer(config, quantizer, embed.device)
         block = config.pipeline.tokenizer
         for _ in range(updates):
+            poll()
             picks = torch.randint(len(embed), (block.batch,), generator=generator)
             fit_step(quantizer, grouped(embed[picks], groups), block.rate, optimizer)
     return quantizer
@@ -237,7 +246,7 @@ class Tokenizer(Stage):
             return encoder.load_embeddings(self.root, recording.game)
         rows = np.arange(len(recording))
         stack = self.config.pipeline.stack
-        return nets.embed(self.objective.encoder, recording, rows, stack, self.device)
+        return nets.embed(self.objective.encoder, recording, rows, stack, self.device, self.poll)
 
 
 def save_tokens(path: Path, index: np.ndarray) -> Path:

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+import tools
 from pipeline import nets, probing, tokenizer
 from pipeline.data import Recording
-from pipeline.gate import HIGHER, Gate, Row, Table
+from pipeline.gate import HIGHER, NEITHER, Gate, Row, Table
 
 PERMUTATIONS = 20
 LEVEL_NOTE = (
     "Held-out episodes of all games. Persistence: how often a code is that of the frame before,"
     " beside the same frames in random order; it is also what a world model gets right by copying,"
     " so that more of it is no merit. Bits: the entropy of the codes in use, perplexity in another"
-    " unit. A flat VQ of as many codes is level 0 alone."
+    " unit. Neither they nor the number of codes in use say how good codes are: those of noise are"
+    " the most, and an untrained encoder's (beside) may be more or fewer. A level of one code is a"
+    " warning. A flat VQ of as many codes is level 0 alone."
 )
 ENERGY_NOTE = (
     "Held-out episodes. Cosine: between an embedding and the sum of its codes. The lineage reported"
@@ -116,10 +119,12 @@ def evaluate(stage: Any, embeddings: list[np.ndarray], tokens: list[np.ndarray])
     each game.
     """
     untrained = untrained_embeddings(stage)
-    tables = [level_table(stage, tokens), energy_table(stage, embeddings, untrained)]
+    control = fit_all(stage, untrained)
+    coded = tokenizer.encode(control, held(stage, untrained))
+    tables = [level_table(stage, tokens, coded[0][:, :, 0])]
+    tables.append(energy_table(stage, embeddings, untrained, coded[1]))
     if len(tokens) > 1:
         tables += [shared_table(stage, tokens), transfer_table(stage, embeddings)]
-    control = fit_all(stage, untrained)
     for recording, embed, other in zip(stage.recordings, embeddings, untrained, strict=True):
         tables.append(probe_table(stage, recording, embed, other, control))
     config, quantizer = stage.config, stage.quantizer
@@ -134,16 +139,16 @@ def evaluate(stage: Any, embeddings: list[np.ndarray], tokens: list[np.ndarray])
 
 
 def untrained_embeddings(stage: Any) -> list[np.ndarray]:
-    """Of all rows of every game, by the encoder before it was trained."""
+    """Of all rows of every game, by the encoder as its stage began."""
     from pipeline import encoder
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stage.config.seed)
+        tools.seed_all(stage.config.seed)  # as ``stage.run`` does before a stage is made
         net, _ = encoder.make(stage.config, stage.device)
     stack, out = stage.config.pipeline.stack, []
     for recording in stage.recordings:
         rows = np.arange(len(recording))
-        out.append(nets.embed(net, recording, rows, stack, stage.device))
+        out.append(nets.embed(net, recording, rows, stack, stage.device, stage.poll))
     return out
 
 
@@ -160,7 +165,7 @@ def fit_all(
     """A control: a quantiser of these embeddings, with as many updates as the stage's own."""
     games = list(range(len(embeddings))) if games is None else games
     train = training_rows(stage, embeddings, games)
-    return tokenizer.fit(stage.config, train, stage.total, **sizes)
+    return tokenizer.fit(stage.config, train, stage.total, **sizes, poll=stage.poll)
 
 
 def held(stage: Any, parts: list[np.ndarray]) -> np.ndarray:
@@ -169,8 +174,11 @@ def held(stage: Any, parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([x[recording.rows(held=True)] for recording, x in both])
 
 
-def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
-    """Use, persistence and entropy of each level's codes. tokens: (N, L) of each game."""
+def level_table(stage: Any, tokens: list[np.ndarray], control: np.ndarray) -> Table:
+    """Use, persistence and entropy of each level's codes.
+
+    tokens: (N, L) of each game. control: (M, L) of all held-out rows, from an untrained encoder.
+    """
     codes, rows = held(stage, tokens), []  # (N, L)
     total = stage.quantizer.codes
     for level in range(codes.shape[1]):
@@ -181,10 +189,15 @@ def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
             same.append(index[successors + 1, level] == index[successors, level])
         kept = float(np.concatenate(same).mean())
         bits = entropy_bits(code)
-        use = {"codes in use": len(np.unique(code)), "perplexity": 2.0**bits}
-        for what, value in use.items():
-            bound = {"there are": total}
-            rows.append(Row(f"{name}: {what}", value, {"a collapsed level": 1.0}, HIGHER, bound))
+        theirs = control[:, level]
+        used = len(np.unique(code))
+        # One code is a failure; of more, the rest of the gate says what they are worth.
+        better = HIGHER if used == 1 else NEITHER
+        by = {"a collapsed level": 1.0} if used == 1 else {}
+        beside = {"untrained": len(np.unique(theirs)), "there are": total}
+        rows.append(Row(f"{name}: codes in use", used, by, better, beside))
+        beside = {"untrained": 2.0 ** entropy_bits(theirs), "there are": total}
+        rows.append(Row(f"{name}: perplexity", 2.0**bits, beside=beside))
         rows.append(Row(f"{name}: persistence", kept, {"shuffled": shuffled_persistence(code)}))
         rows.append(Row(f"{name}: bits", bits, beside={"there are": np.log2(total).item()}))
     whole = [entropy_bits(codes[:, level]) for level in range(codes.shape[1])]
@@ -192,16 +205,19 @@ def level_table(stage: Any, tokens: list[np.ndarray]) -> Table:
     return Table("Levels", rows, LEVEL_NOTE)
 
 
-def energy_table(stage: Any, embeddings: list[np.ndarray], untrained: list[np.ndarray]) -> Table:
+def energy_table(
+    stage: Any, embeddings: list[np.ndarray], untrained: list[np.ndarray], control: np.ndarray
+) -> Table:
     """How well sums of codes (L0, L0+L1, ...) give the embedding back, on held-out rows.
 
-    embeddings, untrained: (N, E) of each game, by the trained encoder and before training.
+    embeddings, untrained: (N, E) of each game, by the trained encoder and before training. control:
+    codes (M, L, E) of the latter's held-out rows, by a quantiser fitted on the others.
     """
     quantizer, levels = stage.quantizer, stage.quantizer.levels
     z = held(stage, embeddings)
     sums = tokenizer.encode(quantizer, z)[1].cumsum(1)  # (N, L, E)
     other = held(stage, untrained)
-    control = tokenizer.encode(fit_all(stage, untrained), other)[1].cumsum(1)
+    theirs = control.cumsum(1)
     flat: dict[str, np.ndarray] = {}
     if z.shape[1] % levels == 0 and levels > 1:
         product = fit_all(stage, embeddings, groups=levels, levels=1)
@@ -215,7 +231,7 @@ def energy_table(stage: Any, embeddings: list[np.ndarray], untrained: list[np.nd
         for what, fn in (measures | {"explained variance": explained_variance}).items():
             fair = {"the mean alone": mean} | last
             by = {who: fn(z, codes) for who, codes in fair.items()}
-            beside = {"untrained": fn(other, control[:, level])}
+            beside = {"untrained": fn(other, theirs[:, level])}
             rows.append(Row(f"{name}: {what}", fn(z, sums[:, level]), by, HIGHER, beside))
         rows.append(Row(f"{name}: dot product (lineage's cosine)", dot(z, sums[:, level])))
     return Table("Reconstruction of the embedding", rows, ENERGY_NOTE)
@@ -227,6 +243,7 @@ def shared_table(stage: Any, tokens: list[np.ndarray]) -> Table:
     codes, game, rows = np.concatenate(tokens), np.concatenate(games), []
     count = stage.quantizer.codes
     for level in range(codes.shape[1]):
+        stage.poll()
         code = codes[:, level]
         measure = lambda code, game: (*shared(code, game, count), mutual_information(code, game))
         null = permuted(measure, code, game)
@@ -279,7 +296,7 @@ def probe_table(
     for level in range(levels - 1):
         name = "+".join(f"L{i}" for i in range(level + 1))
         features[name] = lambda rows, level=level: scale * sums[rows, level]
-    found = probing.r2(features, recording, stage.config.pipeline.probe_steps)
+    found = probing.r2(features, recording, stage.config.pipeline.probe_steps, stage.poll)
     rows = []
     for name in probing.variables(recording):
         by = {who: shares.get(name, float("nan")) for who, shares in found.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 from hidreamer.optim import Optimizer
 from pipeline import data, tokenizer, training
 from pipeline.gate import Gate
+from pipeline.manifest import InputError, again
 from pipeline.stage import Stage
 from pipeline.token_model import (
     Actions,
@@ -76,7 +77,10 @@ class WorldModel(Stage):
         self.rows = []
         for i, (recording, tokens) in enumerate(zip(self.recordings, self.tokens, strict=True)):
             self.rows.append(token_rows(recording, tokens, self.actions, i))
-        self.windows = Windows(self.recordings, self.rows, block.batch, block.length, block.balance)
+        # Of windows alone: dropout draws from the global one, as often as the mask has positions.
+        self.generator = torch.Generator()
+        sizes = {"batch": block.batch, "length": block.length, "balance": block.balance}
+        self.windows = Windows(self.recordings, self.rows, **sizes, generator=self.generator)
         for recording in self.recordings:  # the gate needs them: not to be told after training
             window_starts(recording, block.length, held=True)
         steps = sum(len(recording.rows(held=False)) for recording in self.recordings)
@@ -90,6 +94,7 @@ class WorldModel(Stage):
     def _begin(self, index: int) -> None:
         """The model and the batches of another mask begin as those of the first."""
         torch.set_rng_state(self.rng)
+        self.generator.manual_seed(self.config.seed)
         quantizer, mask = copy.deepcopy(self.quantizer), self.masks[index]
         model = TokenWorldModel(self.encoder, quantizer, self.actions.width, self.config, mask)
         self.models.append(model.to(self.device))
@@ -113,14 +118,22 @@ class WorldModel(Stage):
 
     def save_state(self) -> dict[str, Any]:
         params = [model.state_dict() for model in self.models]
-        return {"params": params, "optim": self.optimizer.state_dict()}
+        state = {"params": params, "optim": self.optimizer.state_dict()}
+        return state | {"windows": self.generator.get_state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises InputError for one of an older version, whose masks saw different windows."""
+        if "windows" not in state:
+            raise InputError(
+                f"{self.folder} was begun by an older version, which drew windows otherwise:"
+                f" {again(self.folder)}"
+            )
         for i, params in enumerate(state["params"]):
             if i == len(self.models):
                 self._begin(i)
             self.models[i].load_state_dict(params)
         self.optimizer.load_state_dict(state["optim"])
+        self.generator.set_state(state["windows"])
 
     def finish(self) -> tuple[Gate, list[Path]]:
         from pipeline import world_model_gate

@@ -46,7 +46,7 @@ ROLLOUT_NOTE = (
 
 @torch.no_grad()
 def predictions(
-    model: TokenWorldModel, windows: Windows, game: int, device: torch.device
+    stage: Any, model: TokenWorldModel, windows: Windows, game: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """All windows of a game that share no row.
 
@@ -54,8 +54,9 @@ def predictions(
     """
     where, found = windows.apart(game), []
     for first in range(0, len(where.row), BATCH):
+        stage.poll()
         part = type(where)(*(x[first : first + BATCH] for x in where))
-        batch = tensors(windows.read(part), device)
+        batch = tensors(windows.read(part), stage.device)
         _, post, _ = model.observe(batch)
         reward = model.reward(post.feat.cat()).mode()
         levels = [level.prior.float() for level in post.levels]
@@ -128,7 +129,7 @@ def area_under_curve(score: np.ndarray, positive: np.ndarray) -> float:
 def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int) -> list[Row]:
     """Of one game, beside copying."""
     recording, tokens = stage.recordings[game], stage.tokens[game]
-    logits, index, is_first, reward, real = predictions(model, windows, game, stage.device)
+    logits, index, is_first, reward, real = predictions(stage, model, windows, game)
     accuracy = code_accuracy(logits, index.unsqueeze(-1), is_first)
     counted = tokens, recording.pairs(1, held=False), stage.quantizer.codes
     copy, pairs = CopyModel(*counted), PairModel(*counted)
@@ -168,6 +169,7 @@ def rollouts(
     """-> first rows (B,) of windows, dreamt tokens (B, H, L) and embeddings (B, H, E) of the steps
     after ``context`` observed ones.
     """
+    stage.poll()
     starts = windows.starts[game]
     picks = np.linspace(0, len(starts) - 1, min(ROLLOUTS, len(starts))).round().astype(int)
     where = Addresses(np.full(len(picks), game), starts[picks])
@@ -220,7 +222,7 @@ def read_rows(
     for rows in probing.training_rows(recording, steps):
         train.append({"ram": recording.ram[rows][None], "sums": known[rows]})
     scale, names = np.float32(np.sqrt(known.shape[1])), probing.variables(recording)
-    encoders = {"sums": lambda chunk: scale * chunk["sums"]}
+    encoders = {"sums": probing.polled(lambda chunk: scale * chunk["sums"], stage.poll)}
     found = probes.squares(encoders, train, held, names, steps)["sums"]
     scores = {}
     for variable, x in found.items():
@@ -272,34 +274,39 @@ def evaluate(stage: Any) -> Gate:
         Table("Free-running: what a linear probe reads", probed, ROLLOUT_NOTE),
     ]
     if len(stage.masks) > 1:
-        tables.append(mask_table(stage, windows, rollout_windows, context))
+        tables.append(mask_table(stage, [*teacher, *tokens], windows, rollout_windows, context))
     count = sum(p.numel() for p in stage.models[0].parameters() if p.requires_grad)
     facts = {"parameters": count, "mask": stage.masks[0], "updates of each mask": stage.updates}
     return Gate(stage.name, tables, facts)
 
 
-def mask_table(stage: Any, windows: Windows, rollout_windows: Windows, context: int) -> Table:
-    """The config's mask beside the others, means over games.
+def mask_table(
+    stage: Any, own: list[Row], windows: Windows, rollout_windows: Windows, context: int
+) -> Table:
+    """The config's mask, whose rows of all games are ``own``, beside the others, means over games.
 
     windows, rollout_windows: held-out sequences, for teacher-forced accuracy and for rollouts of
     which ``context`` steps are given.
     """
-    by_mask: dict[str, dict[str, float]] = {}
-    better: dict[str, str] = {}
-    for mask, model in zip(stage.masks, stage.models, strict=True):
-        values: dict[str, list[float]] = {}
+    by_mask = {stage.masks[0]: own}
+    for mask, model in zip(stage.masks[1:], stage.models[1:], strict=True):
+        by_mask[mask] = []
         for game in range(len(stage.recordings)):
-            rows = teacher_rows(stage, model, windows, game)
+            by_mask[mask] += teacher_rows(stage, model, windows, game)
             first, dreamt, _ = rollouts(stage, model, rollout_windows, game, context)
-            rows += right_rows(stage, game, first + context - 1, dreamt)
-            for row in rows:
-                name = row.metric.split(": ", 1)[1]
-                values.setdefault(name, []).append(row.value)
-                better[name] = better.get(name) or row.better  # "" in a game without rewards
-        by_mask[mask] = {name: probing.mean(np.array(x)) for name, x in values.items()}
-    own, rows = by_mask.pop(stage.masks[0]), []
-    for name, value in own.items():
-        by = {mask: found[name] for mask, found in by_mask.items()}
+            by_mask[mask] += right_rows(stage, game, first + context - 1, dreamt)
+    means: dict[str, dict[str, float]] = {}
+    better: dict[str, str] = {}
+    for mask, found in by_mask.items():
+        values: dict[str, list[float]] = {}
+        for row in found:
+            name = row.metric.split(": ", 1)[1]
+            values.setdefault(name, []).append(row.value)
+            better[name] = better.get(name) or row.better  # "" in a game without rewards
+        means[mask] = {name: probing.mean(np.array(x)) for name, x in values.items()}
+    rows = []
+    for name, value in means.pop(stage.masks[0]).items():
+        by = {mask: found[name] for mask, found in means.items()}
         rows.append(Row(name, value, by, better[name]))
     note = (
         "Means over games; every mask with the same seed, batches and updates. One seed: a warning"

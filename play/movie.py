@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,11 +83,19 @@ class Movie:
         self.frames += 1
 
     def close(self) -> None:
-        self.file.close()
-        if self.frames:
-            os.replace(self.temporary, self.path)
-        else:
+        """Raises what the codec raises, with the unfinished file removed."""
+        try:
+            self.file.close()
+            if self.frames:
+                os.replace(self.temporary, self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Close what could not be written, and leave nothing of it."""
+        self.frames = 0
+        with contextlib.suppress(Exception):  # whatever a codec raises
+            self.close()
 
 
 class Film(NamedTuple):

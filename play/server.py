@@ -109,6 +109,7 @@ class Player:
                 self.movie.add(compose(view, self.session.now.action, self.session.hand))
             except Exception as error:  # whatever a codec raises
                 self.session.message = f"the recording failed: {one_line(error)}"
+                self.movie.discard()
                 self.movie = None
         return self.state(view)
 

@@ -266,8 +266,8 @@ class Session:
     def what_if(self, horizon: int = AHEAD) -> list[dict[str, Any]]:
         """Dreams from here, in each of which another action is taken all the time.
 
-        -> {"name", "frames": pictures (H+1), "reward": their predicted sum, "value": at the end,
-        "cont": the probability that the episode goes on until then}.
+        -> {"name", "frames": pictures (H+1), "reward": the predicted sum of those that the episode
+        goes on to, "value": at the end, "cont": the probability that it goes on until then}.
         """
         options, dynamics = self.controls.options(), self.agent.dynamics
         carry = self.now.imagined if self.now.dreaming else self.now.acting.carry
@@ -279,13 +279,16 @@ class Session:
             _, feat, _ = dynamics.imagine(start, actions, horizon, generator=self.drawing)
         feat = feat.map(Tensor.float)
         reward, cont, value = self.agent.heads(feat)
+        lasting = cont[:, 1:].cumprod(1)  # (N, H): that the episode goes on after each step
+        # a state is entered, and its reward given, where the one before was no end
+        rewards = reward[:, 1] + (reward[:, 2:] * lasting[:, :-1]).sum(1)
         decoded, found = self.agent.decode(feat)["all"], []
         for n, (name, _) in enumerate(options):
             frames = []
             for t in range(horizon + 1):
                 frames.append(picture({key: x[n, t] for key, x in decoded.items()}))
-            numbers = {"reward": float(reward[n, 1:].sum()), "value": float(value[n, -1])}
-            numbers["cont"] = float(cont[n, 1:].prod())
+            numbers = {"reward": float(rewards[n]), "value": float(value[n, -1])}
+            numbers["cont"] = float(lasting[n, -1])
             found.append({"name": name, "frames": frames} | numbers)
         return found
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zlib
 
 import numpy as np
@@ -19,10 +20,12 @@ from small_runs import one_line
 import tools
 from conftest import ROOT
 from envs import make_env
-from hidreamer.checkpoint import load_checkpoint
+from hidreamer.checkpoint import FolderError, load_checkpoint
 from pipeline import __main__ as command
 from pipeline import collect, data, gate, manifest, speed, stage
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
+
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- the command line
 
@@ -208,6 +211,8 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     assert run("collect", tmp_path / "a", *few) == 0
     assert run("collect", tmp_path / "b", *few) == 0
     assert same(tmp_path / "a/collect", tmp_path / "b/collect")
+    noted = read(tmp_path / "a/collect", "manifest.json")["agent"]
+    assert noted["step"] == 160 and len(noted["sha256"]) == 64
     assert run("collect", tmp_path / "c", *few, "--random", "1") == 0
     assert made(tmp_path / "a/collect") != made(tmp_path / "c/collect")
     capsys.readouterr()
@@ -217,6 +222,26 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     latest.write_bytes(latest.read_bytes()[:-300])
     with pytest.warns(RuntimeWarning, match=r"latest\.pt is damaged.*; reading .*previous\.pt"):
         assert run("collect", tmp_path / "e", *few) == 0
+
+
+def test_an_agent_that_trained_on_does_not_continue_a_recording(tmp_path, monkeypatch):
+    """Its path was all that was compared: half the episodes had been another policy's."""
+    config = tools.load_config(
+        ["pipeline_debug"], {"pipeline.games": ["pong"], "pipeline.collect.agent": "agent"}
+    )
+    identity = {"step": 160, "sha256": "a"}
+    agent = lambda: types.SimpleNamespace(logdir=tmp_path / "agent", identity=dict(identity))
+    monkeypatch.setattr(collect, "Policy", lambda *args: agent())
+    lines = []
+    with contextlib.closing(collect.Collect(config, tmp_path, CPU, lines.append)) as begun:
+        state = begun.save_state()
+        begun.load_state(state)
+        identity["sha256"] = "b"
+        begun.policy = agent()
+        with pytest.raises(manifest.InputError, match=r"at step 160, .* collect` again$"):
+            begun.load_state(state)
+        begun.load_state({key: x for key, x in state.items() if key != "agent"})
+    assert len(lines) == 1 and "two policies" in lines[0]
 
 
 def test_minari_both_ways(collected, tmp_path, capsys):
@@ -240,6 +265,45 @@ def test_minari_both_ways(collected, tmp_path, capsys):
     assert not (tmp_path / "f/collect/manifest.json").exists()
     assert run("collect", folder, "--to-minari", tmp_path / "sets") == 0  # again changes nothing
     assert "left as it is" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_of_a_minari_data_set_is_made_again(tmp_path, monkeypatch):
+    """Half a data set, found by the next process, had ended every one after it in a traceback."""
+    package = pytest.importorskip("minari")
+    from pipeline import minari
+
+    part = recording([4, 3, 5])
+    part.image = part.image.astype(np.uint8)
+    write = lambda: minari.write(tmp_path, ["pong"], lambda game: part)
+    left = tmp_path / "pong.tmp" / "pong-v0" / "data"
+    for path in (left, tmp_path / "pong-v0" / "data"):  # the second is an older version's
+        path.mkdir(parents=True)
+        (path / "half").touch()
+    original = package.create_dataset_from_buffers
+
+    def full(name, *args, **keys):
+        original(name, *args, **keys)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(package, "create_dataset_from_buffers", full)
+        write()
+    assert not (tmp_path / "pong").exists() and not (tmp_path / "pong.tmp" / "pong-v0").exists()
+    assert "3 episodes" in write()[0]
+    assert not (tmp_path / "pong" / "data" / "half").exists()
+    assert not (tmp_path / "pong.tmp").exists()
+    (tmp_path / "pong").rename(tmp_path / "other")
+    (tmp_path / "pong.tmp").touch()
+    with pytest.raises(FolderError, match=r"pong\.tmp"):
+        write()
+    (tmp_path / "pong.tmp").unlink()
+
+    def refuse(*args, **keys):
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(package, "create_dataset_from_buffers", refuse)
+    with pytest.raises(tools.ConfigError, match=r"to_minari.*pong.*\(two\)"):
+        write()
 
 
 def test_speed_stands_beside_that_of_ale_py(collected):

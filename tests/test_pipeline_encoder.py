@@ -136,8 +136,9 @@ def test_a_ball_that_is_not_in_play_is_left_out():
     found = remembered([100, 100, 100], values)
     known = values[:, None].astype(float)
     known[values == 0] = 1e6  # would ruin every probe
-    r2 = probing.r2({"known": lambda rows: known[rows]}, found, 2000)
-    assert r2["known"]["ball x"] > 0.99
+    polls = []
+    r2 = probing.r2({"known": lambda rows: known[rows]}, found, 2000, lambda: polls.append(1))
+    assert r2["known"]["ball x"] > 0.99 and polls, "a gate could not be stopped"
 
 
 def test_variables_of_a_game_without_names():

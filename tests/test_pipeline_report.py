@@ -2,14 +2,16 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from small_pipeline import CONFIGS, copied, read, run, same
+from test_pipeline import recording
 
 import tools
 from conftest import ROOT
 from pipeline import __main__ as command
-from pipeline import report
+from pipeline import pictures, report
 from pipeline.encoder import Encoder
 from pipeline.policy import Policy
 from pipeline.stage import Runner
@@ -46,7 +48,7 @@ def test_claims_name_rows_that_there_are(reported):
 
 # Rows that stand beside another value and that no value of makes a warning: a note says why.
 RECORD = ("persistence", "bits", "shared codes", "bits about the game", "diversity", "norm")
-RECORD += ("best r (lineage)", "standard error")
+RECORD += ("best r (lineage)", "standard error", "codes in use", "perplexity")
 
 
 def test_every_metric_with_a_baseline_can_warn(reported):
@@ -67,6 +69,13 @@ def test_what_the_project_measured_is_not_said_to_be_of_this_run():
         file, _, commit = claim.source.partition(", commit ")
         assert commit in (ROOT / file).read_text()
     assert not any("standard error" in claim.why + claim.elsewhere for claim in report.CLAIMS)
+
+
+def test_eight_levels_have_a_picture():
+    """The report ended in an IndexError, after every stage was done: there are seven colours."""
+    part = recording([4, 3, 5])
+    tokens = np.arange(8 * len(part)).reshape(-1, 8) % 5
+    assert "<svg" in pictures.codes_over_time(part, tokens)
 
 
 def test_measured_by_hand():

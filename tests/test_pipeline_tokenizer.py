@@ -1,16 +1,19 @@
 """The tokenizer stage: metrics by hand and at their floors, commitment, tokens, its gate."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 from small_pipeline import copied, read, rows, run, run_killed, same
 from small_runs import one_line
+from test_pipeline import recording
 
 import tools
-from pipeline import data, encoder, tokenizer
+from pipeline import data, encoder, nets, tokenizer
 from pipeline import tokenizer_gate as metrics
+from pipeline.gate import Table
 
 CPU = torch.device("cpu")
 
@@ -101,7 +104,9 @@ def test_frozen_codes_stay():
 
 
 def test_codes_of_all_levels_add_up():
-    quantizer = tokenizer.fit(config(), unit(200, 24), 50)
+    polls = []
+    quantizer = tokenizer.fit(config(), unit(200, 24), 50, poll=lambda: polls.append(1))
+    assert len(polls) == 50, "a gate's fit could not be stopped"
     index, codes = tokenizer.encode(quantizer, unit(200, 24))
     assert index.shape == (200, 3, 1) and codes.shape == (200, 3, 24)
     found = quantizer.encode(tokenizer.grouped(unit(200, 24)))
@@ -174,6 +179,7 @@ def test_the_gate(tokenized):
     for level in range(3):
         use, kept = levels[f"L{level}: codes in use"], levels[f"L{level}: persistence"]
         assert 1 <= use["value"] <= use["baselines"]["there are"] == 16
+        assert 1 <= use["baselines"]["untrained"] <= 16
         assert 0 <= kept["value"] <= 1 and "shuffled" in kept["baselines"]
         assert levels[f"L{level}: bits"]["value"] <= 4.0
     energy = rows(folder, "Reconstruction of the embedding")
@@ -192,6 +198,41 @@ def test_the_gate(tokenized):
     probes = rows(folder, "pong: what a linear probe finds in the codes")
     assert {"ball x: R²", "ball x: R², L0", "ball x: R², before quantising"} <= probes.keys()
     assert read(folder)["facts"]["code bits a frame"] == 3 * math.log2(16)
+
+
+def test_one_code_is_a_warning_and_more_are_no_merit(encoded):
+    """Two codes of 256 had passed, ahead of a collapsed level."""
+    part = data.load(encoded, config(), "pong")
+    stage = types.SimpleNamespace(recordings=[part], quantizer=types.SimpleNamespace(codes=256))
+    codes = np.arange(len(part))[:, None] // np.array([len(part), 2, 1]) % 9
+    control = np.zeros((part.held.sum(), 3), int)
+    table = metrics.level_table(stage, [codes], control)
+    found = {row.metric: row for row in table.rows}
+    assert found["L0: codes in use"].beaten_by() == ["a collapsed level"]
+    for name in ("codes in use", "perplexity"):
+        row = found[f"L1: {name}"]
+        assert not row.better and not row.beaten_by() and row.beside["untrained"] == 1
+
+
+def test_the_gate_fits_what_it_compares_with_once_and_on_the_encoder_as_it_began(
+    tmp_path, monkeypatch
+):
+    settings, fits, polls, fit = config(), [], [], tokenizer.fit
+    part = recording([40, 20, 40])
+    part.image = np.random.default_rng(0).integers(256, size=(100, 84, 84, 1), dtype=np.uint8)
+    monkeypatch.setattr(data, "load_all", lambda root, config: [part, part])
+    tools.seed_all(settings.seed)  # as ``stage.run``
+    began = encoder.Encoder(settings, tmp_path, CPU, print)
+    stage = types.SimpleNamespace(config=settings, device=CPU, total=2, name="tokenizer")
+    stage.recordings, stage.poll = [part, part], lambda: polls.append(1)
+    stage.quantizer = tokenizer.make_quantizer(settings, 384)
+    theirs = metrics.untrained_embeddings(stage)
+    assert np.array_equal(theirs[0], nets.embed(began.untrained, part, np.arange(100), 4, CPU))
+    monkeypatch.setattr(tokenizer, "fit", lambda *a, **k: fits.append(a[2]) or fit(*a, **k))
+    monkeypatch.setattr(metrics, "probe_table", lambda *args: Table("", []))
+    metrics.evaluate(stage, theirs, [np.zeros((100, 3), int)] * 2)
+    assert fits == [2, 2, 2, 2, 0]  # control, flat codes, other games', its own and random ones
+    assert len(polls) > 8, "the gate could not be stopped"
 
 
 @pytest.mark.parametrize("joint", ["false", "true"])

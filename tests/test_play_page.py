@@ -14,6 +14,7 @@ import urllib.request
 from typing import ClassVar
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from browser import browser
@@ -23,6 +24,7 @@ from websockets.sync.client import connect
 
 import hidreamer
 from conftest import ROOT
+from play.movie import Movie
 from play.server import Player
 from play.session import Level, Session
 
@@ -203,6 +205,42 @@ def test_recordings_of_one_second_are_files_of_their_own(player, tmp_path):
         player._change(player.session.step)
         ask(player, "a tab", "record")
     assert len(list(tmp_path.glob("play-*.mp4"))) == 3
+
+
+def test_a_recording_that_failed_leaves_nothing(player, tmp_path, monkeypatch):
+    ask(player, "a tab", "record")
+    movie = player.movie
+
+    def fail(frame):
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr(movie.file, "write_frame", fail)
+    assert "the recording failed: no such codec" in player._change(player.session.step)
+    assert player.movie is None and not list(tmp_path.iterdir())
+    movie = Movie(tmp_path / "a.mp4")
+    movie.add(np.zeros((64, 64, 3), np.uint8))
+    close = movie.file.close
+
+    def full():
+        close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(movie.file, "close", full)
+    with pytest.raises(OSError, match="No space"):
+        movie.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_rewards_after_a_predicted_end_do_not_count(player):
+    """The page ranks by reward + continue x value: an end had been worth the rewards after it."""
+    cont = torch.tensor([1.0, 0.5, 1.0, 0.0, 1.0, 1.0])
+    player.session.agent.heads = lambda feat: (
+        torch.ones(feat.deter.shape[:2]),
+        cont.expand(feat.deter.shape[:2]),
+        torch.ones(feat.deter.shape[:2]),
+    )
+    for option in player.session.what_if(5):
+        assert option["reward"] == 1.0 + 0.5 + 0.5 and option["cont"] == 0.0
 
 
 def test_numbers_that_nobody_expects(player):
