@@ -38,35 +38,14 @@ def names(dynamics: Dynamics) -> list[str]:
     return [f"L{i}" for i in range(len(dynamics.shapes))]
 
 
-def sizes(dynamics: Dynamics) -> list[int]:
-    """How many numbers of ``stoch`` each level has: one-hots, or codes of a codebook."""
-    onehots = [math.prod(shape) for shape in dynamics.shapes]
-    if sum(onehots) == dynamics.stoch_dim and not hasattr(dynamics, "quantizer"):
-        return onehots
-    return [dynamics.stoch_dim // len(onehots)] * len(onehots)
-
-
 def parts(dynamics: Dynamics, feat: Feat) -> dict[str, Tensor]:
     """{name: (..., numbers)}: memory alone, each level alone, levels together, everything."""
-    levels = feat.stoch.split(sizes(dynamics), -1)
+    levels = feat.stoch.split(dynamics.level_dims, -1)
     out = {"deter": feat.deter}
     out |= dict(zip(names(dynamics), levels, strict=True))
     for i in range(1, len(levels)):
         out["+".join(names(dynamics)[: i + 1])] = torch.cat(levels[: i + 1], -1)
     return out | {"all": feat.cat()}
-
-
-def classes(dynamics: Dynamics, post: Post) -> dict[str, Tensor]:
-    """{level: (B, T, S)}: which class of each variable was drawn."""
-    quantizer = getattr(dynamics, "quantizer", None)
-    if quantizer is not None:
-        index = post.aux.codes.index  # (B, T, L, G)
-        return dict(zip(names(dynamics), index.unbind(2), strict=True))
-    levels = post.feat.stoch.split(sizes(dynamics), -1)
-    out = {}
-    for name, onehot, shape in zip(names(dynamics), levels, dynamics.shapes, strict=True):
-        out[name] = onehot.unflatten(-1, shape).argmax(-1)
-    return out
 
 
 @torch.no_grad()
@@ -81,7 +60,8 @@ def read(model: WorldModel, obs: Mapping[str, Tensor], seed: int) -> Latents:
         entropy.append(dists.entropy(after)[0])
     feats = {0: post.feat.map(lambda x: x[0].float())}
     feats |= open_loop(model, carry, post, obs["prev_action"], random)
-    codes = {name: x[0].cpu().numpy() for name, x in classes(dynamics, post).items()}
+    codes = zip(names(dynamics), dynamics.classes(post), strict=True)
+    codes = {name: x[0].cpu().numpy() for name, x in codes}
     numbers = lambda x: torch.stack(x, -1).float().cpu().numpy()
     return Latents(embed[0].float(), feats, codes, numbers(kl), numbers(entropy))
 
@@ -134,7 +114,7 @@ def resampled(
 
     A finer level's prior is the one given the coarser levels that were observed.
     """
-    parts = list(post.feat.stoch.split(sizes(dynamics), -1))
+    parts = list(post.feat.stoch.split(dynamics.level_dims, -1))
     for i in levels:
         probs = dists.unimix_probs(post.levels[i].prior, dynamics.kl_config.unimix)
         noise = dists.uniform((*probs.shape[:-1], 1), probs, random)

@@ -169,7 +169,7 @@ def test_levels_are_slices_of_the_state_and_their_classes_name_them(subjects, ma
     names = latents.names(dynamics)
     assert torch.equal(torch.cat([parts[name] for name in names], -1), post.feat.stoch)
     assert parts["all"].shape[-1] == dynamics.feat_dim
-    found = latents.classes(dynamics, post)
+    found = dict(zip(latents.names(dynamics), dynamics.classes(post), strict=True))
     for i, name in enumerate(names):
         onehot = torch.nn.functional.one_hot(found[name], dynamics.shapes[i][1]).float()
         torch.testing.assert_close(latents.embedded(dynamics, i, onehot), parts[name])
