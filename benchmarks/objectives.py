@@ -179,16 +179,16 @@ def merged(found: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def earlier(path: Path, steps: int) -> dict[str, Any]:
-    """``report`` as --out wrote it. Raises ArgumentTypeError."""
+    """``report`` as --out wrote it. Raises ConfigError."""
     try:
         body = json.loads(path.expanduser().read_text())
         runs, of = body["runs"], body["steps"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise argparse.ArgumentTypeError(
+        raise ConfigError(
             f"--from {path} is no file that --out of this program wrote ({error})"
         ) from None
     if of != steps:
-        raise argparse.ArgumentTypeError(f"--from {path} is of {of} frames: give --steps {of}")
+        raise ConfigError(f"--from {path} is of {of} frames: give --steps {of}")
     return runs
 
 
@@ -301,10 +301,7 @@ def judge() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logdir = args.logdir.expanduser().resolve()
-    try:
-        before = [earlier(path, args.steps) for path in args.files]
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
+    before = [earlier(path, args.steps) for path in args.files]
     todo = [(s, g, a) for s in args.seeds for g in args.games for a in args.arms]
     for seed, game, arm in [] if args.report else todo:
         inside = Path(game) / args.dynamics / arm / str(seed)

@@ -21,8 +21,8 @@ def make_dynamics(config: Mapping, embed_dim: int, act_dim: int, positions: int 
     """The latent state ``config["type"]``, built from the ``dynamics`` block of a config.
 
     positions: of the feature map in an embedding, 0 where there is none: ``spatial`` deals out to
-    its groups what has no place. Raises ValueError, one
-    line, for a name that does not exist or sizes that do not fit together.
+    its groups what has no place. Raises ValueError, one line, for a name that does not exist or
+    sizes that do not fit together.
     """
     if config["type"] not in TYPES:
         raise ValueError(f"dynamics.type is {config['type']!r}; it can be {', '.join(TYPES)}")
