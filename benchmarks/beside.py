@@ -7,7 +7,7 @@ dreamerv3-torch and r2dreamer if they are at hand.
 
 The FOLDERs are checkouts of github.com/NM512/dreamerv3-torch and github.com/NM512/r2dreamer; they
 are measured at the first preset's sizes. --arms: the first preset with other objectives as well
-(``objectives.ARMS``), or KEYS; write_back includes its part of the replay. Images of 64x64, 6
+(``arms.ARMS``), or KEYS; write_back includes its part of the replay. Images of 64x64, 6
 actions, random data. Kernels and FLOPs are counted of the eager update; timed is the one that
 training uses, on CUDA compiled and captured. imagine: one step of imagination from every replayed
 state (16 x 64), policy and all. The replay's part: seconds to draw a batch from 100,000 steps, and
@@ -29,8 +29,8 @@ import measure
 import numpy as np
 import torch
 import upstreams
+from arms import ARMS
 from gymnasium import spaces
-from objectives import ARMS
 from upstreams import ACTIONS
 
 import models

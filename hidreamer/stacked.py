@@ -27,7 +27,13 @@ Batch = Mapping[str, Tensor]
 SLOWER = ("There is a performance drop because", r"torch.searchsorted\(\): input value tensor is")
 
 PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-CONVOLUTIONS = (nn.functional.conv2d, nn.functional.conv_transpose2d)
+# vmap comes before autocast, which takes products all the same, but of these only parts: on CUDA it
+# would take the softmax inside attention in float32, whose gradient then is of no dtype it accepts.
+CAST_BEFORE = (
+    nn.functional.conv2d,
+    nn.functional.conv_transpose2d,
+    nn.functional.scaled_dot_product_attention,
+)
 
 
 class MemberMode(TorchFunctionMode):
@@ -36,7 +42,7 @@ class MemberMode(TorchFunctionMode):
     - Random numbers that would come from ``generator`` come, for each member, from its ``own``, as
       many in the same order as it would draw alone.
     - Products with a matrix of weights take their input as rows (R, F).
-    - Convolutions get inputs in autocast's dtype.
+    - Convolutions and attention get inputs in autocast's dtype, and run without it.
     - ``layer_norm`` is called without weight and bias, which differ by member; its result is
       multiplied and shifted by them.
     """
@@ -52,9 +58,10 @@ class MemberMode(TorchFunctionMode):
         if func in PRODUCTS and args[0].ndim > 2 and args[1].ndim == 2:
             x, *others = args  # as rows: else every row of B would get a copy of the weight
             return func(x.flatten(0, -2), *others, **kwargs).unflatten(0, x.shape[:-1])
-        if func in CONVOLUTIONS and (dtype := autocast_dtype(args[0].device)):
-            # vmap comes before autocast, which takes products all the same, but not these
-            args = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in args)
+        if func in CAST_BEFORE and (dtype := autocast_dtype(args[0].device)):
+            args = tuple(cast_floats(x, dtype) for x in args)
+            with torch.autocast(args[0].device.type, enabled=False):
+                return func(*args, **kwargs)
         if func is nn.functional.layer_norm and kwargs.get("weight") is not None:
             weight, bias = kwargs.pop("weight"), kwargs.pop("bias")
             return torch.addcmul(bias, func(*args, **kwargs), weight)
@@ -62,6 +69,11 @@ class MemberMode(TorchFunctionMode):
             return func(*args, **kwargs)
         drawn = torch.stack([func(*args, **kwargs | {"generator": own}) for own in self.own])
         return drawn.index_select(0, self.member.unsqueeze(0)).squeeze(0)
+
+
+def cast_floats(x: Any, dtype: torch.dtype) -> Any:
+    """``x`` in ``dtype`` where it is a tensor of floating point; a boolean mask stays one."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 class Mapped(nn.Module):

@@ -31,6 +31,22 @@ COPIES = (aten._to_copy.default, aten.copy_.default)
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 
 
+class CudaAutocast(TorchDispatchMode):
+    """On a CPU, where autocast works: refuses a gradient that CUDA would refuse.
+
+    Autocast there takes the softmax inside ``_safe_softmax`` in float32, whose backward pass then
+    meets a gradient in float32 of something in half precision. What autocast is cannot be read in
+    here, so that every one in half precision is refused.
+    """
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is aten._safe_softmax.default and args[0].dtype != torch.float32:
+            raise RuntimeError(f"{func} of {args[0].dtype}")
+        return func(*args, **kwargs or {})
+
+
 class Remote(Tensor):
     """A tensor on it, of which ``inner`` has the numbers."""
 

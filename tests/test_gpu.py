@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tools
 from conftest import ROOT
 from hidreamer.dynamics import TYPES
 from hidreamer.mask import KINDS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import beside
 import equality
 import gpu_check
 import population_clock
@@ -127,7 +129,7 @@ def test_the_checks_of_a_population_see_what_is_wrong(monkeypatch):
 
 def test_minutes_are_extrapolated_from_all_that_a_run_does():
     values = {"steps": 50_000, "eval_every": 10_000, "checkpoint_every": 5_000}
-    config = population_clock.tools.load_config([], values)
+    config = tools.load_config([], values)
     measured = {"frames_per_s": 8_000.0, "save_s": 2.0, "evaluation_s": 1.5, "until_ready_s": 20.0}
     found = population_clock.extrapolated(config, 16, measured)
     assert found["extrapolated_minutes_of_training"] == round(100 / 60, 2)
@@ -214,6 +216,15 @@ def test_nothing_finite_is_not_equal():
         equality.Difference([0.0, float("nan")], 0.0, "model_loss").check()
     with pytest.raises(equality.Wrong):
         equality.Difference([0.0], float("nan"), "model_loss").check()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_beside_times_a_dream_from_every_replayed_state(device):
+    one = beside.ours(tools.load_config(["debug"], {"dynamics.type": "hrvq"}), torch.device(device))
+    for _ in range(5):  # on CUDA the first calls only warm up
+        metrics, x = one.update(), one.dream()
+    assert one.counts["host_reads"] == 0 < one.counts["kernels"] and metrics.isfinite().all()
+    assert x.shape[:2] == (2 * 8, one.horizon + 1) and x[:, 1:].std(0).mean() > 0.0
 
 
 # What the device machine lacks (`GPU_DAY.md`), and the extras that no GPU needs.

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from other_device import CudaAutocast
 from test_agent import EVERYTHING, make
 
 import networks
@@ -196,7 +197,8 @@ def test_members_in_bfloat16_differ_by_its_rounding(kind, obs):
     over = {"dynamics.type": kind, "precision": "bfloat16"}
     template, batches = made(obs, "discrete", over)
     exact = made(obs, "discrete", over | {"precision": "float32"})[0]
-    agents, stack, metrics = stacked(template, batches, 2)
+    with CudaAutocast():
+        agents, stack, metrics = stacked(template, batches, 2)
     gap = lambda x, truth: ((x - truth).abs() / truth.abs().clamp(min=0.1)).median().item()
     for i, (seed, agent) in enumerate(agents.items()):
         exact.load_state_dict(agent.state_dict())
