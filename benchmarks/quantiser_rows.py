@@ -1,7 +1,10 @@
-"""The rows of the tables of benchmarks/quantisers.py: what differs between its world models."""
+"""The rows of the tables of benchmarks/quantisers.py: what differs between its world models, and
+which returns agents with the same choice had.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,3 +131,37 @@ def spatial_note(world: str, rows: list[str]) -> list[str]:
     return [
         f"Groups are positions of the encoder's map{', but in ' * bool(others)}{', '.join(others)}."
     ]
+
+
+def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]:
+    """{row: each seed's mean return before 20,000 frames,
+    and what else was set} from reports of learning.py.
+
+    A row is known by the config of its latent state. Raises ConfigError where a file is no such
+    report of MinAtar.
+    """
+    found: dict[str, tuple[list[float], str]] = {}
+    presets, settings = WORLDS[world].presets, WORLDS[world].settings
+    for path in files:
+        try:
+            report = json.loads(path.read_text())
+            scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
+            given = tools.parse(report["more"]).overrides
+            kind, control = report["dynamics"], report["negative_control"]
+            # there since the preset has two levels, not three
+            latent = dict(report.get("latent", {}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise tools.ConfigError(
+                f"--returns {path} is no report of benchmarks/learning.py minatar "
+                f"({type(error).__name__}: {error})"
+            ) from None
+        own = {key: x for key, x in given.items() if key.startswith("dynamics.")}
+        own["dynamics.type"] = kind
+        # keys that came after a report have the values of today's presets
+        state = tools.load_config(presets, settings | own).dynamics.flat() | latent
+        others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
+        for row in [*WORLDS[world].rows, *DREAMS] if not control else ():
+            settings_of_row = make_config(world, row, 0, path).dynamics.flat()
+            if all(state.get(key) == x for key, x in settings_of_row.items()):
+                found[row] = scores, others
+    return found

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from learning import likeliest_cell
 from measure import ROOT
-from quantiser_rows import DREAMS, WORLDS, make_config, spatial_note
+from quantiser_rows import DREAMS, WORLDS, make_config, returns, spatial_note
 
 import models
 import tools
@@ -45,6 +45,7 @@ Found = dict[str, dict[str, dict[str, Any]]]  # {row: {seed: figures}}
 LAST = "last frame seen"  # the row of repeating it
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
 FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
+LATE = 3.0  # points of an episode before a chunk of it: on Breakout it begins behind three bricks
 PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at a time
 
 
@@ -56,6 +57,7 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
     """
     length, model = trainer.config.replay.length, trainer.agent.world_model
     held = list(trainer.load(trainer.held_files).values())
+    held = [rows | {"return": np.cumsum(rows["reward"]) - rows["reward"]} for rows in held]
     pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
     if not pieces:
         raise tools.ConfigError(
@@ -64,8 +66,10 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
     rows = {}
     for key in pieces[0]:
         rows[key] = np.concatenate([x[key] for x in pieces])
+    late = rows.pop("return")[:, 0] >= LATE
     picks = np.random.default_rng(0).permutation(len(rows["reward"]))[:PIECES]
     sums: dict[str, list[float]] = {}
+    hits: dict[str, list[float]] = {}  # of late chunks
     posts = []
     for i, some in enumerate(np.array_split(picks, max(1, len(picks) // AT_ONCE))):
         batch = trainer.batch({key: x[some] for key, x in rows.items()})
@@ -82,11 +86,16 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
                 found[f"open loop {h}, moving{name}"] = moving
                 if thing:
                     cells = [likeliest_cell(x["grid"][:, at], thing[1]) for x in (what, truth)]
-                    found[f"{thing[0]} {h}{name}"] = (cells[0] == cells[1]).float().mean().item()
+                    right = (cells[0] == cells[1]).float()
+                    found[f"{thing[0]} {h}{name}"] = right.mean().item()
+                    hits.setdefault(f"{thing[0]} {h} late{name}", []).extend(right[late[some]])
         for name, x in found.items():
             sums.setdefault(name, []).append(x)
         posts.append(post._replace(feat=None))
     out: dict[str, Any] = {name: float(np.mean(x)) for name, x in sums.items()}
+    if late[picks].any():
+        out |= {"late": int(late[picks].sum())}
+        out |= {name: float(np.mean(x)) for name, x in hits.items()}
     return {"chunks": len(picks), "episodes": len(pieces)} | out | tokens(model.dynamics, posts)
 
 
@@ -116,40 +125,6 @@ def memory(trainer: offline.Trainer) -> dict[str, list[float]]:
     for name in found["model"]:
         out[f"RAM {name}"] = [found[who][name].r2 for who in ("model", "untrained", "pixels")]
     return out
-
-
-def returns(world: str, files: list[Path]) -> dict[str, tuple[list[float], str]]:
-    """{row: each seed's mean return before 20,000 frames,
-    and what else was set} from reports of learning.py.
-
-    A row is known by the config of its latent state. Raises ConfigError where a file is no such
-    report of MinAtar.
-    """
-    found: dict[str, tuple[list[float], str]] = {}
-    presets, settings = WORLDS[world].presets, WORLDS[world].settings
-    for path in files:
-        try:
-            report = json.loads(path.read_text())
-            scores = [run["figures"]["return_at_20000"] for run in report["runs"].values()]
-            given = tools.parse(report["more"]).overrides
-            kind, control = report["dynamics"], report["negative_control"]
-            # there since the preset has two levels, not three
-            latent = dict(report.get("latent", {}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise tools.ConfigError(
-                f"--returns {path} is no report of benchmarks/learning.py minatar "
-                f"({type(error).__name__}: {error})"
-            ) from None
-        own = {key: x for key, x in given.items() if key.startswith("dynamics.")}
-        own["dynamics.type"] = kind
-        # keys that came after a report have the values of today's presets
-        state = tools.load_config(presets, settings | own).dynamics.flat() | latent
-        others = " ".join(f"--{key} {x}" for key, x in given.items() if key not in own)
-        for row in [*WORLDS[world].rows, *DREAMS] if not control else ():
-            settings_of_row = make_config(world, row, 0, path).dynamics.flat()
-            if all(state.get(key) == x for key, x in settings_of_row.items()):
-                found[row] = scores, others
-    return found
 
 
 def tokens(dynamics: Any, posts: list[Any]) -> dict[str, Any]:
@@ -206,6 +181,8 @@ def cell(by_seed: dict[str, dict[str, Any]], name: str) -> str:
 SHOWN = {"reconstruction": "reconstruction (×10⁻³)", "moving": "moving (×10⁻³)"}
 THINGS = [world.thing[0] for world in WORLDS.values() if world.thing]
 SHOWN |= {f"{thing} {h}": f"{thing}, {h}" for thing in THINGS for h in HORIZONS}
+SHOWN |= {f"{thing} {h} late": f"{thing}, {h}, late" for thing in THINGS for h in HORIZONS}
+SHOWN |= {"late": "late chunks"}
 SHOWN |= {f"open loop {h}, moving": f"open loop {h}, moving (×10⁻³)" for h in HORIZONS}
 SHOWN |= {
     "nats": "nats a step",
@@ -215,6 +192,7 @@ SHOWN |= {
 }
 SHOWN |= {"accuracy_copy": "copy last", "accuracy_changed": "changed", "returns": "return"}
 NOTES = {
+    "late": f"Late: chunks that begin after {LATE:.0f} points of their episode.",
     "nats": "Nats: KL of posterior to prior, a step; unused: codes of each codebook.",
     "accuracy": (
         "Copy last: what repeating the last code scores; changed: accuracy where it is another."

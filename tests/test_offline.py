@@ -462,6 +462,47 @@ def test_rows_of_pong_have_the_bits_of_the_first(monkeypatch, tmp_path):
     assert first.groups == 16 and blocks["tiny_hidreamer"].tree() == preset.tree()
 
 
+def test_late_chunks_are_those_behind_three_points(monkeypatch):
+    """Of an episode with a point in every tenth step the ball is right in the last chunks alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantisers
+
+    length, total = 24, 96
+    rows = {"reward": (np.arange(total) % 10 == 9).astype(np.float32)}
+    rows |= {"is_first": np.arange(total) == 0, "time": np.arange(total, dtype=np.float32)}
+
+    class Model:
+        dynamics = None
+
+        def observe(self, obs):
+            return None, SimpleNamespace(feat=None, _replace=lambda feat: None), None
+
+        def decode(self, feat):
+            return {"grid": self.grid}, None
+
+        def open_loop(self, batch, context):
+            start = batch["time"][:, 0]  # 0, 24, 48, 72: returns before 0, 2, 4, 7
+            cell = torch.zeros(len(start), length, 2, 2, 1)
+            cell[:, :, 0, 0] = 1.0
+            self.grid = torch.where((start >= 48)[:, None, None, None, None], cell, cell.flip(2))
+            return {"grid": cell}, {"grid": self.grid}
+
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(replay=SimpleNamespace(length=length)),
+        agent=SimpleNamespace(world_model=Model()),
+        load=lambda files: {"one": rows},
+        held_files=[],
+        batch=lambda rows: {key: torch.as_tensor(x) for key, x in rows.items()},
+    )
+    monkeypatch.setattr(quantisers, "tokens", lambda dynamics, posts: {})
+    found = quantisers.judge(trainer, ("ball", 0))
+    assert (found["chunks"], found["late"]) == (4, 2)
+    for h in quantisers.HORIZONS:
+        assert found[f"ball {h}"] == 0.5 and found[f"ball {h} late"] == 1.0
+    rows["reward"][:] = 0.0
+    assert not any("late" in name for name in quantisers.judge(trainer, ("ball", 0)))
+
+
 def test_nats_are_of_steps_that_something_foretold(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quantisers
@@ -483,12 +524,13 @@ def test_nats_are_of_steps_that_something_foretold(monkeypatch):
 def test_returns_of_a_report_without_settings_that_came_later(tmp_path, monkeypatch):
     """They are as by default: an agent of interleaved tokens is no row of stacked ones."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quantiser_rows
     import quantisers
 
     minatar = quantisers.WORLDS["minatar"]
     few = {row: minatar.rows[row] for row in ("sampled", "stacked", "noise")}
     monkeypatch.setitem(quantisers.WORLDS, "minatar", minatar._replace(rows=few))
-    monkeypatch.setattr(quantisers, "DREAMS", {})
+    monkeypatch.setattr(quantiser_rows, "DREAMS", {})
     latent = quantisers.make_config("minatar", "sampled", 0, tmp_path).dynamics.flat()
     del latent["hrvq.memory"], latent["hrvq.noise"]
     report = {"dynamics": "hrvq", "more": [], "negative_control": False, "latent": latent}
