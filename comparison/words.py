@@ -19,7 +19,8 @@ def number(x: float | None, sign: bool = False) -> str:
         return "–"
     rounded = float(f"{x:.3g}")  # 0.0999... is 0.100, not 0.1000
     digits = 0 if rounded == 0 else max(0, 2 - math.floor(math.log10(abs(rounded))))
-    text = f"{x:{'+' if sign else ''},.{min(digits, 5)}f}"
+    hidden = 0 < abs(rounded) < 5e-6  # by five decimals
+    text = f"{x:{'+' if sign else ''},.{'2e' if hidden else f'{min(digits, 5)}f'}}"
     return text.replace("-", "−")
 
 

@@ -193,6 +193,11 @@ def test_seeds_for():
     assert stats.seeds_for(found, 0.01, 8) == pytest.approx(asymptotic, rel=0.001)
 
 
+def test_a_small_number_is_not_shown_as_none():
+    shown = {0.0999999: "0.100", 1.8e-7: "1.80e−07", -3e-9: "−3.00e−09", 0.0: "0"}
+    assert {x: words.number(x) for x in shown} == shown
+
+
 def test_the_least_p_of_unequal_numbers_of_runs():
     """Three against four: no other split is as far as the complete one, so p is 1 of 35."""
     x, y = [np.array([10.0, 11.0, 12.0])], [np.array([0.0, 1.0, 2.0, 3.0])]
