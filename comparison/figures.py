@@ -99,8 +99,19 @@ def save_curves(summary: Mapping[str, Any], path: Any) -> None:
             matplotlib.lines.Line2D([], [], color=c, lw=2.2, label=m)
             for m, c in colours(summary["models"]).items()
         ]
-        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines))
+        add_legend(figure, lines)
         figure.savefig(path)
+
+
+def add_legend(figure: Figure, lines: list[matplotlib.lines.Line2D]) -> None:
+    """Above all panels, in as many rows as it needs to be no wider than they."""
+    for rows in range(1, len(lines) + 1):
+        columns = math.ceil(len(lines) / rows)
+        legend = figure.legend(handles=lines, loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
 
 
 # ---------------------------------------------------------------- learning

@@ -453,6 +453,16 @@ def test_long_names_are_broken_into_lines(width):
     assert any("0.5" in line for line in lines)  # numbers stay whole
 
 
+@pytest.mark.parametrize(("names", "rows"), [(2, 1), (6, 2), (20, 7)])
+def test_a_legend_of_long_names_stays_inside_the_picture(names, rows):
+    figure = figures.Figure(figsize=(13.8, 3))
+    lines = [figures.matplotlib.lines.Line2D([], [], label=f"{i}{'n' * 35}") for i in range(names)]
+    figures.add_legend(figure, lines)
+    (legend,) = figure.legends
+    assert 0 <= legend.get_window_extent().width <= figure.bbox.width
+    assert figure.get_figheight() == pytest.approx(3 + 0.2 * (rows - 1))
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_browser(known, width, tmp_path):
     """Nothing sticks out sideways, every figure has a height,
