@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hidreamer.precision import is_mapped
+
 BINS = 255  # of the two-hot distribution
 MAX_BIN = 20.0  # its largest bin, in symlog space
 
@@ -109,7 +111,12 @@ def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
 
 def invert_cdf(probs: Tensor, noise: Tensor | None) -> Tensor:
     """One-hots (..., K) of ``class_drawn``."""
-    return torch.zeros_like(probs).scatter_(-1, class_drawn(probs, noise), 1.0)
+    zeros, drawn = torch.zeros_like(probs), class_drawn(probs, noise)
+    if not torch.compiler.is_compiling() and is_mapped(
+        probs
+    ):  # in place it would be a kernel for each member
+        return zeros.scatter(-1, drawn, 1.0)
+    return zeros.scatter_(-1, drawn, 1.0)
 
 
 def class_drawn(probs: Tensor, noise: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from other_device import CudaAutocast
 from test_agent import EVERYTHING, make
 
 import networks
-from hidreamer import objectives
+from hidreamer import cost, objectives
 from hidreamer.dynamics import TYPES
 from hidreamer.quantizer import Quantizer
 from hidreamer.stacked import Stack
@@ -187,6 +187,19 @@ def test_a_parameter_may_be_one_number(monkeypatch):
 @pytest.mark.parametrize("case", MORE)
 def test_every_kind_of_member_learns_what_its_seed_learns_alone(case):
     check(MORE[case])
+
+
+@pytest.mark.parametrize("kind", ["rssm", "hrssm", "stacked", "sees memory"])
+def test_more_members_are_no_more_kernels(kind):
+    """But for what each draws from its own generator."""
+    agent, rows = make(GRID, "discrete", **{"imag.horizon": 4, "imag.starts": 4} | KINDS[kind])
+    found = []
+    for count in (2, 4):
+        own = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        stack = Stack(copy.deepcopy(agent), [copy.deepcopy(agent) for _ in own], own)
+        both = {key: torch.stack([x] * count) for key, x in rows.items()}
+        found.append(cost.operators(lambda: stack.update(both))["kernels"])  # noqa: B023
+    assert found[0] <= found[1] <= found[0] + 20
 
 
 @pytest.mark.parametrize(
