@@ -15,6 +15,7 @@ import pytest
 from test_envs import build, one_hot, play
 
 import dreamer
+import forked
 from conftest import ROOT
 from envs import EnvError
 from envs.base import RESERVED, picture
@@ -57,9 +58,10 @@ def train(folder, *args, path=None):
         *args,
     ]
     variables = os.environ | {"PYTHONPATH": str(path)} if path else os.environ
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=variables, timeout=120
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = forked.popen(command, cwd="/", env=variables, **pipes)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def test_the_example_of_the_page_trains(tmp_path):

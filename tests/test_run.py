@@ -13,6 +13,7 @@ import torch
 from small_runs import TINY, latest, one_line, records, run, steps_of
 
 import dreamer
+import forked
 import models
 import run_setup
 import tools
@@ -322,7 +323,7 @@ sys.exit(dreamer.main(sys.argv[1:]))
 def test_a_second_ctrl_c_while_saving_ends_at_once_and_damages_nothing(tmp_path):
     args = [*TINY, "--steps", "60", "--checkpoint_every", "20", "--logdir", str(tmp_path)]
     command = [sys.executable, "-c", SECOND, *args]
-    with subprocess.Popen(
+    with forked.popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         while process.stdout.readline() != "saving\n":

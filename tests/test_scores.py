@@ -3,11 +3,13 @@ returns by seconds.
 """
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
 from test_report import report, write_run
 
+import forked
 import run_comparison
 import run_config
 from comparison import scores, seconds, stats, summary, words
@@ -497,7 +499,8 @@ def test_bad_exports_are_one_line(words, says, capsys):
     assert err.count("\n") == 1 and says in err, err
 
 
-def test_a_varied_key_is_compared_and_named(tmp_path):
+def test_a_varied_key_is_compared_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
     args = ["--configs", "debug", "--task", "dummy_vector", "--seeds", "1", "--steps", "60"]
     args += ["--log_every", "20", "--logdir", str(tmp_path / "v"), "--eval_episodes", "0"]
     args += ["--jobs", "2", "--export", str(tmp_path / "s.json")]
