@@ -1,6 +1,6 @@
-"""Python commands as copies of this process, which has loaded torch and read the presets: that takes
-a new one five seconds. Signals, output and exit statuses are those of any process; tests of how
-Python starts or ends do without this.
+"""Python commands as copies of this process, which has loaded torch and read the presets: that
+takes a new one five seconds. Signals, output and exit statuses are those of any process; tests of
+how Python starts or ends do without this.
 """
 
 import os
@@ -21,6 +21,14 @@ def popen(command, *, env=None, **keys):
     words = command[command.index(sys.executable) + 1 :]
     become_it = lambda: become(words, os.environ if env is None else env)
     return Popen(command, preexec_fn=become_it, **keys)
+
+
+def run(command, timeout=120, **keys):
+    """Like subprocess.run, of which it captures the output."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with popen(command, **pipes, **keys) as process:
+        out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def become(words, env):

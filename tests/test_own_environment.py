@@ -5,7 +5,6 @@ and the usual mistakes get one line.
 import itertools
 import os
 import re
-import subprocess
 import sys
 import textwrap
 
@@ -58,10 +57,7 @@ def train(folder, *args, path=None):
         *args,
     ]
     variables = os.environ | {"PYTHONPATH": str(path)} if path else os.environ
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = forked.popen(command, cwd="/", env=variables, **pipes)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return forked.run(command, cwd="/", env=variables)
 
 
 def test_the_example_of_the_page_trains(tmp_path):

@@ -97,8 +97,7 @@ dreamer.main(sys.argv[2:])
 def test_a_kill_between_two_members_checkpoints_loses_no_step(three, tmp_path):
     """Three first checkpoints, then those of step 45: the second member's never comes to be."""
     words = [*TINY, *map(str, STEPS), "--seeds", "0", "1", "2", "--logdir", str(tmp_path / "runs")]
-    process = forked.popen([sys.executable, "-c", KILL, "5", *words])
-    assert process.wait(300) == -signal.SIGKILL
+    assert forked.run([sys.executable, "-c", KILL, "5", *words]).returncode == -signal.SIGKILL
     moments = [latest(tmp_path / "runs" / seed)["moment"] for seed in "012"]
     assert moments == [1, 0, 0]
     assert dreamer.main(words) == 0
