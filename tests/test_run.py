@@ -39,7 +39,7 @@ def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(
         "--checkpoint_every",
         checkpoint_every,
         "--replay.ratio",
-        16,
+        8,
     ]
     assert run(tmp_path, *args) == 0
     out, state = capsys.readouterr().out, latest(tmp_path)
@@ -49,7 +49,7 @@ def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(
         counters["evaluated"] == counters["step"]
         and steps_of("eval_return", tmp_path)[-1] == counters["step"]
     )
-    assert f"{counters['updates']} updates" in out and counters["updates"] > 20
+    assert f"{counters['updates']} updates" in out and counters["updates"] > 10
     assert records(tmp_path)[-1]["step"] == state["step"] and state["log_size"] == len(
         (tmp_path / "metrics.jsonl").read_bytes()
     )
@@ -85,8 +85,8 @@ def test_longer_periods_take_effect_when_a_run_is_continued(tmp_path):
     so that nothing was due until as many of the new had passed.
     """
     periods = lambda *values: [word for pair in zip(PERIODS, values, strict=True) for word in pair]
-    assert run(tmp_path, "--steps", 100, "--replay.ratio", 16, *periods(2, 10, 2)) == 0
-    assert run(tmp_path, "--steps", 400, "--replay.ratio", 16, *periods(10, 100, 20)) == 0
+    assert run(tmp_path, "--steps", 100, "--replay.ratio", 4, *periods(2, 10, 2)) == 0
+    assert run(tmp_path, "--steps", 400, "--replay.ratio", 4, *periods(10, 100, 20)) == 0
     assert [step for step in steps_of("model_loss", tmp_path) if step > 100] == list(
         range(110, 401, 10)
     )

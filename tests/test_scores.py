@@ -12,7 +12,7 @@ from test_report import report, write_run
 import forked
 import run_comparison
 import run_config
-from comparison import scores, seconds, stats, summary, words
+from comparison import fairness, scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
 from comparison.runs import Run, find
 from hidreamer import checkpoint
@@ -40,9 +40,18 @@ def runs_of(folder, task="dummy_vector", slow=1.0, seeds=3, **options):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Fewer replications: what is tested here is no interval."""
+    """Fewer replications: what is tested here is no interval. Each agent is counted once."""
+    counted, count = {}, fairness.capacity
+
+    def once(config):
+        key = json.dumps(config.flat())
+        if key not in counted:
+            counted[key] = count(config)
+        return dict(counted[key])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats, "REPS", 40)
+        patch.setattr(fairness, "capacity", once)
         yield
 
 
