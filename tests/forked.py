@@ -18,6 +18,8 @@ def popen(command, *, env=None, **keys):
     """Like subprocess.Popen, which it is for all but [..., python, SCRIPT or -m or -c, ...]."""
     if sys.executable not in command:
         return Popen(command, env=env, **keys)
+    import torch._dynamo  # noqa: F401 - as every optimizer does, in two seconds
+
     words = command[command.index(sys.executable) + 1 :]
     become_it = lambda: become(words, os.environ if env is None else env)
     return Popen(command, preexec_fn=become_it, **keys)
