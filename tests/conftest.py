@@ -135,21 +135,12 @@ def trained(tmp_path_factory):
     return make
 
 
-# Files that take minutes come first, so that processes side by side end together.
-LONG = (
-    "learning",
-    "docs",
-    "gpu",
-    "compile",
-    "comparison",
-    "resume",
-    "kill",
-    "offline",
-    "other_device_programs",
-    "installed",
-)
-LONG += tuple(name for name in NEED_COMPARE if name.startswith("pipeline"))
-LONG += ("env_faults", "backends", "export", "scores", "report", "write_back", "demo", "cli")
+# Files that take longest come first, so that processes side by side end together.
+LONG = tuple(name for name in NEED_COMPARE if name.startswith("pipeline"))
+LONG += ("cli", "dynamics", "compile", "installed", "learning", "scores", "backends", "run")
+LONG += ("docs", "comparison", "configs", "env_faults", "dream_env", "agent", "envs", "gpu")
+LONG += ("inside", "library", "offline", "evaluation", "report", "resume", "kill", "write_back")
+LONG += ("population", "population_runs", "export", "other_device_programs", "demo")
 
 
 @pytest.hookimpl(optionalhook=True)
