@@ -137,10 +137,11 @@ def trained(tmp_path_factory):
 
 # Files that take longest come first, so that processes side by side end together.
 LONG = tuple(name for name in NEED_COMPARE if name.startswith("pipeline"))
-LONG += ("cli", "dynamics", "compile", "installed", "learning", "scores", "backends", "run")
+LONG += ("cli", "dynamics", "compile", "installed", "learning", "scores", "run")
 LONG += ("docs", "comparison", "configs", "env_faults", "dream_env", "agent", "envs", "gpu")
 LONG += ("inside", "library", "offline", "evaluation", "report", "resume", "kill", "write_back")
 LONG += ("population", "population_runs", "export", "other_device_programs", "demo")
+LONG += ("backends",)  # Ray stays in its process, where tests/forked.py then copies nothing
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -15,8 +15,10 @@ QUIET = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWa
 
 
 def popen(command, *, env=None, **keys):
-    """Like subprocess.Popen, which it is for all but [..., python, SCRIPT or -m or -c, ...]."""
-    if sys.executable not in command:
+    """Like subprocess.Popen, which it is for all but [..., python, SCRIPT or -m or -c, ...], and
+    where Ray is loaded: its threads do not go with a copy.
+    """
+    if sys.executable not in command or "ray" in sys.modules:
         return Popen(command, env=env, **keys)
     import torch._dynamo  # noqa: F401 - as every optimizer does, in two seconds
 

@@ -585,7 +585,7 @@ def test_a_killed_run_leaves_no_game_and_no_shared_memory_behind(parallel, tmp_p
         "--configs vizdoom debug --env.count 2 --steps 100000 --eval_every 100 --eval_episodes 200 "
         "--video false"
     )
-    run = forked.popen(
+    run = subprocess.Popen(
         [
             sys.executable,
             "dreamer.py",
