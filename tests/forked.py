@@ -11,14 +11,15 @@ import traceback
 import warnings
 
 Popen = subprocess.Popen  # which a test may replace by ``popen``
+threads = []  # names what began some
 QUIET = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning
 
 
 def popen(command, *, env=None, **keys):
     """Like subprocess.Popen, which it is for all but [..., python, SCRIPT or -m or -c, ...], and
-    where Ray is loaded: its threads do not go with a copy.
+    where threads have begun that do not go with a copy: Ray's, or another device's autograd.
     """
-    if sys.executable not in command or "ray" in sys.modules:
+    if sys.executable not in command or "ray" in sys.modules or threads:
         return Popen(command, env=env, **keys)
     import torch._dynamo  # noqa: F401 - as every optimizer does, in two seconds
 
