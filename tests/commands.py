@@ -126,6 +126,8 @@ def compare(words: list[str]) -> int:
             words[words.index(key) + 1] = value
     if "--from" in words or "--backend" in words:
         return 0 if run_comparison.main([*words[:0], "--help"]) == 0 else 1
+    if not {"--seeds", "--seed-list"} & set(words):
+        words += ["--seeds", "1"]  # instead of five
     return run_comparison.main([*words, "--configs", "debug", "--models", "tiny_dreamerv3"])
 
 

@@ -1,5 +1,6 @@
 """Tests run from anywhere, on one thread, and never touch the network."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -134,27 +135,23 @@ def trained(tmp_path_factory):
     return make
 
 
-# Files that take minutes come first, so that processes side by side end together.
-LONG = (
-    "learning",
-    "docs",
-    "gpu",
-    "compile",
-    "comparison",
-    "resume",
-    "kill",
-    "offline",
-    "other_device_programs",
-    "installed",
-)
-LONG += tuple(name for name in NEED_COMPARE if name.startswith("pipeline"))
-LONG += ("env_faults", "backends", "export", "scores", "report", "write_back", "demo", "cli")
+# Files that take longest come first, so that processes side by side end together.
+LONG = tuple(name for name in NEED_COMPARE if name.startswith("pipeline"))
+LONG += ("cli", "dynamics", "compile", "installed", "learning", "scores", "run")
+LONG += ("docs", "comparison", "configs", "env_faults", "dream_env", "agent", "envs", "gpu")
+LONG += ("inside", "library", "offline", "evaluation", "report", "resume", "kill", "write_back")
+LONG += ("population", "population_runs", "export", "demo")
+# Threads stay in their processes, where tests/forked.py then copies nothing: those of the other
+# device, which is to be there before autograd's first step, and Ray's.
+OTHER = ("other_device", "other_device_programs")
+LONG = (*OTHER, *LONG)
+LAST = ("backends",)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """``--dist loadfile``, but all files of the pipeline go to one process, which makes ``acting``
-    and what that is made of once.
+    and what that is made of once; before them those of the other device.
     """
     if config.getvalue("dist") != "loadfile":
         return None
@@ -163,14 +160,17 @@ def pytest_xdist_make_scheduler(config, log):
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "pipeline" if Path(file).name.startswith("test_pipeline") else file
+            together = ("test_other_device", "test_pipeline")
+            return "pipeline" if Path(file).name.startswith(together) else file
 
     return Files(config, log)
 
 
 def pytest_collection_modifyitems(items):
     """A test that needs CUDA carries the marker and is skipped by name where there is none."""
+    gc.freeze()  # what was imported is no garbage, and a collection takes a tenth of a second
     order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    order |= {f"test_{name}.py": len(LONG) + 1 for name in LAST}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))  # else as they were
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

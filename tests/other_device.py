@@ -8,6 +8,7 @@ graphs, compiled code and CUDA's own kernels are not covered (``tests/test_gpu.p
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,12 +19,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+import forked
 from hidreamer.cost import HOST_READS
 
 NAME = "other"
-backend_registration._setup_privateuseone_for_python_backend(NAME)
-torch.other.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-DEVICE = torch.device(NAME, 0)
+DEVICE = torch.device("privateuseone", 0)  # NAME, once it is registered
 
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
@@ -122,9 +122,18 @@ class Other(TorchDispatchMode):
         return compute(func, args, kwargs or {}, self)
 
 
+@functools.cache
+def register() -> None:
+    """From then on autograd begins a thread for it."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    torch.other.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    forked.threads.append(NAME)
+
+
 @contextlib.contextmanager
 def other_device() -> Iterator[Other]:
     """Let DEVICE and generators of it be made and used."""
+    register()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=DEVICE) is then a copy
     try:
         with mock.patch.object(torch, "Generator", Generator), Other() as mode:

@@ -8,6 +8,7 @@ import pytest
 from small_runs import one_line, records
 
 import dreamer
+import forked
 import hidreamer
 from analysis import evaluate
 from conftest import ROOT
@@ -91,8 +92,8 @@ def test_the_commands(trained, tmp_path):
     """As a module and as ``hidreamer evaluate``, from another folder."""
     for words in (["analysis.evaluate"], ["hidreamer", "evaluate"]):
         words = [sys.executable, "-m", *words, trained("rssm", "image"), "--episodes", "1"]
-        env = {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        words = list(map(str, words))
+        done = forked.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
         assert done.returncode == 0 and done.stdout.startswith("eval return "), done.stderr
         assert len(json.loads(done.stdout.splitlines()[-1])["returns"]) == 1
 

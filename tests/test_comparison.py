@@ -3,6 +3,7 @@ and bad input is one line.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 
 import dreamer
+import forked
 import run_comparison
 import run_config
 import tools
+import training
 from comparison import runs
 from comparison.backends import Process
 from conftest import ROOT
@@ -37,28 +40,26 @@ QUICK = [
 ]
 QUICK += ["--checkpoint_every", "40", "--jobs", "2"]
 
-# Python reads this file when it starts: it makes a run die as the plan says, once it has a
-# checkpoint.
-FAULTS = """
-import json, os, pathlib, signal, sys, threading, time
-
-words = sys.orig_argv
-logdir = pathlib.Path(words[words.index("--logdir") + 1] if "--logdir" in words else "")
-fault = json.loads(os.environ["FAULTS"]).get("/".join(logdir.parts[-2:]))
-marker = logdir.with_suffix(".fault")
-if fault and "dreamer.py" in str(sys.orig_argv) and not (fault["once"] and marker.exists()):
-    def strike():
-        while not (logdir / "checkpoints" / "latest.pt").exists():
-            time.sleep(0.005)
-        marker.touch()
-        print("the planted fault", flush=True)
-        os.kill(os.getpid(), fault["signal"]) if fault["signal"] else os._exit(7)
-    threading.Thread(target=strike, daemon=True).start()
-"""
 PLAN = {
     "tiny_hdreamer/0": {"signal": signal.SIGKILL, "once": True},
     "tiny_hidreamer/0": {"signal": 0, "once": False},
 }
+
+
+def plant(monkeypatch, plan):
+    """Make runs, copies of this process, die as the plan says, after a checkpoint."""
+    save = training.Run.save
+
+    def save_and_die(run):
+        save(run)
+        marker = run.logdir.with_suffix(".fault")
+        fault = plan.get("/".join(run.logdir.parts[-2:]))
+        if fault and run.step and not (fault["once"] and marker.exists()):
+            marker.touch()
+            print("the planted fault", flush=True)
+            os.kill(os.getpid(), fault["signal"]) if fault["signal"] else os._exit(7)
+
+    monkeypatch.setattr(training.Run, "save", save_and_die)
 
 
 def compare(*args):
@@ -79,13 +80,13 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     """One run is finished already, one gets killed,
     one crashes until its fault is mended: no other notices.
     """
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
     folder = tmp_path / "matrix"
     assert compare("--models", MODELS[0], "--seeds", 1, "--logdir", folder) == 0
     assert starts(folder) == {"tiny_dreamerv3/0": 1}
 
-    (tmp_path / "sitecustomize.py").write_text(FAULTS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("FAULTS", json.dumps(PLAN))
+    plan = dict(PLAN)
+    plant(monkeypatch, plan)
     matrix = ["--models", *MODELS, "--seeds", 1, "--logdir", folder]
     assert compare(*matrix) == 1
     expected = {"tiny_dreamerv3/0": 1, "tiny_hdreamer/0": 2, "tiny_hidreamer/0": 2}
@@ -103,7 +104,7 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     for name in ("report.md", "report.html"):
         assert "the planted fault" in (folder / name).read_text()
 
-    monkeypatch.setenv("FAULTS", "{}")
+    plan.clear()
     assert compare(*matrix) == 0
     assert starts(folder) == expected | {"tiny_hidreamer/0": 3}
     report = json.loads((folder / "summary.json").read_text())
@@ -140,8 +141,9 @@ def test_seeds_side_by_side_are_runs_like_any_other(tmp_path, capsys):
     assert compare("--from", tmp_path) == 0
 
 
-def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path, capsys):
+def test_periods_that_do_not_fit_the_steps_cost_no_second_training(tmp_path, monkeypatch, capsys):
     """The last evaluation falls on the last step, and no checkpoint does."""
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
     folder = tmp_path / "matrix"
     matrix = ["--models", MODELS[0], "--seeds", 1, "--logdir", folder]
     matrix += ["--eval_every", 80, "--checkpoint_every", 1000]

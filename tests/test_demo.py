@@ -1,7 +1,10 @@
 """The demo: what it ends with, and what it says where nothing was learned."""
 
+import contextlib
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,19 @@ DEBUG = ["--configs", "debug", "--task", "minatar_breakout", "--steps", "60", "-
 DEBUG += ["--eval_episodes", "4", "--env.count", "4", "--env.action_repeat", "1"]
 
 
-def test_it_ends_with_numbers_pictures_and_three_commands(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """-> a demo's folder, and what it printed."""
+    logdir = tmp_path_factory.mktemp("demo") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert demo.main([*DEBUG, "--logdir", str(logdir)]) == 0
+    return logdir, out.getvalue()
+
+
+def test_it_ends_with_numbers_pictures_and_three_commands(shown):
     import imageio.v3 as iio
 
-    logdir = tmp_path / "run"
-    assert demo.main([*DEBUG, "--logdir", str(logdir)]) == 0
-    out = capsys.readouterr().out
+    logdir, out = shown
     found = json.loads((logdir / "demo.json").read_text())
     assert len(found["returns"]) == len(found["random_returns"]) == 4
     mean = sum(found["returns"]) / 4
@@ -79,12 +89,13 @@ def test_help(capsys):
     assert "python demo.py" in capsys.readouterr().out
 
 
-def test_without_matplotlib_everything_else_is_there(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_everything_else_is_there(shown, tmp_path, capsys, monkeypatch):
     def missing(*args):
         raise ImportError("matplotlib")
 
     monkeypatch.setattr(demo, "draw_curve", missing)
-    assert demo.main([*DEBUG, "--logdir", str(tmp_path / "run")]) == 0
+    logdir = shutil.copytree(shown[0], tmp_path / "run")
+    assert demo.main([*DEBUG, "--logdir", str(logdir)]) == 0
     out = capsys.readouterr().out
     assert "no learning curve without matplotlib: pip install -e '.[compare]'" in out
     assert "beside_random.mp4" in out

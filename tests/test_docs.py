@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import blocks, commands, known, recipe, run, shortened
 
+import forked
 import tools
 from conftest import ROOT
 
@@ -59,7 +60,8 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_commands_of_the_readme_work_in_its_order(folder):
+def test_commands_of_the_readme_work_in_its_order(folder, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
     done = []
     for _, text in blocks(ROOT / "README.md", "sh"):
         for words in commands(text):

@@ -20,6 +20,7 @@ from small_envs import faulty, maker, sleep, stuck
 from test_vector import BOTH, gone, pids, play
 
 import envs.worker
+import forked
 from envs import EnvError
 from envs.vector import Envs
 from hidreamer import app
@@ -438,8 +439,8 @@ def arguments(tmp_path, *words):
     return [*args, "--logdir", str(tmp_path / "run"), "--video", "false", *words]
 
 
-def command(tmp_path, fault, *words, program=("dreamer.py",)):
-    return subprocess.Popen(
+def command(tmp_path, fault, *words, program=("dreamer.py",), start=forked.popen):
+    return start(
         [sys.executable, *program, *arguments(tmp_path, *words)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -502,7 +503,7 @@ def test_a_run_with_a_broken_environment_ends_with_one_line(
     tmp_path, fault, words, status, line, here
 ):
     if words[:1] == ["--env.parallel"]:  # once as a program
-        run = command(tmp_path, fault, *words)
+        run = command(tmp_path, fault, *words, start=subprocess.Popen)
         _, error = run.communicate(timeout=120)
         found = run.returncode
     else:

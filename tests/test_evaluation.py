@@ -16,6 +16,7 @@ import torch
 from test_agent import EVERYTHING, make
 
 import dreamer
+import forked
 import tools
 from conftest import ROOT
 from envs.dummy import Dummy
@@ -302,7 +303,7 @@ def test_a_signal_ends_an_evaluation(parallel, tmp_path):
         parallel,
     ]
     command = [sys.executable, str(ROOT / "dreamer.py"), *QUICK, *words, "--logdir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = forked.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + 120
     reached = lambda: (
         (tmp_path / "metrics.jsonl").exists() and any(x["step"] >= 40 for x in records(tmp_path))

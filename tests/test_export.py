@@ -237,18 +237,16 @@ def python(env, script):
 
 def test_push_and_load(hub, exported):
     env, root = hub
-    done = python(env, f"hidreamer.push({str(exported)!r}, 'hf:me/agent')")
-    assert done.returncode == 0, done.stderr
-    there = root / "me" / "agent"
-    for path in exported.iterdir():
-        assert (there / path.name).read_bytes() == path.read_bytes()
+    push = f"hidreamer.push({str(exported)!r}, 'hf:me/agent')"
     script = """
 for name in ("hf:me/agent", "hf:me/agent@main"):
     agent = hidreamer.load(name)
     print(agent.facts["task"], agent.facts["step"], hidreamer.DreamEnv.__name__)
 """
-    done = python(env, script)
+    done = python(env, push + script)
     assert done.stdout.splitlines() == ["dummy_vector 120 DreamEnv"] * 2, done.stderr
+    for path in exported.iterdir():
+        assert (root / "me" / "agent" / path.name).read_bytes() == path.read_bytes()
     # what was loaded once is there without the hub, in the hub's own layout
     cached = root.parent / "cache" / "hub" / "models--me--agent" / "snapshots"
     assert len(list(cached.glob("*/model.safetensors"))) == 1

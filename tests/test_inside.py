@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 import types
 
@@ -16,6 +15,7 @@ from test_report import BROWSER, FRAME, Page, browse
 
 import analysis.__main__ as command
 import dreamer
+import forked
 from analysis import (
     attention,
     factors,
@@ -567,9 +567,7 @@ def test_runs_of_another_version_or_without_weights(trained, tmp_path, capsys):
 def test_the_installed_command_analyses(trained, tmp_path):
     words = ["-m", "hidreamer", "analyse", trained / "hrvq" / "0", "--compare", "--episodes", 24]
     words += ["--longest", 30, "--out", tmp_path]
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run([sys.executable, *map(str, words)], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "analysis.json").read_text())["made"]
     assert made["command"].startswith("hidreamer analyse ")

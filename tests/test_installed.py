@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from test_layers import Project
 
+import forked
 from conftest import ROOT
 
 DEBUG = ["--configs", "debug", "--task", "dummy_vector"]
@@ -207,7 +208,8 @@ sys.exit(main(["train", "--help"]))
 )
 def test_the_command(words, status, says, tmp_path):
     """In a checkout that is not installed, from another folder."""
-    done = start(tmp_path, sys.executable, "-m", "hidreamer", *words, path=[ROOT])
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = forked.run([sys.executable, "-m", "hidreamer", *words], cwd=tmp_path, env=env)
     assert done.returncode == status and says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == says.startswith("error")
 

@@ -3,12 +3,12 @@ in results/kills.json.
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
+import forked
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -33,7 +33,7 @@ def test_a_run_that_is_killed_logs_what_one_that_is_not_logs(task, dynamics, tmp
         dynamics,
     ]
     command += ["--kills", "2", "--each", "1", "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    result = forked.run(command, timeout=500)
     report = json.loads(out.read_text())
     assert result.returncode == 0 and report["differing"] == 0, result.stdout + result.stderr
     assert report["kills"] == 2 and all(run["records"] > 20 for run in report["runs"])

@@ -3,7 +3,6 @@
 import copy
 import os
 import re
-import subprocess
 import sys
 
 import gymnasium
@@ -12,6 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 
+import forked
 import hidreamer
 import networks
 from conftest import ROOT
@@ -451,7 +451,7 @@ def test_the_example(case, trained, tmp_path):
     """From another folder, as it is."""
     words = [sys.executable, str(ROOT / "examples" / "look_inside.py"), str(trained(*case))]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = forked.run(words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "L0: (21, " in done.stdout and "return of chance in the dream" in done.stdout
     assert (tmp_path / "levels.png").exists() == (case[1] in ("image", "grid", "multi"))

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 from gymnasium import spaces
 from test_agent import make
 
+import forked
 import run_comparison
 import tools
 from analysis import heldout, offline, probes
@@ -296,7 +298,8 @@ def test_learning_beats_the_baseline(recorded, tmp_path):
 # ---------------------------------------------------------------- the whole
 
 
-def test_a_paired_comparison(recorded, tmp_path, capsys):
+def test_a_paired_comparison(recorded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
     args = [
         "--paired-offline",
         recorded,

@@ -5,7 +5,6 @@ and the usual mistakes get one line.
 import itertools
 import os
 import re
-import subprocess
 import sys
 import textwrap
 
@@ -15,6 +14,7 @@ import pytest
 from test_envs import build, one_hot, play
 
 import dreamer
+import forked
 from conftest import ROOT
 from envs import EnvError
 from envs.base import RESERVED, picture
@@ -57,9 +57,7 @@ def train(folder, *args, path=None):
         *args,
     ]
     variables = os.environ | {"PYTHONPATH": str(path)} if path else os.environ
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=variables, timeout=120
-    )
+    return forked.run(command, cwd="/", env=variables)
 
 
 def test_the_example_of_the_page_trains(tmp_path):

@@ -17,6 +17,7 @@ import torch
 from small_pipeline import DEBUG, copied, made, read, rows, run, run_killed, same
 from small_runs import one_line
 
+import forked
 import tools
 from conftest import ROOT
 from envs import make_env
@@ -187,7 +188,7 @@ def test_sigkill(collected, tmp_path):
     """The real signal, to a process of its own, in the middle of it."""
     words = [sys.executable, "-m", "pipeline", "collect", *DEBUG, "--logdir", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(words, env=environment, cwd="/", stdout=subprocess.DEVNULL)
+    process = forked.popen(words, env=environment, cwd="/", stdout=subprocess.DEVNULL)
     folder = tmp_path / "collect" / "checkpoints"
     deadline = time.monotonic() + 120
     while not (folder / "latest.pt").exists() and time.monotonic() < deadline:

@@ -47,18 +47,7 @@ def test_the_first_pass_of_ppo_is_reinforce():
 
 @pytest.fixture(scope="module")
 def toy():
-    return toy_model(
-        **{
-            "actor.lr": 3e-3,
-            "critic.lr": 3e-3,
-            "actor.net.units": 32,
-            "critic.net.units": 32,
-            "imag.horizon": 8,
-            "imag.starts": 2,
-            "imag.discount": 0.9,
-            "pipeline.policy.length": 8,
-        }
-    )[:2]
+    return toy_model()[:2]
 
 
 def learned(toy, updates=60, blind=False, **overrides):

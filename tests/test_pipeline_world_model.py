@@ -1,5 +1,6 @@
 """The world model on tokens: the data's sides, the lineage's faults, training, its gate."""
 
+import functools
 import math
 import types
 
@@ -262,11 +263,16 @@ def toy_batch(rng, size):
     }
 
 
-def toy_model(**overrides):
+# The world model's, and what tests/test_pipeline_policy.py learns in its dreams with.
+TOY = {"dynamics.deter": 32, "dynamics.hidden": 64, "reward.units": 32}
+TOY |= {"actor.lr": 3e-3, "critic.lr": 3e-3, "actor.net.units": 32, "critic.net.units": 32}
+TOY |= {"imag.horizon": 8, "imag.starts": 2, "imag.discount": 0.9, "pipeline.policy.length": 8}
+
+
+@functools.cache
+def toy_model():
     """A world model that has learned the toy. -> config, model, metrics of its last update."""
-    settings = config(
-        **{"dynamics.deter": 32, "dynamics.hidden": 64, "reward.units": 32}, **overrides
-    )
+    settings = config(**TOY)
     model = make_model(settings, act_dim=2)
     optimizer = world_model.make_optimizer(model, settings.pipeline.world_model, CPU)
     training.set_lr(optimizer, 3e-3)

@@ -22,6 +22,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+import forked
 import hidreamer
 from conftest import ROOT
 from play.movie import Movie
@@ -42,7 +43,7 @@ def served(folder, *words, cwd=None):
     """-> its address and process."""
     command = [sys.executable, "-m", "play", str(folder), "--port", "0", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
+    with forked.popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd
     ) as process:
         line = process.stdout.readline()

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,9 +13,9 @@ from small_runs import TINY, latest, one_line, records, run
 from test_compile import FailingCapture
 
 import dreamer
+import forked
 import hidreamer
 import population
-from conftest import ROOT
 from envs.errors import ActionError
 from hidreamer import capture, checkpoint
 from hidreamer.feed import Feed
@@ -98,9 +97,7 @@ dreamer.main(sys.argv[2:])
 def test_a_kill_between_two_members_checkpoints_loses_no_step(three, tmp_path):
     """Three first checkpoints, then those of step 45: the second member's never comes to be."""
     words = [*TINY, *map(str, STEPS), "--seeds", "0", "1", "2", "--logdir", str(tmp_path / "runs")]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", KILL, "5", *words], env=env, timeout=300)
-    assert result.returncode == -signal.SIGKILL
+    assert forked.run([sys.executable, "-c", KILL, "5", *words]).returncode == -signal.SIGKILL
     moments = [latest(tmp_path / "runs" / seed)["moment"] for seed in "012"]
     assert moments == [1, 0, 0]
     assert dreamer.main(words) == 0

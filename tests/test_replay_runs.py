@@ -13,6 +13,7 @@ import pytest
 from small_runs import latest, one_line, records
 
 import dreamer
+import forked
 from conftest import ROOT
 from hidreamer import memory
 
@@ -67,9 +68,7 @@ def test_store_and_kept_files_may_change_and_change_nothing(store, whole, tmp_pa
             "400",
         ]
         words += ["--replay.store", store, "--replay.keep_episodes", "false"]
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = forked.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         log = folder / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dreamer
+import forked
 from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
@@ -99,10 +100,10 @@ def whole(tmp_path_factory):
     return make
 
 
-def kill_when(kind, logdir, ready, signum=signal.SIGKILL):
+def kill_when(kind, logdir, ready, signum=signal.SIGKILL, start=forked.popen):
     """Start the run and send it ``signum`` once ``ready()``. -> its exit status and output."""
     command = [sys.executable, str(ROOT / "dreamer.py"), *arguments(kind, logdir)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -154,12 +155,13 @@ def test_another_seed_logs_something_else(whole, tmp_path):
     assert records(tmp_path / "run") != records(whole("minatar"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(signum, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("signum", "start"), [(signal.SIGTERM, subprocess.Popen), (signal.SIGINT, forked.popen)]
+)
+def test_a_signal_saves_first(signum, start, whole, tmp_path):
     expected = records(whole("minatar"))
-    status, out = kill_when(
-        "minatar", tmp_path / "run", lambda: length(tmp_path / "run") > len(expected) / 2, signum
-    )
+    half = lambda: length(tmp_path / "run") > len(expected) / 2
+    status, out = kill_when("minatar", tmp_path / "run", half, signum, start)
     assert status == 128 + signum, out
     assert "Traceback" not in out and signal.Signals(signum).name in out
     state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoints" / "latest.pt")

@@ -13,6 +13,7 @@ import torch
 from small_runs import TINY, latest, one_line, records, run, steps_of
 
 import dreamer
+import forked
 import models
 import run_setup
 import tools
@@ -38,7 +39,7 @@ def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(
         "--checkpoint_every",
         checkpoint_every,
         "--replay.ratio",
-        16,
+        8,
     ]
     assert run(tmp_path, *args) == 0
     out, state = capsys.readouterr().out, latest(tmp_path)
@@ -48,7 +49,7 @@ def test_a_finished_run_is_saved_and_evaluated_and_owes_nothing(
         counters["evaluated"] == counters["step"]
         and steps_of("eval_return", tmp_path)[-1] == counters["step"]
     )
-    assert f"{counters['updates']} updates" in out and counters["updates"] > 20
+    assert f"{counters['updates']} updates" in out and counters["updates"] > 10
     assert records(tmp_path)[-1]["step"] == state["step"] and state["log_size"] == len(
         (tmp_path / "metrics.jsonl").read_bytes()
     )
@@ -84,8 +85,8 @@ def test_longer_periods_take_effect_when_a_run_is_continued(tmp_path):
     so that nothing was due until as many of the new had passed.
     """
     periods = lambda *values: [word for pair in zip(PERIODS, values, strict=True) for word in pair]
-    assert run(tmp_path, "--steps", 100, "--replay.ratio", 16, *periods(2, 10, 2)) == 0
-    assert run(tmp_path, "--steps", 400, "--replay.ratio", 16, *periods(10, 100, 20)) == 0
+    assert run(tmp_path, "--steps", 100, "--replay.ratio", 4, *periods(2, 10, 2)) == 0
+    assert run(tmp_path, "--steps", 400, "--replay.ratio", 4, *periods(10, 100, 20)) == 0
     assert [step for step in steps_of("model_loss", tmp_path) if step > 100] == list(
         range(110, 401, 10)
     )
@@ -322,7 +323,7 @@ sys.exit(dreamer.main(sys.argv[1:]))
 def test_a_second_ctrl_c_while_saving_ends_at_once_and_damages_nothing(tmp_path):
     args = [*TINY, "--steps", "60", "--checkpoint_every", "20", "--logdir", str(tmp_path)]
     command = [sys.executable, "-c", SECOND, *args]
-    with subprocess.Popen(
+    with forked.popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         while process.stdout.readline() != "saving\n":

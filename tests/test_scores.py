@@ -3,14 +3,16 @@ returns by seconds.
 """
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
 from test_report import report, write_run
 
+import forked
 import run_comparison
 import run_config
-from comparison import scores, seconds, stats, summary, words
+from comparison import fairness, scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
 from comparison.runs import Run, find
 from hidreamer import checkpoint
@@ -38,9 +40,18 @@ def runs_of(folder, task="dummy_vector", slow=1.0, seeds=3, **options):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Fewer replications: what is tested here is no interval."""
+    """Fewer replications: what is tested here is no interval. Each agent is counted once."""
+    counted, count = {}, fairness.capacity
+
+    def once(config):
+        key = json.dumps(config.flat())
+        if key not in counted:
+            counted[key] = count(config)
+        return dict(counted[key])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stats, "REPS", 40)
+        patch.setattr(fairness, "capacity", once)
         yield
 
 
@@ -497,7 +508,8 @@ def test_bad_exports_are_one_line(words, says, capsys):
     assert err.count("\n") == 1 and says in err, err
 
 
-def test_a_varied_key_is_compared_and_named(tmp_path):
+def test_a_varied_key_is_compared_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
     args = ["--configs", "debug", "--task", "dummy_vector", "--seeds", "1", "--steps", "60"]
     args += ["--log_every", "20", "--logdir", str(tmp_path / "v"), "--eval_episodes", "0"]
     args += ["--jobs", "2", "--export", str(tmp_path / "s.json")]
