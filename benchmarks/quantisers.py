@@ -167,14 +167,15 @@ def table(found: Found, names: dict[str, str]) -> str:
 
 
 def cell(by_seed: dict[str, dict[str, Any]], name: str) -> str:
-    """A figure of every seed that has it; figures by level are a list."""
+    """A figure of every seed that has it; figures by level are a list, counts are whole."""
     scale = 1000.0 if "moving" in name or name == "reconstruction" else 1.0
     texts = []
     for figures_of_seed in by_seed.values():
         if name in figures_of_seed:
             values = figures_of_seed[name]
             values = values if isinstance(values, list) else [values]
-            texts.append(" ".join(f"{scale * x:.2f}" for x in values))
+            one = lambda x: str(x) if isinstance(x, int) else f"{scale * x:.2f}"
+            texts.append(" ".join(map(one, values)))
     return " / ".join(texts) or "–"
 
 
