@@ -118,12 +118,12 @@ def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
     points = curve(folder, min(steps, run.step), WIDTH) if len(ended) else []
     last = returns_in(ended, steps - 5000, steps) if done else np.zeros(0)
     passed = [step for step, mean in points if mean > BAR] if game == "breakout" else []
-    own = set().union(*ARMS.values())
+    own, at_random = set().union(*ARMS.values()), summary.random_returns(run)
     return {
         "frames": run.step,
         "config": config_hash({key: x for key, x in run.config.items() if key not in own}),
         "evaluation": evaluated(run.get("eval_return"), steps),
-        "random": round(float(summary.random_returns(run).mean()), 3) if len(ended) else None,
+        "random": round(float(at_random.mean()), 3) if len(at_random) else None,
         "last_5000": round(float(last.mean()), 3) if len(last) else None,
         "passes_4": passed[0] if passed else None,
         "curve": points,

@@ -152,8 +152,8 @@ def provenance(report: Report) -> Section:
     methods = [
         (
             "Final return: mean return of the training episodes that ended in the last"
-            f" {stats.LAST:.0%} of a run; of the last one where none did. The last checkpoint and"
-            " the last window count, never the best."
+            f" {stats.LAST:.0%} of a run; where none did, of the last one and those up to as long"
+            " before it. The last checkpoint and the last window count, never the best."
         ),
         (
             f"Learning curve: mean return of the training episodes in each of {stats.BINS} equal"
@@ -161,8 +161,8 @@ def provenance(report: Report) -> Section:
         ),
         (
             "Normalised score: (return − random) / (human − random) for the games of Atari 100k;"
-            " for other tasks 0 is random play and ±1 the final return of the run that got furthest"
-            " from it."
+            " for other tasks 0 is random play (a return of 0 where that is unknown) and ±1 the"
+            " final return of the run that got furthest from it."
         ),
         (
             f"IQM, mean, median, probability of improvement, profile: {stats.BOOTSTRAP}. "

@@ -41,15 +41,17 @@ Estimate = dict[str, Any]
 
 
 def final_return(episodes: np.ndarray, steps: int) -> float:
-    """Mean return of the training episodes that ended in the last 10% of ``steps``; of the last
-    one if none did.
+    """Mean return of the training episodes that ended in the last 10% of ``steps``; if none did, of
+    the last one and those that ended with it, up to 10% before: environments side by side end
+    long episodes together.
 
     episodes: (n, 2), frame at which each ended and its return. NaN if none ended.
     """
     ended = episodes[episodes[:, 0] <= steps]
     late = ended[ended[:, 0] > (1.0 - LAST) * steps]
-    chosen = late if len(late) else ended[-1:]
-    return float(chosen[:, 1].mean()) if len(chosen) else math.nan
+    if not len(late):
+        late = ended[ended[:, 0] > ended[:, 0].max(initial=0.0) - LAST * steps]
+    return float(late[:, 1].mean()) if len(late) else math.nan
 
 
 def curve(episodes: np.ndarray, steps: int) -> np.ndarray:

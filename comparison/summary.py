@@ -176,12 +176,12 @@ def random_until(run: Run) -> int:
 
 
 def random_returns(run: Run) -> np.ndarray:
-    """Returns of the episodes that ended while the run still acted at random; of its first one if
-    none did.
+    """Returns of the episodes that ended while the run still acted at random, or, if none did, at
+    least half of which it did; later ones are a trained agent's.
     """
-    episodes = run.get("train_return")
-    early = episodes[episodes[:, 0] <= random_until(run)]
-    return (early if len(early) else episodes[:1])[:, 1]
+    episodes, until = run.get("train_return"), random_until(run)
+    early = episodes[episodes[:, 0] <= until]
+    return (early if len(early) else episodes[episodes[:, 0] <= 2 * until])[:, 1]
 
 
 # ---------------------------------------------------------------- aggregates

@@ -82,7 +82,8 @@ def test_figures_of_runs_whole_and_not(judge, tmp_path):
     assert (free["evaluation"], free["last_5000"], free["passes_4"]) == (7.0, None, None)
     lines = judge.table(found).splitlines()
     assert "| breakout | rssm | default | 0 | 30002 | 9.0 | 1.0 | 9.0 | 3000 |" in lines
-    assert "| freeway | rssm | default | 0 | 30000 | 7.0 | 5.0 | - | - |" in lines
+    # whose first episode ended long after random play
+    assert "| freeway | rssm | default | 0 | 30000 | 7.0 | - | - | - |" in lines
     assert len(lines[0].split("|")) == len(lines[1].split("|")) == len(lines[2].split("|"))
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -17,7 +18,7 @@ from rliable import library, metrics
 
 import run_comparison
 import tools
-from comparison import figures, runs, stats, words
+from comparison import figures, runs, stats, summary, words
 from hidreamer.provenance import note_start
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer")
@@ -71,6 +72,8 @@ def test_one_run_by_hand():
     episodes = np.array([[100, 1.0], [500, 2.0], [920, 4.0], [1000, 8.0], [1010, 99.0]])
     assert stats.final_return(episodes, 1000) == 6.0  # of those in (900, 1000]
     assert stats.final_return(episodes[:2], 1000) == 2.0  # none ended late: the last one
+    together = np.array([[100, 9.0], [796, 1.0], [800, 2.0], [804, 6.0]])  # of three environments
+    assert stats.final_return(together, 1000) == 3.0
     assert np.isnan(stats.final_return(np.zeros((0, 2)), 1000))
     curve = stats.curve(episodes, 1000)
     assert curve.tolist() == [1.0] * 9 + [2.0] * 9 + [
@@ -191,6 +194,18 @@ def test_seeds_for():
         assert stats.seeds_for(found, effect, seeds) == exact
     asymptotic = 2 * (normal(0.975) + normal(0.8)) ** 2 / 0.01**2
     assert stats.seeds_for(found, 0.01, 8) == pytest.approx(asymptotic, rel=0.001)
+
+
+def test_a_trained_agents_episode_is_no_random_play():
+    """It was taken for it on MinAtar Freeway, whose first episodes end long after the prefill."""
+    ends = np.array([[150, 1.0], [300, 2.0], [390, 3.0], [2500, 9.0]])
+    returns = {0: [1.0], 1: [2.0, 3.0], 3: []}
+    for first, expected in returns.items():
+        run = SimpleNamespace(
+            config={"replay.prefill": 100, "env.action_repeat": 2},
+            get={"train_return": ends[first:]}.get,
+        )
+        assert summary.random_returns(run).tolist() == expected
 
 
 def test_a_small_number_is_not_shown_as_none():

@@ -191,7 +191,7 @@ def test_published_scores_are_compared_on_the_games_of_own_runs(tmp_path, capsys
 
 def test_a_run_of_which_no_episode_ended_is_exported_and_read_again(tmp_path):
     for seed in range(2):
-        write_run(tmp_path / "runs" / str(seed), [1, 2, 3], MODELS[0], seed)
+        write_run(tmp_path / "runs" / str(seed), [1, 2, 3] * 10, MODELS[0], seed)
         path = tmp_path / "runs" / f"pinpad{seed}"
         write_run(path, [1, 2, 3], MODELS[0], seed, "pinpad_three")
         lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
