@@ -112,10 +112,8 @@ def sample_onehot(probs: Tensor, noise: Tensor | None) -> Tensor:
 def invert_cdf(probs: Tensor, noise: Tensor | None) -> Tensor:
     """One-hots (..., K) of ``class_drawn``."""
     zeros, drawn = torch.zeros_like(probs), class_drawn(probs, noise)
-    if not torch.compiler.is_compiling() and is_mapped(
-        probs
-    ):  # in place it would be a kernel for each member
-        return zeros.scatter(-1, drawn, 1.0)
+    if not torch.compiler.is_compiling() and is_mapped(drawn):
+        return zeros.scatter(-1, drawn, 1.0)  # in place it would be a kernel for each member
     return zeros.scatter_(-1, drawn, 1.0)
 
 
