@@ -3,8 +3,10 @@ takes a new one five seconds. Signals, output and exit statuses are those of any
 how Python starts or ends do without this.
 """
 
+import contextlib
 import os
 import runpy
+import stat
 import subprocess
 import sys
 import traceback
@@ -36,9 +38,19 @@ def run(command, timeout=120, **keys):
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def close_ours():
+    """Close pipes, of which Popen waits for one, and files, with their locks. The rest belongs to
+    libraries, which fail without it: udev's sockets under pygame abort the process that closes.
+    """
+    for fd in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # the listing's own, which has ended
+            if fd > 2 and stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
+                os.close(fd)
+
+
 def become(words, env):
     """Run a Python command line in this process, which ends with it."""
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # Popen waits until a pipe among them is closed
+    close_ours()
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
     for key in os.environ.keys() - env.keys():
         del os.environ[key]
