@@ -10,6 +10,8 @@ The same command again continues: finished runs are kept, interrupted ones resum
 another try.
 """
 
+# ruff: noqa: E402  what needs no torch is done before it is loaded
+
 from __future__ import annotations
 
 import functools
@@ -23,23 +25,39 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import tools
+from comparison.options import OPTIONS, Arm, arms_of, help_text, parse, resources, seeds
 from hidreamer import app
+from tools import Config, ConfigError
 
-if __name__ == "__main__":
-    app.plain_interrupts()
+
+def answer(argv: list[str]) -> int | None:
+    """--help and wrong arguments need nothing that takes seconds to load. -> exit status, None
+    where there is more to do.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(__doc__))
+        return 0
+    try:
+        parse(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return None
+
+
+if __name__ == "__main__" and (status := app.run(answer)) is not None:
+    sys.exit(status)
 
 from rich.console import Console
 
-import tools
 from envs import EnvError
 from hidreamer.provenance import note_start, provenance
-from tools import Config, ConfigError
 
 try:
     from analysis import heldout, offline, probes
     from comparison import backends, fairness, page, runs, scores, summary
     from comparison.matrix import Job, Matrix
-    from comparison.options import OPTIONS, Arm, arms_of, help_text, parse, resources, seeds
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -320,9 +338,8 @@ def main(argv: list[str]) -> int:
     """-> exit status: 0 all runs are complete, 1 some failed, 2 bad arguments,
     128 + signal after a signal.
     """
-    if "--help" in argv or "-h" in argv:
-        print(help_text(__doc__))
-        return 0
+    if (status := answer(argv)) is not None:
+        return status
     try:
         options, presets, values = parse(argv)
         folder = tools.user_path(options.logdir).resolve()

@@ -71,7 +71,11 @@ def check(kind: str, folder: Path) -> str:
     return f"feature {agent.world_model.feat_dim}, {count:,} parameters, {horizon} steps imagined"
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    """-> exit status: 0 all work or, with --help, what this is; 1 one fails, 2 bad arguments."""
+    if argv:
+        print(__doc__.strip())
+        return 0 if {"-h", "--help"} & set(argv) else 2
     with tempfile.TemporaryDirectory() as folder:
         for kind in TYPES:
             start = time.monotonic()
@@ -88,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(lambda argv: main()))
+    sys.exit(app.run(main))

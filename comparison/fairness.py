@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import models
-from comparison.runs import HOUSEKEEPING, Run, single_lives
+from comparison.options import HOUSEKEEPING
+from comparison.runs import Run, single_lives
 from envs import Env, EnvError, env_for_spaces
 from hidreamer import cost
 from hidreamer.spaces import random_rows

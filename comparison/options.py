@@ -1,4 +1,4 @@
-"""The command line of run_comparison.py."""
+"""The command line of run_comparison.py, which loads nothing that takes seconds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 import tools
-from comparison.runs import HOUSEKEEPING
 from hidreamer import app
 from tools import ConfigError
+
+# Settings that change neither what a run learns nor how its figures are measured.
+HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
+HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every", "threads", "env.parallel"}
+HOUSEKEEPING |= {"env.timeout", "replay.store", "replay.keep_episodes"}
 
 # {option: (default, its sentence)}; anything else on the command line is a config key, for all
 # runs.

@@ -16,15 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from comparison.options import HOUSEKEEPING
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.provenance import STARTS
 from run_config import EVALUATION_KEYS, check_same_run, saved_config
 from tools import Config, ConfigError, flatten, load_config
 
-# Settings that change neither what a run learns nor how its figures are measured.
-HOUSEKEEPING = {"logdir", "device", "compile", "logger", "video", "decode_levels"}
-HOUSEKEEPING |= {"log_every", "checkpoint_every", "eval_every", "threads", "env.parallel"}
-HOUSEKEEPING |= {"env.timeout", "replay.store", "replay.keep_episodes"}
 WHOLE = "dynamics.hrvq.levels"  # a key of every config that is whole
 TYPES = {"task": str, "dynamics.type": str, "seed": int, "steps": int, "log_every": int}
 TYPES |= {"replay.prefill": int, "env.action_repeat": int}

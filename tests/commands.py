@@ -156,7 +156,7 @@ def play(words: list[str]) -> int:
 def smoke(words: list[str]) -> int:
     import simple_test
 
-    return simple_test.main()
+    return simple_test.main(words)
 
 
 def check(words: list[str]) -> int:

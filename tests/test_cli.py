@@ -287,6 +287,35 @@ def test_help_shows_every_key_with_its_sentence(capsys):
     assert all(name in out for name in ("atari100k", "tiny_dreamerv3", "--resume PATH"))
 
 
+WITHOUT_TORCH = """
+import runpy, sys
+name, *sys.argv[1:] = sys.argv[1:]
+try:
+    (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, *({"torch", "matplotlib", "pandas"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["dreamer.py", "--help"], 0),
+        (["dreamer.py", "--configs", "nothing"], 2),
+        (["run_comparison.py", "--help"], 0),
+        (["run_comparison.py", "--sed", "3"], 2),
+        (["pipeline", "--help"], 0),
+        (["pipeline", "colect"], 2),
+        (["analysis", "--help"], 0),
+        (["play", "nowhere"], 2),
+    ],
+)
+def test_help_and_wrong_arguments_load_nothing_that_takes_seconds(words, status):
+    command = [sys.executable, "-c", WITHOUT_TORCH, *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines()[-1] == str(status), ended.stdout + ended.stderr
+
+
 @pytest.mark.parametrize("script", ["dreamer.py", "run_comparison.py"])
 def test_a_reader_that_leaves_is_no_error(script):
     """As with --help | head."""
