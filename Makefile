@@ -32,7 +32,7 @@ $(VENV)/ready-demo: $(VENV)/ready
 demo: $(VENV)/ready-demo
 	$(RUN) demo.py $(ARGS)
 
-# Real Atari Pong: the model learns the field and the score in five minutes, a better return than -21 takes far longer.
+# Real Atari Pong: the model learns the field in five minutes, a better return than -21 takes far longer.
 demo-atari: $(VENV)/ready-demo
 	$(RUN) demo.py --configs demo_atari tiny_dreamerv3 --logdir runs/demo_atari $(ARGS)
 
