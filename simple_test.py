@@ -73,9 +73,12 @@ def check(kind: str, folder: Path) -> str:
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 all work or, with --help, what this is; 1 one fails, 2 bad arguments."""
-    if argv:
+    if {"-h", "--help"} & set(argv):
         print(__doc__.strip())
-        return 0 if {"-h", "--help"} & set(argv) else 2
+        return 0
+    if argv:
+        print(f"error: simple_test.py takes no arguments, not {argv[0]!r}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         for kind in TYPES:
             start = time.monotonic()

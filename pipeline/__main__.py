@@ -108,7 +108,7 @@ except ModuleNotFoundError as error:
     print(message, file=sys.stderr)
     sys.exit(2)
 
-STAGES = dict(zip(NAMES, (Collect, Encoder, Tokenizer, WorldModel, Policy), strict=True))
+STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, Policy)}
 
 
 def start(argv: list[str], signals: Signals) -> int:

@@ -12,6 +12,7 @@ import torch
 from ruamel.yaml import YAML
 
 import dreamer
+import simple_test
 import tools
 from conftest import ROOT
 from hidreamer import checkpoint
@@ -340,6 +341,13 @@ def test_the_last_line_continues_a_run_that_went_beyond_its_steps(tmp_path, caps
     assert run(tmp_path / "run", "--task", "dummy_vector", "--steps", 60) == 0
     again = capsys.readouterr().out.splitlines()[-1]
     assert again.startswith("continue:") and int(again.split()[-1]) > 90
+
+
+def test_the_smoke_test_says_what_it_is_and_takes_no_arguments(capsys):
+    assert simple_test.main(["--help"]) == 0 and "every latent state" in capsys.readouterr().out
+    assert simple_test.main(["--seed"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error) == ("", "error: simple_test.py takes no arguments, not '--seed'\n")
 
 
 def test_no_arguments_show_the_help_and_fail(capsys):

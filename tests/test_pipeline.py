@@ -522,3 +522,7 @@ def test_a_stage_has_the_precision_of_the_config(tmp_path, monkeypatch):
     monkeypatch.setattr(stage.precision, "set_precision", spy)
     stage.run(Nothing, config, tmp_path, torch.device("cpu"), lambda: None)
     assert seen == [("float32", "cpu")]
+
+
+def test_the_command_line_knows_the_stages_in_their_order():
+    assert tuple(command.STAGES) == command.NAMES
