@@ -14,7 +14,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,22 @@ def evaluate(
 def parser() -> app.Parser:
     name = " ".join(app.command("analysis.evaluate"))
     found = app.Parser(name, description=__doc__.splitlines()[0])
-    found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
+    add_options(found, "of environments and actions [the run's]")
     found.add_argument("--episodes", type=at_least(1), help="number [the run's eval_episodes]")
-    found.add_argument("--seed", type=at_least(0), help="of environments and actions [the run's]")
     found.add_argument(
         "--sampled",
         action="store_true",
         help="sample actions instead of taking the likeliest",
     )
+    return found
+
+
+def add_options(found: app.Parser, seed: str) -> None:
+    """Those of ``command``. seed: what --seed is of."""
+    found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
+    found.add_argument("--seed", type=at_least(0), help=seed)
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--out", type=Path, help="a JSON file for all numbers [one line here]")
-    return found
 
 
 def at_least(least: int) -> Any:
@@ -80,9 +85,9 @@ def at_least(least: int) -> Any:
     return number
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(found: app.Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. Imports nothing large: mistakes are reported at once."""
-    args = parser().parse_args(argv)
+    args = found.parse_args(argv)
     if args.out and args.out.is_dir():
         raise app.UsageError(f"--out is {args.out}, a folder: name a file")
     if problem := app.missing_agent(args.logdir):
@@ -92,13 +97,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     """-> exit status: 0 done, 1 an environment failed or the disk did, 2 bad arguments."""
+
+    def measured(agent: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+        from hidreamer import evaluation
+
+        found = evaluate(agent, episodes=args.episodes, seed=args.seed, sampled=args.sampled)
+        return found, evaluation.line(found)
+
+    return command(parser(), argv, measured)
+
+
+Measure = Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]
+
+
+def command(found: app.Parser, argv: Sequence[str], measure: Measure) -> int:
+    """Load an agent, ``measure`` it, show the text and write the numbers. -> exit status."""
     try:
-        args = parse(argv)
+        args = parse(found, argv)
     except app.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from envs import EnvError
-    from hidreamer import evaluation
     from hidreamer.checkpoint import FolderError, replace_file, writable_folder
     from library.agent import load
     from tools import ConfigError
@@ -115,20 +134,23 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: --out cannot be written ({error}): name another file", file=sys.stderr)
         return 1
     try:
-        found = evaluate(agent, episodes=args.episodes, seed=args.seed, sampled=args.sampled)
-        print(evaluation.line(found))
+        facts, shown = measure(agent, args)
+        print(shown)
         if args.out:
-            text = json.dumps(found, indent=1) + "\n"
+            text = json.dumps(facts, indent=1) + "\n"
             try:
                 replace_file(args.out, functools.partial(Path.write_text, data=text))
             except OSError as error:  # what was played for is not lost
-                print(json.dumps(found))
+                print(json.dumps(facts))
                 text = f"--out cannot be written ({error}): its content is above"
                 print(f"error: {text}", file=sys.stderr)
                 return 1
             print(args.out)
         else:
-            print(json.dumps(found))
+            print(json.dumps(facts))
+    except app.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (EnvError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

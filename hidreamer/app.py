@@ -33,6 +33,10 @@ COMMANDS = {
         "analysis.evaluate",
         "Play episodes with a trained agent, and write their returns.",
     ),
+    "overestimation": (
+        "analysis.overestimation",
+        "Do an agent's dreams and values promise more than the task gives?",
+    ),
     "play": ("play", "Look inside a trained agent and play in its dream, on a local page."),
     "analyse": ("analysis", "Look inside trained agents: what do their levels hold?"),
     "pipeline": ("pipeline", "Train in stages: frames, encoder, tokens, world model, policy."),

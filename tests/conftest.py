@@ -28,6 +28,7 @@ NEED_COMPARE = (
     "inside",
     "offline",
     "other_device_programs",
+    "overestimation",
     "probes",
     "report",
     "pipeline",

@@ -98,7 +98,9 @@ def test_the_commands(trained, tmp_path):
         assert len(json.loads(done.stdout.splitlines()[-1])["returns"]) == 1
 
 
-@pytest.mark.parametrize("module", ["analysis", "analysis.evaluate", "play", "pipeline"])
+@pytest.mark.parametrize(
+    "module", ["analysis", "analysis.evaluate", "analysis.overestimation", "play", "pipeline"]
+)
 def test_a_command_says_at_once_what_is_wrong(module, tmp_path):
     """In a folder with modules of our names; without torch, which takes seconds to import."""
     for name in ("tools", "models", "library"):

@@ -19,6 +19,7 @@ LAYERS = {
     "doctor": 11,
     "training": 10,
     "analysis.evaluate": 11,
+    "analysis.overestimation": 12,
     "analysis": 10,
     "play": 10,
     "library": 9,
