@@ -14,7 +14,8 @@ right on them and wrong on new ones has learned them by heart, or not yet what i
 
 Rewards are as the agent is trained on them, a step, as their sum and apart those above and below 0:
 a dream that knows all points won and half of those lost is wrong in the sum alone. An imagined
-reward counts as much as the dream is likely to have lasted until then.
+reward counts as much as the dream is likely to have lasted until then. "Step 0" imagines nothing:
+it is what the model says of a reward when it has seen the observation that came with it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def reach(discount: float) -> float:
 def of_episode(
     agent: Any, rows: Mapping[str, np.ndarray], own: bool = True, generator: Any = None
 ) -> Found:
-    """One episode's rewards a step in each window, real and imagined, its values and returns.
+    """One episode's rewards in each window, real and imagined, its values and returns. The first
+    window is step 0.
 
     agent: a ``LoadedAgent``. rows: as of its ``collect``. own: its policy as it is played them;
     otherwise what that imagines and values is left out. Where an episode ended, nothing comes
@@ -79,9 +81,11 @@ def of_episode(
     imag, reward = agent.config.imag, np.asarray(rows["reward"], np.float64)  # (T,)
     horizon, total, ended = WINDOWS * imag.horizon, len(reward), bool(rows["is_terminal"][-1])
     out: Found = {"return": float(reward.sum()), "length": total - 1, "ended": ended}
-    out |= {"windows": [], "value": None, "discounted_return": None}
+    out |= {"value": None, "discounted_return": None}
     count = total - 1 if ended else total - horizon
     latents = agent.encode(rows, sample=True, generator=generator)
+    told = latents.reward.double().cpu().numpy()  # (T,)
+    out["windows"] = [{"real": kinds(reward[1:]), "recorded": kinds(told[1:])}]
     if count > 0:
         starts = np.linspace(0, count - 1, min(STARTS, count)).round().astype(int)  # (N,)
         taken = followed(rows["prev_action"], starts, horizon, rows["prev_action"][-1])  # (N,H,A)
@@ -104,14 +108,15 @@ def of_episode(
 def summarise(episodes: Sequence[Found], horizon: int) -> Found:
     """Means over episodes with 95% t intervals, of differences too: {"windows": [{"steps": [first,
     last], kind: {"real", "policy", "recorded", "policy - real", "recorded - real"}}], "value",
-    "discounted_return", "value - return"}.
+    "discounted_return", "value - return"}. Of step 0 and of another policy's episodes there is no
+    "policy".
     """
     from analysis.summary import over_seeds
 
     windows = []
-    for i in range(WINDOWS):
-        there = [x["windows"][i] for x in episodes if x["windows"]]
-        window: Found = {"steps": [i * horizon + 1, (i + 1) * horizon]}
+    for i in range(WINDOWS + 1):
+        there = [x["windows"][i] for x in episodes if len(x["windows"]) > i]
+        window: Found = {"steps": [(i - 1) * horizon + 1, i * horizon] if i else [0, 0]}
         for kind in KINDS:
             dreams = [who for who in DREAMS if all(who in x for x in there)]
             of = {who: [x[who][kind] for x in there] for who in ("real", *dreams)}
@@ -191,16 +196,17 @@ def verdict(gap: Mapping[str, float | None]) -> str:
 
 def table(found: Found) -> str:
     """In Markdown."""
-    dreams = [who for who in DREAMS if who in found["windows"][0][KINDS[0]]]
+    dreams = [who for who in DREAMS if who in found["windows"][1][KINDS[0]]]
     names = {"policy": "dreamt, own policy", "recorded": "dreamt, actions taken"}
     head = ["", "real", *(x for who in dreams for x in (names[who], "minus real"))]
     lines = [row(head), "|---" * len(head) + "|"]
     for window in found["windows"]:
-        steps = "steps {} to {}".format(*window["steps"])
         for kind in KINDS:
-            cells = [f"{steps}: {kind} a step", number(window[kind]["real"])]
+            of = window[kind]
+            cells = [f"{steps(window)}: {kind} a step", number(of["real"])]
             for who in dreams:
-                cells += [number(window[kind][who]), number(window[kind][f"{who} - real"], "+")]
+                there = who in of
+                cells += [number(of[who]), number(of[f"{who} - real"], "+")] if there else ["", ""]
             lines.append(row(cells))
     if found["value"]["value"] is not None:
         value, real, gap = (found[key] for key in (*VALUES, "value - return"))
@@ -209,16 +215,21 @@ def table(found: Found) -> str:
     return "\n".join(lines)
 
 
+def steps(window: Found) -> str:
+    first, last = window["steps"]
+    return f"steps {first} to {last}" if last else "step 0"
+
+
 def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def text(found: Found) -> str:
     """For a screen: the table and what it supports."""
-    window, lines = found["windows"][0], [table(found), ""]
-    who = "policy" if "policy - real" in window[KINDS[0]] else "recorded"
-    steps, gap = "steps {} to {}".format(*window["steps"]), window[KINDS[0]][f"{who} - real"]
-    lines.append(f"imagined reward, {steps}: {verdict(gap)}")
+    window, lines = found["windows"][1], [table(found), ""]
+    who = "policy" if "policy" in window[KINDS[0]] else "recorded"
+    gap = window[KINDS[0]][f"{who} - real"]
+    lines.append(f"imagined reward, {steps(window)}: {verdict(gap)}")
     if who == "policy":
         lines.append(f"value: {verdict(found['value - return'])}")
     return "\n".join(lines)

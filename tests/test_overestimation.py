@@ -21,12 +21,13 @@ class Oracle:
     def __init__(self, rows, more=0.0, discount=0.5):
         imag = SimpleNamespace(horizon=HORIZON, discount=discount)
         self.config, self.rows, self.more = SimpleNamespace(imag=imag), rows, more
-        self.asked = {}
+        self.asked, self.tells = {}, 1.0  # how much of a reward that is seen
 
     def encode(self, rows, *, sample, generator):
         assert rows is self.rows and sample
         value = discounted(rows["reward"].astype(float), self.config.imag.discount)
-        return SimpleNamespace(value=torch.from_numpy(value) + self.more)
+        told = torch.from_numpy(rows["reward"]) * self.tells
+        return SimpleNamespace(value=torch.from_numpy(value) + self.more, reward=told)
 
     def dream(self, latents, actor, horizon, *, start, generator):
         self.asked["policy" if actor is None else "taken"] = (start, actor)
@@ -53,11 +54,12 @@ def test_an_oracle_promises_what_comes():
     episode = rows([0, 1, -1, 0, 2, -3], ended=True)
     found = of_episode(Oracle(episode), episode)
     assert found["ended"] and (found["return"], found["length"]) == (-1.0, 5)
-    assert len(found["windows"]) == WINDOWS
-    for window in found["windows"]:
+    assert len(found["windows"]) == WINDOWS + 1
+    assert found["windows"][0]["recorded"] == found["windows"][0]["real"]
+    for window in found["windows"][1:]:
         assert window["policy"] == window["recorded"] == window["real"]
     # of starts 0..4 the three rewards that follow: (1 -1 0) (-1 0 2) (0 2 -3) (2 -3) (-3)
-    real = found["windows"][0]["real"]
+    real = found["windows"][1]["real"]
     assert real["reward"] == pytest.approx((0 + 1 - 1 - 1 - 3) / 15)
     assert real["gains"] == pytest.approx((1 + 2 + 2 + 2) / 15)
     assert real["losses"] == pytest.approx((-1 - 1 - 3 - 3 - 3) / 15)
@@ -71,7 +73,7 @@ def test_what_is_promised_too_much_is_found():
     episode = rows([0, 1, -1, 0] * 10, ended=False)
     agent = Oracle(episode, more=0.25)
     found = of_episode(agent, episode)
-    for window in found["windows"]:
+    for window in found["windows"][1:]:
         assert window["policy"]["reward"] == pytest.approx(window["real"]["reward"] + 0.25)
         assert window["recorded"] == window["real"]
     assert found["value"] == pytest.approx(found["discounted_return"] + 0.25)
@@ -79,6 +81,19 @@ def test_what_is_promised_too_much_is_found():
     steps = np.asarray(starts)[:, None] + 1 + np.arange(WINDOWS * HORIZON)
     assert steps.max() == len(episode["reward"]) - 1  # nothing behind the cut
     assert (taken == episode["prev_action"][steps]).all()
+
+
+def test_what_is_not_told_when_it_is_seen():
+    """Step 0 has a reward's own step, and nothing of the policy."""
+    episode = rows([7, 1, -1, 0, 2, -3], ended=True)  # of the first observation nothing is told
+    agent = Oracle(episode)
+    agent.tells = 0.5
+    found = summarise([of_episode(agent, episode)] * 2, HORIZON)["windows"][0]
+    assert found["steps"] == [0, 0]
+    assert found["gains"]["real"]["value"] == pytest.approx(3 / 5)
+    assert found["gains"]["recorded - real"]["value"] == pytest.approx(-1.5 / 5)
+    assert found["losses"]["recorded - real"]["value"] == pytest.approx(2 / 5)
+    assert "policy" not in found["gains"]
 
 
 def test_what_another_policy_did_is_not_held_against_this_one():
@@ -95,11 +110,11 @@ def test_short_episodes(ended):
     """One that was cut before a whole horizon says nothing; one that ended says all."""
     episode = rows([0, 1, 1], ended)
     found = of_episode(Oracle(episode), episode)
-    assert bool(found["windows"]) is ended
+    assert len(found["windows"]) == (WINDOWS + 1 if ended else 1)  # what is seen needs no horizon
     assert (found["value"] is not None) is ended
     cells = summarise([found, found], HORIZON)
     assert (cells["value"]["value"] is not None) is ended
-    assert (cells["windows"][0]["reward"]["real"]["value"] is not None) is ended
+    assert (cells["windows"][1]["reward"]["real"]["value"] is not None) is ended
     text = overestimation.text(cells)
     assert ("unknown" in text) is not ended and "nan" not in text
 
@@ -119,7 +134,7 @@ def test_intervals_are_of_episodes_and_paired():
     for level, more in ((0.0, 0.1), (5.0, 0.12), (-9.0, 0.11)):
         episode = rows(np.full(30, level), ended=False)
         found.append(of_episode(Oracle(episode, more), episode))
-    cells = summarise(found, HORIZON)["windows"][0]
+    cells = summarise(found, HORIZON)["windows"][1]
     assert cells["steps"] == [1, HORIZON]
     gap, real = cells["reward"]["policy - real"], cells["reward"]["real"]
     assert gap["value"] == pytest.approx(0.11) and 0.08 < gap["low"] < gap["high"] < 0.14
@@ -139,7 +154,7 @@ def test_of_a_run(case, trained, tmp_path, capsys):
         found.append(json.loads((tmp_path / name).read_text()))
     assert found[0] == found[1] and found[0]["source"] == "new"
     assert overestimation.text(found[0]) in capsys.readouterr().out
-    assert len(found[0]["episodes"]) == 3 and len(found[0]["windows"]) == WINDOWS
+    assert len(found[0]["episodes"]) == 3 and len(found[0]["windows"]) == WINDOWS + 1
     assert overestimation.main([*words, "--recorded", "--out", str(tmp_path / "c")]) == 0
     other = json.loads((tmp_path / "c").read_text())
     assert other["source"] == "recorded"
