@@ -13,12 +13,15 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hidreamer import app
+
+SEEDS = 2**32 - 1  # the largest that every environment takes
 
 
 def evaluate(
@@ -71,18 +74,21 @@ def parser() -> app.Parser:
 def add_options(found: app.Parser, seed: str) -> None:
     """Those of ``command``. seed: what --seed is of."""
     found.add_argument("logdir", help="a run's folder, an export, or hf:ORG/NAME")
-    found.add_argument("--seed", type=at_least(0), help=seed)
+    found.add_argument("--seed", type=at_least(0, SEEDS), help=seed)
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--out", type=Path, help="a JSON file for all numbers [one line here]")
 
 
-def at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
+def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is more than {most}")
         return value
 
-    return number
+    return integer
 
 
 def parse(found: app.Parser, argv: Sequence[str]) -> argparse.Namespace:
