@@ -37,9 +37,14 @@ def script() -> list[str]:
         return command(path.parent.name)
     if path.parent == ROOT:
         return command(path.stem)
-    if path.is_absolute():
-        path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
-    return ["python", str(path)]
+    if not path.is_absolute():
+        return ["python", str(path)]
+    if not path.is_relative_to(ROOT):
+        return ["python", path.name]
+    inside = path.relative_to(ROOT)
+    if (path.parent / "__init__.py").exists():  # a module of a package, which is no script
+        return command(".".join(inside.with_suffix("").parts))
+    return ["python", str(inside)]
 
 
 def provenance() -> dict[str, str]:

@@ -129,6 +129,7 @@ def test_what_a_machines_path_is(text, is_path):
     [
         (str(ROOT / "run_comparison.py"), ["python", "run_comparison.py"]),
         (str(ROOT / "analysis" / "__main__.py"), ["python", "-m", "analysis"]),
+        (str(ROOT / "analysis" / "evaluate.py"), ["python", "-m", "analysis.evaluate"]),
         (str(ROOT / "benchmarks" / "beside.py"), ["python", "benchmarks/beside.py"]),
         ("benchmarks/beside.py", ["python", "benchmarks/beside.py"]),
         ("/home/somebody/mine.py", ["python", "mine.py"]),
