@@ -22,6 +22,7 @@ from typing import Any
 from hidreamer import app
 
 SEEDS = 2**32 - 1  # the largest that every environment takes
+Measure = Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]  # -> numbers, text
 
 
 def evaluate(
@@ -111,9 +112,6 @@ def main(argv: Sequence[str]) -> int:
         return found, evaluation.line(found)
 
     return command(parser(), argv, measured)
-
-
-Measure = Callable[[Any, argparse.Namespace], tuple[dict[str, Any], str]]
 
 
 def command(found: app.Parser, argv: Sequence[str], measure: Measure) -> int:

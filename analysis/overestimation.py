@@ -59,17 +59,6 @@ def following(x: np.ndarray, steps: np.ndarray, count: int, last: Any) -> np.nda
     return x[steps[:, None] + np.arange(count)]
 
 
-def discounted(reward: np.ndarray, goes_on: np.ndarray, discount: float, rest: float) -> np.ndarray:
-    """(T,) -> (T,): the discounted sum of the rewards after each step.
-
-    goes_on (T,): 0 at terminal steps, else 1. rest: what follows the last one.
-    """
-    out = np.full(len(reward), float(rest))
-    for t in reversed(range(len(reward) - 1)):
-        out[t] = reward[t + 1] + discount * goes_on[t + 1] * out[t + 1]
-    return out
-
-
 def of_episode(agent: Any, rows: Rows, own: bool = True, generator: Any = None) -> Found:
     """One episode's rewards as they were seen and in each window, real and imagined, its value and
     its discounted return, both means over steps.
@@ -78,6 +67,10 @@ def of_episode(agent: Any, rows: Rows, own: bool = True, generator: Any = None) 
     played them; otherwise what that imagines and values is left out. An episode that was cut has
     no windows at steps without a whole horizon behind them.
     """
+    import torch
+
+    from hidreamer.returns import lambda_return
+
     imag, reward = agent.config.imag, np.asarray(rows["reward"], np.float64)  # (T,)
     goes_on, total = 1.0 - np.asarray(rows["is_terminal"], np.float64), len(reward)
     horizon, ended = WINDOWS * imag.horizon, not goes_on[-1]
@@ -87,7 +80,8 @@ def of_episode(agent: Any, rows: Rows, own: bool = True, generator: Any = None) 
     out["seen"] = {"real": kinds(reward[1:]), "recorded": kinds(told[1:])}
     steps = np.flatnonzero(goes_on[: total - 1])
     if own and len(steps):
-        returns = discounted(reward, goes_on, imag.discount, value[-1])
+        x = (torch.from_numpy(y)[None] for y in (reward, value, imag.discount * goes_on))
+        returns = lambda_return(*x, 1.0)[0].numpy()  # (T-1,)
         out |= {"value": float(value[steps].mean())}
         out |= {"discounted_return": float(returns[steps].mean())}
     starts = steps if ended else steps[steps < total - horizon]
@@ -150,12 +144,13 @@ def played(agent: Any, count: int, seed: int) -> Iterator[Rows]:
     for i in range(count):
         number = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
         try:
-            yield agent.collect(seed=number, greedy=False)
+            rows = agent.collect(seed=number, greedy=False)
         except EnvError:
             raise
         except Exception as error:  # of an environment, which may raise anything
             cause = one_line(f"{type(error).__name__} {error}")
             raise EnvError(f"an environment failed in episode {i + 1}: {cause}") from error
+        yield rows
 
 
 def recorded(agent: Any, count: int) -> Iterator[Rows]:
@@ -187,8 +182,8 @@ def measure(
     from hidreamer.provenance import provenance
 
     seed = agent.config.seed if seed is None else seed
-    own = int(np.random.SeedSequence([seed, episodes, 1]).generate_state(1)[0])
-    generator = torch.Generator(agent.device).manual_seed(own)
+    apart = np.random.SeedSequence([seed, episodes, 1])  # from those of ``played``
+    generator = torch.Generator(agent.device).manual_seed(int(apart.generate_state(1)[0]))
     source = recorded(agent, episodes) if replayed else played(agent, episodes, seed)
     found = [of_episode(agent, rows, not replayed, generator) for rows in source]
     facts = {key: agent.facts[key] for key in ("task", "step", "commit")}
@@ -199,26 +194,21 @@ def measure(
     return facts | {"episodes": found, "made_by": provenance()}
 
 
-def number(cell: Mapping[str, float | None], sign: str = "") -> str:
-    """ "mean [low, high]", the interval where there is one."""
-    mean, low, high = (cell[key] for key in ("value", "low", "high"))
-    if mean is None:
-        return "-"
-    text = f"{mean:{sign}.3g}"
-    return text if low is None else f"{text} [{low:{sign}.3g}, {high:{sign}.3g}]"
-
-
 def verdict(gap: Mapping[str, float | None], episodes: int) -> str:
     """What a difference, imagined minus real, supports."""
+    from comparison.words import estimate
+
     if episodes < LEAST:
         return f"unknown, of {episodes} episodes that are long enough; it takes {LEAST}"
     if gap["low"] > 0:
-        return f"too high, by {number(gap)}"
-    return f"too low, by {number(gap)}" if gap["high"] < 0 else "no difference shown"
+        return f"too high, by {estimate(gap)}"
+    return f"too low, by {estimate(gap)}" if gap["high"] < 0 else "no difference shown"
 
 
 def table(found: Found) -> str:
     """In Markdown."""
+    from comparison.words import estimate
+
     own, blank = "value" in found, ["", ""]
     names = {"policy": "dreamt, own policy", "recorded": "dreamt, actions taken"}
     dreams = DREAMS if own else DREAMS[1:]
@@ -227,15 +217,15 @@ def table(found: Found) -> str:
     for window in found["windows"]:
         for kind in KINDS:
             of = window[kind]
-            cells = [f"{steps(window)}: {kind} a step", number(of["real"])]
+            cells = [f"{steps(window)}: {kind} a step", estimate(of["real"])]
             for who in dreams:
                 gap = f"{who} - real"
-                cells += [number(of[who]), number(of[gap], "+")] if who in of else blank
+                cells += [estimate(of[who]), estimate(of[gap], True)] if who in of else blank
             lines.append(row(cells))
     if own:
         value, real, gap = (found[key] for key in (*VALUES, "value - return"))
-        cells = ["discounted return; dreamt: the critic's value", number(real), number(value)]
-        lines.append(row([*cells, number(gap, "+"), *blank]))
+        cells = ["discounted return; dreamt: the critic's value", estimate(real), estimate(value)]
+        lines.append(row([*cells, estimate(gap, True), *blank]))
     return "\n".join(lines)
 
 

@@ -187,8 +187,8 @@ def test_intervals_are_of_episodes_and_paired():
 @pytest.mark.parametrize(
     ("promises", "reward", "value"),
     [
-        ([0.1, 0.12, 0.11, 0.1, 0.12], "too high, by 0.11 [0.0976, 0.122]", "too high"),
-        ([-0.1, -0.2, -0.1, -0.2, -0.1], "too low, by -0.14 [-0.208, -0.072]", "too low"),
+        ([0.1, 0.12, 0.11, 0.1, 0.12], "too high, by 0.110 [0.0976, 0.122]", "too high"),
+        ([-0.1, -0.2, -0.1, -0.2, -0.1], "too low, by −0.140 [−0.208, −0.0720]", "too low"),
         ([-0.1, 0.2, -0.1, 0.2, -0.1], "no difference shown", "no difference shown"),
         ([0.0] * 5, "no difference shown", "no difference shown"),
     ],
@@ -212,8 +212,8 @@ def test_the_table():
     )
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells[0] == f"steps 1 to {HORIZON}: reward a step"
-    assert cells[1].startswith("-0.2 [") and cells[2].startswith("-0.09 [")
-    assert cells[3] == "+0.11 [+0.0976, +0.122]"
+    assert cells[1].startswith("−0.200 [") and cells[2].startswith("−0.0900 [")
+    assert cells[3] == "+0.110 [+0.0976, +0.122]"
     assert cells[4] == cells[1] and cells[5] == "+0 [+0, +0]"
     assert lines[0].count("|") == head.count("|") == lines[-1].count("|")
 
