@@ -3,7 +3,6 @@ and bad input is one line.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import forked
 import run_comparison
 import run_config
 import tools
-import training
 from comparison import runs
 from comparison.backends import Process
 from conftest import ROOT
@@ -46,20 +44,40 @@ PLAN = {
 }
 
 
+# dreamer.py, whose runs die as FAULTS says, after a checkpoint.
+FAULTY = """
+import json, os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import dreamer, training
+plan, save = json.loads(os.environ["FAULTS"]), training.Run.save
+
+def save_and_die(run):
+    save(run)
+    marker = run.logdir.with_suffix(".fault")
+    fault = plan.get("/".join(run.logdir.parts[-2:]))
+    if fault and run.step and not (fault["once"] and marker.exists()):
+        marker.touch()
+        print("the planted fault", flush=True)
+        os.kill(os.getpid(), fault["signal"]) if fault["signal"] else os._exit(7)
+
+training.Run.save = save_and_die
+sys.exit(dreamer.main(sys.argv[1:]))
+"""
+
+
 def plant(monkeypatch, plan):
-    """Make runs, copies of this process, die as the plan says, after a checkpoint."""
-    save = training.Run.save
+    """Have runs die as the plan says, be they copies of this process or others."""
+    script = str(ROOT / "dreamer.py")
 
-    def save_and_die(run):
-        save(run)
-        marker = run.logdir.with_suffix(".fault")
-        fault = plan.get("/".join(run.logdir.parts[-2:]))
-        if fault and run.step and not (fault["once"] and marker.exists()):
-            marker.touch()
-            print("the planted fault", flush=True)
-            os.kill(os.getpid(), fault["signal"]) if fault["signal"] else os._exit(7)
+    def popen(command, **keys):
+        if script in command:  # git is started as well
+            at = command.index(script)
+            command = [*command[:at], "-c", FAULTY, *command[at + 1 :]]
+        return forked.popen(command, **keys)
 
-    monkeypatch.setattr(training.Run, "save", save_and_die)
+    monkeypatch.setenv("ROOT", str(ROOT))
+    monkeypatch.setenv("FAULTS", json.dumps(plan))
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 def compare(*args):
@@ -85,8 +103,7 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     assert compare("--models", MODELS[0], "--seeds", 1, "--logdir", folder) == 0
     assert starts(folder) == {"tiny_dreamerv3/0": 1}
 
-    plan = dict(PLAN)
-    plant(monkeypatch, plan)
+    plant(monkeypatch, PLAN)
     matrix = ["--models", *MODELS, "--seeds", 1, "--logdir", folder]
     assert compare(*matrix) == 1
     expected = {"tiny_dreamerv3/0": 1, "tiny_hdreamer/0": 2, "tiny_hidreamer/0": 2}
@@ -104,7 +121,7 @@ def test_a_matrix_ends_complete(tmp_path, monkeypatch, capsys):
     for name in ("report.md", "report.html"):
         assert "the planted fault" in (folder / name).read_text()
 
-    plan.clear()
+    plant(monkeypatch, {})
     assert compare(*matrix) == 0
     assert starts(folder) == expected | {"tiny_hidreamer/0": 3}
     report = json.loads((folder / "summary.json").read_text())
