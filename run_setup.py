@@ -12,7 +12,10 @@ from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
 from hidreamer import evaluation
-from tools import Config, dump_yaml
+from tools import Config, dump_yaml, load_config
+
+# What an optimiser is set by. With ``optim joint`` those of ``model`` are for all parts.
+OPTIMISER_KEYS = ("lr", "eps", "clip", "agc", "warmup", "algorithm")
 
 
 def make_envs(
@@ -81,6 +84,21 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
         found.append(
             "model.losses.decoder 0: videos show no predictions; --decoder.probe true trains a"
             " decoder for them that changes nothing else"
+        )
+    if not config.dynamics.dyn:
+        found.append("dynamics.dyn 0: nothing trains the prior, which dreams are made of")
+    if config.optim == "joint":
+        given, usual = config.flat(), load_config([], {}).flat()
+        keys = [f"{part}.{key}" for part in ("actor", "critic") for key in OPTIMISER_KEYS]
+        if idle := [key for key in keys if given[key] != usual[key]]:
+            found.append(
+                f"optim joint: {', '.join(idle)} do nothing, since one optimiser with the settings"
+                " of model trains all parts"
+            )
+    if config.dynamics.type == "hrvq" and config.encoder.norm != "layer":
+        found.append(
+            f"encoder.norm {config.encoder.norm}: hrvq keeps layer norms and a plain GRU or"
+            " transformer inside, also under dreamerv3_2024"
         )
     if weights.decoder and config.decoder.probe:
         found.append(

@@ -21,6 +21,8 @@ from ruamel.yaml.error import YAMLError
 CONFIGS = Path(__file__).parent / "configs.yaml"
 # {former name: name} of keys of older runs, which are accepted as well.
 FORMER_KEYS = {f"loss_scales.{key}": f"model.losses.{key}" for key in ("decoder", "reward", "cont")}
+# never names, but where one looks for them
+FORMER_KEYS |= {f"model.losses.{key}": f"dynamics.{key}" for key in ("dyn", "rep")}
 
 FEW = 40  # names that a message lists whole
 MOST = 2**63 - 1  # the largest whole number that tensors and random generators take

@@ -43,10 +43,13 @@ from hidreamer.spaces import random_rows
 
 KEYS: dict[str, dict[str, float | str]] = {
     **ARMS,
+    "ac_cpc_crop": {**ARMS["ac_cpc"], "model.ac_cpc.augment": "crop"},
+    "barlow": {**ARMS["barlow"], "decoder.probe": False},
+    "next_embed": {**ARMS["next_embed"], "decoder.probe": False},
     "bfloat16": {"precision": "bfloat16"},
     "replay_loss": {"critic.replay_loss": 0.3},
     "replay_grad": {"critic.replay_loss": 0.3, "critic.replay_grad": True},
-    "probe": {**ARMS["barlow"], "decoder.probe": True},
+    "probe": ARMS["barlow"],
     "write_back": {"replay.write_back": True},
 }
 OBS = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}

@@ -1,7 +1,8 @@
 """What an agent learns from, judged on MinAtar: default and each objective, seed by seed.
 
     python benchmarks/objectives.py --games breakout --seeds 10 11 12 [--arms default ac_cpc ...]
-        [--dynamics rssm] [--steps 30000] [--logdir runs/objectives] [--out results/F.json]
+        [--dynamics rssm | hrssm | hrvq | stacked | gru] [--steps 30000]
+        [--logdir runs/objectives] [--out results/F.json]
     python benchmarks/objectives.py --report --logdir runs/objectives [--from results/F.json ...]
     python benchmarks/objectives.py --offline 2000 --games breakout --seeds 10 11 12 ...
 
@@ -15,14 +16,16 @@ seed recorded, judged on those held out, as run_comparison.py --paired-offline d
 LOGDIR/offline.
 
 --from: what --out wrote of runs that lie elsewhere, or no longer anywhere, is reported beside those
-in LOGDIR; of a run that is in several places, the one that got furthest.
+in LOGDIR; of a run that is in several places, the one that got furthest. A line under the verdicts
+names pairs whose runs are of different commits.
 
 Returns are those of an evaluation at the end: at 30,000 frames an episode of Freeway has ended once
 in each environment. They are compared by seed with the default's, where both runs are finished. An
-arm wins a game where the 95% interval of its mean difference is above 0: an arm without any effect
-is ahead in half of the games. "random play" is what a run's episodes returned before it trained.
-"passes 4" is the first thousand frames in which training episodes of Breakout return more than 4 on
-average.
+arm wins a game where the 95% interval of its mean difference is above 0, and loses it where it is
+below: an arm without any effect is ahead in half of the games. It can become the default where it
+wins three of five games and loses none; intervals are not corrected for the number of arms. "random
+play" is what a run's episodes returned before it trained. "passes 4" is the first thousand frames
+in which training episodes of Breakout return more than 4 on average.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ from tools import ConfigError
 GAMES = ("breakout", "freeway", "asterix", "seaquest", "space_invaders")
 BAR, WIDTH = 4.0, 1000  # mean return that is to be passed on Breakout, in so many frames
 EVALUATION = 20  # episodes
+STATES = {kind: ["--dynamics.type", kind] for kind in ("rssm", "hrssm", "hrvq")}
+STATES |= {x: [*STATES["hrvq"], "--dynamics.hrvq.memory", x] for x in ("stacked", "gru")}
 NEEDED = 3  # games, of all, on which an arm is to win before it becomes the default
 
 
@@ -62,7 +67,7 @@ def arm_name(text: str) -> str:
 
 def command(game: str, dynamics: str, arm: str, seed: int, folder: Path) -> list[str]:
     """What a run and an offline job of one arm have in common, without the program."""
-    found = ["--configs", "minatar", "--task", f"minatar_{game}", "--dynamics.type", dynamics]
+    found = ["--configs", "minatar", "--task", f"minatar_{game}", *STATES[dynamics]]
     found += ["--seed", str(seed), "--logdir", str(folder), "--threads", "1"]
     for key, value in keys(arm).items():
         found += [f"--{key}", str(value).lower()]
@@ -169,28 +174,31 @@ def earlier(path: Path, steps: int) -> dict[str, Any]:
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
     """{dynamics: {arm: {game: its difference from the default}}}, by seeds that both finished:
-    "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on. Raises
-    ConfigError where two runs differ in more than an arm's keys.
+    "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on; "commits" where
+    the runs of a seed are not of the same. Raises ConfigError where two runs differ in more than an
+    arm's keys, or may do so: of one the config is known, of the other it is not.
     """
     out: dict[str, Any] = {}
     for game, by_state in found.items():
         for dynamics, arms in by_state.items():
             base = arms.get("default", {})
             for arm, runs in arms.items():
-                pairs = {}
+                pairs, commits = {}, set()
                 for seed in runs.keys() & base.keys():
-                    configs = {x["config"] for x in (runs[seed], base[seed]) if "config" in x}
-                    if len(configs) > 1:
+                    run, other = runs[seed], base[seed]
+                    if run.get("config") != other.get("config"):
                         raise ConfigError(
                             f"{game}/{dynamics}/{arm}/{seed} and default/{seed} differ in more than"
                             " the keys of the arm: train one of them anew, in another --logdir"
                         )
-                    one, other = runs[seed]["evaluation"], base[seed]["evaluation"]
-                    if one is not None and other is not None:
-                        pairs[seed] = one - other
+                    if run["evaluation"] is not None and other["evaluation"] is not None:
+                        pairs[seed] = run["evaluation"] - other["evaluation"]
+                        if run["commits"] != other["commits"]:
+                            commits |= {*run["commits"], *other["commits"]}
                 if arm != "default" and pairs:
-                    own = out.setdefault(dynamics, {}).setdefault(arm, {})
-                    own[game] = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
+                    cell = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
+                    cell |= {"commits": sorted(commits)} if commits else {}
+                    out.setdefault(dynamics, {}).setdefault(arm, {})[game] = cell
     return out
 
 
@@ -216,14 +224,19 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
         for arm, games in arms.items():
             told = [f"{game} {words.estimate(x, sign=True)}" for game, x in games.items()]
             ahead = sum(x["value"] > 0 for x in games.values())
-            won = sum(x["low"] is not None and x["low"] > 0 for x in games.values())
+            shown = [x for x in games.values() if x["low"] is not None]
+            won, lost = sum(x["low"] > 0 for x in shown), sum(x["high"] < 0 for x in shown)
             line = f"{dynamics}, {arm}: {', '.join(told)}. Ahead in {ahead} of {len(games)} games,"
-            line += f" won {won} (interval above 0): "
+            line += f" won {won} (interval above 0), lost {lost} (below): "
             if len(games) < len(GAMES):
                 line += f"open, {len(GAMES) - len(games)} of {len(GAMES)} games are missing"
             else:
-                line += "it can be the default" if won >= NEEDED else "the default stays"
+                better = won >= NEEDED and not lost
+                line += "it can be the default" if better else "the default stays"
             lines.append(line)
+            for game, x in games.items():
+                if x.get("commits"):
+                    lines.append(f"  {game}: pairs of different commits, {', '.join(x['commits'])}")
     return lines
 
 
@@ -267,7 +280,7 @@ def judge() -> int:
     parser.add_argument("--games", nargs="+", choices=GAMES, default=["breakout"])
     parser.add_argument("--arms", nargs="+", type=arm_name, default=SINGLE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--dynamics", default="rssm", choices=("rssm", "hrssm", "hrvq"))
+    parser.add_argument("--dynamics", default="rssm", choices=STATES)
     parser.add_argument("--steps", type=int, default=30_000)
     parser.add_argument("--logdir", type=Path, default=ROOT / "runs" / "objectives")
     parser.add_argument("--offline", type=int, default=0, metavar="UPDATES")

@@ -245,7 +245,9 @@ class Harmony(nn.Module):
 
 def _ac_cpc(model: Any, config: Any) -> Objective:
     parts = model.dynamics, model.encoder, config.dynamics.unimix
-    return ActionConditionedCPC(*parts, **config.model.ac_cpc)
+    settings = dict(config.model.ac_cpc)
+    settings["units"] = settings["units"] or config.reward.units
+    return ActionConditionedCPC(*parts, **settings)
 
 
 def _next_embed(model: Any, config: Any) -> Objective:

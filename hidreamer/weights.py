@@ -10,6 +10,7 @@ from torch import Tensor
 # What may start afresh where nothing of it is there: younger or other parts than the source's.
 OPTIONAL = ("explorer.", "world_model.harmony.", "world_model.decoder.")  # and objectives
 NEEDED = ("world_model.reward.",)  # which is there without a weight as well
+REWARD_OUT = "world_model.reward.out."  # zeros at first: the head says 0
 
 
 def renamed(state: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
@@ -64,6 +65,10 @@ def load_params(agent: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
     optional = (*OPTIONAL, *(prefix for prefix in own if prefix not in NEEDED))
     there = {prefix for prefix in optional for name in given if name.startswith(prefix)}
     fresh = tuple(prefix for prefix in optional if prefix not in there)
+    if "reward" not in agent.world_model.objectives:  # what was trained there is not trained on
+        learned = {name for name, x in params.items() if name.startswith(REWARD_OUT) and x.any()}
+        params = {name: x for name, x in params.items() if name not in learned}
+        fresh = (*fresh, *learned)
     matched, report = match(agent.state_dict(), params, given, fresh)
     agent.load_state_dict(matched)
     return report

@@ -126,6 +126,12 @@ class TokenWorldModel(models.WorldModel):
         mask: str = "",
     ):
         nn.Module.__init__(self)
+        usual = ("decoder", "reward", "cont")
+        if others := [key for key, x in config.model.losses.items() if x and key not in usual]:
+            raise ConfigError(
+                f"model.losses.{others[0]} is for dreamer.py: add --model.losses.{others[0]} 0 for"
+                " the pipeline, whose world model learns from tokens, rewards and ends alone"
+            )
         self.encoder, self.stack = encoder.requires_grad_(False), config.pipeline.stack
         try:
             self.dynamics = TokenDynamics(quantizer, act_dim, config, mask)

@@ -50,6 +50,9 @@ def test_all_arms_have_the_same_seed_and_budget(judge, tmp_path, monkeypatch):
         assert judge.train("freeway", "hrssm", arm, 3, 500, tmp_path / arm) == 0
         args = tools.parse(words)
         configs[arm] = tools.load_config(args.presets, args.overrides).flat()
+    words = tools.parse(judge.command("freeway", "gru", "default", 3, tmp_path))
+    found = tools.load_config(words.presets, words.overrides).dynamics
+    assert (found.type, found.hrvq.memory) == ("hrvq", "gru")
     base = configs["default"]
     assert (base["task"], base["seed"], base["steps"]) == ("minatar_freeway", 3, 500)
     assert base["eval_every"] == 500 and base["eval_episodes"] == 20
@@ -151,20 +154,40 @@ def test_runs_of_another_config_are_no_pair(judge, tmp_path, monkeypatch, capsys
     assert judge.main() == 2
     err = capsys.readouterr().err
     assert "seaquest/rssm/harmony/0 and default/0 differ" in err and err.count("\n") == 1
+    found = judge.report(tmp_path, 30_000)  # as of an earlier report, whose config nobody knows
+    del found["seaquest"]["rssm"]["default"]["0"]["config"]
+    with pytest.raises(tools.ConfigError, match="default/0 differ"):
+        judge.judged(found)
+
+
+def test_pairs_of_different_commits_are_named(judge, tmp_path):
+    for arm, commit in (("default", "0dc9d11"), ("harmony", "f01d445")):
+        folder = tmp_path / "seaquest" / "rssm" / arm / "0"
+        write(folder, 30_000, {500: 1.0}, 1.0)
+        (folder / "starts.jsonl").write_text(json.dumps({"step": 0, "commit": commit}) + "\n")
+    found = judge.report(tmp_path, 30_000)
+    lines = judge.verdicts(judge.judged(found))
+    assert lines[1:] == ["  seaquest: pairs of different commits, 0dc9d11, f01d445"]
+    found["seaquest"]["rssm"]["default"]["0"]["commits"] = ["f01d445"]
+    assert len(judge.verdicts(judge.judged(found))) == 1
 
 
 def test_the_default_changes_on_three_of_five_games(judge):
     """Ahead by chance is not won."""
-    cell = lambda value, low=None: {"seeds": ["0"], "value": value, "low": low, "high": value}
+    cell = lambda value, low=-9.0: {"seeds": ["0"], "value": value, "low": low, "high": value + 9}
     games = dict.fromkeys(judge.GAMES, cell(1.0, -0.5))
     (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
     assert "Ahead in 5 of 5 games, won 0" in line and line.endswith("the default stays")
-    games |= dict.fromkeys(("asterix", "seaquest"), cell(2.0, 0.5)) | {"freeway": cell(-1.0)}
+    single = {"seeds": ["0"], "value": -1.0, "low": None, "high": None}
+    games |= dict.fromkeys(("asterix", "seaquest"), cell(2.0, 0.5)) | {"freeway": single}
     (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
     assert "Ahead in 4 of 5 games, won 2" in line and line.endswith("the default stays")
     games["breakout"] = cell(2.0, 0.5)
     (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
-    assert "won 3 (interval above 0): it can be the default" in line
+    assert "won 3 (interval above 0), lost 0 (below): it can be the default" in line
+    games["space_invaders"] = cell(-10.0, -20.0)
+    (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
+    assert "won 3 (interval above 0), lost 1 (below): the default stays" in line
     del games["freeway"]
     (line,) = judge.verdicts({"rssm": {"ac_cpc": games}})
     assert line.endswith("open, 1 of 5 games are missing")

@@ -85,9 +85,29 @@ def test_harmony_by_hand():
     assert grad.tolist() == pytest.approx([-3 + 0.25, 0.0, -3 + 0.5 * 4 / 5])
 
 
-@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_a_reward_head_without_a_weight_says_0():
+    """Also in a run that begins from the weights of one that had learned it."""
+    source, batch = make(**{"reward.layers": 1})
+    model, found = source.world_model, networks.preprocess(batch)
+    for _ in range(3):
+        source.update(batch)
+    feat = model.observe(found)[1].feat.cat()
+    assert model.reward(feat).mode().abs().min() > 0
+    silent, _ = make(**{"reward.layers": 1, "model.losses.reward": 0})
+    assert silent.load_state(source.save_state())["world_model.reward.out"] == "fresh"
+    assert not silent.world_model.reward(feat).mode().any()
+    again, _ = make(**{"reward.layers": 1, "model.losses.reward": 0})
+    assert "fresh" not in again.load_state(silent.save_state()).values()  # as a run goes on
+
+
+STATES = {kind: {"dynamics.type": kind} for kind in sorted(TYPES)}
+STATES |= {x: {"dynamics.type": "hrvq", "dynamics.hrvq.memory": x} for x in ("stacked", "gru")}
+
+
+@pytest.mark.parametrize("kind", STATES)
 def test_every_objective_trains_with_every_latent_state(kind):
-    agent, batch = make(EVERYTHING, **on(*NEW), **{"dynamics.type": kind, "dynamics.free": 0})
+    settings = on(*NEW) | STATES[kind] | {"dynamics.free": 0}
+    agent, batch = make(EVERYTHING, **settings)
     before = copy.deepcopy(agent.state_dict())
     for _ in range(3):
         values = dict(zip(agent.metric_names, agent.update(batch).tolist(), strict=False))
@@ -96,12 +116,20 @@ def test_every_objective_trains_with_every_latent_state(kind):
     assert {f"{name}_loss" for name in NEW} | {"ac_cpc_accuracy_1", "harmony_reward"} < set(values)
     still = set(before) - changed(before, agent.state_dict())
     assert not still, still
-    other, _ = make(EVERYTHING, **on(*NEW), **{"dynamics.type": kind, "dynamics.free": 0})
+    other, _ = make(EVERYTHING, **settings)
     assert "fresh" not in other.load_state(copy.deepcopy(agent.save_state())).values()
     torch.manual_seed(1)
     expected = agent.update(batch)
     torch.manual_seed(1)
     assert torch.equal(expected, other.update(batch))
+
+
+def test_ac_cpc_is_as_wide_as_the_heads():
+    """512 numbers in a model of 128 would more than double an update."""
+    for given, expected in ((0, 24), (8, 8)):
+        keys = {"model.losses.ac_cpc": 1, "reward.units": 24, "model.ac_cpc.units": given}
+        agent, _ = make(**keys)
+        assert agent.world_model.objectives["ac_cpc"].lag.shape[1] == expected
 
 
 def test_without_a_weight_there_is_no_module():
@@ -303,6 +331,7 @@ def test_augmenting_needs_images():
 
 def test_former_names_of_weights():
     """Of a command and of an older run's config."""
+    assert tools.load_config([], {"model.losses.dyn": "0.7"}).dynamics.dyn == 0.7
     config = tools.load_config([], {"loss_scales.decoder": "0.5"})
     assert config.model.losses.decoder == 0.5
     old = config.tree()
@@ -406,6 +435,9 @@ REMARKS = [
     ({"model.losses.decoder": 0}, "--decoder.probe true"),
     ({"decoder.probe": True}, "trained anyway"),
     ({"critic.replay_grad": True}, "critic.replay_loss is 0"),
+    ({"dynamics.dyn": 0}, "nothing trains the prior"),
+    ({"optim": "joint", "critic.lr": 1e-2, "actor.agc": 0.3}, "actor.agc, critic.lr do nothing"),
+    ({"dynamics.type": "hrvq", "encoder.norm": "rms"}, "hrvq keeps layer norms"),
 ]
 
 
@@ -417,6 +449,7 @@ def test_what_a_key_will_not_do_is_one_line():
         (line,) = read(values)
         assert hint in line and "\n" not in line
     assert read({"model.losses.decoder": 0, "video": False}) == []
+    assert read({"optim": "joint"}) == []
     assert read({"model.losses.reward": 0, "expl.behavior": "plan2explore"}) == []
 
 

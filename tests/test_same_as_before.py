@@ -1,6 +1,7 @@
 """Updates as they were before an option was added: no number of a run without it may change.
 
-``golden/updates.json`` holds the metrics of updates 1, 10 and 20, as commit a24eaa5 gave them:
+``golden/updates.json`` holds the metrics of updates 1, 10 and 20, as commit a24eaa5 gave them (of
+the cases with a fast critic and other memories as f01d445 did):
 
     python tests/test_same_as_before.py > tests/golden/updates.json
 """
@@ -19,6 +20,13 @@ CASES = {
     "hrssm": ("discrete", {}),
     "hrvq": ("discrete", {}),
     "rssm, continuous, joint": ("continuous", {"optim": "joint"}),
+    # whose slow copy is far enough behind to count
+    "rssm, fast critic": ("discrete", {"critic.lr": 3e-2, "critic.slow_rate": 0.5}),
+    "hrvq, stacked": ("discrete", {"dynamics.hrvq.memory": "stacked"}),
+    "hrvq, gru": (
+        "discrete",
+        {"dynamics.hrvq.memory": "gru", "dynamics.hrvq.posterior_sees": "memory"},
+    ),
     "rssm, explorer": ("multi", {"expl.behavior": "plan2explore", "imag.starts": 3}),
 }
 
