@@ -218,10 +218,10 @@ def single_lives(runs: Iterable[Run]) -> set[str]:
 def cut(run: Run, frames: int) -> Run:
     """The first ``frames`` of a run, as if no more had been asked for.
 
-    Incomplete is what did not come so far. Raises ConfigError for a run of which only the score at
-    its end is known.
+    Incomplete is what did not come so far, also where it was asked for less. Raises ConfigError for
+    a run of which only the score at another end is known.
     """
-    if run.config["steps"] <= frames:
+    if run.config["steps"] == frames:
         return run
     if run.published:
         raise ConfigError(f"--until: only the score at the end of {run.name} is known")

@@ -149,7 +149,6 @@ def estimate(scores: Any, func: Callable[..., float]) -> Estimate:
 
 AGGREGATES = {
     "IQM": lambda scores: iqm(scores[..., None])[0],
-    "median": metrics.aggregate_median,
     "mean": metrics.aggregate_mean,
 }
 

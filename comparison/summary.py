@@ -172,7 +172,10 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
 
 def random_until(run: Run) -> int:
     """The frame until which the run acted at random."""
-    return run.config["replay.prefill"] * run.config["env.action_repeat"]
+    prefill = run.config["replay.prefill"] * run.config["env.action_repeat"]
+    if run.config.get("expl.behavior") != "random":
+        return prefill
+    return max(prefill, run.config["expl.until"] or run.config["steps"])
 
 
 def random_returns(run: Run) -> np.ndarray:

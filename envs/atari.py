@@ -25,9 +25,9 @@ class Atari(Suite):
     console's. grayscale: (H, W, 1) in place of RGB.
     lives: a lost life is `unused`, or ends value but not the episode (`discount`), or is the end
     of it (`reset`).
-    After `reset` the game continues: the next episode starts with a no-op in the next life, and
-    only after game over (or out of time) from the beginning, as with OpenAI baselines'
-    EpisodicLifeEnv.
+    After `reset` the game continues: the next episode starts with a no-op in the next life, its
+    frames counted anew for `env.time_limit`, and only after game over (or out of time) from the
+    beginning, as with OpenAI baselines' EpisodicLifeEnv.
     A last life that the game counts as none left belongs to the episode of the life before, as
     there. Evaluation plays whole games.
     """

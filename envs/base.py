@@ -188,10 +188,10 @@ class Env:
         """Continues, bit for bit, where `get_state` was called,
         here or in another object of the same task.
         """
-        self._seed = state["seed"]
-        if self._seed is None:
+        if state["seed"] is None:
             self._frames, self._obs = state["frames"], plain(state.get("obs", {}))
             self.suite.set_state(plain(state["suite"]))
+        self._seed = state["seed"]  # last: where that fails, the next reset still has a seed
 
     def close(self) -> None:
         self.suite.close()

@@ -68,16 +68,16 @@ class _Unpickler(pickle.Unpickler):
         package = module.partition(".")[0]
         if (package == "numpy" and name in NUMPY) or name in PLAIN.get(module, ()):
             return super().find_class(module, name)
-        if package in self._packages:
+        if package in self._packages and "." not in name:  # no path to what a module imports
             found = super().find_class(module, name)
-            if isinstance(found, type):
+            if isinstance(found, type) and found.__module__.partition(".")[0] in self._packages:
                 return found
         raise pickle.UnpicklingError(f"{module}.{name} is no part of an environment's state")
 
 
 def freeze(env: gymnasium.Env) -> np.ndarray | None:
     """uint8 (N,): all attributes of an unwrapped environment but its spaces; None where one of
-    them cannot be pickled.
+    them cannot be pickled, or `thaw` would refuse it.
     """
     variables = vars(env)
     constants = {id(x): key for key, x in variables.items() if isinstance(x, CONSTANT)}
@@ -85,7 +85,8 @@ def freeze(env: gymnasium.Env) -> np.ndarray | None:
     file = io.BytesIO()
     try:
         _Pickler(file, env, constants).dump(kept)
-    except (pickle.PicklingError, TypeError, AttributeError):
+        _Unpickler(io.BytesIO(file.getvalue()), env).load()
+    except (pickle.PickleError, TypeError, AttributeError):
         return None
     return np.frombuffer(file.getvalue(), np.uint8)
 
@@ -93,8 +94,8 @@ def freeze(env: gymnasium.Env) -> np.ndarray | None:
 def thaw(env: gymnasium.Env, state: np.ndarray) -> None:
     """Gives an unwrapped environment of the same kind the attributes that `freeze` took.
 
-    A state from elsewhere can at most build objects of the environment's own package: other names
-    in it raise UnpicklingError before anything of theirs is called.
+    A state from elsewhere can at most build objects of classes that the environment's own package
+    defines: other names in it raise UnpicklingError before anything of theirs is called.
     """
     kept = _Unpickler(io.BytesIO(state.tobytes()), env).load()
     for key in [key for key in vars(env) if key not in kept]:

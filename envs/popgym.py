@@ -15,7 +15,8 @@ class POPGym(Gym):
     """One id of POPGym, such as `RepeatPreviousEasy`. Observations as in `Gym`; the agent sees its
     last action anyway, which POPGym's own baselines need a wrapper for. States are exact.
 
-    Ids that need mazes (Labyrinth...) want the package mazelib beside it.
+    Ids that need mazes (Labyrinth...) want the package mazelib beside it. Their states cannot be
+    saved, and their mazes are drawn from random numbers that all environments of a process share.
     """
 
     suite = "popgym"

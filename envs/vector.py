@@ -162,9 +162,15 @@ class Envs:
         self._outputs = [None] * self.count
         restored = np.zeros(self.count, bool)
         for index, reply in [(index, worker.answer()) for index, worker in given]:
-            if not isinstance(reply, Exception):
-                self._outputs[index] = plain(states[index]["output"])
-                restored[index] = True
+            if isinstance(reply, Exception):
+                warnings.warn(
+                    f"environment {index} could not be restored, and starts anew: {reply}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            self._outputs[index] = plain(states[index]["output"])
+            restored[index] = True
         return restored
 
     def render(self, index: int) -> np.ndarray:

@@ -147,8 +147,8 @@ class Collect(Stage):
         act = self.policy.episode(seed)
 
         def choose(obs: Mapping[str, Any]) -> np.ndarray:
-            action = act(obs)  # also where it is not taken: the agent sees every step
-            return random_action(env.act_space, 1, rng)[0] if rng.random() < share else action
+            other = random_action(env.act_space, 1, rng)[0] if rng.random() < share else None
+            return act(obs, other)
 
         return choose
 
@@ -287,16 +287,21 @@ class Policy:
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{logdir} cannot be used: {error}") from None
 
-    def episode(self, seed: int) -> Callable[[Mapping[str, Any]], np.ndarray]:
-        """The policy of one episode, sampled as in training."""
+    def episode(self, seed: int) -> Callable[..., np.ndarray]:
+        """The policy of one episode, sampled as in training: a function from an output of the
+        environment, and an action (A,) to take instead of its own or None, to the action taken.
+        """
         torch.manual_seed(seed)
         state = self.agent.initial(1)
 
-        def act(obs: Mapping[str, Any]) -> np.ndarray:
+        def act(obs: Mapping[str, Any], instead: np.ndarray | None) -> np.ndarray:
             nonlocal state
             keys = (*self.agent_keys(), "is_first")
             inputs = {key: np.asarray(obs[key])[None] for key in keys}
             state = self.agent.act(state, self.agent.tensors(inputs), "train")
+            if instead is not None:  # its next state is to know what was done
+                given = torch.as_tensor(instead, dtype=state.action.dtype)
+                state = state._replace(action=given.to(state.action.device).unsqueeze(0))
             return state.action[0].cpu().numpy()
 
         return act

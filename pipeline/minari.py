@@ -37,14 +37,15 @@ def package() -> Any:
     return minari
 
 
-def episodes_of(name: str) -> Iterator[Any]:
+def episodes_of(name: str, space: Space) -> Iterator[Any]:
     """The episodes of a data set by its folder, or by its id among those that Minari keeps. Raises
-    ConfigError.
+    ConfigError, also where its actions are not those of ``space``.
     """
     minari, path = package(), user_path(name)
     try:
         inside = (path / "data").is_dir()
         found = minari.MinariDataset(path / "data") if inside else minari.load_dataset(name)
+        refuse_other_actions(found.action_space, space, name)
         yield from found.iterate_episodes()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -66,7 +67,7 @@ def read(name: str, wanted: list[Space], steps: int) -> list[list[Played]]:
         if len(wanted) > 1 and source == name:
             raise ConfigError(f"pipeline.collect.from_minari: {name} has no data set {game}")
         episodes, total = [], 0
-        for episode in episodes_of(source):
+        for episode in episodes_of(source, space):
             if total >= steps:
                 break
             played = converted(episode, space, source)
@@ -82,6 +83,15 @@ def read(name: str, wanted: list[Space], steps: int) -> list[list[Played]]:
     return found
 
 
+def refuse_other_actions(theirs: Any, space: Space, source: str) -> None:
+    """The same numbers are other actions in a set of 18. Raises ConfigError."""
+    if getattr(theirs, "n", None) != space.actions or getattr(theirs, "start", 0):
+        raise ConfigError(
+            f"{source} has the actions {theirs}, and {space.task} {space.actions} of them: set"
+            " env.atari.actions"
+        )
+
+
 def converted(episode: Any, space: Space, source: str) -> Played:
     """Raises ConfigError where the episode does not fit the config."""
     image, infos = np.asarray(episode.observations), episode.infos or {}
@@ -93,6 +103,8 @@ def converted(episode: Any, space: Space, source: str) -> Played:
             f"{source} shows {image.dtype} {image.shape[1:]}, not uint8 {shape}: set env.size and"
             " env.atari.grayscale"
         )
+    if not len(actions) or not np.isfinite(episode.rewards).all():
+        raise ConfigError(f"{source} has an episode without a step, or a reward that is no number")
     if actions.ndim != 1 or actions.min() < 0 or actions.max() >= space.actions:
         raise ConfigError(
             f"{source} has actions up to {actions.max()}, and {space.task} has {space.actions}:"

@@ -26,6 +26,7 @@ from hidreamer.provenance import note_start, provenance
 from pipeline import gate, manifest
 from pipeline.gate import Gate
 from pipeline.manifest import InputError, again
+from run_setup import write_yaml
 from tools import Config
 
 FIELDS = {  # of every checkpoint of a stage
@@ -250,10 +251,6 @@ class Runner:
     def close(self) -> None:
         self.logger.close()
         self.stage.close()
-
-
-def write_yaml(path: Path, tree: dict) -> None:
-    path.write_text(tools.dump_yaml(tree), encoding="utf-8")
 
 
 def finished(kind: type[Stage], config: Config, root: Path) -> dict[str, Any] | None:

@@ -204,6 +204,8 @@ def test_a_pickled_state_keeps_what_is_shared():
     assert other.cup.env is other and other.cup.random is other.np_random
     ours.handle = lambda: None
     assert pickled.freeze(ours) is None
+    ours.handle = collections.Counter("ab")  # what could be written, and not be read again
+    assert pickled.freeze(ours) is None
 
 
 class Harm:
@@ -226,7 +228,19 @@ class Harm:
     ],
 )
 def test_a_state_runs_no_code_of_its_own(call):
-    state = np.frombuffer(pickle.dumps({"x": Harm(call)}), np.uint8)
+    refuse_state(pickle.dumps({"x": Harm(call)}))
+
+
+@pytest.mark.parametrize("name", ["os.system", "gymnasium.Space", "itertools.count", "Envs"])
+def test_a_state_reaches_nothing_through_a_module_of_the_package(name):
+    """A name with dots is a path; what a module has imported is no part of it."""
+    module = __name__.encode()
+    words = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)])
+    refuse_state(words + name.encode() + b"\x93.")  # STACK_GLOBAL, of these two
+
+
+def refuse_state(data):
+    state = np.frombuffer(data, np.uint8)
     with pytest.raises(pickle.UnpicklingError, match="is no part of an environment's state"):
         pickled.thaw(Dice(), state)
 

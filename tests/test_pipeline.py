@@ -216,6 +216,7 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     assert noted["step"] == 160 and len(noted["sha256"]) == 64
     assert run("collect", tmp_path / "c", *few, "--random", "1") == 0
     assert made(tmp_path / "a/collect") != made(tmp_path / "c/collect")
+    knows_what_was_done(tmp_path / "a", agent)
     capsys.readouterr()
     assert run("collect", tmp_path / "d", *few, "--games", "breakout") == 2
     one_line(capsys, "atari_pong", "6 actions", "4 actions", "pipeline.games")
@@ -223,6 +224,23 @@ def test_a_trained_agent_collects(tmp_path, capsys):
     latest.write_bytes(latest.read_bytes()[:-300])
     with pytest.warns(RuntimeWarning, match=r"latest\.pt is damaged.*; reading .*previous\.pt"):
         assert run("collect", tmp_path / "e", *few) == 0
+
+
+def knows_what_was_done(folder, agent):
+    """Also where a random action was taken instead of the agent's own."""
+    changes = {"pipeline.collect.agent": str(agent), "pipeline.collect.random": 0.5}
+    settings = tools.load_config(["pipeline_debug"], changes | {"pipeline.games": ["pong"]})
+    with contextlib.closing(collect.Collect(settings, folder / "again", CPU, print)) as stage:
+        told, act = [], stage.policy.agent.act
+
+        def listen(state, *args):
+            told.append(state.action[0].numpy().copy())
+            return act(state, *args)
+
+        stage.policy.agent.act = listen
+        done = stage._play(0, 0, 60).rows["prev_action"]
+    assert len(told) == len(done) - 1 == 60 and len(np.unique(done.argmax(1))) > 2
+    assert np.array_equal(np.array(told)[1:], done[1:-1])
 
 
 def test_an_agent_that_trained_on_does_not_continue_a_recording(tmp_path, monkeypatch):
@@ -263,9 +281,28 @@ def test_minari_both_ways(collected, tmp_path, capsys):
     one_line(capsys, "pipeline.collect.steps", "240")
     assert run("collect", tmp_path / "f", "--to-minari", tmp_path / "sets") == 2
     one_line(capsys, "is there already")
+    assert run("collect", tmp_path / "g", *few, "--env.atari.actions", "all") == 2
+    one_line(capsys, "Discrete(", "18 of them", "env.atari.actions")
     assert not (tmp_path / "f/collect/manifest.json").exists()
     assert run("collect", folder, "--to-minari", tmp_path / "sets") == 0  # again changes nothing
     assert "left as it is" in capsys.readouterr().out
+
+
+def test_an_episode_from_elsewhere_has_steps_and_rewards_that_are_numbers():
+    from pipeline import minari
+
+    space = types.SimpleNamespace(spec={"image": ((4, 4, 1), np.uint8)}, actions=3, task="t")
+    episode = lambda rewards: types.SimpleNamespace(
+        observations=np.zeros((len(rewards) + 1, 4, 4, 1), np.uint8),
+        actions=np.zeros(len(rewards), int),
+        rewards=np.array(rewards),
+        terminations=np.zeros(len(rewards), bool),
+        infos={"ram": np.zeros((len(rewards) + 1, 128), np.uint8)},
+    )
+    assert minari.converted(episode([1.0, 2.0]), space, "x").score == 3.0
+    for rewards in ([1.0, np.nan], []):
+        with pytest.raises(tools.ConfigError, match="x has an episode without a step, or a reward"):
+            minari.converted(episode(rewards), space, "x")
 
 
 def test_what_a_kill_left_of_a_minari_data_set_is_made_again(tmp_path, monkeypatch):

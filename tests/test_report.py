@@ -206,6 +206,10 @@ def test_a_trained_agents_episode_is_no_random_play():
             get={"train_return": ends[first:]}.get,
         )
         assert summary.random_returns(run).tolist() == expected
+    for until, frames in ((2000, 2000), (0, 3000)):  # a run that goes on at random, or to the end
+        expl = {"expl.behavior": "random", "expl.until": until, "steps": 3000}
+        run = SimpleNamespace(config={"replay.prefill": 100, "env.action_repeat": 2} | expl)
+        assert summary.random_until(run) == frames
 
 
 def test_a_small_number_is_not_shown_as_none():
@@ -457,7 +461,6 @@ def browse(path, folder, *args):
     return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [20, 30])
 def test_long_names_are_broken_into_lines(width):
     """An arm of --vary on an axis, which was cut off at the picture's edge."""
@@ -478,6 +481,7 @@ def test_a_legend_of_long_names_stays_inside_the_picture(names, rows):
     assert figure.get_figheight() == pytest.approx(3 + 0.2 * (rows - 1))
 
 
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_in_a_browser(known, width, tmp_path):
     """Nothing sticks out sideways, every figure has a height,

@@ -4,6 +4,7 @@ returns by seconds.
 
 import json
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_report import report, write_run
 import forked
 import run_comparison
 import run_config
-from comparison import fairness, scores, seconds, stats, summary, words
+from comparison import fairness, runs, scores, seconds, stats, summary, words
 from comparison.options import arms_of, parse
 from comparison.runs import Run, find
 from hidreamer import checkpoint
@@ -115,6 +116,10 @@ def test_runs_that_were_stopped_are_compared_up_to_where_all_came(tmp_path, caps
 
     assert final(1000) == dict.fromkeys(MODELS, 9.0)
     assert final(1400) == {MODELS[1]: 12.5}
+    run = runs.read(tmp_path / "runs" / MODELS[1] / "0")
+    shorter = replace(run, config=run.config | {"steps": 1500}, complete=True)
+    assert runs.cut(shorter, 1500).complete and not runs.cut(shorter, 1800).complete
+    assert runs.cut(shorter, 1800).config["steps"] == 1800  # what the report says it is of
     capsys.readouterr()
     assert run_comparison.main(["--steps", "9", "--until", "5"]) == 2
     assert "--from" in capsys.readouterr().err

@@ -258,7 +258,8 @@ def test_what_cannot_be_restored_starts_anew():
         "output": states[2]["output"],
     }
     other = Envs(maker("dummy_vector"), 3, False)
-    assert other.load_state([states[0], None, wrong]).tolist() == [True, False, False]
+    with pytest.warns(RuntimeWarning, match="environment 2 could not be restored, and starts anew"):
+        assert other.load_state([states[0], None, wrong]).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="mid-episode"):
         other.step(None)
     assert other.step(np.eye(4, dtype=np.float32)[:3])["is_first"].tolist() == [False, True, True]
@@ -267,6 +268,19 @@ def test_what_cannot_be_restored_starts_anew():
     frozen = Envs(maker("gym_FrozenLake-v1"), 2, False)
     frozen.step(None)
     assert frozen.state() == [None, None]
+
+
+def test_what_cannot_be_restored_still_has_its_seed():
+    """An environment without one would begin otherwise each time that a run is continued."""
+    firsts = []
+    for _ in range(2):
+        envs = Envs(maker("gym_CartPole-v1"), 1, False)
+        states = envs.state()
+        states[0] = {"env": {"seed": None, "frames": 3, "suite": {"no": 1}}, "output": {}}
+        with pytest.warns(RuntimeWarning, match="could not be restored"):
+            assert not envs.load_state(states).any()
+        firsts.append(envs.step(None)["vector"])
+    assert np.array_equal(*firsts)
 
 
 def test_a_crash_right_after_a_restore_returns_the_saved_observation():
