@@ -18,7 +18,7 @@ from rliable import library, metrics
 
 import run_comparison
 import tools
-from comparison import figures, runs, stats, summary, words
+from comparison import fairness, figures, runs, stats, summary, words
 from hidreamer.provenance import note_start
 
 MODELS = ("tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer")
@@ -249,6 +249,15 @@ def test_without_an_effect_none_is_claimed(kind, seeds, monkeypatch):
     assert false / trials <= 0.05
     found = [claims([kind(rng, 6) + 20.0], [kind(rng, 6)]) for _ in range(50)]
     assert np.mean(found) > 0.9
+
+
+def test_settings_of_an_objective_without_a_weight_make_no_difference():
+    """A run from before a default of theirs changed can stand beside one from after it."""
+    config = lambda weight, units: {"model.losses.ac_cpc": weight, "model.ac_cpc.units": units}
+    found = lambda one, other: set(fairness.differences({"a": config(*one), "b": config(*other)}))
+    assert found((0.0, 512), (0.0, 0)) == set()
+    assert found((1.0, 512), (1.0, 0)) == {"model.ac_cpc.units"}
+    assert found((1.0, 512), (0.0, 512)) == {"model.losses.ac_cpc", "model.ac_cpc.units"}
 
 
 def test_paired_differences():
