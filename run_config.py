@@ -39,6 +39,14 @@ def saved_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def idle(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key sets up an objective of the world model that has no weight in the flat
+    ``config``.
+    """
+    group, _, rest = key.partition(".")
+    return group == "model" and config.get(f"model.losses.{rest.partition('.')[0]}") == 0
+
+
 def check_same_run(
     folder: Path, old: Mapping[str, Any], new: Config, remedy: str | None = None
 ) -> None:
@@ -50,6 +58,7 @@ def check_same_run(
     before, now = current_names(flatten(old)), new.flat()
     # A key that the old config lacks is younger than the run.
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
+    changed = [key for key in changed if not (idle(key, before) and idle(key, now))]
     if changed:
         differing = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
         raise ConfigError(

@@ -85,15 +85,15 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
             "model.losses.decoder 0: videos show no predictions; --decoder.probe true trains a"
             " decoder for them that changes nothing else"
         )
-    if not config.dynamics.dyn:
+    if not config.dynamics.dyn and not weights.ac_cpc:
         found.append("dynamics.dyn 0: nothing trains the prior, which dreams are made of")
     if config.optim == "joint":
         given, usual = config.flat(), load_config([], {}).flat()
         keys = [f"{part}.{key}" for part in ("actor", "critic") for key in OPTIMISER_KEYS]
         if idle := [key for key in keys if given[key] != usual[key]]:
             found.append(
-                f"optim joint: {', '.join(idle)} do nothing, since one optimiser with the settings"
-                " of model trains all parts"
+                f"optim joint: without effect are {', '.join(idle)}, since one optimiser with the"
+                " settings of model trains all parts"
             )
     if config.dynamics.type == "hrvq" and config.encoder.norm != "layer":
         found.append(

@@ -175,8 +175,9 @@ def earlier(path: Path, steps: int) -> dict[str, Any]:
 def judged(found: dict[str, Any]) -> dict[str, Any]:
     """{dynamics: {arm: {game: its difference from the default}}}, by seeds that both finished:
     "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on; "commits" where
-    the runs of a seed are not of the same. Raises ConfigError where two runs differ in more than an
-    arm's keys, or may do so: of one the config is known, of the other it is not.
+    the runs of a seed are not of the same, "blind" where none of their configs is known. Raises
+    ConfigError where two runs differ in more than an arm's keys, or may do so: of one the config is
+    known, of the other it is not.
     """
     out: dict[str, Any] = {}
     for game, by_state in found.items():
@@ -198,6 +199,7 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
                 if arm != "default" and pairs:
                     cell = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
                     cell |= {"commits": sorted(commits)} if commits else {}
+                    cell |= {} if any("config" in runs[seed] for seed in pairs) else {"blind": True}
                     out.setdefault(dynamics, {}).setdefault(arm, {})[game] = cell
     return out
 
@@ -235,6 +237,8 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
                 line += "it can be the default" if better else "the default stays"
             lines.append(line)
             for game, x in games.items():
+                if x.get("blind"):
+                    lines.append(f"  {game}: pairs of unknown configs")
                 if x.get("commits"):
                     lines.append(f"  {game}: pairs of different commits, {', '.join(x['commits'])}")
     return lines

@@ -16,6 +16,7 @@ from comparison.runs import Run, single_lives
 from envs import Env, EnvError, env_for_spaces
 from hidreamer import cost
 from hidreamer.spaces import random_rows
+from run_config import idle
 from tools import Config, ConfigError
 
 MATCHED = 0.05  # relative difference of capacity above which models are not "matched"
@@ -30,24 +31,17 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
     """Keys of flat configs, {who: config}, whose values are not the same for all: of the latent
     state and outside it.
 
-    What is housekeeping for any run, and its seed, is left out, and so are the settings of an
-    objective without a weight.
+    What is housekeeping for any run, and its seed, is left out; the settings of an objective are
+    compared among those that give it a weight.
     """
     keys = sorted(set().union(*configs.values()) - HOUSEKEEPING - {"seed"})
     differing: Differences = {}
     for key in keys:
-        values = {who: used(config, key) for who, config in configs.items()}
-        first, *others = values.values()
-        if any(value != first for value in others):
+        values = {who: config.get(key) for who, config in configs.items()}
+        counting = [values[who] for who, config in configs.items() if not idle(key, config)]
+        if any(value != counting[0] for value in counting[1:]):
             differing[key] = values
     return differing
-
-
-def used(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key; None where it is missing, or sets up an objective that has no weight."""
-    group, _, rest = key.partition(".")
-    weight = f"model.losses.{rest.partition('.')[0]}"
-    return None if group == "model" and config.get(weight) == 0 else config.get(key)
 
 
 def unfair(configs: Mapping[str, Mapping[str, Any]], varied: Collection[str] = ()) -> Differences:

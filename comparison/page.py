@@ -164,7 +164,7 @@ def provenance(report: Report) -> Section:
             " for other tasks 0 is random play (a return of 0 where that is unknown) and ±1 the"
             " final return of the run that got furthest from it."
         ),
-        (f"IQM, mean, probability of improvement, profile: {stats.BOOTSTRAP}. They describe."),
+        f"IQM, mean, probability of improvement, profile: {stats.BOOTSTRAP}. They describe.",
         (
             f"A difference is claimed if two things agree: its interval ({stats.TEST}) leaves out"
             " 0, and so does a test that shuffles the runs of each task between the two models"

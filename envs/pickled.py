@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+import sys
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -14,8 +15,15 @@ from gymnasium.envs.registration import EnvSpec
 
 # what holds no state, and may hold functions that cannot be pickled
 CONSTANT = (gymnasium.Space, EnvSpec)
-NUMPY = {"ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer"}  # of arrays and scalars
+ARRAYS = {"scalar", "_reconstruct", "_frombuffer"}
 PLAIN = {
+    "numpy": {"ndarray", "dtype"},
+    "numpy.dtypes": {name for name in vars(np.dtypes) if name.endswith("DType")},
+    **{
+        f"numpy.{core}.{part}": ARRAYS
+        for core in ("core", "_core")
+        for part in ("multiarray", "numeric")
+    },
     "builtins": {"set", "frozenset", "bytearray", "complex", "range", "slice", "object"},
     "collections": {"OrderedDict", "defaultdict", "deque"},
     "copyreg": {"_reconstructor"},
@@ -42,7 +50,9 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: what BUILD may change has to be looked at
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
     def __init__(self, file: io.BytesIO, env: gymnasium.Env):
         super().__init__(file)
         self._env = env
@@ -65,14 +75,21 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"unknown name {name!r}")
 
     def find_class(self, module: str, name: str) -> Any:
-        package = module.partition(".")[0]
-        if (package == "numpy" and name in NUMPY) or name in PLAIN.get(module, ()):
+        if name in PLAIN.get(module, ()):
             return super().find_class(module, name)
-        if package in self._packages and "." not in name:  # no path to what a module imports
+        # a module that is not there yet would run as it is imported
+        if module.partition(".")[0] in self._packages and module in sys.modules:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__.partition(".")[0] in self._packages:
                 return found
         raise pickle.UnpicklingError(f"{module}.{name} is no part of an environment's state")
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type):
+            raise pickle.UnpicklingError("a class is no part of an environment's state")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def freeze(env: gymnasium.Env) -> np.ndarray | None:
@@ -86,7 +103,7 @@ def freeze(env: gymnasium.Env) -> np.ndarray | None:
     try:
         _Pickler(file, env, constants).dump(kept)
         _Unpickler(io.BytesIO(file.getvalue()), env).load()
-    except (pickle.PickleError, TypeError, AttributeError):
+    except Exception:  # of any class: what is not understood cannot be kept
         return None
     return np.frombuffer(file.getvalue(), np.uint8)
 

@@ -98,7 +98,7 @@ try:
     from pipeline.encoder import Encoder
     from pipeline.policy import Policy
     from pipeline.stage import StageError
-    from pipeline.token_model import check_state
+    from pipeline.token_model import check_config
     from pipeline.tokenizer import Tokenizer
     from pipeline.world_model import WorldModel
 except ModuleNotFoundError as error:
@@ -114,7 +114,7 @@ STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, 
 def start(argv: list[str], signals: Signals) -> int:
     """-> exit status. Raises what ``main`` turns into a line."""
     name, config, strict = configured(argv)
-    check_state(config)
+    check_config(config)
     root, device = tools.user_path(config.logdir), models.pick_device(config)
     signals.defer()
     for kind in STAGES.values() if name == "all" else [STAGES[name]]:

@@ -17,6 +17,7 @@ from typing import Any
 import tools
 from hidreamer import checkpoint
 from hidreamer.checkpoint import FolderError
+from run_config import idle
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -46,6 +47,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """'key old -> new' of the first three keys of ``before`` that differ; "" if none does."""
     before = tools.current_names(before)
     changed = [key for key in before if before[key] != now.get(key)]
+    changed = [key for key in changed if not (idle(key, before) and idle(key, now))]
     shown = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
     return shown + (", ..." if len(changed) > 3 else "")
 

@@ -69,15 +69,6 @@ class TokenAgent(models.Agent):
     def __init__(self, model: TokenWorldModel, act_space: spaces.Space, config: Config):
         nn.Module.__init__(self)
         self.block, self.config = config.pipeline.policy, config
-        if config.critic.replay_loss:
-            raise ConfigError(
-                "critic.replay_loss is for dreamer.py: add --critic.replay_loss 0 for the pipeline"
-            )
-        if config.optim == "joint":
-            raise ConfigError(
-                "optim joint is for dreamer.py, which trains all at once: add --optim separate for"
-                " the pipeline"
-            )
         try:
             carries.check(model.dynamics, config)
             start_steps(self.block.length, config.imag.starts)

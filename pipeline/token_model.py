@@ -26,19 +26,24 @@ from tools import Config, ConfigError
 
 # Settings of ``dynamics.hrvq`` that tokens decide, or that mean nothing without a decoder.
 OWN = ("groups", "code_dim", "commitment", "level_dropout", "spatial")
-# Settings that stages share, with the one value that all of them are made for.
-FIXED = {"memory": "interleaved", "posterior_sees": "frame", "memory_reads": "all"}
-FIXED |= {"residual": "drawn"}
+# Keys of dreamer.py with the one value that the stages are made for. The agent that is trained
+# online beside theirs would have others.
+FIXED: dict[str, Any] = {"optim": "separate", "critic.replay_loss": 0.0}
+FIXED |= {"replay.write_back": False}
+FIXED |= {"dynamics.hrvq.memory": "interleaved", "dynamics.hrvq.posterior_sees": "frame"}
+FIXED |= {"dynamics.hrvq.memory_reads": "all", "dynamics.hrvq.residual": "drawn"}
+LEARNED = ("decoder", "reward", "cont")  # of ``model.losses``
 
 
-def check_state(config: Config) -> None:
-    """Raises ConfigError for a latent state of ``dynamics.hrvq`` that the pipeline has not."""
-    for key, value in FIXED.items():
-        found = config.dynamics.hrvq[key]
-        if found != value:
+def check_config(config: Config) -> None:
+    """Raises ConfigError for what the pipeline has not."""
+    fixed = FIXED | {f"model.losses.{x}": 0.0 for x in config.model.losses if x not in LEARNED}
+    flat = config.flat()
+    for key, value in fixed.items():
+        if flat[key] != value:
+            shown = str(value).lower()
             raise ConfigError(
-                f"dynamics.hrvq.{key} is {found}, and the pipeline has {value} alone: add"
-                f" --dynamics.hrvq.{key} {value}"
+                f"{key} is {flat[key]}, and the pipeline has {shown} alone: add --{key} {shown}"
             )
 
 
@@ -126,12 +131,6 @@ class TokenWorldModel(models.WorldModel):
         mask: str = "",
     ):
         nn.Module.__init__(self)
-        usual = ("decoder", "reward", "cont")
-        if others := [key for key, x in config.model.losses.items() if x and key not in usual]:
-            raise ConfigError(
-                f"model.losses.{others[0]} is for dreamer.py: add --model.losses.{others[0]} 0 for"
-                " the pipeline, whose world model learns from tokens, rewards and ends alone"
-            )
         self.encoder, self.stack = encoder.requires_grad_(False), config.pipeline.stack
         try:
             self.dynamics = TokenDynamics(quantizer, act_dim, config, mask)

@@ -206,6 +206,8 @@ def test_a_pickled_state_keeps_what_is_shared():
     assert pickled.freeze(ours) is None
     ours.handle = collections.Counter("ab")  # what could be written, and not be read again
     assert pickled.freeze(ours) is None
+    ours.handle = np.random.Generator(np.random.MT19937(0))  # whose state is not a PCG64's
+    assert pickled.freeze(ours) is None
 
 
 class Harm:
@@ -237,6 +239,16 @@ def test_a_state_reaches_nothing_through_a_module_of_the_package(name):
     module = __name__.encode()
     words = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)])
     refuse_state(words + name.encode() + b"\x93.")  # STACK_GLOBAL, of these two
+
+
+def test_a_state_changes_no_class_and_imports_nothing():
+    name = f"c{__name__}\nDice\n".encode()
+    refuse_state(b"\x80\x04" + name + b"(N}\x8c\x04stepK\x07stb.")  # BUILD of slots
+    assert Dice.step != 7
+    before = set(sys.modules)
+    refuse_state(b"cnumpy.f2py.__main__\ndtype\n.")
+    refuse_state(b"cenvs.dummy_that_is_not_there\nDice\n.")
+    assert set(sys.modules) == before
 
 
 def refuse_state(data):

@@ -158,6 +158,8 @@ def test_runs_of_another_config_are_no_pair(judge, tmp_path, monkeypatch, capsys
     del found["seaquest"]["rssm"]["default"]["0"]["config"]
     with pytest.raises(tools.ConfigError, match="default/0 differ"):
         judge.judged(found)
+    del found["seaquest"]["rssm"]["harmony"]["0"]["config"]
+    assert judge.verdicts(judge.judged(found))[1:] == ["  seaquest: pairs of unknown configs"]
 
 
 def test_pairs_of_different_commits_are_named(judge, tmp_path):
@@ -170,6 +172,15 @@ def test_pairs_of_different_commits_are_named(judge, tmp_path):
     assert lines[1:] == ["  seaquest: pairs of different commits, 0dc9d11, f01d445"]
     found["seaquest"]["rssm"]["default"]["0"]["commits"] = ["f01d445"]
     assert len(judge.verdicts(judge.judged(found))) == 1
+
+
+def test_cost_without_a_decoder_is_measured_without_one(judge):
+    import beside
+
+    for arm in ("barlow", "next_embed"):
+        assert beside.KEYS[arm]["model.losses.decoder"] == 0
+        assert not beside.KEYS[arm]["decoder.probe"]
+    assert beside.KEYS["probe"]["decoder.probe"]
 
 
 def test_the_default_changes_on_three_of_five_games(judge):

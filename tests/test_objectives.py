@@ -339,6 +339,12 @@ def test_former_names_of_weights():
     old["loss_scales"] |= {key: weights[key] for key in ("decoder", "reward", "cont")}
     del old["model"]["barlow"], old["decoder"]["probe"]
     run_config.check_same_run("folder", old, config)
+    of = lambda units, weight=0: tools.load_config(
+        [], {"model.ac_cpc.units": units, "model.losses.ac_cpc": weight}
+    )
+    run_config.check_same_run("folder", of(512).tree(), of(0))  # it sets up nothing
+    with pytest.raises(tools.ConfigError, match=r"model\.ac_cpc\.units 512 -> 0"):
+        run_config.check_same_run("folder", of(512, 1).tree(), of(0, 1))
     with pytest.raises(tools.ConfigError, match=r"model\.losses\.decoder 0\.5 -> 1\.0"):
         run_config.check_same_run("folder", old, tools.load_config([], {}))
 
@@ -436,7 +442,10 @@ REMARKS = [
     ({"decoder.probe": True}, "trained anyway"),
     ({"critic.replay_grad": True}, "critic.replay_loss is 0"),
     ({"dynamics.dyn": 0}, "nothing trains the prior"),
-    ({"optim": "joint", "critic.lr": 1e-2, "actor.agc": 0.3}, "actor.agc, critic.lr do nothing"),
+    (
+        {"optim": "joint", "critic.lr": 1e-2, "actor.agc": 0.3},
+        "without effect are actor.agc, critic.lr,",
+    ),
     ({"dynamics.type": "hrvq", "encoder.norm": "rms"}, "hrvq keeps layer norms"),
 ]
 
@@ -450,6 +459,7 @@ def test_what_a_key_will_not_do_is_one_line():
         assert hint in line and "\n" not in line
     assert read({"model.losses.decoder": 0, "video": False}) == []
     assert read({"optim": "joint"}) == []
+    assert read({"dynamics.dyn": 0, "model.losses.ac_cpc": 1}) == []  # which trains it as well
     assert read({"model.losses.reward": 0, "expl.behavior": "plan2explore"}) == []
 
 

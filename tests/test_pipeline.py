@@ -199,6 +199,25 @@ def test_sigkill(collected, tmp_path):
     assert same(tmp_path / "collect", collected / "collect")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("critic.replay_loss", 0.3, "--critic.replay_loss 0.0"),
+        ("optim", "joint", "--optim separate"),
+        ("replay.write_back", "true", "--replay.write_back false"),
+        ("dynamics.hrvq.memory", "gru", "--dynamics.hrvq.memory interleaved"),
+        ("model.losses.ac_cpc", 1, "--model.losses.ac_cpc 0.0"),
+        ("model.losses.harmony", 1, "--model.losses.harmony 0.0"),
+    ],
+)
+def test_what_only_the_online_agent_can_is_refused_before_anything_is_recorded(
+    key, value, remedy, tmp_path, capsys
+):
+    assert run("all", tmp_path / "a", f"--{key}", value) == 2
+    one_line(capsys, key, remedy)
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_trained_agent_collects(tmp_path, capsys):
     import dreamer
 

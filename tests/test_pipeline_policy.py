@@ -176,22 +176,6 @@ def test_the_continue_head_and_the_dreams_agree_on_the_discount(toy):
     assert traj.disc.unique().tolist() == pytest.approx([0.9])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "remedy"),
-    [
-        ("critic.replay_loss", 0.3, "--critic.replay_loss 0"),
-        ("optim", "joint", "--optim separate"),
-        ("replay.write_back", True, "--replay.write_back false"),
-    ],
-)
-def test_what_only_the_online_agent_can_is_refused_in_one_line(key, value, remedy, toy):
-    settings, model = toy
-    changed = tools.load_config([], settings.flat() | {key: value})
-    with pytest.raises(tools.ConfigError, match=remedy) as error:
-        TokenAgent(model, spaces.Discrete(2), changed)
-    assert key.split(".")[-1] in str(error.value) and "\n" not in str(error.value)
-
-
 def test_without_memory_the_policy_sees_codes_alone(toy):
     settings, model = toy
     changed = tools.load_config([], settings.flat() | {"pipeline.policy.memory": "false"})

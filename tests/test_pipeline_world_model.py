@@ -47,14 +47,6 @@ def batch_of(model, batch=4, length=6, seed=1):
     return tensors(rows, CPU)
 
 
-@pytest.mark.parametrize("name", ["ac_cpc", "barlow", "next_embed", "harmony"])
-def test_objectives_that_the_stages_lack_are_refused_in_one_line(name):
-    """The online agent beside the staged one would have them."""
-    with pytest.raises(tools.ConfigError, match=f"--model.losses.{name} 0") as error:
-        make_model(config(**{f"model.losses.{name}": 1}))
-    assert "\n" not in str(error.value)
-
-
 # ---------------------------------------------------------------- data
 
 
