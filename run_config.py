@@ -4,7 +4,7 @@ continued.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,19 @@ def idle(key: str, config: Mapping[str, Any]) -> bool:
     return group == "model" and config.get(f"model.losses.{rest.partition('.')[0]}") == 0
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], but: Container[str] = ()) -> str:
+    """'key old -> new' of the first three keys of the flat ``before`` that differ; "" if none does.
+
+    but: keys that may. So may settings of an objective that neither gives a weight, and a key that
+    ``before`` lacks, since it is younger.
+    """
+    before = current_names(before)
+    changed = [key for key in before if key not in but and before[key] != now.get(key)]
+    changed = [key for key in changed if not (idle(key, before) and idle(key, now))]
+    shown = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
+    return shown + (", ..." if len(changed) > 3 else "")
+
+
 def check_same_run(
     folder: Path, old: Mapping[str, Any], new: Config, remedy: str | None = None
 ) -> None:
@@ -55,13 +68,5 @@ def check_same_run(
     """
     if remedy is None:
         remedy = f"choose another --logdir, with --resume {folder} to start from its weights"
-    before, now = current_names(flatten(old)), new.flat()
-    # A key that the old config lacks is younger than the run.
-    changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now.get(key)]
-    changed = [key for key in changed if not (idle(key, before) and idle(key, now))]
-    if changed:
-        differing = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
-        raise ConfigError(
-            f"{folder} holds a run with another config"
-            f" ({differing}{', ...' if len(changed) > 3 else ''}): {remedy}"
-        )
+    if changed := differences(flatten(old), new.flat(), CHANGEABLE_KEYS):
+        raise ConfigError(f"{folder} holds a run with another config ({changed}): {remedy}")

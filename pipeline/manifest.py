@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tools
 from hidreamer import checkpoint
 from hidreamer.checkpoint import FolderError
-from run_config import idle
+from run_config import differences
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -41,15 +40,6 @@ def relevant(flat: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]
         if key in prefixes or key.startswith(tuple(prefix + "." for prefix in prefixes)):
             found[key] = value
     return found
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """'key old -> new' of the first three keys of ``before`` that differ; "" if none does."""
-    before = tools.current_names(before)
-    changed = [key for key in before if before[key] != now.get(key)]
-    changed = [key for key in changed if not (idle(key, before) and idle(key, now))]
-    shown = ", ".join(f"{key} {before[key]} -> {now.get(key)}" for key in changed[:3])
-    return shown + (", ..." if len(changed) > 3 else "")
 
 
 def write(

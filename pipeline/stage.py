@@ -26,6 +26,7 @@ from hidreamer.provenance import note_start, provenance
 from pipeline import gate, manifest
 from pipeline.gate import Gate
 from pipeline.manifest import InputError, again
+from run_config import differences
 from run_setup import write_yaml
 from tools import Config
 
@@ -156,7 +157,7 @@ class Runner:
             return None
         for problem in problems:
             self.stage.report(problem)
-        if changed := manifest.differences(state["config"], self.stage.identity(self.config)):
+        if changed := differences(state["config"], self.stage.identity(self.config)):
             raise InputError(
                 f"{self.folder} holds a stage with another config ({changed}): choose another"
                 " --logdir, or move it away"
@@ -263,7 +264,7 @@ def finished(kind: type[Stage], config: Config, root: Path) -> dict[str, Any] | 
     body = manifest.read(folder)
     if body is None:
         return None
-    if changed := manifest.differences(body["config"], kind.identity(config)):
+    if changed := differences(body["config"], kind.identity(config)):
         raise InputError(
             f"{folder} holds a finished stage with another config ({changed}): choose another"
             " --logdir, or move it away"

@@ -16,7 +16,7 @@ import run_config
 import tools
 from hidreamer import evaluation
 from hidreamer.losses import clipped_gain, reinforce_gain
-from pipeline import manifest, policy, training, world_model
+from pipeline import policy, training, world_model
 from pipeline.token_agent import TokenAgent
 from pipeline.token_model import TokenWorldModel, Windows, token_rows
 
@@ -239,10 +239,10 @@ def test_keys_of_the_online_baseline_are_the_stages_where_there_is_one(key, valu
         tools.load_config(["pipeline_debug"], {"pipeline.policy.online": online, **keys})
     )
     before, now = load(True), load(True, **{key: value})
-    assert manifest.differences(before, now).startswith(f"{key} ")
+    assert run_config.differences(before, now).startswith(f"{key} ")
     assert load(False) == load(False, **{key: value})
     del before[key]  # as an older version wrote it: that is shown as it was
-    assert not manifest.differences(before, now)
+    assert not run_config.differences(before, now)
 
 
 def test_a_killed_policy_continues_to_the_same_end(acting, tmp_path, monkeypatch):
