@@ -95,10 +95,11 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
                 f"optim joint: without effect are {', '.join(idle)}, since one optimiser with the"
                 " settings of model trains all parts"
             )
-    if config.dynamics.type == "hrvq" and config.encoder.norm != "layer":
+    tokens = config.dynamics.hrvq
+    if config.dynamics.type == "hrvq" and tokens.memory != "gru" and tokens.cell != "gru":
         found.append(
-            f"encoder.norm {config.encoder.norm}: hrvq keeps layer norms and a plain GRU or"
-            " transformer inside, also under dreamerv3_2024"
+            f"dynamics.hrvq.cell {tokens.cell} does nothing with memory {tokens.memory}, a"
+            " transformer; --dynamics.hrvq.memory gru has a cell"
         )
     if weights.decoder and config.decoder.probe:
         found.append(

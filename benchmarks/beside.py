@@ -46,6 +46,7 @@ KEYS: dict[str, dict[str, float | str]] = {
     "ac_cpc_crop": {**ARMS["ac_cpc"], "model.ac_cpc.augment": "crop"},
     "barlow": {**ARMS["barlow"], "decoder.probe": False},
     "next_embed": {**ARMS["next_embed"], "decoder.probe": False},
+    "no_decoder": {"model.losses.decoder": 0},  # what the objectives without one come on top of
     "bfloat16": {"precision": "bfloat16"},
     "replay_loss": {"critic.replay_loss": 0.3},
     "replay_grad": {"critic.replay_loss": 0.3, "critic.replay_grad": True},

@@ -182,6 +182,7 @@ def test_law_purity(dynamics):
 
 
 GRU = {"memory": "gru", "posterior_sees": "memory"}
+AS_2024 = {"cell": "block_gru", "blocks": 2, "prior_layers": 2, "norm": "rms"}
 VARIANTS = {
     "rssm": ("rssm", {}),
     "hrssm": ("hrssm", {}),
@@ -207,6 +208,10 @@ VARIANTS = {
     "gru, memory seen": ("hrvq", GRU | {"residual": "expected", "copy": True}),
     "gru, innovation": ("hrvq", GRU | {"residual": "innovation", "memory_reads": "coarse"}),
     "copy": ("hrvq", {"copy": True}),
+    "rms": ("hrvq", {"norm": "rms"}),
+    "stacked, rms": ("hrvq", {"memory": "stacked", "norm": "rms"}),
+    "gru, as of 2024": ("hrvq", {"memory": "gru", **AS_2024}),
+    "gru, memory seen, as of 2024": ("hrvq", GRU | AS_2024),
 }
 # All kinds, for the laws of ``observe`` alone.
 KINDS = {kind: (kind, {}) for kind in sorted(TYPES)}
@@ -220,6 +225,7 @@ def variant(request):
 
 
 BLOCKS = {"block_gru": ("rssm", {"cell": "block_gru", "blocks": 2})}
+BLOCKS["gru, as of 2024"] = VARIANTS["gru, as of 2024"]
 
 
 @pytest.mark.parametrize("name", [*KINDS, *BLOCKS])

@@ -446,7 +446,7 @@ REMARKS = [
         {"optim": "joint", "critic.lr": 1e-2, "actor.agc": 0.3},
         "without effect are actor.agc, critic.lr,",
     ),
-    ({"dynamics.type": "hrvq", "encoder.norm": "rms"}, "hrvq keeps layer norms"),
+    ({"dynamics.type": "hrvq", "dynamics.hrvq.cell": "block_gru"}, "cell block_gru does nothing"),
 ]
 
 

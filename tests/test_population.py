@@ -49,8 +49,9 @@ REPLAYED = {"critic.replay_loss": 0.3, "critic.replay_grad": True}
 LAPROP = {"algorithm": "laprop", "agc": 0.3, "clip": 0, "warmup": 3}
 BLOCKS = ("model", "actor", "critic")
 OF_2024 = {f"{block}.{key}": x for block in BLOCKS for key, x in LAPROP.items()}
-NETS = {"cell": "block_gru", "blocks": 2, "prior_layers": 2, "norm": "rms"}
-NETS = {f"dynamics.rssm.{key}": x for key, x in NETS.items()} | {"imag.contdisc": True}
+CELL = {"cell": "block_gru", "blocks": 2, "prior_layers": 2, "norm": "rms"}
+TOKENS = SEES | {f"dynamics.hrvq.{key}": x for key, x in CELL.items()}
+NETS = {f"dynamics.rssm.{key}": x for key, x in CELL.items()} | {"imag.contdisc": True}
 NETS |= {"encoder.norm": "rms", "critic.net.norm": "rms", "critic.net.bins": "symexp"}
 WEIGHTS = {f"model.losses.{name}": 0.5 for name in ("ac_cpc", "barlow", "next_embed", "harmony")}
 WEIGHTS |= {"model.ac_cpc.units": 16, "model.ac_cpc.steps": 3, "model.next_embed.units": 16}
@@ -60,6 +61,7 @@ OTHERS = {
     "agc, laprop, replayed critic": (VECTOR, "discrete", OF_2024 | REPLAYED),
     "the same, joint": (VECTOR, "discrete", OF_2024 | REPLAYED | NETS | {"optim": "joint"}),
     "replayed critic that leaves the model": (VECTOR, "continuous", {"critic.replay_loss": 0.3}),
+    "tokens as of 2024": (VECTOR, "discrete", SAMPLED | TOKENS),
     "every objective": (VECTOR, "discrete", WEIGHTS),
     "no decoder": (GRID, "discrete", WEIGHTS | {"model.losses.decoder": 0, "decoder.probe": True}),
 }

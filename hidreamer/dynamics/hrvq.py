@@ -97,6 +97,8 @@ class HRVQ(Sequences):
             raise ValueError(
                 "dynamics.hrvq.memory_reads is for stacked and gru; interleaved has mask barrier"
             )
+        for key in ("cell", "blocks", "prior_layers"):  # of ``gru``
+            options.pop(key, None)
         moe = {key: options.pop(key) for key in list(options) if key.startswith("moe_")}
         # Levels with a position of their own: all that any row may look at, or that predict one.
         positions = 0 if stacked else read_levels(mask, levels, chain)

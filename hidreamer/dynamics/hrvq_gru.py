@@ -66,11 +66,14 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         posterior: str,
         posterior_sees: str = "frame",
         cell: str = "gru",
+        blocks: int = 8,
+        prior_layers: int = 1,
         norm: str = "layer",
         act: str = "silu",
         **options: Any,
     ):
         names, sees_memory = {"norm": norm, "act": act}, posterior_sees == "memory"
+        core = {"cell": cell, "blocks": blocks, "prior_layers": prior_layers} | names
         if sees_memory and (posterior != "sampled" or options["spatial"]):
             raise ValueError(
                 "dynamics.hrvq.posterior_sees memory is for posterior sampled, without spatial:"
@@ -84,7 +87,7 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
         size = groups * code_dim
         sizes = embed_dim, act_dim, deter, hidden, levels * size, kl_config
         reads = size if memory_reads == "coarse" else 0
-        Recurrent.__init__(self, *sizes, reads=reads, sees_memory=sees_memory, cell=cell, **names)
+        Recurrent.__init__(self, *sizes, reads=reads, sees_memory=sees_memory, **core)
         own = ("residual", "noise", "commitment", "level_weights", "temperature", "codes")
         own = {key: options[key] for key in (*own, "level_dropout", "spatial")}
         own |= {"levels": levels, "groups": groups, "code_dim": code_dim, "chain": chain}

@@ -42,7 +42,7 @@ from hidreamer.dynamics.scan_steps import (
     forward_step,
 )
 from hidreamer.gradients import Tensors
-from hidreamer.nets import Block, GRUCell, SplitBlock, make_core
+from hidreamer.nets import Block, SplitBlock, make_core
 from hidreamer.precision import casts_early, side_by_side
 
 Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
@@ -100,9 +100,7 @@ class Recurrent(Dynamics):
             self.obs_out = Block(deter + embed_dim, hidden, **names)
         self.initial_deter = nn.Parameter(torch.zeros(deter))  # before tanh
 
-        block = self.obs_out if sees_memory else self.img_out
-        parts = (self.img_out, self.cell, block.norm, block.act)
-        known = tuple(map(type, parts)) == (Block, GRUCell, nn.LayerNorm, nn.SiLU)
+        known = (cell, prior_layers, norm, act) == ("gru", 1, "layer", "silu")
         self.has_scan = known and hasattr(self, "post_forward")
 
     def action_weights(self) -> Tensor:
