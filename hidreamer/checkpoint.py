@@ -23,6 +23,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from hidreamer.replay import Rows
+
 FORMAT = 1  # of checkpoints; a reader refuses those with a higher number
 # of a damaged .npz
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -189,9 +191,6 @@ def load_checkpoint(
             found = type(state[name]).__name__
             raise CheckpointError(f"{path} is no checkpoint of such a run: {name!r} is a {found}")
     return state
-
-
-Rows = dict[str, np.ndarray]
 
 
 def find_checkpoint(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rows = dict[str, np.ndarray]
+from hidreamer.replay import Rows
 
 
 class Buffers:
