@@ -80,12 +80,9 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         seeds = members_in(tools.user_path(args.resume))
         hint = f": {several(seeds)}, which --seeds names" if seeds else ""
         raise ConfigError(f"--resume: there is no checkpoint {source}{hint}")
-    home = (
-        source.parent.parent if source is not None and source.parent.name == "checkpoints" else None
-    )
-    # Resuming a run by its folder alone takes the config that it has saved.
-    alone = home is not None and not args.presets and "logdir" not in args.overrides
-    saved = read_config(home) if alone else {}
+    home = None if source is None else home_of(source)
+    # Without presets the config is what the run has saved, also for another run from its weights.
+    saved = read_config(home) if home is not None and not args.presets else {}
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger in SERVICES and importlib.util.find_spec(config.logger) is None:
         extra = config.logger
@@ -104,6 +101,14 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
             f"--resume {source}: a run continues from its latest.pt; to go back, move that away"
         )
     return config, logdir, None if own else source
+
+
+def home_of(source: Path) -> Path | None:
+    """The folder of the run that a checkpoint is one of; None where it lies in no checkpoints/."""
+    folder = source.parent
+    if folder.name != "checkpoints":  # by a relative path from inside
+        folder = Path(os.path.abspath(folder))
+    return folder.parent if folder.name == "checkpoints" else None
 
 
 def read_config(home: Path) -> dict[str, Any]:

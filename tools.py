@@ -124,6 +124,9 @@ def coerce(key: str, value: Any, default: Any, sentence: str) -> Any:
     """
     if value is True and not isinstance(default, bool):
         raise ConfigError(f"--{key} needs a value")
+    if isinstance(default, str) and isinstance(value, list):
+        words = " ".join(map(str, value))
+        raise ConfigError(f"{key} takes one text, not {len(value)}: quote it, '{words}'")
     if isinstance(default, list):
         parts = value if isinstance(value, list) else re.split(r"[,\s]+", str(value).strip("[] "))
         return [coerce(key, part, default[0], sentence) for part in parts]
@@ -161,7 +164,7 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
     type.
     """
     try:
-        blocks = parsed(CONFIGS.read_text())
+        blocks = parsed(CONFIGS.read_text(encoding="utf-8"))
     except (OSError, YAMLError) as error:
         raise ConfigError(f"cannot read {CONFIGS.name}: {str(error).splitlines()[0]}") from None
     help_by_key = sentences()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from analysis import (
     summary,
 )
 from comparison import runs
-from envs import EnvError, make_env
+from envs import EnvError, open_env
 from hidreamer.checkpoint import CheckpointError, writable_folder
 from hidreamer.provenance import provenance
 from tools import ConfigError
@@ -149,11 +150,8 @@ def look(
         }
     if not pictures.drawable(subject):
         return
-    env = make_env(subject.config.task, subject.config.env.tree(), 0)
-    try:
+    with contextlib.closing(open_env(subject.config.task, subject.config.env.tree(), 0)) as env:
         space, names = env.act_space, pictures.action_names(env)
-    finally:
-        env.close()
     made = {
         "decodes": pictures.decodes(scene),
         "resampled": pictures.resampled(scene),

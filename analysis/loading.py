@@ -17,7 +17,7 @@ import networks
 import tools
 from analysis import factors
 from comparison import fairness, runs
-from envs import make_env
+from envs import crashes, env_for_spaces, open_env
 from hidreamer.episodes import stack_rows
 from hidreamer.replay import Rows
 from library import source
@@ -64,12 +64,9 @@ def load(run: runs.Run) -> Subject:
     except ConfigError as error:
         raise ConfigError(f"{where}, it is a run of another version: {error}") from None
     state = source.newest(source.checkpoints_of(run.folder))
-    env = make_env(config.task, config.env.tree(), 0)
-    try:
-        tools.seed_all(config.seed)  # the parameters that training began from
-        agent = models.make_agent(env, config, models.pick_device(config))
-    finally:
-        env.close()
+    env = env_for_spaces(config.task, config.env.tree())
+    tools.seed_all(config.seed)  # the parameters that training began from
+    agent = models.make_agent(env, config, models.pick_device(config))
     untrained = copy.deepcopy(agent.world_model)
     agent.make_optimizers()
     try:
@@ -114,7 +111,7 @@ def differing(subjects: Sequence[Subject]) -> str:
 
 def has_factors(subject: Subject) -> bool:
     """Whether its task has named factors."""
-    env = make_env(subject.config.task, subject.config.env.tree(), SEED)
+    env = open_env(subject.config.task, subject.config.env.tree(), SEED)
     try:
         return factors.reader(env, subject.config.task) is not None
     finally:
@@ -146,14 +143,15 @@ def collect(subjects: Sequence[Subject], count: int, longest: int) -> list[Episo
     first = subjects[0]
     task, out = first.config.task, []
     who = turns(len(subjects), count)
-    env = make_env(task, first.config.env.tree(), SEED)
+    env = open_env(task, first.config.env.tree(), SEED)
     try:
         read = factors.reader(env, task)
         device = next(subjects[0].agent.parameters()).device
         random = torch.Generator(device).manual_seed(SEED)
         for i in range(count):
             subject = subjects[who[i]]
-            rows, values = play(subject.agent, env, read, longest, random)
+            where = f"{task} failed in episode {i + 1} of {count}"
+            rows, values = play(subject.agent, env, read, longest, random, where)
             out.append(Episode(stack_rows(rows), stack_rows(values), subject.name))
     finally:
         env.close()
@@ -166,12 +164,16 @@ def play(
     read: factors.Reader | None,
     longest: int,
     random: torch.Generator,
+    where: str,
 ) -> tuple[list[dict], list[dict]]:
-    """One episode of the agent's sampled policy. -> its rows, the factors at each."""
-    state = agent.initial(1)
-    obs, action = env.reset(), np.zeros(env.act_dim, np.float32)
+    """One episode of the agent's sampled policy. -> its rows, the factors at each. Raises EnvError,
+    which begins with ``where``.
+    """
+    state, action = agent.initial(1), np.zeros(env.act_dim, np.float32)
     rows, values = [], []
     while True:
+        with crashes(where):
+            obs = env.step(action) if rows else env.reset()
         seen = {key: obs[key] for key in (*env.obs_space, "reward", "is_first", "is_terminal")}
         rows.append(seen | {"prev_action": action})
         values.append(read(obs) if read else {})
@@ -181,7 +183,6 @@ def play(
         inputs = agent.tensors({key: np.asarray(obs[key])[None] for key in keys})
         state = agent.act(state, inputs, generator=random)
         action = state.action[0].cpu().numpy()
-        obs = env.step(action)
 
 
 def preprocessed(agent: models.Agent, rows: Rows) -> dict[str, Tensor]:

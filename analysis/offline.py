@@ -29,7 +29,7 @@ import run_config
 import tools
 from analysis import heldout, probes
 from comparison.runs import config_hash
-from envs import EnvError, make_env
+from envs import EnvError, env_for_spaces
 from hidreamer import app, checkpoint
 from hidreamer.checkpoint import READ_ERRORS, CheckpointError
 from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
@@ -70,8 +70,7 @@ def check(files: list[Path], config: Config) -> None:
     """Raises ConfigError where none of the first ``LEAST`` episodes is whole and
     of the config's task.
     """
-    env = make_env(config.task, config.env.tree(), 0)
-    env.close()
+    env = env_for_spaces(config.task, config.env.tree())
     spec, problems = row_spec(env.obs_space, env.act_dim), []
     for path in files[:LEAST]:
         try:
@@ -155,8 +154,7 @@ class Trainer:
         self.config, self.logdir, self.device = config, logdir, device
         self.log = logdir / "metrics.jsonl"
         self.train_files, self.held_files = split(files)
-        env = make_env(config.task, config.env.tree(), 0)
-        env.close()
+        env = env_for_spaces(config.task, config.env.tree())
         self.spec = row_spec(env.obs_space, env.act_dim)
         rng = tools.seed_all(config.seed)["replay"]  # the same for every model of this seed
         self.agent = models.make_agent(env, config, device)
@@ -200,7 +198,7 @@ class Trainer:
         """
         rates = Rates(0, self.update)
         self.logdir.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "a") as log:
+        with open(self.log, "a", encoding="utf-8") as log:
             while self.update < updates and not self.signal:
                 loss = self.step()
                 if self.update % LOG == 0 or self.update == updates:

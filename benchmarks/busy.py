@@ -39,7 +39,7 @@ TIMEOUT = 300  # seconds until the first update
 
 def updating(log: Path) -> list[dict]:
     """The lines of metrics.jsonl with rates, from the first with updates on."""
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
     return [line for line in found if line.get("updates") and "perf/cpu_s" in line]
 

@@ -249,7 +249,7 @@ def table(report: dict[str, Any]) -> str:
 
 def reword(path: Path) -> None:
     """What is said of the figures in ``path`` anew, there and in the table beside it."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     for run in report["runs"]:
         for who in ("trained", "untrained"):
             run[who]["says"] = sentences(run[who])
@@ -259,7 +259,7 @@ def reword(path: Path) -> None:
 
 def save(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1))
+    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     path.with_suffix(".md").write_text(table(report))
 
 

@@ -63,7 +63,7 @@ def wait(pid: int, log: Path) -> None:
     """Raises RuntimeError, with the process's last output, where it did not end well."""
     _, status = os.waitpid(pid, 0)
     if status:
-        last = log.read_text().strip().splitlines()[-3:]
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
         raise RuntimeError(
             f"a run ended with status {os.waitstatus_to_exitcode(status)}: {' / '.join(last)}"
         )
@@ -77,7 +77,9 @@ def kill_once(argv: list[str], log: Path, seconds: float) -> bool:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             if status:
-                raise RuntimeError(f"a continued run ended with {status}: {log.read_text()[-500:]}")
+                raise RuntimeError(
+                    f"a continued run ended with {status}: {log.read_text(encoding='utf-8')[-500:]}"
+                )
             return False
         time.sleep(0.0005)
     os.kill(pid, signal.SIGKILL)

@@ -135,7 +135,7 @@ def in_order(names: Sequence[str], mutant: Mutant | None = None) -> list[str]:
 
 def run_tests(folder: Path, files: list[str]) -> tuple[bool, str]:
     """-> whether all pass, and the first test that does not ("" where pytest itself broke)."""
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         child = (
             os.fork()
         )  # a child starts with torch imported: that alone takes longer than most of the tests

@@ -251,7 +251,7 @@ def judged(world: str, path: Path) -> dict[str, Any]:
     Raises ConfigError where a file is none of this world.
     """
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         if missing := {"commit", "command", "rows"} - report.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if wrong := report["rows"].keys() - {*WORLDS[world].rows, *DREAMS, LAST}:

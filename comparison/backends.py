@@ -194,7 +194,7 @@ class Remote:
         try:
             return self.result()
         except Exception as error:  # whatever a cluster makes of a lost node or a cancelled job
-            with open(self.log, "a") as log:
+            with open(self.log, "a", encoding="utf-8") as log:
                 log.write(f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}\n")
             return 1
 

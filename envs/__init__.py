@@ -4,16 +4,17 @@ envs/base.py).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from envs.base import Env, EnvError, unknown
-from envs.errors import install_line, one_line
+from envs.errors import ActionError, install_line, one_line
 
-__all__ = ["Env", "EnvError", "env_for_spaces", "make_env"]
+__all__ = ["Env", "EnvError", "crashes", "env_for_spaces", "make_env", "open_env"]
 
 SUITES = {
     "atari": "Atari",
@@ -78,20 +79,35 @@ def make_env(
 
 
 def env_for_spaces(task: str, env: Mapping[str, Any], seed: int = 0) -> Env:
-    """An environment as `make_env` builds it, closed at once: for what it observes and how it is
-    acted on.
+    """An environment as `open_env` builds it, closed at once: for what it observes and how it is
+    acted on. Raises EnvError.
+    """
+    built = open_env(task, env, seed)
+    with crashes(f"{task} cannot be closed"):
+        built.close()
+    return built
 
-    Raises EnvError, in one line, for whatever its constructor raises: in a run that is a crash
-    (`envs.vector`), here there is nothing to go on with.
+
+def open_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
+    """An environment as `make_env` builds it. Raises EnvError, in one line, for whatever its
+    constructor raises: in a run that is a crash (`envs.vector`), elsewhere there is nothing to go
+    on with.
+    """
+    with crashes(f"{task} cannot be built"):
+        return make_env(task, env, seed)
+
+
+@contextlib.contextmanager
+def crashes(what: str) -> Iterator[None]:
+    """Raises EnvError, `what` and the cause in one line, for whatever an environment raises inside;
+    a wrong action stays the caller's fault.
     """
     try:
-        built = make_env(task, env, seed)
-        built.close()
-    except EnvError:
+        yield
+    except (EnvError, ActionError):
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(place.filename)}:{place.lineno}"
         cause = one_line(f"{type(error).__name__} {error}")
-        raise EnvError(f"{task} cannot be built: {cause} ({where})") from error
-    return built
+        raise EnvError(f"{what}: {cause} ({where})") from error

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import re
+import sys
 import traceback
 import warnings
 from typing import Any
@@ -305,6 +306,12 @@ def _import(module: str, suite: str) -> None:
         raise EnvError(f"module {module!r} cannot be imported: {cause}") from error
 
 
+def _whence(module: str) -> str:
+    """A module by name and file: it may be another than was meant."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return f"{module!r} ({file or 'a folder without __init__.py'})"
+
+
 def _make(name: str, kwargs: dict[str, Any], suite: str) -> gymnasium.Env:
     module, _, short = name.rpartition(":")
     if module:
@@ -319,7 +326,7 @@ def _make(name: str, kwargs: dict[str, Any], suite: str) -> gymnasium.Env:
             except TypeError:  # a constructor that knows no render_mode
                 return make(name, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
-        hint = f"; {module!r} was imported but did not register it" if module else ""
+        hint = f"; {_whence(module)} was imported but did not register it" if module else ""
         raise EnvError(f"{unknown('Gymnasium id', short, gymnasium.registry)}{hint}") from error
     except TypeError as error:
         given = f" with env.{suite}.kwargs {one_line(kwargs)}" if kwargs else ""

@@ -255,7 +255,7 @@ class Envs:
         if crash.error not in self._logged:
             try:
                 self._error_log.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._error_log, "a") as file:
+                with open(self._error_log, "a", encoding="utf-8") as file:
                     file.write(
                         f"environment {index}, restart {self._replaced[index]}\n{crash.trace}\n"
                     )

@@ -109,7 +109,7 @@ def _launcher(path: Path) -> str:
     game = os.path.join(os.path.dirname(vizdoom.__file__), "vizdoom")
     command = shlex.join([sys.executable, "-IS", "-c", LAUNCH, str(os.getpid()), game])
     # The terminal's Ctrl-C is for us: the game ends with its controller, not before.
-    path.write_text(f"#!/bin/sh\ntrap '' INT\nexec {command} \"$@\"\n")
+    path.write_text(f"#!/bin/sh\ntrap '' INT\nexec {command} \"$@\"\n", encoding="utf-8")
     path.chmod(0o700)
     # a folder for temporary files may be mounted noexec
     return str(path) if os.access(path, os.X_OK) else game
@@ -118,7 +118,7 @@ def _launcher(path: Path) -> str:
 def _mapped(pid: int | str) -> set[str]:
     """Paths of ViZDoom's shared memory that a process uses."""
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
     except OSError:  # it ended meanwhile, or is another user's
         return set()
     prefix = str(SHARED / "ViZDoom")

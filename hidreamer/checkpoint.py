@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import pickle
+import shutil
 import socket
 import struct
 import tempfile
@@ -28,6 +29,8 @@ from hidreamer.replay import Rows
 FORMAT = 1  # of checkpoints; a reader refuses those with a higher number
 # of a damaged .npz
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# of a file system without hard links: exFAT, many network shares
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # of a file that may be whole: what this process lacks to read it
 LACKING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -101,7 +104,12 @@ def replace_file(path: Path, write: Callable[[Path], Any], keep: Path | None = N
         if keep is not None and path.exists():
             link = keep.with_name(keep.name + ".tmp")
             link.unlink(missing_ok=True)
-            os.link(path, link)
+            try:
+                os.link(path, link)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                shutil.copyfile(path, link)
             os.replace(link, keep)
         os.replace(temporary, path)
     finally:
@@ -312,7 +320,7 @@ def lock_file(path: Path) -> TextIO:
     another does.
     """
     while True:
-        file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -145,7 +145,11 @@ def peak_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = (
+        re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if status.exists()
+        else None
+    )
     if found:  # Linux's getrusage would count what the parent held when it started this process
         return int(found[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

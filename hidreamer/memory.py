@@ -109,7 +109,7 @@ def groups(mount: Path, path: str, names: tuple[str, str, str]) -> list[Capacity
 
 def read_or_empty(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""
 

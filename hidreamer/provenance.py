@@ -50,7 +50,7 @@ def script() -> list[str]:
 def provenance() -> dict[str, str]:
     changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     model = next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
         "unknown CPU",

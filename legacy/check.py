@@ -23,7 +23,7 @@ import networks
 import tools
 from hidreamer import app
 from hidreamer import distributions as dists
-from hidreamer.checkpoint import CheckpointError, load_checkpoint
+from hidreamer.checkpoint import READ_ERRORS, CheckpointError, load_checkpoint
 from hidreamer.dynamics.base import kl_losses
 
 BOUND = 1e-4
@@ -32,7 +32,7 @@ NOT_OBSERVED = ("action", "reward", "is_first", "is_last", "is_terminal", "disco
 
 def build(checkpoint: Path, config: Path, batch: dict[str, np.ndarray]) -> models.Agent:
     """The agent of upstream's config with the weights of its checkpoint."""
-    theirs = json.loads(config.read_text())
+    theirs = json.loads(config.read_text(encoding="utf-8"))
     obs = {k: x for k, x in batch.items() if k not in NOT_OBSERVED}
     box = lambda x: (
         spaces.Box(0, 255, x.shape[2:], x.dtype)
@@ -113,15 +113,9 @@ def main(argv: list[str] | None = None) -> int:
             dict(np.load(path, allow_pickle=False)) for path in (args.batch, args.expected)
         )
         ours = outputs(build(args.checkpoint, args.config, batch), batch)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        tools.ConfigError,
-        CheckpointError,
-    ) as error:
-        print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+    except (*READ_ERRORS, RuntimeError, tools.ConfigError, CheckpointError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        print(f"error: {' '.join(reason.split())[:300]}", file=sys.stderr)
         return 2
     worst = 0.0
     for name, theirs in sorted(expected.items()):

@@ -151,7 +151,7 @@ class LoadedAgent:
     def real_env(self, seed: int | None = None) -> envs.Env:
         """The real environment as training sees it: flags in the observation, action vectors."""
         number = self.config.seed if seed is None else whole("seed", seed, 0)
-        return envs.make_env(self.config.task, self.config.env.tree(), number)
+        return envs.open_env(self.config.task, self.config.env.tree(), number)
 
     def _agent_steps(self, frames: int) -> int:
         """After how many agent steps an episode of a limit in frames is cut."""
@@ -207,17 +207,17 @@ class LoadedAgent:
         env = self.real_env(seed)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(int(seed))
         policy = self.make_policy(greedy=greedy, generator=generator)
-        rows, obs, action = [], env.reset(), np.zeros(self.act_dim, np.float32)
+        rows, action = [], np.zeros(self.act_dim, np.float32)
         try:
             while True:
-                rows.append(
-                    {key: np.asarray(x) for key, x in obs.items()} | {"prev_action": action}
-                )
+                with envs.crashes(f"{self.config.task} failed"):
+                    obs = env.step(action) if rows else env.reset()
+                row = {key: np.asarray(x) for key, x in obs.items()}
+                rows.append(row | {"prev_action": action})
                 if obs["is_last"] or len(rows) > limit:
                     break
                 policy.see(obs, reset=bool(obs["is_first"]))
                 action = policy.act()
-                obs = env.step(action)
         finally:
             env.close()
         return stack_rows(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from library import source
 from library.source import FORMAT, HUB, SPACES, WEIGHTS, Source
 from tools import ConfigError, dump_yaml
 
+PARTIAL = ".export-"  # of a folder with the files of an export that is being written
 CARD = """\
 ---
 license: mit
@@ -81,25 +83,35 @@ def export(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     if out.exists() and not out.is_dir():
         raise FolderError(f"{out} is a file: name a folder for the export")
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ConfigError("export needs the package safetensors: pip install safetensors") from None
-    others = [] if not out.exists() else sorted(path.name for path in out.iterdir())
-    if others and WEIGHTS not in others:
+    there = [] if not out.exists() else sorted(path.name for path in out.iterdir())
+    others = [name for name in there if not name.startswith(PARTIAL)]
+    if others and not source.is_export(out / WEIGHTS):
         raise FolderError(f"{out} holds {others[0]} and is no export: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
     # clones: safetensors refuses parameters that share memory
     params = {name: x.detach().cpu().contiguous().clone() for name, x in found.params.items()}
     metadata = {"format": FORMAT, "facts": json.dumps(found.facts, sort_keys=True)}
     for name, space in zip(SPACES, (found.obs_space, found.action_space), strict=True):
         metadata[name] = json.dumps(source.encode_space(space))
-    metadata["sha256"] = source.digest(params, metadata)
     tree = found.config.tree()
     tree["logdir"] = ""  # a path of this machine
-    write = functools.partial(Path.write_text, encoding="utf-8")
-    replace_file(out / "config.yaml", functools.partial(write, data=dump_yaml(tree)))
-    replace_file(out / "README.md", functools.partial(write, data=card(found)))
-    replace_file(out / WEIGHTS, lambda path: save_file(params, path, metadata))
+    texts = {"config.yaml": dump_yaml(tree), "README.md": card(found)}
+    metadata["config"] = source.text_digest(texts["config.yaml"])
+    metadata["sha256"] = source.digest(params, metadata)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out) as folder:  # a full disk changes none
+        for name, text in texts.items():
+            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+            replace_file(Path(folder) / name, write)
+        try:
+            replace_file(Path(folder) / WEIGHTS, lambda path: save_file(params, path, metadata))
+        except SafetensorError as error:
+            raise OSError(f"{out} cannot be written: {one_line(error)}") from None
+        for name in (*texts, WEIGHTS):
+            os.replace(Path(folder) / name, out / name)
     return out
 
 

@@ -60,7 +60,7 @@ def read(where: str | os.PathLike) -> Source:
     if (path / WEIGHTS).exists():
         return read_export(path)
     if path.is_file() and path.suffix == ".pt":
-        return read_run(path.parent.parent, [path])
+        return read_run(Path(os.path.abspath(path)).parent.parent, [path])
     if problem := app.missing(path):
         raise FolderError(problem)
     checkpoints = checkpoints_of(path)
@@ -186,6 +186,21 @@ def digest(params: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return found.hexdigest()
 
 
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file holds weights that ``hidreamer.export`` wrote, of whatever format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("format")).startswith("hidreamer ")
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return False
+
+
 def read_export(folder: Path) -> Source:
     """The folder that ``hidreamer.export`` wrote. Raises CheckpointError where its weights are
     missing, damaged or not an export, ConfigError for its config.
@@ -217,6 +232,12 @@ def read_export(folder: Path) -> Source:
     expected = metadata.pop("sha256", "")
     if digest(params, metadata) != expected:
         raise CheckpointError(f"{path} is damaged: its contents are not what was exported")
+    text = (folder / "config.yaml").read_text(encoding="utf-8")  # with \n as the end of lines
+    if text_digest(text) != metadata.get("config", text_digest(text)):  # older exports have none
+        raise CheckpointError(
+            f"{folder / 'config.yaml'} is not the one that was exported with {WEIGHTS}: put it"
+            " back, or export the run again"
+        )
     try:
         facts = json.loads(metadata["facts"])
         obs_space, action_space = (decode_space(json.loads(metadata[name])) for name in SPACES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ import run_config
 import tools
 from envs import make_env
 from envs.base import Env
+from hidreamer import checkpoint
 from hidreamer.checkpoint import CheckpointError
 from hidreamer.episodes import save_episode
 from hidreamer.spaces import random_action
@@ -35,6 +37,7 @@ from pipeline.manifest import InputError, again
 from pipeline.stage import Stage
 from tools import Config, ConfigError
 
+EPISODE = re.compile(r"(\d{7})-00-\d+\.npz(\.tmp)?")  # its number; half a file is one too
 NOTE = (
     "Returns are of episodes as far as they were recorded: env.time_limit cuts them, and the last"
     " one of each game ends with the steps asked for. No measure of a policy."
@@ -87,6 +90,7 @@ class Collect(Stage):
         if block.to_minari:
             from pipeline import minari
 
+            minari.package()
             minari.refuse_existing(tools.user_path(block.to_minari), self.games)
         self.per_game, self.total = block.steps, block.steps * len(self.games)
         self.names: list[list[str]] = [[] for _ in self.games]  # of the episodes' files
@@ -103,6 +107,11 @@ class Collect(Stage):
             self.policy = Policy(tools.user_path(block.agent), config, self.games, device)
         self.writer = ThreadPoolExecutor(1)  # compressing leaves the interpreter to the emulator
         self.pending: list[Future] = []
+
+    def refuse_used(self) -> None:
+        super().refuse_used()
+        for game in self.games:
+            checkpoint.refuse_used_folder(data.folder(self.root, game).parent)
 
     # ------------------------------------------------------------ one episode
 
@@ -167,7 +176,8 @@ class Collect(Stage):
         self.seconds = state["seconds"]
         for game, names in zip(self.games, self.names, strict=True):
             for path in data.folder(self.root, game).glob("*.npz*"):
-                if path.name not in names:  # of after the checkpoint: it is played again
+                number = EPISODE.fullmatch(path.name)
+                if number and int(number[1]) >= len(names):  # of after the checkpoint: played again
                     path.unlink()
 
     def _check_agent(self, before: Mapping[str, Any] | None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from envs import make_env
 from hidreamer.episodes import EpisodeError, load_episode, named_rows
 from hidreamer.replay import Spec, row_spec
+from pipeline import manifest
 from pipeline.manifest import InputError
 from tools import Config
 
@@ -115,8 +116,13 @@ def folder(root: Path, game: str) -> Path:
 def load(root: Path, config: Config, game: str) -> Recording:
     """What ``collect`` recorded of a game. Raises InputError."""
     here, spec = folder(root, game), space(config, game).spec
+    stage = root / "collect"
+    outputs = (manifest.read(stage) or {"outputs": {}})["outputs"]
+    own = {path for path in map(stage.joinpath, outputs) if path.parent == here}
+    if strangers := sorted(set(here.glob("*.npz")) - own):
+        raise InputError(f"{strangers[0]} is none of the recorded episodes: move it away")
     episodes = []
-    for path in sorted(here.glob("*.npz")):
+    for path in sorted(own):
         try:
             episodes.append(load_episode(path, spec, named_rows(path)))
         except EpisodeError as error:

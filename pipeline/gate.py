@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -103,13 +104,14 @@ class Gate:
             "gate.md": markdown(self.tree()),
         }
         for name, text in texts.items():
-            checkpoint.replace_file(folder / name, lambda path, text=text: path.write_text(text))
+            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+            checkpoint.replace_file(folder / name, write)
         return [folder / name for name in texts]
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The ``Gate.tree`` of a finished stage."""
-    return json.loads((folder / "gate.json").read_text())
+    return json.loads((folder / "gate.json").read_text("utf-8"))
 
 
 def finite(x: float) -> float | None:

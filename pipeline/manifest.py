@@ -51,14 +51,16 @@ def write(
     identity = [body["stage"], body["config"], body["inputs"], hashes]
     body["digest"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     text = json.dumps(body, indent=1) + "\n"
-    checkpoint.replace_file(folder / NAME, functools.partial(Path.write_text, data=text))
+    checkpoint.replace_file(
+        folder / NAME, functools.partial(Path.write_text, data=text, encoding="utf-8")
+    )
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest in ``folder``; None where there is none. Raises InputError for a damaged one."""
     path = folder / NAME
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_text("utf-8"))
         missing = [name for name in FIELDS if name not in body]
         wrong = [name for name in FIELDS if name not in missing]
         wrong = [name for name in wrong if not isinstance(body[name], FIELDS[name])]

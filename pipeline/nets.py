@@ -111,7 +111,7 @@ class DINOv2(nn.Module):
                 " facebook/dinov2-small"
             )
         try:
-            settings = json.loads((folder / "config.json").read_text())
+            settings = json.loads((folder / "config.json").read_text("utf-8"))
             load = load_timm if "architecture" in settings else load_transformers
             model, self.dim = load(folder)
         except ImportError as error:
@@ -155,7 +155,7 @@ def load_timm(folder: Path) -> tuple[nn.Module, int]:
     """
     import timm
 
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     name = config["architecture"]
     if "dinov2" not in str(name):
         raise ValueError(f"its architecture is {name!r}")

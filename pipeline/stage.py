@@ -88,6 +88,10 @@ class Stage:
         """What the manifest says of this stage alone: plain values by name."""
         return {}
 
+    def refuse_used(self) -> None:
+        """Raises FolderError where there is no checkpoint but something that would be replaced."""
+        checkpoint.refuse_used_folder(self.folder)
+
     def close(self) -> None:
         """Release what ``__init__`` took."""
 
@@ -153,7 +157,7 @@ class Runner:
         folder = self.folder / "checkpoints"
         state, _, problems = checkpoint.find_checkpoint(folder, FIELDS)
         if state is None:
-            checkpoint.refuse_used_folder(self.folder)
+            self.stage.refuse_used()
             return None
         for problem in problems:
             self.stage.report(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import cv2
 import imageio.v3 as iio
 import numpy as np
 
+from envs.errors import one_line
 from play.session import Session, View
 
 SIDE, GAP, LINE = 192, 8, 22  # pixels: of a picture, between them, of a line of text
@@ -78,14 +80,27 @@ class Movie:
         self.file: Any = iio.imopen(self.temporary, "w", plugin="pyav")
         self.file.init_video_stream("libx264", fps=fps)
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises OSError for what the codec raises, an EOFError among others on a full disk."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(one_line(error) or type(error).__name__) from error
+
     def add(self, frame: np.ndarray) -> None:
-        self.file.write_frame(frame)
+        """Raises OSError."""
+        with self._writing():
+            self.file.write_frame(frame)
         self.frames += 1
 
     def close(self) -> None:
-        """Raises what the codec raises, with the unfinished file removed."""
+        """Raises OSError, with the unfinished file removed."""
         try:
-            self.file.close()
+            with self._writing():
+                self.file.close()
             if self.frames:
                 os.replace(self.temporary, self.path)
         finally:
@@ -117,7 +132,7 @@ class Film(NamedTuple):
 
 
 def record(session: Session, path: Path, frames: int) -> Film:
-    """A session without a page, a step a frame. Raises OSError."""
+    """A session without a page, a step a frame. Raises OSError, with nothing left behind."""
     movie, returns, rewards = Movie(path), [], 0.0
     try:
         for frame in range(frames):
@@ -129,6 +144,11 @@ def record(session: Session, path: Path, frames: int) -> Film:
                     rewards += now.reward
                     returns += [now.total] if now.over else []
             movie.add(compose(session.view(), session.now.action, session.hand))
-    finally:
+    except OSError:  # of the disk; what was played until something else stopped it is kept
+        movie.discard()
+        raise
+    except BaseException:
         movie.close()
+        raise
+    movie.close()
     return Film(frames, returns, rewards)

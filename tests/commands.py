@@ -16,7 +16,7 @@ RECORDED = 400  # of random play, which trains nothing
 
 def blocks(path: Path, *languages: str) -> list[tuple[str, str]]:
     """(language, text) of the fenced blocks of a page, in order."""
-    found = BLOCK.findall(path.read_text())
+    found = BLOCK.findall(path.read_text(encoding="utf-8"))
     return [(kind, text) for kind, text in found if kind in languages]
 
 

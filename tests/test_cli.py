@@ -216,6 +216,7 @@ WRONG = {
     "unknown scenario": (["--task", "vizdoom_basik"], "basic"),
     "unknown id": (["--task", "gym_CartPol-v1"], "CartPole"),
     "wrong type": (["--steps", "soon"], "whole number"),
+    "two words": (["--task", "my", "game"], "task takes one text, not 2: quote it, 'my game'"),
     "wrong choice": (["--dynamics.type", "rsm"], "rssm"),
     "no value": (["--steps"], "needs a value"),
     "stray word": (["train"], "unexpected"),
@@ -421,7 +422,7 @@ def test_starting_from_another_run(tmp_path, capsys):
     assert "continuing" in capsys.readouterr().out
 
 
-def test_resuming_a_run_by_its_folder(tmp_path, capsys):
+def test_resuming_a_run_by_its_folder(tmp_path, capsys, monkeypatch):
     args = ["--task", "dummy_vector", *QUICK]
     assert run(tmp_path / "a", *args) == 0
     args[args.index("--steps") + 1] = "90"
@@ -434,6 +435,15 @@ def test_resuming_a_run_by_its_folder(tmp_path, capsys):
     assert dreamer.main(["--resume", str(moved)]) == 0
     assert dreamer.main(["--resume", str(moved), "--steps", "120"]) == 0
     assert step(moved) >= 120 and not (tmp_path / "a").exists()
+    # By a path from inside; and without presets a run from its weights has its config.
+    monkeypatch.chdir(moved / "checkpoints")
+    for path in ("latest.pt", ".", "../checkpoints/latest.pt"):
+        config, logdir, source = dreamer.prepare(dreamer.tools.parse(["--resume", path]))
+        assert logdir.resolve() == moved and source is None
+    other = ["--resume", str(moved), "--logdir", str(tmp_path / "other"), "--actor.lr", "1e-3"]
+    new, logdir, source = dreamer.prepare(dreamer.tools.parse(other))
+    assert new.flat() == config.flat() | {"actor.lr": 1e-3, "logdir": str(tmp_path / "other")}
+    assert logdir == tmp_path / "other" and source == moved / "checkpoints" / "latest.pt"
     (moved / "config.yaml").unlink()
     capsys.readouterr()
     assert dreamer.main(["--resume", str(moved)]) == 2

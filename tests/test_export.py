@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from ruamel.yaml import YAML
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from small_runs import short
 
@@ -111,6 +111,38 @@ def test_a_folder_of_somebody_else_is_left_alone(trained, tmp_path):
     with pytest.raises(FolderError, match=r"thesis\.tex and is no export"):
         hidreamer.export(trained("hrvq", "vector"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").unlink()
+    save_file({"x": torch.zeros(2)}, tmp_path / source.WEIGHTS, {"format": "pt"})  # another model's
+    before = (tmp_path / source.WEIGHTS).read_bytes()
+    with pytest.raises(FolderError, match="and is no export"):
+        hidreamer.export(trained("hrvq", "vector"), tmp_path)
+    assert (tmp_path / source.WEIGHTS).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_export_that_fails_leaves_the_one_before_and_can_be_repeated(
+    trained, copy, tmp_path, monkeypatch
+):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    for folder in (copy, tmp_path / "new"):
+        with pytest.raises(OSError, match="cannot be written: No space"):
+            hidreamer.export(trained("rssm", "image"), folder)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    monkeypatch.undo()
+    hidreamer.export(trained("rssm", "image"), tmp_path / "new")
+    assert hidreamer.load(tmp_path / "new").config.dynamics.type == "rssm"
+
+
+def test_a_config_of_another_run_is_refused(copy, exported):
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_bytes(text.replace("\n", "\r\n").encode())
+    hidreamer.load(copy)  # ends of lines are no difference
+    (copy / "config.yaml").write_text(text.replace("seed: ", "seed: 1"))
+    assert "not the one that was exported" in refused(copy)
 
 
 @pytest.mark.parametrize(

@@ -340,9 +340,9 @@ CONFIGS = {
 def test_a_config_edited_by_hand_is_one_line(kind, tiny, capsys):
     change, hint = CONFIGS[kind]
     path = tiny / "config.yaml"
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         tree = YAML(typ="safe").load(file)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         YAML().dump(change(tree), file)
     assert dreamer.main(["--resume", str(tiny)]) == 2
     one_line(capsys, str(path), hint, "--configs")

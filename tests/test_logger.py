@@ -89,7 +89,7 @@ def test_readers_skip_null_and_the_nan_of_older_logs(tmp_path):
 def test_a_full_disk_under_metrics_is_an_error_and_all_is_closed(tmp_path):
     log = Logger(tmp_path, 0, 0)
     log.file.close()
-    log.file = open("/dev/full", "w")  # noqa: SIM115
+    log.file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
     log.scalars(1, {"x": 1.0})
     with pytest.raises(OSError, match="No space"):
         log.flush()

@@ -511,6 +511,11 @@ def test_an_objective_of_ones_own_is_learned_and_saved(extended, tmp_path, capsy
     assert re.search(r"fresh +world_model\.inverse", capsys.readouterr().out)
     assert run(tmp_path / "refused", "--model.losses.inverse", -1) == 2
     one_line(capsys, "model.losses.inverse", "at least 0")
+    # A process without the script that adds it does not train on in silence.
+    del objectives.OBJECTIVES["inverse"]
+    for name in ("with", "new"):
+        assert run(tmp_path / name, "--model.losses.inverse", 0.1, "--steps", 80) == 2
+        one_line(capsys, "model.losses.inverse is 0.1", "docs/objectives.md")
 
 
 class SmallEmbedding:

@@ -581,7 +581,7 @@ def test_agents_of_the_same_episodes(recorded, tmp_path, monkeypatch, capsys):
         argv = ["offline_agents.py", "tiny", "--episodes", str(recorded), "--out", out, *words]
         monkeypatch.setattr(sys, "argv", argv)
         assert offline_agents.main() == 0
-        return json.loads(Path(out).read_text())["rows"]
+        return json.loads(Path(out).read_text(encoding="utf-8"))["rows"]
 
     found = run("often")
     assert found.keys() == rows.keys()

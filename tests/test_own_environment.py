@@ -15,9 +15,11 @@ from test_envs import build, one_hot, play
 
 import dreamer
 import forked
+import tools
 from conftest import ROOT
-from envs import EnvError
+from envs import EnvError, crashes, open_env
 from envs.base import RESERVED, picture
+from envs.errors import ActionError
 
 PAGE = (ROOT / "docs" / "own_environment.md").read_text()
 CATCH, LETTERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -404,3 +406,19 @@ def test_a_render_that_fails_is_one_line(error, module):
     expected = rf"Own-v0 cannot be drawn: {type(error).__name__}.*; --video false does without$"
     with pytest.raises(EnvError, match=expected):
         env.render()
+
+
+def test_what_an_environment_raises_is_one_line_where_it_is_not_restarted(module):
+    """In the library and the analysis there is nothing to go on with (in a run: `envs.vector`)."""
+    fails = "def reset(self, *, seed=None, options=None): raise RuntimeError('simulator lost')"
+    name = f"gym_{module(own(fails))}:Own-v0"
+    env = open_env(name, tools.load_config([], {"task": name}).env.tree(), 0)
+    lost = pytest.raises(EnvError, match=r"x failed: RuntimeError simulator lost")
+    with lost as caught, crashes("x failed"):
+        env.reset()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ActionError), crashes("x"):
+        raise ActionError("the caller's")
+    broken = f"gym_{module(own('def __init__(self): raise RuntimeError(chr(10))'))}:Own-v0"
+    with pytest.raises(EnvError, match="cannot be built: RuntimeError"):
+        open_env(broken, tools.load_config([], {"task": broken}).env.tree(), 0)

@@ -170,6 +170,35 @@ def test_a_killed_collect_continues_to_the_same_end(collected, tmp_path, monkeyp
     assert same(tmp_path / "collect", collected / "collect")
 
 
+def test_files_that_collect_did_not_write_are_neither_deleted_nor_used(
+    collected, tmp_path, monkeypatch, capsys
+):
+    """Nobody's play counts as the recording, which the manifests of later stages vouch for."""
+    run_killed(monkeypatch, "collect", tmp_path, 3)
+    mine = tmp_path / "collect/pong/train_eps/my_own_play.npz"
+    first = sorted(mine.parent.glob("*.npz"))[0]
+    mine.write_bytes(first.read_bytes())
+    assert run("collect", tmp_path) == 0
+    assert mine.read_bytes() == first.read_bytes()
+    with pytest.raises(manifest.InputError, match=r"my_own_play\.npz is none of the recorded"):
+        data.load(tmp_path, tools.load_config(["pipeline_debug"], {}), "pong")
+    folder = tmp_path / "new/collect/pong/train_eps"
+    folder.mkdir(parents=True)
+    (folder / first.name).write_bytes(b"mine")
+    capsys.readouterr()
+    assert run("collect", tmp_path / "new") == 2
+    one_line(capsys, "1 episode in train_eps", "move them away")
+    assert (folder / first.name).read_bytes() == b"mine"
+
+
+def test_a_missing_minari_is_told_before_anything_is_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    words = ("--pipeline.collect.to_minari", str(tmp_path / "sets"))
+    assert run("collect", tmp_path / "run", *words) == 2
+    one_line(capsys, "minari")
+    assert not list((tmp_path / "run").glob("collect/*"))
+
+
 @pytest.mark.parametrize("how", ["damaged", "gone"])
 def test_a_stage_goes_on_from_its_checkpoint_before(how, collected, tmp_path, monkeypatch, capsys):
     run_killed(monkeypatch, "collect", tmp_path, 5, "--checkpoint_every", "1")

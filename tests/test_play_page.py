@@ -25,7 +25,7 @@ from websockets.sync.client import connect
 import forked
 import hidreamer
 from conftest import ROOT
-from play.movie import Movie
+from play.movie import Movie, record
 from play.server import Player
 from play.session import Level, Session
 
@@ -229,6 +229,18 @@ def test_a_recording_that_failed_leaves_nothing(player, tmp_path, monkeypatch):
     monkeypatch.setattr(movie.file, "close", full)
     with pytest.raises(OSError, match="No space"):
         movie.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_a_codec_raises_is_a_file_that_cannot_be_written(player, tmp_path, monkeypatch):
+    """PyAV raises EOFError, which is no OSError, on a full disk."""
+
+    def full(self, frame):
+        raise EOFError("End of file: 'avcodec_send_frame()'")
+
+    monkeypatch.setattr("imageio.plugins.pyav.PyAVPlugin.write_frame", full)
+    with pytest.raises(OSError, match="End of file"):
+        record(player.session, tmp_path / "a.mp4", 3)
     assert not list(tmp_path.iterdir())
 
 

@@ -44,7 +44,7 @@ def write_run(folder, returns, model, seed, task="dummy_vector", steps=1000, **o
     (folder / "starts.jsonl").write_text(
         json.dumps({"model": model, "commit": "abc", "hardware": "a machine"}) + "\n"
     )
-    with open(folder / "metrics.jsonl", "w") as file:
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for i, value in enumerate(returns, 1):
             record = {"step": i * steps // len(returns), "train_return": float(value)}
             file.write(json.dumps(record) + "\n")

@@ -1,6 +1,7 @@
 """A run that was killed goes on exactly as one that was not: the same metrics, bit for bit."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -310,3 +311,18 @@ def test_writes_are_atomic(tmp_path):
         checkpoint.replace_file(path, crash)
     assert checkpoint.load_checkpoint(path)["x"].tolist() == [0, 1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_the_checkpoint_before_is_kept_where_there_are_no_hard_links(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "latest.pt"
+    for size in (3, 4, 5):
+        checkpoint.save_checkpoint(path, {"x": np.arange(size)})
+    sizes = {
+        name: len(checkpoint.load_checkpoint(tmp_path / name)["x"]) for name in os.listdir(tmp_path)
+    }
+    assert sizes == {"latest.pt": 5, "previous.pt": 4}

@@ -230,11 +230,11 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, capsys):
     write_run(run, [1, 2, 3], MODELS[0], 0)
     (before,) = find([run])
     for line in ("[]", "3", '{"x": 1}', '{"step": "a"}', '{"step": 1e999}', 9999 * "["):
-        with open(run / "metrics.jsonl", "a") as file:
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
-    with open(run / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(f'{{"step": {before.step}, "train_return": "much", "kl_0": {{"a": 1}}}}\n')
-    with open(run / "starts.jsonl", "a") as file:
+    with open(run / "starts.jsonl", "a", encoding="utf-8") as file:
         file.write('[]\n{"commit": 7}\n')
     (after,) = find([run])
     assert (after.step, after.complete, after.name) == (before.step, before.complete, before.name)
@@ -401,7 +401,7 @@ def test_runs_with_different_clocks_are_not_compared_by_seconds(tmp_path):
 
 
 def started(folder, **facts):
-    with open(folder / "starts.jsonl", "a") as file:
+    with open(folder / "starts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(facts) + "\n")
 
 

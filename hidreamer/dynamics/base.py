@@ -283,8 +283,9 @@ class Dynamics(nn.Module):
         return params
 
     def compile_steps(self) -> None:
-        """Compile what runs once per step: small pieces take seconds, an unrolled loop minutes."""
-        raise NotImplementedError
+        """Compile what runs once per step: small pieces take seconds, an unrolled loop minutes.
+        Nothing, if a latent state does not say what.
+        """
 
     def imagine(
         self,
