@@ -16,14 +16,15 @@ seed recorded, judged on those held out, as run_comparison.py --paired-offline d
 LOGDIR/offline.
 
 --from: what --out wrote of runs that lie elsewhere, or no longer anywhere, is reported beside those
-in LOGDIR; of a run that is in several places, the one that got furthest. A line under the verdicts
-names pairs whose runs are of different commits.
+in LOGDIR; of a run that is in several places, the first one that is evaluated, else the one that
+got furthest. A line under the verdicts names pairs whose runs are of different commits.
 
 Returns are those of an evaluation at the end: at 30,000 frames an episode of Freeway has ended once
 in each environment. They are compared by seed with the default's, where both runs are finished. An
 arm wins a game where the 95% interval of its mean difference is above 0, and loses it where it is
 below: an arm without any effect is ahead in half of the games. It can become the default where it
-wins three of five games and loses none; intervals are not corrected for the number of arms. "random
+wins three of five games and loses none, once every game has an interval; intervals are not
+corrected for the number of arms. "random
 play" is what a run's episodes returned before it trained. "passes 4" is the first thousand frames
 in which training episodes of Breakout return more than 4 on average.
 """
@@ -32,8 +33,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,10 @@ import tools
 from analysis import heldout, offline
 from analysis.summary import over_seeds
 from comparison import summary, words
-from comparison.runs import config_hash, finished, read
+from comparison.options import HOUSEKEEPING
+from comparison.runs import config_hash, finished, read, with_defaults
 from hidreamer.provenance import provenance
+from run_config import differences, idle
 from tools import ConfigError
 
 GAMES = ("breakout", "freeway", "asterix", "seaquest", "space_invaders")
@@ -56,6 +61,7 @@ BAR, WIDTH = 4.0, 1000  # mean return that is to be passed on Breakout, in so ma
 EVALUATION = 20  # episodes
 STATES = {kind: ["--dynamics.type", kind] for kind in ("rssm", "hrssm", "hrvq")}
 STATES |= {x: [*STATES["hrvq"], "--dynamics.hrvq.memory", x] for x in ("stacked", "gru")}
+NOT_SHARED = set().union(*ARMS.values()) | HOUSEKEEPING | {"seed"}  # keys that pairs may differ in
 NEEDED = 3  # games, of all, on which an arm is to win before it becomes the default
 
 
@@ -114,6 +120,11 @@ def evaluated(returns: np.ndarray, steps: int) -> float | None:
     return float(late[0]) if len(late) else None
 
 
+def objective(key: str) -> bool:
+    """Whether a key is a setting of an objective, and so an arm's own."""
+    return key.startswith(tuple(f"model.{name}." for name in ("ac_cpc", "barlow", "next_embed")))
+
+
 def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
     """Of one run so far: frames, its curve, what it returns at the end (null before), when it
     passed.
@@ -123,10 +134,13 @@ def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:
     points = curve(folder, min(steps, run.step), WIDTH) if len(ended) else []
     last = returns_in(ended, steps - 5000, steps) if done else np.zeros(0)
     passed = [step for step, mean in points if mean > BAR] if game == "breakout" else []
-    own, at_random = set().union(*ARMS.values()), summary.random_returns(run)
+    at_random = summary.random_returns(run)
     return {
         "frames": run.step,
-        "config": config_hash({key: x for key, x in run.config.items() if key not in own}),
+        "config": {k: x for k, x in run.config.items() if k not in NOT_SHARED and not objective(k)},
+        "settings": {
+            k: x for k, x in run.config.items() if objective(k) and not idle(k, run.config)
+        },
         "evaluation": evaluated(run.get("eval_return"), steps),
         "random": round(float(at_random.mean()), 3) if len(at_random) else None,
         "last_5000": round(float(last.mean()), 3) if len(last) else None,
@@ -148,28 +162,60 @@ def report(logdir: Path, steps: int) -> dict[str, Any]:
 
 
 def merged(found: dict[str, Any], other: dict[str, Any]) -> None:
-    """Add the runs of another report to ``found``; of the same run the one of more frames stays."""
+    """Add the runs of another report to ``found``, where they are neither evaluated nor further."""
+    rank = lambda run: math.inf if run["evaluation"] is not None else run["frames"]
     for game, by_state in other.items():
         for dynamics, arms in by_state.items():
             for arm, runs in arms.items():
                 own = found.setdefault(game, {}).setdefault(dynamics, {}).setdefault(arm, {})
                 for seed, run in runs.items():
-                    if seed not in own or own[seed]["frames"] < run["frames"]:
+                    if seed not in own or rank(own[seed]) < rank(run):
                         own[seed] = run
 
 
 def earlier(path: Path, steps: int) -> dict[str, Any]:
-    """``report`` as --out wrote it. Raises ConfigError."""
+    """``report`` as --out wrote it; a run whose config is not in the file has None for it. Raises
+    ConfigError.
+    """
     try:
-        body = json.loads(path.expanduser().read_text())
-        runs, of = body["runs"], body["steps"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        body = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        runs, of, configs = body["runs"], body["steps"], body.get("configs", {})
+        for run in every(runs):
+            run["config"] = configs.get(run.get("config"))
+            assert isinstance(run["frames"], int) and "evaluation" in run, "a run lacks its figures"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ConfigError(
             f"--from {path} is no file that --out of this program wrote ({error})"
         ) from None
     if of != steps:
         raise ConfigError(f"--from {path} is of {of} frames: give --steps {of}")
     return runs
+
+
+def every(runs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The figures of all runs of ``report``."""
+    for by_state in runs.values():
+        for arms in by_state.values():
+            for by_seed in arms.values():
+                yield from by_seed.values()
+
+
+def packed(runs: dict[str, Any]) -> dict[str, Any]:
+    """{name: config} of all runs, which keep the name alone."""
+    configs = {}
+    for run in every(runs):
+        if run["config"] is not None:
+            name = config_hash(run["config"])
+            configs[name], run["config"] = run["config"], name
+    return configs
+
+
+def same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two configs are one, or neither is known. A key that one of them lacks is younger."""
+    if one is None or other is None:
+        return one is other
+    one, other = with_defaults(one), with_defaults(other)
+    return not differences(one, other, [key for key in one if objective(key)])
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -187,19 +233,27 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
                 pairs, commits = {}, set()
                 for seed in runs.keys() & base.keys():
                     run, other = runs[seed], base[seed]
-                    if run.get("config") != other.get("config"):
+                    if not same(run["config"], other["config"]):
                         raise ConfigError(
                             f"{game}/{dynamics}/{arm}/{seed} and default/{seed} differ in more than"
                             " the keys of the arm: train one of them anew, in another --logdir"
                         )
                     if run["evaluation"] is not None and other["evaluation"] is not None:
-                        pairs[seed] = run["evaluation"] - other["evaluation"]
+                        pairs[seed] = round(run["evaluation"] - other["evaluation"], 9)
                         if run["commits"] != other["commits"]:
                             commits |= {*run["commits"], *other["commits"]}
+                settings = {
+                    json.dumps(run["settings"]) for run in runs.values() if "settings" in run
+                }
+                if len(settings) > 1:
+                    raise ConfigError(
+                        f"{game}/{dynamics}/{arm} has runs of {' and '.join(sorted(settings))}:"
+                        " leave those of one of them out"
+                    )
                 if arm != "default" and pairs:
                     cell = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
                     cell |= {"commits": sorted(commits)} if commits else {}
-                    cell |= {} if any("config" in runs[seed] for seed in pairs) else {"blind": True}
+                    cell |= {} if any(runs[seed]["config"] for seed in pairs) else {"blind": True}
                     out.setdefault(dynamics, {}).setdefault(arm, {})[game] = cell
     return out
 
@@ -228,10 +282,11 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
             ahead = sum(x["value"] > 0 for x in games.values())
             shown = [x for x in games.values() if x["low"] is not None]
             won, lost = sum(x["low"] > 0 for x in shown), sum(x["high"] < 0 for x in shown)
+            missing = len(GAMES) - len(shown)
             line = f"{dynamics}, {arm}: {', '.join(told)}. Ahead in {ahead} of {len(games)} games,"
             line += f" won {won} (interval above 0), lost {lost} (below): "
-            if len(games) < len(GAMES):
-                line += f"open, {len(GAMES) - len(games)} of {len(GAMES)} games are missing"
+            if missing:
+                line += f"open, {missing} of {len(GAMES)} games have no two pairs"
             else:
                 better = won >= NEEDED and not lost
                 line += "it can be the default" if better else "the default stays"
@@ -307,15 +362,15 @@ def judge() -> int:
     found = report(logdir, args.steps)
     for runs in before:
         merged(found, runs)
-    differences = judged(found)
-    print(table(found), *verdicts(differences), sep="\n")
+    judgement = judged(found)
+    print(table(found), *verdicts(judgement), sep="\n")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         of_arms = {arm for states in found.values() for arms in states.values() for arm in arms}
         body = provenance() | {"steps": args.steps, "arms": {a: keys(a) for a in sorted(of_arms)}}
-        body |= {"runs": found, "differences": differences}
+        body |= {"configs": packed(found), "runs": found, "differences": judgement}
         body |= {"offline": held_out(logdir, args.offline)} if args.offline else {}
-        args.out.write_text(json.dumps(body, indent=1) + "\n")
+        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
