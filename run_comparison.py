@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import tools
-from comparison.options import OPTIONS, Arm, arms_of, help_text, parse, resources, seeds
+from comparison.options import Arm, arms_of, help_text, parse, resources, seeds
 from hidreamer import app
 from tools import Config, ConfigError
 
@@ -56,7 +56,7 @@ from hidreamer.provenance import note_start, provenance
 
 try:
     from analysis import heldout, offline, probes
-    from comparison import backends, fairness, page, runs, scores, summary
+    from comparison import backends, fairness, page, runs, scores, seconds, summary
     from comparison.matrix import Job, Matrix
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -265,12 +265,14 @@ def collect(options: SimpleNamespace) -> Content:
     """Runs that exist; unless --models says otherwise the flat state is the baseline."""
     found = scores.find(map(tools.user_path, getattr(options, "from")))
     if options.until:
-        found = [runs.cut(run, options.until) for run in found]
+        found = [seconds.cut(run, options.until) for run in found]
     kinds = {run.model: run.config["dynamics.type"] for run in found}
     arms = {run.model: run.start.get("arm", 0) for run in found}  # values of --vary, as given
     key = lambda model: (arms[model], kinds[model] != "rssm", kinds[model], model)
     order = sorted(kinds, key=key)
-    if options.models != OPTIONS["models"][0]:
+    if "models" in options.named:
+        if len(set(options.models)) < len(options.models):
+            raise ConfigError(f"--models names a model twice: {' '.join(options.models)}")
         if missing := [model for model in options.models if model not in kinds]:
             raise ConfigError(
                 f"--models: there is no run of {missing[0]!r}; {tools.nearest(missing[0], kinds)}"
@@ -280,7 +282,7 @@ def collect(options: SimpleNamespace) -> Content:
     found = scores.beside([run for run in found if run.model in order])
     if left := len(given - {run.task for run in found}):
         print(f"published scores on {left} other games are left out")
-    differing = fairness.unfair_runs([run for run in found if run.known])
+    differing = fairness.unfair_runs([run for run in found if not run.published])
     refuse(differing, options)
     task = found[0].task
     counted, configs = {}, {task: {}}
@@ -317,7 +319,8 @@ def write(what: Content, folder: Path, argv: list[str]) -> None:
     warnings = fairness.warnings(
         {model: column for model, column in known.items() if "error" not in column}
     )
-    warnings += [*what.unmatched, *fairness.origins(what.runs), *fairness.lives(what.runs)]
+    warnings += [*what.unmatched, *fairness.origins(what.runs), *fairness.timed(what.runs)]
+    warnings += fairness.lives(what.runs)
     report |= {
         "made": made,
         "capacity": known,
@@ -345,7 +348,7 @@ def main(argv: list[str]) -> int:
         folder = tools.user_path(options.logdir).resolve()
         if sources := getattr(options, "from"):
             signum, what = 0, collect(options)
-            if options.logdir == OPTIONS["logdir"][0]:
+            if "logdir" not in options.named:
                 folder = tools.user_path(sources[0]).resolve()
                 folder = folder.with_name(f"{folder.stem}-report") if folder.is_file() else folder
         elif options.paired_offline:

@@ -71,6 +71,33 @@ def false_claims(rng: Rng, count: int) -> dict[str, Any]:
     return out
 
 
+def unlike(rng: Rng, count: int) -> dict[str, float]:
+    """Share of comparisons of two models that are as good on average, one model against the
+    baseline, in which they are claimed to differ though their runs scatter otherwise, or are not as
+    many. {"runs of the model, of the baseline, tasks, their scores": share}.
+    """
+    steady = lambda rng, shape: rng.normal(0.0, 0.1, shape)
+    centred = lambda name, mean: lambda rng, shape: SPREADS[name](rng, shape) - mean
+    log_normal = centred("skewed (log-normal)", math.exp(0.5))
+    kinds: dict[str, tuple[Draw, Draw]] = {
+        "log-normal three times as wide, log-normal": (
+            lambda rng, shape: 3.0 * log_normal(rng, shape),
+            log_normal,
+        ),
+        "half take off, steady": (centred("half of the runs take off", 0.5), steady),
+        "one of five takes off, steady": (centred("one of five runs takes off", 0.2), steady),
+    }
+    out: dict[str, float] = {}
+    for own, others, tasks in ((5, 5, 1), (10, 10, 1), (5, 5, 5), (3, 10, 1), (10, 3, 1)):
+        for name, (model, base) in kinds.items():
+            claimed = 0
+            for _ in range(count):
+                x, y = model(rng, (tasks, own)), base(rng, (tasks, others))
+                claimed += stats.compare(list(x), list(y), 1).claimed
+            out[f"{own}, {others}, {tasks}, {name}"] = claimed / count
+    return out
+
+
 def seen(rng: Rng, count: int) -> dict[str, Any]:
     """Share of comparisons with a true difference of the size called detectable, at the true spread
     of 1, that is seen: by the interval, and by interval and test together, which is a claim.
@@ -156,6 +183,7 @@ def paired(rng: Rng, count: int) -> dict[str, float]:
 
 PARTS = {
     "false claims": false_claims,
+    "false claims, runs that scatter otherwise": unlike,
     "seen": seen,
     "seeds asked": seeds_asked,
     "bootstrap excludes one half": bootstrapped,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import models
+from comparison import seconds
 from comparison.options import HOUSEKEEPING
 from comparison.runs import Run, single_lives
 from envs import Env, EnvError, env_for_spaces
@@ -31,14 +32,14 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> Differences:
     """Keys of flat configs, {who: config}, whose values are not the same for all: of the latent
     state and outside it.
 
-    What is housekeeping for any run, and its seed, is left out; the settings of an objective are
-    compared among those that give it a weight.
+    What is housekeeping for any run, and its seed, is left out; a key is compared among those that
+    have it, the settings of an objective among those that give it a weight.
     """
     keys = sorted(set().union(*configs.values()) - HOUSEKEEPING - {"seed"})
     differing: Differences = {}
     for key in keys:
-        values = {who: config.get(key) for who, config in configs.items()}
-        counting = [values[who] for who, config in configs.items() if not idle(key, config)]
+        values = {who: config[key] for who, config in configs.items() if key in config}
+        counting = [values[who] for who in values if not idle(key, configs[who])]
         if any(value != counting[0] for value in counting[1:]):
             differing[key] = values
     return differing
@@ -61,9 +62,9 @@ def unfair_runs(runs: list[Run]) -> Differences:
     for task in sorted({run.task for run in runs}):
         of_task = [run for run in runs if run.task == task]
         varied = {run.start["varied"] for run in of_task if "varied" in run.start}
-        found |= unfair({run.name: run.config for run in of_task}, varied)
+        found |= unfair({run.name: run.stated for run in of_task}, varied)
         for model in sorted({run.model for run in of_task}):
-            found |= differences({run.name: run.config for run in of_task if run.model == model})
+            found |= differences({run.name: run.stated for run in of_task if run.model == model})
     return found
 
 
@@ -152,6 +153,15 @@ def origins(runs: Sequence[Run]) -> list[str]:
         if len(set(map(frozenset, found.values()))) > 1:
             told = "; ".join(f"{model} {what} {', '.join(sorted(x))}" for model, x in found.items())
             lines.append(f"Models were trained apart, {told}: {follows}.")
+    return lines
+
+
+def timed(runs: Sequence[Run]) -> list[str]:
+    """A line where runs of a task differ in what takes seconds."""
+    lines = []
+    for task in sorted({run.task for run in runs}):
+        if keys := seconds.unlike([run for run in runs if run.task == task]):
+            lines.append(f"Runs of {task} differ in {', '.join(keys)}: no seconds are compared.")
     return lines
 
 

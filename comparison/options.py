@@ -99,7 +99,7 @@ class Arm(NamedTuple):
 def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
     """-> options, presets for all runs, config values for all runs. Raises ConfigError."""
     args = tools.parse(argv)
-    current, options = tools.current_names(args.overrides), {}
+    current, options = tools.current_names(args.overrides), {"named": set()}
     values = dict(current)
     if args.resume or args.capacity:
         raise ConfigError(
@@ -108,6 +108,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
     for key, (default, sentence) in OPTIONS.items():
         options[key] = default
         if key in values:
+            options["named"].add(key)
             given, like = values.pop(key), default
             if isinstance(default, list):
                 given, like = given if isinstance(given, list) else [given], default or [""]
@@ -132,6 +133,8 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
         raise ConfigError("--export is for returns, of which --paired-offline has none")
     if options["export"] and tools.user_path(options["export"]).is_dir():
         raise ConfigError(f"--export {options['export']} is a folder; name a file in it")
+    if options["export"] and any(same_file(options["export"], x) for x in options["from"]):
+        raise ConfigError(f"--export {options['export']} is read by --from: name another file")
     if options["export"]:  # before hours of work
         export = tools.user_path(options["export"]).absolute()
         there = [x for x in export.parents if x.exists()]
@@ -154,6 +157,10 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
                 f"there is no option {key!r}; {tools.nearest(key, [*known, *OPTIONS])}"
             )
     return given, args.presets, values
+
+
+def same_file(one: str, other: str) -> bool:
+    return tools.user_path(one).resolve() == tools.user_path(other).resolve()
 
 
 def check_vary(options: dict[str, Any], values: dict[str, Any], known: dict[str, Any]) -> None:
@@ -181,8 +188,7 @@ def arms_of(options: SimpleNamespace) -> dict[str, Arm]:
     if not options.vary:
         return {model: Arm(model, {}) for model in options.models}
     key, *given = options.vary
-    named = options.models != OPTIONS["models"][0]
-    models = options.models if named else options.models[:1]
+    models = options.models if "models" in options.named else options.models[:1]
     found = {}
     for model, value in itertools.product(models, given):
         prefix = f"{model}," if len(models) > 1 else ""

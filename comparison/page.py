@@ -100,7 +100,7 @@ def fairness_section(report: Report) -> Section:
     section = Section(
         "Is the comparison fair?", tables=[Table(["", *known], cells, note)] if known else []
     )
-    scored = sorted({row["model"] for row in report["runs"] if row["published"]})
+    scored = sorted({row["model"] for row in report["runs"] if not row["known"]})
     section.warnings = list(report["warnings"])
     for model, column in columns.items():
         if "error" in column and model not in scored:  # of those one line below
@@ -114,14 +114,12 @@ def fairness_section(report: Report) -> Section:
             f"What is compared are values of {report['varied']}. The configs are the same in"
             " everything else but the latent state."
         )
-    elif (report["runs"] or report["offline"]) and not any(
-        row["published"] for row in report["runs"]
-    ):
+    elif (report["runs"] or report["offline"]) and not scored:
         section.text.append("The configs are the same in everything but the latent state.")
     if scored:
         section.warnings.append(
-            f"Of {', '.join(scored)} only scores are known: whether configs, protocols and sizes"
-            " are the same was not checked."
+            f"Of {', '.join(scored)} only scores are known, or a part of the config: whether"
+            " configs, protocols and sizes are the same was not checked."
         )
     return section
 

@@ -23,6 +23,8 @@ from run_config import EVALUATION_KEYS, check_same_run, saved_config
 from tools import Config, ConfigError, flatten, load_config
 
 WHOLE = "dynamics.hrvq.levels"  # a key of every config that is whole
+# What stands for a config that is not known.
+UNKNOWN = {"replay.prefill": 0, "env.action_repeat": 1, "dynamics.type": "unknown"}
 TYPES = {"task": str, "dynamics.type": str, "seed": int, "steps": int, "log_every": int}
 TYPES |= {"replay.prefill": int, "env.action_repeat": int}
 SEVERAL = {"commit", "hardware"}  # a run that was continued may have begun elsewhere: name all
@@ -61,6 +63,12 @@ class Run:
     def known(self) -> bool:
         """Whether its config is known: not of a file that holds scores alone."""
         return WHOLE in self.config
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """What is known of its config for sure."""
+        filled = () if self.known else UNKNOWN
+        return {key: value for key, value in self.config.items() if key not in filled}
 
     def get(self, name: str) -> np.ndarray:
         """(n, 2): step, value; (0, 2) where the run never logged it."""
@@ -170,7 +178,7 @@ def read(folder: Path) -> Run:
             )
     check_types(config, folder / "config.yaml")
     config = with_defaults(config)
-    steps, log_every = config["steps"], config["log_every"]
+    steps = config["steps"]
     values: dict[str, list[tuple[float, float]]] = {}
     step = 0
     for record in metrics(folder):
@@ -178,7 +186,7 @@ def read(folder: Path) -> Run:
         for name, value in record.items():
             if is_number(value):
                 values.setdefault(name, []).append((step, value))
-    whole = step > steps - log_every
+    whole = step >= steps  # a run ends with a record
     if (folder / "checkpoints").exists():
         whole = finished(folder, steps)
     starts, start = records(folder / STARTS), {}

@@ -31,7 +31,15 @@ from typing import Any
 import numpy as np
 
 from comparison import seconds
-from comparison.runs import Run, check_types, config_hash, refuse_duplicates, with_defaults
+from comparison.runs import (
+    UNKNOWN,
+    Run,
+    check_types,
+    config_hash,
+    refuse_duplicates,
+    single_lives,
+    with_defaults,
+)
 from comparison.runs import find as find_runs
 from comparison.summary import HUMAN
 from hidreamer import checkpoint
@@ -39,11 +47,11 @@ from tools import ConfigError
 
 FORMAT = "hidreamer-scores-1"
 ATARI_FRAMES = 400_000  # of Atari 100k
-STARTED = ("commit", "hardware", "varied", "arm", "clock")  # of a run's start, that are kept
+# {what is kept of a run's start: its type}
+STARTED = {"commit": str, "hardware": str, "varied": str, "arm": int, "clock": str}
 SERIES = {"returns": "train_return", "evaluations": "eval_return", "seconds": "seconds"}
 NO_METHODS = ("random", "human")  # columns of tables that are references, not agents
 GAMES = {name.replace("_", ""): name for name in HUMAN}
-UNKNOWN = {"replay.prefill": 0, "env.action_repeat": 1, "dynamics.type": "unknown"}
 
 
 def write(runs: Iterable[Run], path: Path) -> None:
@@ -150,7 +158,10 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
     if row.get("clock", seconds.WALL) not in seconds.CLOCKS:
         raise ValueError(f"the clock is {row['clock']!r}, not {', '.join(seconds.CLOCKS)}")
     check_types(config or {}, path)
-    start = {key: row[key] for key in STARTED if key in row}
+    start = {key: row[key] for key in STARTED if row.get(key) is not None}
+    for key, value in start.items():
+        if type(value) is not STARTED[key]:
+            raise ValueError(f"{key} is {value!r}")
     return Run(
         path,
         row["model"],
@@ -207,6 +218,11 @@ def beside(runs: list[Run]) -> list[Run]:
     if lost := sorted(models - {run.model for run in kept}):
         others = "no game of the own runs" if own else "no game that the others have"
         raise ConfigError(f"{lost[0]} has a score on {others}: leave it out (--models, --from)")
+    if lived := single_lives(own) & {run.task for run in kept if run.published}:
+        raise ConfigError(
+            f"returns on {min(lived)} are of single lives (env.atari.lives reset), the published"
+            " scores of whole games: leave one of them out (--models, --from)"
+        )
     for run in own:
         frames = run.config["steps"]
         for other in kept:

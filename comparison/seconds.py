@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from comparison import stats
+from comparison import runs, stats
 from comparison.runs import Run
 
 CLOCKS = CPU, GPU, WALL = "CPU", "GPU", "wall-clock"
+# Settings that teach nothing and take seconds, or that move work to where it is not counted.
+TIMED = ("compile", "threads", "env.parallel", "replay.store", "log_every", "checkpoint_every")
+TIMED += ("eval_every", "eval_episodes", "video", "decode_levels")
+TAIL = 0.05  # share of a run, at its end, that may lack seconds
 
 
 def axis(run: Run) -> tuple[str, np.ndarray]:
@@ -40,23 +45,46 @@ def axis(run: Run) -> tuple[str, np.ndarray]:
     return WALL, np.stack([moving[:, 0], wall], 1)
 
 
-def add(rows: Sequence[dict], runs: Sequence[Run], scale: dict[str, Any]) -> None:
-    """Add to the rows of one task what their runs returned by seconds, and to its scale the clock
-    and the budget: the seconds of the run that used the fewest. Nothing where a run has none, or
-    where runs were on different machines, whose seconds buy different work.
+def unlike(found: Sequence[Run]) -> list[str]:
+    """The keys of TIMED in which runs of a task differ."""
+    values = {key: {str(run.config[key]) for run in found if key in run.config} for key in TIMED}
+    return [key for key, several in values.items() if len(several) > 1]
 
-    rows and runs go in pairs; incomplete runs take no part.
+
+def cut(run: Run, frames: int) -> Run:
+    """``runs.cut``, with the seconds until the frame where it is cut, between two records."""
+    short, (clock, used) = runs.cut(run, frames), axis(run)
+    if short is run or not len(used) or used[-1, 0] < frames:
+        return short
+    at_end = np.interp(frames, [0.0, *used[:, 0]], [0.0, *used[:, 1]])
+    kept = np.concatenate([used[used[:, 0] < frames], [[frames, at_end]]])
+    return replace(
+        short, start=short.start | {"clock": clock}, series=short.series | {"seconds": kept}
+    )
+
+
+def add(rows: Sequence[dict], found: Sequence[Run], scale: dict[str, Any]) -> None:
+    """Add to the rows of one task what their runs returned by seconds, and to its scale the clock
+    and the budget: the seconds of the run that used the fewest. Nothing where a run has none to its
+    end, or where runs were on different machines, or on machines that are not known, whose seconds
+    buy different work, or with different ``TIMED`` settings.
+
+    rows and found go in pairs; incomplete runs take no part.
     """
     scale |= {"clock": None, "budget": None}
-    pairs = [pair for pair in zip(rows, runs, strict=True) if pair[0]["status"] == "complete"]
+    pairs = [pair for pair in zip(rows, found, strict=True) if pair[0]["status"] == "complete"]
     axes = [axis(run) for _, run in pairs]
-    if len({run.start.get("hardware", "") for _, run in pairs}) > 1:
+    machines = {run.start.get("hardware", "unknown") for _, run in pairs}
+    if len(machines) != 1 or machines & {"", "unknown"} or unlike([run for _, run in pairs]):
         return
-    if not axes or len({clock for clock, _ in axes}) > 1 or not all(len(x) for _, x in axes):
+    if len({clock for clock, _ in axes}) > 1:
+        return
+    if not all(len(x) and x[-1, 0] >= (1.0 - TAIL) * scale["steps"] for _, x in axes):
         return
     scale |= {"clock": axes[0][0], "budget": float(min(x[-1, 1] for _, x in axes))}
     for (row, run), (_, used) in zip(pairs, axes, strict=True):
-        episodes = run.get("train_return").copy()
+        episodes = run.get("train_return")
+        episodes = episodes[episodes[:, 0] <= used[-1, 0]]  # later ones have no second
         episodes[:, 0] = np.interp(episodes[:, 0], [0.0, *used[:, 0]], [0.0, *used[:, 1]])
         row["seconds"] = float(used[-1, 1])
         row["curve_s"] = stats.curve(episodes, scale["budget"]).tolist()

@@ -26,6 +26,7 @@ LEVEL = 0.95
 REPS = 2000  # bootstrap replications
 SHUFFLES = 20_000
 POWER = 0.8
+LEAST = 3  # runs of a model on a task, below which nothing is claimed
 BOOTSTRAP = (
     f"rliable, {LEVEL:.0%} percentile bootstrap over seeds, stratified by task, {REPS} replications"
 )
@@ -51,7 +52,8 @@ def final_return(episodes: np.ndarray, steps: int) -> float:
     late = ended[ended[:, 0] > (1.0 - LAST) * steps]
     if not len(late):
         late = ended[ended[:, 0] > ended[:, 0].max(initial=0.0) - LAST * steps]
-    return float(late[:, 1].mean()) if len(late) else math.nan
+    # Rounded, so that means of equal returns are equal, however many there were.
+    return float(f"{late[:, 1].mean():.10g}") if len(late) else math.nan
 
 
 def curve(episodes: np.ndarray, steps: int) -> np.ndarray:
@@ -103,11 +105,11 @@ def steps_to(
 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Interquartile mean over runs and tasks, for every entry of the last axis: (n, tasks, K) ->
-    (K,). As rliable's, which is scipy's trimmed mean.
+    (K,); NaN where a run has no score. As rliable's, which is scipy's trimmed mean.
     """
-    flat = np.sort(scores.reshape(-1, scores.shape[-1]), axis=0)  # (n * tasks, K)
+    flat = np.sort(scores.reshape(-1, scores.shape[-1]), axis=0)  # (n * tasks, K), NaN last
     cut = int(0.25 * len(flat))
-    return flat[cut : len(flat) - cut].mean(0)
+    return flat[cut : len(flat) - cut].mean(0) + 0.0 * flat[-1]
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> float:
@@ -202,12 +204,15 @@ class Difference(NamedTuple):
     detectable: float | None  # true difference that would be seen with a probability of POWER
     freedom: float | None  # degrees of freedom of the interval
 
+    runs: int  # the fewest of a model on a task
+
     @property
     def claimed(self) -> bool:
         """The interval excludes 0, and so does a test that assumes nothing about how scores are
-        distributed.
+        distributed, but that both models' are alike; two runs of a model show nothing of that.
         """
-        return self.low is not None and (self.low > 0.0 or self.high < 0.0) and self.p <= self.alpha
+        excludes = self.low is not None and (self.low > 0.0 or self.high < 0.0)
+        return excludes and self.p <= self.alpha and self.runs >= LEAST
 
 
 def compare(x: Scores, y: Scores, comparisons: int) -> Difference:
@@ -217,13 +222,14 @@ def compare(x: Scores, y: Scores, comparisons: int) -> Difference:
     The interval is Welch's with Satterthwaite's degrees of freedom, the tasks being strata. A t
     interval alone can err: where runs either take off or do not, 3 against 3 separate completely
     by chance. The test that has to agree shuffles the runs of each task between the two models;
-    under no difference it is right whatever the distribution.
+    where runs of both have one distribution it is right, whichever that is. Equal means alone are
+    not enough for it (docs/statistics.md).
     """
     alpha = (1.0 - LEVEL) / comparisons
     value = float(np.mean([a.mean() - b.mean() for a, b in zip(x, y, strict=True)]))
-    p, least_p = permutation(x, y), least(x, y)
-    if min(map(len, (*x, *y))) < 2:
-        return Difference(value, None, None, p, least_p, alpha, None, None)
+    p, least_p, runs = permutation(x, y), least(x, y), min(map(len, (*x, *y)))
+    if runs < 2:
+        return Difference(value, None, None, p, least_p, alpha, None, None, runs)
     # variance, freedom
     parts = np.array([(a.var(ddof=1) / len(a) / len(x) ** 2, len(a) - 1) for a in (*x, *y)])
     variance = parts[:, 0].sum()
@@ -240,6 +246,7 @@ def compare(x: Scores, y: Scores, comparisons: int) -> Difference:
         alpha,
         float(detectable),
         float(freedom),
+        runs,
     )
 
 

@@ -109,6 +109,7 @@ def record(run: Run, steps: int) -> dict[str, Any]:
         "folder": str(run.folder),
         "final_return": final,
         "published": run.published,
+        "known": run.known,
         "random_until": random_until(run),
         "first_end": float(episodes[0, 0]) if len(episodes) else math.inf,
         "area": float(curve.mean()),
@@ -152,13 +153,12 @@ def scale(task: str, steps: int, rows: list[dict], runs: Sequence[Run]) -> dict[
     """How the returns of a task are normalised, the same for all models, and the threshold of its
     learning speed.
     """
-    at_random = np.concatenate(
-        [random_returns(run) for run in runs if run.task == task and not run.published]
-        or [np.zeros(0)]
-    )
+    own = [random_returns(run) for run in runs if run.task == task and not run.published]
+    at_random = np.concatenate([*own, np.zeros(0)])
     finals = np.array([row["final_return"] for row in rows])
     chance = float(at_random.mean()) if len(at_random) else 0.0
-    zero, unit, how = chance, float(np.abs(finals - chance).max(initial=0.0)) or 1.0, "run"
+    furthest = np.abs(finals - chance).round(9).max(initial=0.0)
+    zero, unit, how = chance, float(furthest) or 1.0, "run"
     games = task.startswith("atari_") and task not in single_lives(runs)
     if games and task.removeprefix("atari_") in HUMAN:
         zero, human = HUMAN[task.removeprefix("atari_")]
@@ -175,7 +175,7 @@ def random_until(run: Run) -> int:
     prefill = run.config["replay.prefill"] * run.config["env.action_repeat"]
     if run.config.get("expl.behavior") != "random":
         return prefill
-    return max(prefill, run.config["expl.until"] or run.config["steps"])
+    return max(prefill, run.config.get("expl.until") or run.config["steps"])
 
 
 def random_returns(run: Run) -> np.ndarray:

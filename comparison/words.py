@@ -10,6 +10,7 @@ from typing import Any
 
 from comparison import stats
 
+MOST = 10.0  # times the baseline's score: beyond, it is next to nothing beside a difference
 TARGET = 0.2  # the difference, relative to the baseline, that a plan for more seeds aims at
 
 
@@ -75,9 +76,8 @@ def verdict(model: str, base: str, found: Mapping[str, Any] | None, what: str) -
         )
     value, between = found["value"], interval(found["low"], found["high"], sign=True)
     if found["claimed"]:
-        share = ""
-        if found["baseline"] > 0:
-            share = f", {percent(abs(value) / found['baseline'])} of the baseline's score"
+        share = relative_to(found, abs(value))
+        share = f", {share}" if share else ""
         return (
             f"{model} scores {'higher' if value > 0 else 'lower'} than {base}: the difference of"
             f" {what} is {number(value, sign=True)} {between}{share}."
@@ -89,11 +89,22 @@ def verdict(model: str, base: str, found: Mapping[str, Any] | None, what: str) -
             f"No difference between {model} and {base} is shown: it lies in {between}, "
             "which includes 0."
         )
-    return (
-        f"No difference between {model} and {base} is shown: its interval {between} leaves"
-        " out 0, but runs that change places at random differ as much with probability"
-        f" {number(found['p'])}; {number(found['alpha'])} is asked for."
+    but = (
+        f"runs that change places at random differ as much with probability {number(found['p'])};"
+        f" {number(found['alpha'])} is asked for"
     )
+    if found["runs"] < stats.LEAST:
+        but = f"{found['runs']} runs of a model on a task are too few for a claim"
+    return (
+        f"No difference between {model} and {base} is shown: its interval {between} leaves out 0,"
+        f" but {but}."
+    )
+
+
+def relative_to(found: Mapping[str, Any], size: float) -> str:
+    """A difference as a share of the baseline's score; "" where that is next to nothing."""
+    base = found["baseline"]
+    return f"{percent(size / base)} of the baseline's score" if size < MOST * base else ""
 
 
 def improvements(summary: Mapping[str, Any]) -> list[str]:
@@ -125,18 +136,17 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         entries = summary["per_task"].values()
         own, others = (min(x[name]["runs"] for x in entries) for name in (model, base_model))
         seeds = min(own, others)
-        size, base = found["detectable"], found["baseline"]
-        relative = f" ({percent(size / base)} of the baseline's score)" if base > 0 else ""
-        more = ""
-        if base > 0 and size > TARGET * base:
+        size, base, more = found["detectable"], found["baseline"], ""
+        share = relative_to(found, size)
+        if share and size > TARGET * base:
             enough_seeds = max(
                 stats.seeds_for(found, TARGET * base, seeds), enough(found["alpha"], tasks)
             )
             more = f" About {enough_seeds:,} seeds would show {percent(TARGET)}."
         lines.append(
-            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}{relative}"
-            " cannot be seen here; the spread between seeds would hide it more than one time in"
-            f" five.{more}"
+            f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}"
+            f"{f' ({share})' if share else ''} cannot be seen here; the spread between seeds would"
+            f" hide it more than one time in five.{more}"
         )
         if found["least_p"] > found["alpha"]:
             lines.append(
@@ -145,6 +155,12 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
                 f" difference of any size can be claimed; {enough(found['alpha'], tasks)} seeds"
                 " could."
             )
+    if any(found["claimed"] for found in summary["comparisons"].values()):
+        lines.append(
+            "What is claimed is right at its level where runs of both models scatter alike. Where"
+            " those of one are rarely far better and the others steady, models that are as good on"
+            " average are told apart more often (docs/statistics.md)."
+        )
     lost = [row for row in summary["runs"] if row["status"] != "complete"]
     if lost:
         why = "they did not finish"
@@ -169,7 +185,7 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
 
 def enough(alpha: float, tasks: int) -> int:
     """The smallest number of seeds with which complete separation is as rare as ``alpha``."""
-    seeds = 2
+    seeds = stats.LEAST
     while 2.0 / math.comb(2 * seeds, seeds) ** tasks > alpha:
         seeds += 1
     return seeds

@@ -19,6 +19,7 @@ import run_config
 import tools
 from comparison import runs
 from comparison.backends import Process
+from comparison.options import OPTIONS
 from conftest import ROOT
 from hidreamer import checkpoint
 from hidreamer.provenance import provenance
@@ -321,5 +322,5 @@ def test_an_unfair_comparison_is_refused(tmp_path, capsys):
 def test_help_names_every_option(capsys):
     assert run_comparison.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for key in run_comparison.OPTIONS:
+    for key in OPTIONS:
         assert f"--{key.replace('_', '-')}" in out
