@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tools import Config, ConfigError, current_names, flatten
+from tools import Config, ConfigError, current_names, flatten, load_config
 
 # What a run may change when it is continued; everything else makes it another run.
 CHANGEABLE_KEYS = {"steps", "device", "compile", "precision", "logger", "logdir", "video"}
@@ -68,5 +68,6 @@ def check_same_run(
     """
     if remedy is None:
         remedy = f"choose another --logdir, with --resume {folder} to start from its weights"
-    if changed := differences(flatten(old), new.flat(), CHANGEABLE_KEYS):
+    before = load_config([], {}).flat() | current_names(flatten(old))  # younger keys are as then
+    if changed := differences(before, new.flat(), CHANGEABLE_KEYS):
         raise ConfigError(f"{folder} holds a run with another config ({changed}): {remedy}")

@@ -69,10 +69,10 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
             f"steps {config.steps} are too few for an update: replay.prefill and replay.length"
             f" ask for {rows} rows first"
         )
-    if weights.ac_cpc and config.model.ac_cpc.steps > length:
+    if weights.ac_cpc and config.model.ac_cpc.steps >= length:
         found.append(
             f"model.ac_cpc.steps {config.model.ac_cpc.steps}: sequences of replay.length {length}"
-            f" have no pairs so far apart, so that it predicts {length} steps"
+            " have no pairs so far apart"
         )
     explores = config.expl.behavior == "plan2explore" and not config.expl.until
     if not weights.reward and not explores:
@@ -96,11 +96,13 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
                 " settings of model trains all parts"
             )
     tokens = config.dynamics.hrvq
-    if config.dynamics.type == "hrvq" and tokens.memory != "gru" and tokens.cell != "gru":
-        found.append(
-            f"dynamics.hrvq.cell {tokens.cell} does nothing with memory {tokens.memory}, a"
-            " transformer; --dynamics.hrvq.memory gru has a cell"
-        )
+    if config.dynamics.type == "hrvq" and tokens.memory != "gru":
+        usual = {"cell": "gru", "prior_layers": 1}
+        if idle := [f"dynamics.hrvq.{key}" for key, x in usual.items() if tokens[key] != x]:
+            found.append(
+                f"memory {tokens.memory} is a transformer, in which {' and '.join(idle)} do"
+                " nothing: they are for --dynamics.hrvq.memory gru"
+            )
     if weights.decoder and config.decoder.probe:
         found.append(
             "decoder.probe true does nothing while model.losses.decoder has a weight: the decoder"

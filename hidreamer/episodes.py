@@ -273,12 +273,13 @@ def make_replay(
     where = folder if block.store == "disk" else None
     held = rows_held(state) if state else [0] * streams
     copied = sum(named_rows(path) or 0 for path in copies)
-    size = record(spec | (extra or {})).itemsize
-    report(memory.check(min(block.capacity, sum(held) + copied + steps), size, where))
-    # A name may be wrong about the rows of what is copied.
-    capacity = (
-        block.capacity if copies else min(block.capacity, rows_to_come(max(held), steps, streams))
-    )
+    rows = min(block.capacity, sum(held) + copied + steps)
+    report(memory.check(rows, record(spec | (extra or {})).itemsize, where))
+    if extra:
+        report(memory.check(rows, record(extra).itemsize, None, states=True))
+    capacity = block.capacity  # a name may be wrong about the rows of what is copied
+    if not copies:
+        capacity = min(capacity, rows_to_come(max(held), steps, streams))
     sizes = {"capacity": capacity, "batch": block.batch, "length": block.length, "streams": streams}
     return Replay(spec, **sizes, rng=rng, folder=where, extra=extra, online=block.online)
 
@@ -288,9 +289,8 @@ def make_replay(
 
 def recorded(checkpoint: Path) -> list[Path]:
     """The episodes beside a checkpoint of ours or dreamerv3-torch's, oldest first."""
-    home = (
-        checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    )
+    home = checkpoint.parent
+    home = home.parent if home.name == "checkpoints" else home
     return sorted((home / "train_eps").glob("*.npz"))
 
 

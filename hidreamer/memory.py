@@ -117,9 +117,9 @@ def read_or_empty(path: Path) -> str:
 # ---------------------------------------------------------------- what is needed
 
 
-def check(steps: int, size: int, folder: Path | None) -> str:
+def check(steps: int, size: int, folder: Path | None, states: bool = False) -> str:
     """One line: what ``steps`` rows of ``size`` bytes will need, in memory or on the disk of
-    ``folder``.
+    ``folder``; or, of stored ``states``, in memory for a checkpoint.
 
     It names the keys to turn where the replay needs more than TIGHT of what is free now. Raises
     MemoryError, also in one line, where it needs more than there is in all: pages are taken as
@@ -127,7 +127,8 @@ def check(steps: int, size: int, folder: Path | None) -> str:
     fit (a run may end early, others may end before), so it is only reported.
     """
     need = steps * size
-    text = f"replay: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
+    name = "stored states" if states else "replay"
+    text = f"{name}: up to {steps:,} steps of {gigabytes(size)}, {gigabytes(need)} "
     if folder is None:
         capacity, what = available_memory(), "memory"
     else:
@@ -135,7 +136,11 @@ def check(steps: int, size: int, folder: Path | None) -> str:
         capacity, what = Capacity(free, free), "disk"
     text += "of memory" if folder is None else f"on the disk of {os.fspath(folder)}"
     remedy = "lower --replay.capacity, the size of images (--env.size) or --steps"
-    remedy += ", or set --replay.store disk" if folder is None else ""
+    if states:
+        text += " more while a checkpoint is written or read"
+        remedy = "lower --replay.capacity or --steps, or set --replay.write_back false"
+    elif folder is None:
+        remedy += ", or set --replay.store disk"
     if capacity is not None and need > capacity.total:
         raise MemoryError(
             f"{text}, but there are only {gigabytes(capacity.total)} of {what} in all: {remedy}"

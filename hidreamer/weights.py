@@ -34,7 +34,7 @@ def match(
 
     given: the names that ``params`` had before it was converted. Names that begin with
     ``may_be_fresh`` keep their own values where ``params`` lacks them. Raises ValueError, naming
-    the first that is missing or of another shape.
+    the first that is missing, of another shape, or left over of a part that both have.
     """
     matched, report = dict(own), {}
     for name, x in own.items():
@@ -47,6 +47,11 @@ def match(
             raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
         report[module_name(name)] = "mapped" if name in given else "split"
         matched[name] = theirs
+    part = lambda name: name.split(".")[:2]  # such as the encoder
+    parts = [part(name) for name in own]
+    for name in params:
+        if name not in own and part(name) in parts:
+            raise ValueError(f"{name} is nothing here and {tuple(params[name].shape)} there")
     return matched, report
 
 

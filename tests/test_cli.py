@@ -468,3 +468,30 @@ def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path, capsys):
     )
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "behavior.critic" in err and "(17," in err and "(16," in err
+
+
+def test_layers_that_have_no_place_are_refused(tmp_path, capsys):
+    """The rest would pass for the whole, reading what it was never trained on."""
+    first = ["--task", "dummy_vector", *QUICK]
+    assert run(tmp_path / "a", *first, "--encoder.layers", "3") == 0
+    capsys.readouterr()
+    assert run(tmp_path / "b", *first, "--encoder.layers", "1", "--resume", tmp_path / "a") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is nothing here" in err and "encoder" in err
+
+
+def test_a_run_from_before_a_key_goes_on_with_its_default(tmp_path, capsys):
+    """Any other value would make it another run from there on, which its config.yaml denies."""
+    first = ["--task", "dummy_vector", *QUICK]
+    assert run(tmp_path / "a", *first) == 0
+    latest = tmp_path / "a" / "checkpoints" / "latest.pt"
+    state = checkpoint.load_checkpoint(latest)
+    del state["config"]["replay"]["online"]
+    checkpoint.save_checkpoint(latest, state)
+    longer = [*first]
+    longer[longer.index("--steps") + 1] = "90"
+    capsys.readouterr()
+    assert run(tmp_path / "a", *longer, "--replay.online", "true") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "replay.online False -> True" in err
+    assert run(tmp_path / "a", *longer) == 0

@@ -446,12 +446,12 @@ REMARKS = [
         {"optim": "joint", "critic.lr": 1e-2, "actor.agc": 0.3},
         "without effect are actor.agc, critic.lr,",
     ),
-    ({"dynamics.type": "hrvq", "dynamics.hrvq.cell": "block_gru"}, "cell block_gru does nothing"),
+    ({"dynamics.type": "hrvq", "dynamics.hrvq.cell": "block_gru"}, "hrvq.cell do nothing"),
 ]
 
 
 def test_what_a_key_will_not_do_is_one_line():
-    short = {"model.ac_cpc.steps": 8}
+    short = {"model.ac_cpc.steps": 7}
     read = lambda values: notes(tools.load_config(["debug"], short | values), 1, 9)
     assert read({}) == []
     for values, hint in REMARKS:

@@ -308,6 +308,13 @@ def test_memory_is_message_before_it_is_spent(monkeypatch, tmp_path):
     ):
         memory.check(1_500_000, 12_000, None)
     assert "\n" not in message and "on the disk of" in memory.check(1000, 12_000, tmp_path)
+    message = memory.check(1000, 12_000, None, states=True)
+    assert message == (
+        "stored states: up to 1,000 steps of 12 kB, 12 MB of memory more while a checkpoint is"
+        " written or read"
+    )
+    with pytest.raises(MemoryError, match=r"set --replay\.write_back false"):
+        memory.check(10**9, 10**9, None, states=True)
     with pytest.raises(MemoryError, match=r"on the disk.*only.*replay\.capacity") as error:
         memory.check(10**9, 10**9, tmp_path)
     assert "store disk" not in str(error.value)

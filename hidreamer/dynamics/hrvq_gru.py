@@ -146,6 +146,11 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
             found.append(self._logit(level, self.depth(level, u, coarser), last))
         return tuple(found)
 
+    def compile_steps(self) -> None:
+        super().compile_steps()
+        if not self.has_scan and not self.sees_memory:  # ``_memory`` calls it step by step
+            self.cell.compile()
+
     # ------------------------------------------------------------ the interface
 
     def initial(self, batch: int) -> TokenCarry:
