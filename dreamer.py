@@ -82,7 +82,10 @@ def prepare(args: tools.Args) -> tuple[Config, Path, Path | None]:
         raise ConfigError(f"--resume: there is no checkpoint {source}{hint}")
     home = None if source is None else home_of(source)
     # Without presets the config is what the run has saved, also for another run from its weights.
-    saved = read_config(home) if home is not None and not args.presets else {}
+    saved = {}
+    if home is not None and not args.presets:
+        other = "logdir" in args.overrides and not (home / "config.yaml").exists()
+        saved = {} if other else read_config(home)  # of weights alone nothing is known
     config = tools.load_config(args.presets, saved | args.overrides)
     if config.logger in SERVICES and importlib.util.find_spec(config.logger) is None:
         extra = config.logger

@@ -41,17 +41,19 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 def idle(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a key sets up an objective of the world model that has no weight in the flat
-    ``config``.
+    ``config``, or another latent state than its own.
     """
-    group, _, rest = key.partition(".")
-    return group == "model" and config.get(f"model.losses.{rest.partition('.')[0]}") == 0
+    group, *rest = key.split(".")
+    if group == "dynamics" and len(rest) > 1:
+        return config.get("dynamics.type", rest[0]) != rest[0]
+    return group == "model" and config.get(f"model.losses.{rest[0]}") == 0
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], but: Container[str] = ()) -> str:
     """'key old -> new' of the first three keys of the flat ``before`` that differ; "" if none does.
 
-    but: keys that may. So may settings of an objective that neither gives a weight, and a key that
-    ``before`` lacks, since it is younger.
+    but: keys that may. So may what is ``idle`` in both, and a key that ``before`` lacks, since it
+    is younger.
     """
     before = current_names(before)
     changed = [key for key in before if key not in but and before[key] != now.get(key)]

@@ -11,8 +11,8 @@ import torch
 from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
-from hidreamer import evaluation
-from tools import Config, dump_yaml, load_config
+from hidreamer import evaluation, objectives
+from tools import Config, ConfigError, dump_yaml, load_config
 
 # What an optimiser is set by. With ``optim joint`` those of ``model`` are for all parts.
 OPTIMISER_KEYS = ("lr", "eps", "clip", "agc", "warmup", "algorithm")
@@ -55,6 +55,19 @@ def make_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return generator.set_state(torch.get_rng_state())
     return generator.manual_seed(torch.initial_seed())
+
+
+def check_objectives(config: Config) -> None:
+    """Raises ConfigError where an objective counts that this process does not know: an agent that
+    acts needs none, and one that trained on without it would be another.
+    """
+    for name, weight in config.model.losses.items():
+        known = name in objectives.OBJECTIVES or name == "harmony"  # which balances the others
+        if weight and not known:
+            raise ConfigError(
+                f"model.losses.{name} is {weight}, and nothing here is that objective: start the"
+                " script that adds it to OBJECTIVES (docs/objectives.md)"
+            )
 
 
 def notes(config: Config, repeat: int, rows: int) -> list[str]:

@@ -110,7 +110,7 @@ def parsed(text: str) -> dict[str, Any]:
 def sentences() -> dict[str, str]:
     """{"preset" or "defaults.group.key": its comment} of configs.yaml."""
     found, path = {}, []
-    for line in CONFIGS.read_text().splitlines():
+    for line in CONFIGS.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"( *)(\w+):.*?(?:\s# (.*))?$", line):
             del path[len(match[1]) // 2 :]
             path.append(match[2])

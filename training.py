@@ -15,6 +15,7 @@ import torch
 
 import models
 import run_config
+import run_setup
 import run_state
 import tools
 from envs.errors import ActionError
@@ -57,6 +58,7 @@ class Run:
         device: torch.device,
         report: Callable[[str], None] = print,
     ):
+        run_setup.check_objectives(config)
         self.config, self.logdir, self.device, self.report = config, logdir, device, report
         self.poll: Callable[[], None] = lambda: None
         self.folder = logdir / "checkpoints"
@@ -170,7 +172,7 @@ class Run:
     def finish(self) -> None:
         """The pending updates, and the last record, evaluation and checkpoint if missing."""
         self._run_due()
-        if self.window.count:
+        if self.window.count or self.every["log"].last < self.step:
             self.log()
         if self.evaluated != self.step:
             self.unsaved = True

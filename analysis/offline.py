@@ -36,6 +36,7 @@ from hidreamer.episodes import EpisodeError, load_episode, named_rows, summary
 from hidreamer.logger import Rates
 from hidreamer.replay import Replay, Rows, Spec, row_spec
 from hidreamer.update import train_model
+from run_setup import check_objectives
 from tools import Config, ConfigError
 
 EVERY = 5  # each fifth episode is held out
@@ -151,6 +152,7 @@ class Trainer:
     """A world model, its optimiser and its batches."""
 
     def __init__(self, config: Config, files: list[Path], logdir: Path, device: torch.device):
+        check_objectives(config)
         self.config, self.logdir, self.device = config, logdir, device
         self.log = logdir / "metrics.jsonl"
         self.train_files, self.held_files = split(files)

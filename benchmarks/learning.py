@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from counted import BALL, Table
 from measure import ROOT
 
 import dreamer
@@ -29,17 +30,22 @@ import tools
 from comparison.runs import records
 from envs import make_env
 from hidreamer import checkpoint
+from hidreamer.episodes import load_episode
 from hidreamer.provenance import STARTS, provenance
 from hidreamer.replay import Addresses, Replay, Rows
 from hidreamer.spaces import random_action
 
-BALL = 1  # the plane of Breakout's ball
 # name: presets, steps, and thresholds (of what figure, its least value).
 TASKS = {
     "minatar": {
         "configs": ["minatar"],
         "steps": 50_000,
-        "thresholds": {"return_at_20000": 2.0, "return_at_50000": 5.0, "ball_after_3": 0.85},
+        "thresholds": {
+            "return_at_20000": 2.0,
+            "return_at_50000": 5.0,
+            "ball_after_3": 0.85,
+            "ball_after_3_beyond_counted": 0.0,
+        },
     },
     "cartpole": {"configs": ["gym"], "steps": 20_000, "thresholds": {"last_10_episodes": 400.0}},
 }
@@ -142,7 +148,8 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
     """Breakout's open loop on new episodes of the trained policy: is the ball's cell right after 3
     imagined steps?
 
-    ``copy`` is what the ball's last seen cell would score.
+    ``copy`` is what the ball's last seen cell would score, ``counted`` what a table of the run's
+    own episodes does without a model (``counted.Table``), ``beyond_counted`` what is above that.
     """
     state = checkpoint.load_checkpoint(folder / "checkpoints" / "latest.pt")
     config = tools.load_config([], tools.flatten(state["config"]))
@@ -168,11 +175,18 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
         truth, model = agent.world_model.open_loop(batch, context)
     whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be predicted
     out = {}
-    grids = {"": model["grid"][:, -1], "_copy": truth["grid"][:, context - 1]}
-    for name, grid in grids.items():
-        hits = likeliest_cell(grid, BALL) == likeliest_cell(truth["grid"][:, -1], BALL)
+    recorded = [load_episode(path)["grid"] for path in sorted((folder / "train_eps").glob("*.npz"))]
+    seen = likeliest_cell(truth["grid"][:, context - 2 : context].flatten(0, 1), BALL).view(-1, 2)
+    guesses = {
+        "": likeliest_cell(model["grid"][:, -1], BALL),
+        "_copy": seen[:, 1],
+        "_counted": torch.as_tensor(Table(recorded, BALL, [horizon])(*seen.numpy().T, horizon)),
+    }
+    for name, guess in guesses.items():
+        hits = guess == likeliest_cell(truth["grid"][:, -1], BALL)
         out[f"ball_after_3{name}"] = float(hits[whole].float().mean())
-    return out
+    beyond = out["ball_after_3"] - out["ball_after_3_counted"]
+    return out | {"ball_after_3_beyond_counted": beyond}
 
 
 def likeliest_cell(grid: torch.Tensor, plane: int) -> torch.Tensor:

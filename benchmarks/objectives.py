@@ -182,8 +182,9 @@ def earlier(path: Path, steps: int) -> dict[str, Any]:
         runs, of, configs = body["runs"], body["steps"], body.get("configs", {})
         for run in every(runs):
             run["config"] = configs.get(run.get("config"))
-            assert isinstance(run["frames"], int) and "evaluation" in run, "a run lacks its figures"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            if not isinstance(run["frames"], int) or "evaluation" not in run:
+                raise ValueError("a run lacks its figures")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"--from {path} is no file that --out of this program wrote ({error})"
         ) from None
@@ -218,6 +219,22 @@ def same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
     return not differences(one, other, [key for key in one if objective(key)])
 
 
+def refuse_other_settings(arm: str, runs: dict[str, Any]) -> None:
+    """Raises ConfigError where runs of an arm have other settings of its objective; a key that one
+    of them lacks is younger.
+    """
+    values: dict[str, set[str]] = {}
+    for run in runs.values():
+        for key, value in run.get("settings", {}).items():
+            values.setdefault(key, set()).add(str(value))
+    for key, several in values.items():
+        if len(several) > 1:
+            raise ConfigError(
+                f"{arm} has runs with {key} {' and '.join(sorted(several))}: leave those of one of"
+                " them out"
+            )
+
+
 def judged(found: dict[str, Any]) -> dict[str, Any]:
     """{dynamics: {arm: {game: its difference from the default}}}, by seeds that both finished:
     "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on; "commits" where
@@ -242,14 +259,7 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
                         pairs[seed] = round(run["evaluation"] - other["evaluation"], 9)
                         if run["commits"] != other["commits"]:
                             commits |= {*run["commits"], *other["commits"]}
-                settings = {
-                    json.dumps(run["settings"]) for run in runs.values() if "settings" in run
-                }
-                if len(settings) > 1:
-                    raise ConfigError(
-                        f"{game}/{dynamics}/{arm} has runs of {' and '.join(sorted(settings))}:"
-                        " leave those of one of them out"
-                    )
+                refuse_other_settings(f"{game}/{dynamics}/{arm}", runs)
                 if arm != "default" and pairs:
                     cell = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
                     cell |= {"commits": sorted(commits)} if commits else {}

@@ -27,6 +27,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import torch
+from counted import CONTEXT, HORIZONS, LATE, Table, cells, pieces
 from learning import likeliest_cell
 from measure import ROOT
 from quantiser_rows import DREAMS, WORLDS, make_config, returns, spatial_note
@@ -43,10 +44,9 @@ from hidreamer.quantizer import per_level
 
 Found = dict[str, dict[str, dict[str, Any]]]  # {row: {seed: figures}}
 LAST = "last frame seen"  # the row of repeating it
-CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
+COUNTED = "counted, no model"  # the row of benchmarks/counted.py
 FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
-LATE = 3.0  # points of an episode before a chunk of it: on Breakout it begins behind three bricks
-PIECES, AT_ONCE = 384, 32  # held-out chunks that are looked at, and how many at a time
+AT_ONCE = 32  # held-out chunks
 
 
 @torch.no_grad()
@@ -56,18 +56,11 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
     thing: of whose cell is judged where it is dreamt, and its plane in the grid.
     """
     length, model = trainer.config.replay.length, trainer.agent.world_model
-    held = list(trainer.load(trainer.held_files).values())
-    held = [rows | {"return": np.cumsum(rows["reward"]) - rows["reward"]} for rows in held]
-    pieces = [heldout.chunks(rows, length) for rows in held if len(rows["reward"]) >= length]
-    if not pieces:
-        raise tools.ConfigError(
-            f"no held-out episode has the {length} steps of a sequence: record longer ones"
-        )
-    rows = {}
-    for key in pieces[0]:
-        rows[key] = np.concatenate([x[key] for x in pieces])
-    late = rows.pop("return")[:, 0] >= LATE
-    picks = np.random.default_rng(0).permutation(len(rows["reward"]))[:PIECES]
+    rows, late, episodes = pieces(trainer.load(trainer.held_files).values(), length)
+    picks = np.arange(len(late))
+    if thing:
+        grids = [x["grid"] for x in trainer.load(trainer.train_files).values()]
+        table = Table(grids, thing[1], HORIZONS)
     sums: dict[str, list[float]] = {}
     hits: dict[str, list[float]] = {}  # of late chunks
     posts = []
@@ -85,10 +78,15 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
                 moving = heldout.errors(what, truth, slice(at, at + 1))[1]
                 found[f"open loop {h}, moving{name}"] = moving
                 if thing:
-                    cells = [likeliest_cell(x["grid"][:, at], thing[1]) for x in (what, truth)]
-                    right = (cells[0] == cells[1]).float()
-                    found[f"{thing[0]} {h}{name}"] = right.mean().item()
-                    hits.setdefault(f"{thing[0]} {h} late{name}", []).extend(right[late[some]])
+                    place = likeliest_cell(truth["grid"][:, at], thing[1])
+                    guesses = {name: likeliest_cell(what["grid"][:, at], thing[1])}
+                    if not name:
+                        seen = cells(rows["grid"][some, CONTEXT - 2 : CONTEXT], thing[1])
+                        guesses[", counted"] = torch.as_tensor(table(*seen.T, h))
+                    for who, guess in guesses.items():
+                        right = (guess == place.to(guess.device)).float()
+                        found[f"{thing[0]} {h}{who}"] = right.mean().item()
+                        hits.setdefault(f"{thing[0]} {h} late{who}", []).extend(right[late[some]])
         for name, x in found.items():
             sums.setdefault(name, []).append(x)
         posts.append(post._replace(feat=None))
@@ -96,7 +94,7 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
     if late[picks].any():
         out |= {"late": int(late[picks].sum())}
         out |= {name: float(np.mean(x)) for name, x in hits.items()}
-    return {"chunks": len(picks), "episodes": len(pieces)} | out | tokens(model.dynamics, posts)
+    return {"chunks": len(picks), "episodes": episodes} | out | tokens(model.dynamics, posts)
 
 
 @torch.no_grad()
@@ -240,10 +238,10 @@ def figures(args: argparse.Namespace, rows: list[str], commit: str) -> Found:
                 dynamics.temperature = per_level(temperature, dynamics.levels, "temperature")
                 found.setdefault(name, {})[seed] = judge(trainer, thing)
     first = found[rows[0]][str(args.seeds[0])]
-    copied = {
-        name.removesuffix(", copy"): x for name, x in first.items() if name.endswith(", copy")
-    }
-    return found | {LAST: {str(args.seeds[0]): copied}}  # the same for all
+    for row, end in ((COUNTED, ", counted"), (LAST, ", copy")):  # the same for all
+        by = {name.removesuffix(end): x for name, x in first.items() if name.endswith(end)}
+        found |= {row: {str(args.seeds[0]): by}} if by else {}
+    return found
 
 
 def judged(world: str, path: Path) -> dict[str, Any]:
@@ -254,7 +252,7 @@ def judged(world: str, path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
         if missing := {"commit", "command", "rows"} - report.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if wrong := report["rows"].keys() - {*WORLDS[world].rows, *DREAMS, LAST}:
+        if wrong := report["rows"].keys() - {*WORLDS[world].rows, *DREAMS, COUNTED, LAST}:
             raise ValueError(f"{world} has no row {' or '.join(map(repr, sorted(wrong)))}")
         for by_seed in report["rows"].values():
             for found in by_seed.values():

@@ -160,7 +160,7 @@ def timed(runs: Sequence[Run]) -> list[str]:
     """A line where runs of a task differ in what takes seconds."""
     lines = []
     for task in sorted({run.task for run in runs}):
-        if keys := seconds.unlike([run for run in runs if run.task == task]):
+        if keys := seconds.unlike([run for run in runs if run.task == task and run.complete]):
             lines.append(f"Runs of {task} differ in {', '.join(keys)}: no seconds are compared.")
     return lines
 

@@ -76,7 +76,11 @@ class Job:
         return max(0.0, self.steps - self.seen["step"]) / rate if rate else None
 
     def last_lines(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = (
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if self.log.exists()
+            else []
+        )
         return "\n".join(lines[-LINES:])
 
 

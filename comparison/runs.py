@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from comparison.options import HOUSEKEEPING
 from hidreamer.checkpoint import CheckpointError, load_checkpoint
 from hidreamer.provenance import STARTS
-from run_config import EVALUATION_KEYS, check_same_run, saved_config
+from run_config import EVALUATION_KEYS, check_same_run, idle, saved_config
 from tools import Config, ConfigError, flatten, load_config
 
 WHOLE = "dynamics.hrvq.levels"  # a key of every config that is whole
@@ -41,6 +41,7 @@ class Run:
     step: int  # environment frames that it reached
     complete: bool
     series: dict[str, np.ndarray]  # name of a scalar -> (n, 2): step, value
+    given: Mapping[str, Any] = field(default_factory=dict)  # the part of it that a file has
 
     @property
     def task(self) -> str:
@@ -67,8 +68,7 @@ class Run:
     @property
     def stated(self) -> dict[str, Any]:
         """What is known of its config for sure."""
-        filled = () if self.known else UNKNOWN
-        return {key: value for key, value in self.config.items() if key not in filled}
+        return self.config if self.known else dict(self.given)
 
     def get(self, name: str) -> np.ndarray:
         """(n, 2): step, value; (0, 2) where the run never logged it."""
@@ -261,7 +261,8 @@ def name_models(runs: list[Run]) -> list[Run]:
     """
 
     def latent_hash(run: Run) -> str:
-        return config_hash({k: v for k, v in run.config.items() if k.startswith("dynamics.")})
+        own = {k: v for k, v in run.config.items() if not idle(k, run.config)}
+        return config_hash({k: v for k, v in own.items() if k.startswith("dynamics.")})
 
     kinds: dict[str, set[str]] = {}
     for run in runs:

@@ -162,15 +162,9 @@ def restored(row: Mapping[str, Any], config: Mapping[str, Any] | None, path: Pat
     for key, value in start.items():
         if type(value) is not STARTED[key]:
             raise ValueError(f"{key} is {value!r}")
-    return Run(
-        path,
-        row["model"],
-        {**UNKNOWN, **with_defaults(config or {}), **known},
-        start,
-        reached,
-        whole,
-        series,
-    )
+    given = with_defaults(config or {})
+    whole_config = {**UNKNOWN, **given, **known}
+    return Run(path, row["model"], whole_config, start, reached, whole, series, given)
 
 
 # ---------------------------------------------------------------- other people's

@@ -143,6 +143,12 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
                 stats.seeds_for(found, TARGET * base, seeds), enough(found["alpha"], tasks)
             )
             more = f" About {enough_seeds:,} seeds would show {percent(TARGET)}."
+        if own < stats.LEAST or others < stats.LEAST:
+            lines.append(
+                f"{model}: of {own} runs against {others} nothing can be claimed; {stats.LEAST} of"
+                " each are the least."
+            )
+            continue
         lines.append(
             f"{model}, {count(seeds, 'seed')}: an effect below about {number(size)}"
             f"{f' ({share})' if share else ''} cannot be seen here; the spread between seeds would"

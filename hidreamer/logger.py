@@ -86,7 +86,8 @@ class Logger:
     ):
         self.logdir = logdir
         path = logdir / "metrics.jsonl"
-        self.file = open(path, "r+" if path.exists() else "w+")  # noqa: SIM115
+        mode = "r+" if path.exists() else "w+"
+        self.file = open(path, mode, encoding="utf-8")  # noqa: SIM115
         self.file.truncate(size)
         self.file.seek(0, os.SEEK_END)
         self.best_effort = BestEffort()

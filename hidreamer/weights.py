@@ -29,12 +29,14 @@ def match(
     params: Mapping[str, Tensor],
     given: Mapping[str, Any],
     may_be_fresh: tuple[str, ...],
+    optional: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``own`` with the values of ``params``, and {module: "mapped" | "split" | "fresh"}.
 
     given: the names that ``params`` had before it was converted. Names that begin with
     ``may_be_fresh`` keep their own values where ``params`` lacks them. Raises ValueError, naming
-    the first that is missing, of another shape, or left over of a part that both have.
+    the first that is missing, of another shape, or left over of a part that both have and that is
+    not ``optional``.
     """
     matched, report = dict(own), {}
     for name, x in own.items():
@@ -50,7 +52,7 @@ def match(
     part = lambda name: name.split(".")[:2]  # such as the encoder
     parts = [part(name) for name in own]
     for name in params:
-        if name not in own and part(name) in parts:
+        if name not in own and part(name) in parts and not name.startswith(optional):
             raise ValueError(f"{name} is nothing here and {tuple(params[name].shape)} there")
     return matched, report
 
@@ -74,7 +76,7 @@ def load_params(agent: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
         learned = {name for name, x in params.items() if name.startswith(REWARD_OUT) and x.any()}
         params = {name: x for name, x in params.items() if name not in learned}
         fresh = (*fresh, *learned)
-    matched, report = match(agent.state_dict(), params, given, fresh)
+    matched, report = match(agent.state_dict(), params, given, fresh, optional)
     agent.load_state_dict(matched)
     return report
 

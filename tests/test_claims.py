@@ -69,6 +69,16 @@ def test_nothing_is_said_of_configs_that_are_not_known(how, tmp_path, capsys):
     assert "Of A, B only scores are known, or a part of the config" in page
 
 
+@pytest.mark.parametrize("key", ["env.action_repeat", "replay.prefill"])
+def test_what_a_part_of_a_config_states_is_compared(key, tmp_path, capsys):
+    """Also what stands for a config that is not known."""
+    rows = [x | {"config": x["model"]} for x in two()]
+    status, *_ = judged(tmp_path, rows, configs={"A": {key: 1}, "B": {key: 4}})
+    assert status == 2 and f"{key}: 1" in capsys.readouterr().err
+    shorter = [x | {"frames": 500} if x["model"] == "B" else x for x in two()]
+    assert judged(tmp_path, shorter)[0] == 0  # compared up to where all came
+
+
 def test_the_same_is_said_where_all_are_known(tmp_path):
     for model in ("tiny_dreamerv3", "tiny_hdreamer"):
         write_run(tmp_path / "runs" / model, [1.0, 2.0], model, 0)
@@ -134,6 +144,10 @@ def test_settings_that_take_seconds_are_named_and_no_seconds_compared(tmp_path):
     configs = {"A": {"env.parallel": True, "eval_every": 100}, "B": {"env.parallel": False}}
     _, found, page = judged(tmp_path, rows, configs=configs)
     assert found["seconds"] is None and "differ in env.parallel: no seconds are compared" in page
+    same = {"A": configs["A"], "B": configs["A"]}
+    half = [row("A", 9, [1.0], config="C", complete=False, **TIMES)]
+    _, found, page = judged(tmp_path, rows + half, configs=same | {"C": configs["B"]})
+    assert found["seconds"] and "no seconds are compared" not in page
 
 
 def test_a_run_without_a_score_is_not_trimmed_away_as_the_best():
@@ -168,6 +182,7 @@ def test_two_runs_claim_nothing(tmp_path):
     entry = found["comparisons"]["B"]
     assert entry["p"] <= entry["alpha"] and entry["low"] > 0 and not entry["claimed"]
     assert "2 runs of a model on a task are too few for a claim" in page
+    assert "B: of 5 runs against 2 nothing can be claimed" in page and "cannot be seen" not in page
     rows.append(row("A", 2, [1.02] * 5))
     _, found, page = judged(tmp_path, rows)
     assert found["comparisons"]["B"]["claimed"] and "docs/statistics.md" in page

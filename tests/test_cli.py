@@ -3,6 +3,7 @@ what ends up in the folder.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -486,7 +487,7 @@ def test_a_run_from_before_a_key_goes_on_with_its_default(tmp_path, capsys):
     assert run(tmp_path / "a", *first) == 0
     latest = tmp_path / "a" / "checkpoints" / "latest.pt"
     state = checkpoint.load_checkpoint(latest)
-    del state["config"]["replay"]["online"]
+    del state["config"]["replay"]["online"], state["config"]["dynamics"]["hrvq"]["norm"]
     checkpoint.save_checkpoint(latest, state)
     longer = [*first]
     longer[longer.index("--steps") + 1] = "90"
@@ -494,4 +495,20 @@ def test_a_run_from_before_a_key_goes_on_with_its_default(tmp_path, capsys):
     assert run(tmp_path / "a", *longer, "--replay.online", "true") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "replay.online False -> True" in err
-    assert run(tmp_path / "a", *longer) == 0
+    # A setting of another latent state makes no other run.
+    assert run(tmp_path / "a", *longer, "--dynamics.hrvq.norm", "rms") == 0
+
+
+def test_weights_alone_begin_a_run_with_the_keys_that_are_given(tmp_path, capsys):
+    first = ["--task", "dummy_vector", *QUICK]
+    assert run(tmp_path / "a", *first) == 0
+    folder = tmp_path / "x" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "a" / "checkpoints" / "latest.pt", folder)
+    words = ["--resume", str(folder / "latest.pt"), "--logdir", str(tmp_path / "new")]
+    config, _, source = dreamer.prepare(tools.parse([*words, "--task", "dummy_vector"]))
+    assert config.flat() == tools.load_config([], config_of(words)).flat() and source
+
+
+def config_of(words):
+    return {"task": "dummy_vector", "logdir": words[-1]}

@@ -186,7 +186,9 @@ def test_younger_keys_and_settings_of_another_objective_are_no_other_config(judg
         path = home / "ac_cpc" / name / "config.yaml"
         text = path.read_text().replace("ac_cpc: 0.0", "ac_cpc: 1.0")
         path.write_text(text.replace("decay: 0.75", f"decay: 0.{name}5"))
-    with pytest.raises(tools.ConfigError, match=r"seaquest/rssm/ac_cpc has runs of .*decay"):
+    with pytest.raises(
+        tools.ConfigError, match=r"rssm/ac_cpc has runs with model\.ac_cpc\.decay 0\.05 and 0\.15"
+    ):
         judge.judged(judge.report(tmp_path, 30_000))
 
 

@@ -10,6 +10,7 @@ from small_runs import one_line, run
 from test_agent import EVERYTHING, VECTOR, changed, make
 from torch.nn import functional as F
 
+import hidreamer
 import networks
 import run_config
 import tools
@@ -516,6 +517,7 @@ def test_an_objective_of_ones_own_is_learned_and_saved(extended, tmp_path, capsy
     for name in ("with", "new"):
         assert run(tmp_path / name, "--model.losses.inverse", 0.1, "--steps", 80) == 2
         one_line(capsys, "model.losses.inverse is 0.1", "docs/objectives.md")
+    assert hidreamer.load(tmp_path / "with").collect(seed=0)["reward"].size  # acting needs none
 
 
 class SmallEmbedding:

@@ -473,6 +473,7 @@ def test_late_chunks_are_those_behind_three_points(monkeypatch):
     length, total = 24, 96
     rows = {"reward": (np.arange(total) % 10 == 9).astype(np.float32)}
     rows |= {"is_first": np.arange(total) == 0, "time": np.arange(total, dtype=np.float32)}
+    rows["grid"] = np.zeros((total, 2, 2, 1))
 
     class Model:
         dynamics = None
@@ -495,6 +496,7 @@ def test_late_chunks_are_those_behind_three_points(monkeypatch):
         agent=SimpleNamespace(world_model=Model()),
         load=lambda files: {"one": rows},
         held_files=[],
+        train_files=[],
         batch=lambda rows: {key: torch.as_tensor(x) for key, x in rows.items()},
     )
     monkeypatch.setattr(quantisers, "tokens", lambda dynamics, posts: {})
@@ -502,8 +504,24 @@ def test_late_chunks_are_those_behind_three_points(monkeypatch):
     assert (found["chunks"], found["late"]) == (4, 2)
     for h in quantisers.HORIZONS:
         assert found[f"ball {h}"] == 0.5 and found[f"ball {h} late"] == 1.0
+        assert found[f"ball {h}, counted"] == 1.0  # it never leaves the first cell
     rows["reward"][:] = 0.0
     assert not any("late" in name for name in quantisers.judge(trainer, ("ball", 0)))
+
+
+def test_a_table_of_counts_by_hand(monkeypatch):
+    """A ball that goes to and fro along three cells is foreseen without a model."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import counted
+
+    path = np.array([0, 1, 2, 1] * 5)
+    grid = np.zeros((20, 1, 3, 2))
+    grid[np.arange(20), 0, path, 1] = 1.0
+    table = counted.Table([grid, grid[:2]], 1, (1, 3))
+    seen = np.array([[0, 1], [1, 2], [2, 1], [1, 0], [0, 2]])
+    assert table(*seen.T, 1).tolist() == [2, 1, 0, 1, 2]  # nobody saw the last pair: it stays
+    assert table(*seen.T, 3).tolist() == [0, 1, 2, 1, 2]
+    assert counted.cells(grid, 1).tolist() == path.tolist()
 
 
 def test_nats_are_of_steps_that_something_foretold(monkeypatch):
