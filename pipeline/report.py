@@ -195,18 +195,21 @@ def in_words(gates: Gates) -> parts.Section:
         if found := passing(gates, *where):
             text.append(f"{what}: {', '.join(found)}.")
     for table in gates.get("policy", {}).get("tables", []):
+        passed = [row["metric"] for row in table["rows"] if not row["beaten_by"]]
+        shown = any(metric.endswith(": above random play by") for metric in passed)
         for row in table["rows"]:
             if row["metric"].endswith(": mean return"):
-                text.append(learned(row))
+                text.append(learned(row, shown))
     return parts.Section("In words", text)
 
 
-def learned(row: Mapping[str, Any]) -> str:
-    """One sentence about a row of mean returns."""
+def learned(row: Mapping[str, Any], shown: bool) -> str:
+    """One sentence about a row of mean returns. shown: whether the gate shows more than chance."""
     by = row["baselines"]
     chance, online = by.get("random play"), by.get("online")
     above = chance is not None and row["value"] is not None and row["value"] > chance
-    verdict = "has a higher mean return than random play" if above else "did not learn"
+    verdict = "is not shown to return more than random play" if above else "did not learn"
+    verdict = "returns more than random play" if shown else verdict
     line = f"The policy {verdict}: {gate.number(row['value'])} in the real game, random play"
     line += f" {gate.number(chance)}"
     if online is not None:

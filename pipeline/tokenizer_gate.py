@@ -43,7 +43,8 @@ SHARED_NOTE = (
 )
 TRANSFER_NOTE = (
     "Explained energy of a game's held-out episodes by codebooks that never saw it, beside"
-    " codebooks of its own and random ones. The encoder saw all games."
+    " codebooks of its own, random ones, nothing at all and the mean embedding of the other games."
+    " The encoder saw all games."
 )
 
 
@@ -263,12 +264,17 @@ def transfer_table(stage: Any, embeddings: list[np.ndarray]) -> Table:
     others = fit_all(stage, embeddings, list(range(last)))
     own = fit_all(stage, embeddings, [last])
     random = tokenizer.fit(stage.config, training_rows(stage, embeddings, [last]), 0)
+    mean = np.mean([embeddings[i].mean(0) for i in range(last)], 0)  # (E,)
     energy = lambda quantizer: explained_energy(z, tokenizer.encode(quantizer, z)[1].sum(1))
     rows = [
         Row(
             f"{recording.game}: codebooks of the other games",
             energy(others),
-            {"random": energy(random)},
+            {
+                "random": energy(random),
+                "no code": 0.0,
+                "the others' mean": explained_energy(z, mean),
+            },
             HIGHER,
         ),
         Row(f"{recording.game}: codebooks of its own", energy(own)),

@@ -207,9 +207,23 @@ def test_episodes_that_were_cut_are_a_warning(acting):
     assert any("cut by eval_time_limit 6" in warning for warning in found["warnings"])
     whole = {"return": -21.0, "truncated": 0.0}
     rows = policy.score_rows("pong", {"here": [whole, whole], "random play": [whole, whole]})
-    assert [row.metric for row in rows] == ["pong: mean return", "pong: standard error"]
+    above = "pong: above random play by"
+    assert [row.metric for row in rows] == ["pong: mean return", above, "pong: standard error"]
+    assert rows[1].beaten_by()  # as good is not better
     cut = policy.score_rows("pong", {"here": [whole], "random play": [whole | {"truncated": 1.0}]})
-    assert cut[2].beaten_by() and cut[2].value == 1.0
+    assert cut[3].beaten_by() and cut[3].value == 1.0
+
+
+def test_random_play_seldom_passes_for_an_agent():
+    """A higher mean of ten episodes is had by chance in every second try."""
+    rng, passed = np.random.default_rng(0), 0
+    for _ in range(200):
+        here, other = rng.choice([-21.0, -20.0, -19.0], (2, 10), p=[0.7, 0.2, 0.1])
+        as_episodes = lambda x: [{"return": float(y), "truncated": 0.0} for y in x]
+        scores = {"here": as_episodes(here), "random play": as_episodes(other)}
+        passed += not any(row.beaten_by() for row in policy.score_rows("pong", scores))
+    assert 0 < passed < 12
+    assert policy.shown_above([3.0, 3.0], [1.0, 1.0]) == 2.0
 
 
 @pytest.mark.parametrize("preset", ["pipeline", "pipeline_small"])

@@ -107,8 +107,12 @@ def test_the_report_says_in_words_what_did_not_work():
     assert "copying the last code: L0 in 1 of 2 games" in first
     assert "counted pairs of codes: L0 in 0 of 2 games" in pairs
     assert "did not learn: -20.4" in second and "-17.8" in second and "-21" in second
-    better = report.learned(played | {"value": -10.0})
-    assert "higher mean return" in better and "did not learn" not in better
+    by_chance, better = (report.learned(played | {"value": -10.0}, x) for x in (False, True))
+    assert "is not shown to return more" in by_chance and "did not learn" not in by_chance
+    assert "The policy returns more than random play" in better
+    played["value"], above = -10.0, row("pong: above random play by", 2.0, [], none=0.0)
+    gates["policy"]["tables"][0]["rows"].append(above)
+    assert "The policy returns more than random play" in report.in_words(gates).text[2]
 
 
 def test_all_finishes_what_is_left_and_changes_nothing_that_is_done(acting, tmp_path, monkeypatch):
