@@ -53,12 +53,16 @@ def contrast(
     first: Sequence[bool],
     episode: np.ndarray,
     shuffles: int = SHUFFLES,
+    pairs: int = 1,
 ) -> Contrast:
     """Features of the top and bottom level (N, F), factors (N, Y), whether each is of group A (Y,).
 
     Every episode is predicted from the others; intervals resample episodes. The control repeats
-    everything with every episode's factors replaced by another episode's.
+    everything with every episode's factors replaced by another episode's; NaN without ``shuffles``.
+    pairs: how many pairs of levels are looked at, for all of which intervals of the contrast and of
+    the groups hold jointly (Bonferroni).
     """
+    tails = 2.5 / pairs, 100.0 - 2.5 / pairs
     first = np.asarray(first, bool)
     fits = [readout.cross_fitted(x, y, episode, PENALTY) for x in (top, bottom)]
     scored = np.isfinite(y).sum(0) >= readout.LEAST
@@ -76,17 +80,17 @@ def contrast(
         nothing = np.full((2, 3), np.nan)
         return Contrast(*seen, difference, None, np.nan, np.nan, (np.nan, np.nan), nothing)
     between = lambda d: d[..., groups[0]].mean(-1) - d[..., groups[1]].mean(-1)
-    low, high = np.percentile(between(drawn), (2.5, 97.5))
+    low, high = np.percentile(between(drawn), tails)
     lengths = np.bincount(episode)
     chance = []
     for _ in range(shuffles):
         other = y[information.other_episodes(lengths, rng)]
         fits = [readout.cross_fitted(x, other, episode, PENALTY) for x in (top, bottom)]
         chance.append(between(shares(*fits[0], None) - shares(*fits[1], None)))
-    control = tuple(map(float, np.percentile(chance, (2.5, 97.5))))
+    control = tuple(map(float, np.percentile(chance or [np.nan], tails)))
     sides = []
     for group in groups:
-        interval = np.percentile(drawn[:, group].mean(1), (2.5, 97.5))
+        interval = np.percentile(drawn[:, group].mean(1), tails)
         sides.append([gap[group].mean(), *interval])
     value = float(between(gap))
     return Contrast(*seen, difference, value, float(low), float(high), control, np.array(sides))

@@ -242,8 +242,9 @@ def ego(report: Report) -> Section:
             "How much better a line reads a factor from the coarsest level alone than from the"
             " finest alone, every episode predicted from the others; bars are 95% over episodes,"
             " the same for all runs. The contrast is the mean over ego factors minus that over"
-            " world factors. The controls repeat it with every episode's factors replaced by"
-            " another's."
+            " world factors; below it is that of every pair of levels, at 95% jointly, beside that"
+            " of the same levels before training. The controls repeat it with every episode's"
+            " factors replaced by another's."
         )
     ]
     lists = {"Supported or not": summary.contrast_lines(report)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -154,26 +155,44 @@ def inform(found: Sequence[Latents], fresh: Sequence[Latents], material: Materia
     return out
 
 
-def ego(subject: Subject, found: Sequence[Latents], material: Material) -> Found | None:
-    """``levels.contrast`` of the coarsest and the finest level of a subject, from ``found``, the
-    latents of every episode: do they differ in what they hold of ego and world? None for a flat
+def ego(
+    subject: Subject, found: Sequence[Latents], fresh: Sequence[Latents], material: Material
+) -> Found | None:
+    """``levels.contrast`` of the coarsest and the finest level of a subject, and under "pairs" of
+    all others, from the latents of every episode, of the trained model and, under "untrained", of
+    the one before training: do they differ in what they hold of ego and world? None for a flat
     state.
     """
     model = subject.agent.world_model
     level = latents.names(model.dynamics)
     if len(level) < 2:
         return None
-    parts = features(model, found, 0)
+    pairs = list(itertools.combinations(level, 2))
+    pairs.sort(key=lambda pair: pair != (level[0], level[-1]))
+    trained, untrained = features(model, found, 0), features(subject.untrained, fresh, 0)
+    out = []
+    for top, bottom in pairs:
+        entry = contrasted(trained[top], trained[bottom], material, len(pairs))
+        before = contrasted(untrained[top], untrained[bottom], material, len(pairs), shuffles=0)
+        if entry["value"] is not None:
+            entry["untrained"] = [before[key] for key in ("value", "low", "high")]
+        out.append({"top": top, "bottom": bottom} | entry)
+    return out[0] | {"pairs": out[1:]}
+
+
+def contrasted(
+    top: np.ndarray, bottom: np.ndarray, material: Material, pairs: int, **more: int
+) -> Found:
+    """``levels.contrast`` of features (N, F) of two levels, as plain values."""
     first = [material.kinds[name] == factors.EGO for name in material.factors]
-    got = levels.contrast(parts[level[0]], parts[level[-1]], material.y, first, material.episode)
-    out: Found = {"top": level[0], "bottom": level[-1]}
-    out["factors"] = {}
+    more["pairs"] = pairs
+    got = levels.contrast(top, bottom, material.y, first, material.episode, **more)
+    out: Found = {"factors": {}, "value": got.value}
     for i, name in enumerate(material.factors):
         cell = {"kind": material.kinds[name], "top": float(got.top[i])}
         cell["bottom"] = float(got.bottom[i])
         cell["difference"] = [float(x) if math.isfinite(x) else None for x in got.difference[i]]
         out["factors"][name] = cell
-    out["value"] = got.value
     if got.value is not None:
         out |= {"low": got.low, "high": got.high, "control": list(got.control)}
         out |= dict(zip(("ego", "world"), got.groups.tolist(), strict=True))
@@ -225,5 +244,5 @@ def measure(subject: Subject, trained: Sequence[Latents], material: Material) ->
         fresh = read_all(subject, subject.untrained, material)
         out["probes"] = probes(subject, trained, fresh, material)
         out["information"] = inform(trained, fresh, material)
-        out["contrast"] = ego(subject, trained, material)
+        out["contrast"] = ego(subject, trained, fresh, material)
     return out

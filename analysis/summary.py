@@ -193,47 +193,65 @@ def contrast_lines(report: Report) -> list[str]:
     """Whether the levels tell ego from world, run by run."""
     lines = []
     for name, run in report["runs"].items():
-        found = run["contrast"]
-        if found is None:
+        whole = run["contrast"]
+        if whole is None:
             lines.append(f"{name} has one level: there is nothing to contrast.")
             continue
-        if found["value"] is None:
+        if whole["value"] is None:
             lines.append(
                 f"{name}: all factors of this task are of one kind, so ego and world cannot be"
                 " distinguished here."
             )
             continue
-        top, bottom = found["top"], found["bottom"]
-        signed = lambda *x: ", ".join(score(each, "+") for each in x)
-        where = f"{signed(found['value'])} [{signed(found['low'], found['high'])}],"
-        where += f" shuffled controls [{signed(*found['control'])}]"
-        kinds = [cell["kind"] for cell in found["factors"].values()]
-        of = f"{kinds.count('ego')} ego, {kinds.count('world')} world factors"
-        first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
-        if found["divided"]:
-            finding = (
-                f"supported, the levels divide the factors: {top} alone holds more of {first},"
-                f" {bottom} alone more of {second}"
-            )
-        elif found["supported"]:
-            finding = (
-                f"supported, {top} is worth more for {first} than for {second}, compared with"
-                f" {bottom}; not supported, that the levels divide them, for it is not shown that"
-                " each holds more of one kind"
-            )
-        else:
-            finding = (
-                f"not supported, that {top} and {bottom} differ in what they hold of ego and world"
-            )
-        lines.append(f"{name}: {finding} (contrast {where}; {of}).{both(found)}")
+        lines += [contrast_line(name, found) for found in (whole, *whole.get("pairs", ()))]
     return lines
 
 
+def contrast_line(name: str, found: Mapping[str, Any]) -> str:
+    """Of one pair of levels."""
+    top, bottom = found["top"], found["bottom"]
+    signed = lambda *x: ", ".join(score(each, "+") for each in x)
+    where = f"{signed(found['value'])} [{signed(found['low'], found['high'])}],"
+    where += f" shuffled controls [{signed(*found['control'])}]"
+    kinds = [cell["kind"] for cell in found["factors"].values()]
+    of = f"{kinds.count('ego')} ego, {kinds.count('world')} world factors"
+    first, second = ("ego", "world") if found["value"] > 0 else ("world", "ego")
+    if found["divided"]:
+        finding = (
+            f"supported, the levels divide the factors: {top} alone holds more of {first},"
+            f" {bottom} alone more of {second}"
+        )
+    elif found["supported"]:
+        finding = (
+            f"supported, {top} is worth more for {first} than for {second}, compared with"
+            f" {bottom}; not supported, that the levels divide them, for it is not shown that"
+            " each holds more of one kind"
+        )
+    else:
+        finding = (
+            f"not supported, that {top} and {bottom} differ in what they hold of ego and world"
+        )
+    return f"{name}: {finding} (contrast {where}; {of}).{before(found)}{both(found)}"
+
+
+def before(found: Mapping[str, Any]) -> str:
+    """Says what the contrast was before training: levels of a random network differ, too."""
+    if "untrained" not in found:
+        return ""
+    value, low, high = found["untrained"]
+    alike = found["supported"] and found["low"] <= high and low <= found["high"]
+    shown = f"{score(value, '+')} [{score(low, '+')}, {score(high, '+')}]"
+    return f" Before training {shown}{', from which it is not told apart' if alike else ''}."
+
+
 def both(found: Mapping[str, Any]) -> str:
-    """Says so where one level holds more of everything."""
-    gaps = [cell["difference"][0] for cell in found["factors"].values()]
-    gaps = [gap for gap in gaps if gap is not None]
-    ways = (("top", "bottom", min(gaps) > 0), ("bottom", "top", max(gaps) < 0))
+    """Says so where one level is shown to hold more of everything."""
+    gaps = [cell["difference"][1:] for cell in found["factors"].values()]
+    gaps = [gap for gap in gaps if None not in gap]
+    ways = (
+        ("top", "bottom", min(low for low, _ in gaps) > 0),
+        ("bottom", "top", max(high for _, high in gaps) < 0),
+    )
     for one, other, more in ways:
         if more:
             return f" {found[one]} alone holds more of every factor than {found[other]} alone."

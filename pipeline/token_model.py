@@ -229,19 +229,25 @@ def window_starts(recording: Recording, length: int, held: bool) -> np.ndarray:
     """``Recording.windows``. Raises ConfigError where there is none."""
     starts = recording.windows(length, held)
     if not len(starts):
-        raise ConfigError(
-            f"no {'held-out ' if held else ''}episode of {recording.game} has {length}"
-            " steps: collect longer ones (env.time_limit), or lower the length"
-        )
+        raise too_short(recording, length, held)
     return starts
 
 
-class Windows:
-    """Windows of ``length`` rows within one episode of one side of the split, of several games.
+def too_short(recording: Recording, length: int, held: bool) -> ConfigError:
+    return ConfigError(
+        f"no {'held-out ' if held else ''}episode of {recording.game} has {length}"
+        " steps: collect longer ones (env.time_limit), or lower the length"
+    )
 
-    The rows lie in the online agent's replay, a stream a game; ``balance`` draws as many of each
-    game. generator: on the CPU, torch's global one without it. Raises ConfigError where a game has
-    none.
+
+class Windows:
+    """Windows of ``length`` rows of one side of the split, of several games.
+
+    To train on: of a game's episodes one after another, across their ends, as the online agent's
+    replay has them; within episodes an end would be in one of all windows and any other row in
+    ``length``. ``held``, to judge: within one episode each. The rows lie in the online agent's
+    replay, a stream a game; ``balance`` draws as many of each game. generator: on the CPU, torch's
+    global one without it. Raises ConfigError where a game has none.
     """
 
     def __init__(
@@ -260,8 +266,15 @@ class Windows:
         self.replay = Replay(spec, **sizes, rng=np.random.default_rng(0))
         self.starts, self.balance, self.generator = [], balance, generator
         for recording, part, stream in zip(recordings, rows, self.replay.streams, strict=True):
-            stream.extend(part)
-            self.starts.append(window_starts(recording, length, held))
+            if held:
+                stream.extend(part)
+                self.starts.append(window_starts(recording, length, held))
+                continue
+            kept = recording.rows(held=False)
+            if len(kept) < length:
+                raise too_short(recording, length, held)
+            stream.extend({key: x[kept] for key, x in part.items()})
+            self.starts.append(np.arange(len(kept) - length + 1))
         self.counts = np.array([len(starts) for starts in self.starts])
 
     def draw(self) -> Addresses:
@@ -286,6 +299,12 @@ class Windows:
         rows = self.replay.read(where)
         del rows["is_last"]
         return rows
+
+    def tails(self, game: int) -> Addresses:
+        """Of ``held`` ones the last of each episode."""
+        starts = self.starts[game]
+        last = starts[np.append(np.diff(starts) > 1, True)]
+        return Addresses(np.full(len(last), game), last)
 
     def apart(self, game: int) -> Addresses:
         """Windows of a game that share no row."""

@@ -119,11 +119,11 @@ class WorldModel(Stage):
     def save_state(self) -> dict[str, Any]:
         params = [model.state_dict() for model in self.models]
         state = {"params": params, "optim": self.optimizer.state_dict()}
-        return state | {"windows": self.generator.get_state()}
+        return state | {"draws": self.generator.get_state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Raises InputError for one of an older version, whose masks saw different windows."""
-        if "windows" not in state:
+        if "draws" not in state:
             raise InputError(
                 f"{self.folder} was begun by an older version, which drew windows otherwise:"
                 f" {again(self.folder)}"
@@ -133,7 +133,7 @@ class WorldModel(Stage):
                 self._begin(i)
             self.models[i].load_state_dict(params)
         self.optimizer.load_state_dict(state["optim"])
-        self.generator.set_state(state["windows"])
+        self.generator.set_state(state["draws"])
 
     def finish(self) -> tuple[Gate, list[Path]]:
         from pipeline import world_model_gate

@@ -30,7 +30,9 @@ TEACHER_NOTE = (
     " training episodes. Accuracy: beside copying the last code. Changed: steps where copying is"
     " wrong. Counted pairs: which code of a level follows which, counted on training episodes: what"
     " is known without memory, actions and other levels. Reward: how well predicted rewards tell"
-    " steps with a reward from others (area under the curve; 0.5 is chance)."
+    " steps with a reward from others (area under the curve; 0.5 is chance). Ends: the same of the"
+    " continue head, on the last window of each episode; and how probable it takes an end that"
+    " comes, beside how often steps of training episodes are ends."
 )
 ROLLOUT_NOTE = (
     "Held-out episodes: dreamt from a few observed steps with the actions that were taken, codes"
@@ -156,7 +158,30 @@ def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int
     area = area_under_curve(score, paid)
     better = HIGHER if np.isfinite(area) else ""
     rows.append(Row(f"{recording.game}: reward found (area)", area, {"chance": 0.5}, better))
-    return rows
+    return rows + end_rows(stage, model, windows, game)
+
+
+@torch.no_grad()
+def end_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int) -> list[Row]:
+    """Whether the continue head tells the ends of held-out episodes, in the last window of each."""
+    recording, where, found = stage.recordings[game], windows.tails(game), []
+    for first in range(0, len(where.row), BATCH):
+        stage.poll()
+        part = type(where)(*(x[first : first + BATCH] for x in where))
+        batch = tensors(windows.read(part), stage.device)
+        _, post, _ = model.observe(batch)
+        ends = 1.0 - model.cont(post.feat.cat()).undiscounted().mean()  # (B, T)
+        found.append((ends.cpu(), batch["is_terminal"].cpu()))
+    ends, real = (torch.cat(x).numpy().ravel() for x in zip(*found, strict=True))
+    real = real != 0
+    area = area_under_curve(ends, real)
+    expected = float(ends[real].mean()) if real.any() else math.nan
+    often = float(recording.is_terminal[recording.rows(held=False)].mean())
+    name, better = recording.game, HIGHER if np.isfinite(area) else ""
+    return [
+        Row(f"{name}: ends found (area)", area, {"chance": 0.5}, better),
+        Row(f"{name}: probability of ends that come", expected, {"frequency": often}, better),
+    ]
 
 
 # ---------------------------------------------------------------- free-running

@@ -604,7 +604,7 @@ def test_words_say_what_is_not_supported():
         "top": "L0",
         "bottom": "L1",
         "factors": {
-            "paddle": {"kind": "ego", "difference": [-0.1, -0.2, 0.0]},
+            "paddle": {"kind": "ego", "difference": [-0.1, -0.2, -0.05]},
             "ball": {"kind": "world", "difference": [-0.2, -0.3, -0.1]},
         },
         "value": 0.1,
@@ -625,3 +625,40 @@ def test_words_say_what_is_not_supported():
     assert "L0 alone holds more of ego, L1 alone more of world" in line
     (line,) = summary.contrast_lines({"runs": {"a/0": {"contrast": None}}})
     assert "one level" in line
+    found["factors"]["paddle"]["difference"] = [-0.1, -0.2, 0.01]  # may be 0
+    found["untrained"] = [0.05, 0.0, 0.1]
+    other = found | {"top": "L1", "bottom": "L2", "untrained": [-0.2, -0.3, -0.1]}
+    lines = summary.contrast_lines({"runs": {"a/0": {"contrast": found | {"pairs": [other]}}}})
+    assert "every factor" not in lines[0]
+    assert "Before training +0.05 [+0.00, +0.10], from which it is not told apart." in lines[0]
+    assert "L1 alone holds more of ego" in lines[1] and "told apart" not in lines[1]
+
+
+def test_a_middle_level_is_compared_as_well(monkeypatch):
+    """Of three levels the one in the middle holds what the agent moves, and no end does."""
+    rng = np.random.default_rng(0)
+    episode, y = np.repeat(np.arange(12), 40), rng.normal(size=(480, 2))
+    noise = lambda: rng.normal(size=(480, 2))
+    held = {"L0": y * [0, 1] + noise() * [1, 0.1], "L1": y * [1, 0] + noise() * [0.1, 1]}
+    held["L2"] = noise()
+    none = {level: noise() for level in held}
+    material = types.SimpleNamespace(
+        kinds={"paddle": "ego", "ball": "world"}, factors=("paddle", "ball")
+    )
+    material.y, material.episode = y, episode
+    monkeypatch.setattr(study.latents, "names", lambda dynamics: [*held])
+    agent = types.SimpleNamespace(world_model=types.SimpleNamespace(dynamics=None))
+    read = lambda model, *_: held if model is agent.world_model else none
+    monkeypatch.setattr(study, "features", read)
+    subject = types.SimpleNamespace(agent=agent, untrained=None)
+    found = study.ego(subject, [], [], material)
+    pairs = {(x["top"], x["bottom"]): x for x in (found, *found["pairs"])}
+    assert list(pairs) == [("L0", "L2"), ("L0", "L1"), ("L1", "L2")]
+    assert pairs["L0", "L1"]["divided"] and pairs["L0", "L1"]["value"] < -1.0
+    assert not pairs["L0", "L2"]["divided"]
+    for entry in pairs.values():
+        value, low, high = entry["untrained"]
+        assert low <= 0.0 <= high and abs(value) < 0.2
+    wide = study.contrasted(held["L0"], held["L2"], material, 3)
+    one = study.contrasted(held["L0"], held["L2"], material, 1)
+    assert wide["high"] - wide["low"] > one["high"] - one["low"]
