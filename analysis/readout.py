@@ -106,13 +106,16 @@ def scores(
     spread = np.where(spread > 1e-9, spread, math.nan)
     norm = lambda z: (z - mean) / spread
     sides = norm(train), norm(valid), norm(test)
-    found = {"linear": ridge(b, *sides), "mlp": mlp(b, *sides, seed)}
+    on_valid, line = ridge(b, *sides[:2])
+    found = {"linear": line, "mlp": mlp(b, *sides[:2], on_valid, line, seed)}
     return {name: r2(out - sides[2], sides[2], 0.0 * mean) for name, out in found.items()}
 
 
-def ridge(b: Basis, train: np.ndarray, valid: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Predictions (n test, Y) of standardised factors; each factor with a penalty of its own."""
-    out = np.full(test.shape, math.nan)
+def ridge(b: Basis, train: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions of standardised factors on both sides, (n valid, Y), (n test, Y); each factor
+    with a penalty of its own.
+    """
+    out = [np.full((len(x), train.shape[1]), math.nan) for x in (b.valid, b.test)]
     for k in range(train.shape[1]):
         there = np.isfinite(train[:, k])
         if there.sum() < LEAST:
@@ -134,37 +137,54 @@ def ridge(b: Basis, train: np.ndarray, valid: np.ndarray, test: np.ndarray) -> n
             error = np.square((b.valid[known] - centre) @ weight - valid[known, k]).sum()
             if best is None or error < best[0]:
                 best = error, weight
-        out[:, k] = (b.test - centre) @ best[1]
-    return out
+        for x, found in zip((b.valid, b.test), out, strict=True):
+            found[:, k] = (x - centre) @ best[1]
+    return out[0], out[1]
 
 
-def mlp(b: Basis, train: np.ndarray, valid: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    """As ``ridge``, one network for all factors; the epoch that does best on validation counts."""
+def mlp(
+    b: Basis,
+    train: np.ndarray,
+    valid: np.ndarray,
+    on_valid: np.ndarray,
+    line: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Predictions (n test, Y) of one network for all factors; for each factor that of the epoch
+    which does best on validation, of the mean, or of the ``line`` (``ridge``'s, with ``on_valid``),
+    so that a network that learned less than these is no worse.
+    """
     tensor = lambda z: torch.from_numpy(np.nan_to_num(z)).float()
     # To about unit variance of all features together, keeping what is large large.
     unit = float(np.sqrt(max(b.train.var(0).mean(), 1e-12)))
     inputs = [tensor(z / unit) for z in (b.train, b.valid, b.test)]
     masks = [torch.from_numpy(np.isfinite(z)).float() for z in (train, valid)]
     targets = [tensor(z) for z in (train, valid)]
+    error = lambda out: ((out - targets[1]).square() * masks[1]).sum(0) / masks[1].sum(0).clamp(1.0)
+    kept = np.zeros(line.shape)  # the mean
+    best = error(torch.zeros_like(targets[1]))
+    straight = error(tensor(on_valid))
+    better = (straight < best).numpy() & np.isfinite(line).all(0)
+    kept[:, better], best = line[:, better], torch.where(torch.from_numpy(better), straight, best)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Sequential(
             nn.Linear(b.train.shape[1], UNITS), nn.SiLU(), nn.Linear(UNITS, train.shape[1])
         )
         optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=1e-2)
-        best, since, kept = math.inf, 0, None
+        since = 0
         for _ in range(EPOCHS):
             for pick in torch.randperm(len(inputs[0])).split(BATCH):
-                error = (net(inputs[0][pick]) - targets[0][pick]).square() * masks[0][pick]
+                rest = (net(inputs[0][pick]) - targets[0][pick]).square() * masks[0][pick]
                 optimizer.zero_grad()
-                (error.sum() / masks[0][pick].sum().clamp(min=1.0)).backward()
+                (rest.sum() / masks[0][pick].sum().clamp(min=1.0)).backward()
                 optimizer.step()
             with torch.no_grad():
-                error = ((net(inputs[1]) - targets[1]).square() * masks[1]).sum(0)
-                valid_error = float((error / masks[1].sum(0).clamp(min=1.0)).sum())
-                since += 1
-                if valid_error < best:
-                    best, since, kept = valid_error, 0, net(inputs[2]).double().numpy()
+                now, since = error(net(inputs[1])), since + 1
+                if (now < best).any():
+                    better = (now < best).numpy()
+                    kept[:, better] = net(inputs[2]).double().numpy()[:, better]
+                    best, since = torch.minimum(best, now), 0
             if since >= PATIENCE:
                 break
     return np.where(np.isfinite(train).sum(0) >= LEAST, kept, math.nan)

@@ -380,7 +380,8 @@ def provenance(report: Report) -> Section:
         (
             f"Probes: of every {readout.FOLD} episodes one is for testing and one for choosing the"
             f" penalty or the epoch; at most {readout.FIT} steps are fitted on. Linear: ridge"
-            f" regression. Small network: {readout.UNITS} hidden units."
+            f" regression. Small network: {readout.UNITS} hidden units, or the line or the mean"
+            " where that does better on the episodes to choose by."
         ),
         "R²: explained share of the variance about the training mean; 0 is what the mean does.",
     ]
