@@ -69,12 +69,13 @@ def open_loop(
     baseline: Sequence[float | None],
     colours: Mapping[str, str],
 ) -> None:
-    """Mean R2 over factors by imagined steps. models: {model: {"value", "low", "high"}}."""
+    """Mean R2 over factors by imagined steps. models: {name: {"value", "low", "high", "still"}}."""
     x = np.arange(len(HORIZONS))
     look = {"color": BASELINES["raw observation"], "lw": 1.6, "ls": "--", "marker": "o", "ms": 3}
     ax.plot(x, baseline, **look, label="last frame seen")
     for model, found in models.items():
         ax.plot(x, found["value"], color=colours[model], lw=2.2, marker="o", ms=4, label=model)
+        ax.plot(x, found["still"], color=colours[model], lw=1.4, ls=":")
         if all(v is not None for v in found["low"]):
             ax.fill_between(x, found["low"], found["high"], color=colours[model], alpha=0.14, lw=0)
     ax.set_xticks(x, ["observed", *(f"{h}" for h in HORIZONS[1:])])

@@ -21,6 +21,7 @@ from models import WorldModel
 
 HORIZONS = (0, 1, 5, 15)  # steps of the open loop after which features are read; 0: the posterior
 CONTEXT = 5  # observed steps before an open loop
+STILL = "before the dream"  # the state that an open loop begins from, as if it told of its end
 
 
 class Latents(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis import drawings, information, readout, summary
-from analysis.latents import CONTEXT, HORIZONS
+from analysis.latents import CONTEXT, HORIZONS, STILL
 from analysis.summary import UNTRAINED, Report, estimate, listed, mean_score, score
 from comparison import figures, parts
 from comparison.parts import Section, Strip, Table
@@ -103,7 +103,7 @@ def compared(report: Report) -> Section:
 
 def ordered(names: Sequence[str]) -> list[str]:
     """Encoder and memory first, then levels, then levels together, then all."""
-    rank = {"encoder": 0, "deter": 1, "all": 4}
+    rank = {"encoder": 0, "deter": 1, "all": 4, STILL: 5}
     return sorted(
         names, key=lambda name: (rank.get(name, 3 if "+" in name else 2), len(name), name)
     )
@@ -187,9 +187,9 @@ def open_loop(report: Report) -> Section:
     draw = functools.partial(drawings.open_loop, models=curves, baseline=baseline, colours=colours)
     text = (
         "The world model is given the actions, not the observations. Probes are fitted anew on the"
-        f" imagined states, from step {CONTEXT} of an episode on; means over factors. The dashed"
-        " line reads the last frame that was seen, as old as the dream is long: what a dream adds"
-        " lies above it."
+        f" imagined states, from step {CONTEXT} of an episode on; means over factors. Dotted: the"
+        " state before the dream, as old as the dream is long, probes fitted anew as well: what the"
+        " dream adds lies above that. Dashed: the last frame seen, which has no memory."
     )
     return Section("And after imagined steps?", [text], figures=[figures.picture(draw)])
 

@@ -112,7 +112,8 @@ def probes(
     subject: Subject, trained: Sequence[Latents], fresh: Sequence[Latents], material: Material
 ) -> Found:
     """{"trained", "untrained": {horizon: {part: scores}}}; of the untrained model the open loop has
-    everything together only.
+    everything together only; of the trained one the state from before it as well, which dreamt
+    nothing.
     """
     out: Found = {"trained": {}, "untrained": {}}
     for who, model, found in (
@@ -123,6 +124,9 @@ def probes(
             parts = features(model, found, horizon)
             if who == "untrained" and horizon:
                 parts = {"all": parts["all"]}
+            elif horizon:
+                still = [latents.moved(one.feat[0].cat(), horizon).cpu().numpy() for one in found]
+                parts[latents.STILL] = np.concatenate(still)
             scores = {name: probe(x, material) for name, x in parts.items()}
             out[who][str(horizon)] = scores
     return out

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 from analysis import information
-from analysis.latents import HORIZONS
+from analysis.latents import HORIZONS, STILL
 
 Report = Mapping[str, Any]
 Cell = dict[str, float | None]  # value, low, high over seeds
@@ -99,6 +99,8 @@ def models(report: Report) -> dict[str, Any]:
             entry["open loop"] = {}
             for key in curve[0]:
                 entry["open loop"][key] = [cell[key] for cell in curve]
+            still = [means(runs, "trained", STILL, "linear", h)["value"] for h in HORIZONS[1:]]
+            entry["open loop"]["still"] = [curve[0]["value"], *still]
             entry["means"], entry["untrained"] = {}, {name: {} for name in UNTRAINED}
             for kind in ("linear", "mlp"):
                 parts = runs[0]["probes"]["trained"]["0"]

@@ -367,6 +367,8 @@ def test_the_json_has_every_number(page, trained):
         assert any(x["untrained"] > 0 for x in cells)  # random codes of a board tell something
         assert any(x["untrained"] != x["bits"] for x in cells)
         assert (run["contrast"] is None) == (len(run["levels"]) == 1)
+        for horizon, parts in run["probes"]["trained"].items():  # beside what a dream adds
+            assert ("before the dream" in parts) == (horizon != "0")
     assert found["models"]["rssm"]["seeds"] == 2
     cell = found["models"]["rssm"]["means"]["linear"]["all"]
     assert cell["low"] <= cell["value"] <= cell["high"]
