@@ -116,8 +116,8 @@ def test_continuing_hides_only_what_is_logged_again(tmp_path):
 
 
 def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, capfd):
-    def elsewhere(path, *args):
-        return open("/dev/full" if "tfevents" in str(path) else path, *args)
+    def elsewhere(path, *args, **more):
+        return open("/dev/full" if "tfevents" in str(path) else path, *args, **more)
 
     monkeypatch.setattr(logger, "open", elsewhere, raising=False)
     log = Logger(tmp_path, 0, 0)
