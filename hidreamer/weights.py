@@ -49,8 +49,8 @@ def match(
             raise ValueError(f"{name} is {tuple(x.shape)} here and {shape} there")
         report[module_name(name)] = "mapped" if name in given else "split"
         matched[name] = theirs
-    part = lambda name: name.split(".")[:2]  # such as the encoder
-    parts = [part(name) for name in own]
+    part = lambda name: tuple(name.split(".")[:2])  # such as the encoder
+    parts = {part(name) for name in own}
     for name in params:
         if name not in own and part(name) in parts and not name.startswith(optional):
             raise ValueError(f"{name} is nothing here and {tuple(params[name].shape)} there")
