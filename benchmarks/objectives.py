@@ -261,7 +261,9 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
                             commits |= {*run["commits"], *other["commits"]}
                 refuse_other_settings(f"{game}/{dynamics}/{arm}", runs)
                 if arm != "default" and pairs:
-                    cell = {"seeds": sorted(pairs, key=int)} | over_seeds(list(pairs.values()))
+                    difference = over_seeds(list(pairs.values()))
+                    cell = {key: x and round(x, 9) for key, x in difference.items()}
+                    cell = {"seeds": sorted(pairs, key=int)} | cell
                     cell |= {"commits": sorted(commits)} if commits else {}
                     cell |= {} if any(runs[seed]["config"] for seed in pairs) else {"blind": True}
                     out.setdefault(dynamics, {}).setdefault(arm, {})[game] = cell
