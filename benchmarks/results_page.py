@@ -146,7 +146,7 @@ def agents(root: Path, path: str, content: dict) -> Iterator[Row]:
             continue
         copies = [run["figures"].get(f"{name}_copy") for run in runs.values()]
         if None not in copies:
-            baseline = f"last seen {shown(copies)}"
+            baseline = f"last seen {shown(copies)}; a table of counts comes near (decision 027)"
         else:
             baseline = f"random play {words.number(content.get('random_return'))}"
         met = sum(x >= least for x in values)

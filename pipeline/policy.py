@@ -23,7 +23,7 @@ from envs.vector import Envs
 from hidreamer import checkpoint, evaluation
 from pipeline import data, manifest, tokenizer, training, world_model
 from pipeline.gate import HIGHER, LOWER, Gate, Row, Table
-from pipeline.manifest import InputError
+from pipeline.manifest import InputError, again
 from pipeline.stage import Stage
 from pipeline.token_agent import TokenAgent
 from pipeline.token_model import Windows, tensors, token_rows
@@ -85,9 +85,15 @@ class Policy(Stage):
         return dict(zip(self.agent.metric_names, values, strict=True))
 
     def save_state(self) -> dict[str, Any]:
-        return self.agent.save_state()
+        return self.agent.save_state() | {"across": True}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises InputError for one of an older version, whose windows lay within episodes."""
+        if "across" not in state:
+            raise InputError(
+                f"{self.folder} was begun by an older version, which drew windows otherwise:"
+                f" {again(self.folder)}"
+            )
         self.agent.load_state(state)
 
     def finish(self) -> tuple[Gate, list[Path]]:

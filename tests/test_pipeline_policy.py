@@ -14,7 +14,7 @@ from test_pipeline_world_model import CPU, toy_batch, toy_model
 import networks
 import run_config
 import tools
-from hidreamer import evaluation
+from hidreamer import checkpoint, evaluation
 from hidreamer.losses import clipped_gain, reinforce_gain
 from pipeline import policy, training, world_model
 from pipeline.token_agent import TokenAgent
@@ -270,6 +270,19 @@ def test_a_killed_policy_continues_to_the_same_end(acting, tmp_path, monkeypatch
     both = [read(x / "policy")["facts"]["returns"] for x in (folder, whole)]
     assert both[0] == both[1]
     assert made(whole / "policy") == made(acting / "policy")
+
+
+def test_a_policy_that_was_begun_on_other_windows_is_refused(acting, tmp_path, monkeypatch, capsys):
+    folder = copied(acting, tmp_path / "run", *STAGES)
+    run_killed(monkeypatch, "policy", folder, 3, "--online", "false")
+    latest = folder / "policy" / "checkpoints" / "latest.pt"
+    state = checkpoint.load_checkpoint(latest)
+    del state["body"]["across"]  # as an older version saved it
+    for name in ("latest.pt", "previous.pt"):
+        checkpoint.save_checkpoint(latest.with_name(name), state)
+    capsys.readouterr()
+    assert run("policy", folder, "--online", "false") == 2
+    one_line(capsys, "begun by an older version", "move")
 
 
 def test_a_damaged_online_baseline_is_told(acting, tmp_path, capsys):
