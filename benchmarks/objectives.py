@@ -238,7 +238,7 @@ def refuse_other_settings(arm: str, runs: dict[str, Any]) -> None:
 def judged(found: dict[str, Any]) -> dict[str, Any]:
     """{dynamics: {arm: {game: its difference from the default}}}, by seeds that both finished:
     "seeds", "value", and "low" and "high" of the 95% t interval, from two seeds on; "commits" where
-    the runs of a seed are not of the same, "blind" where none of their configs is known. Raises
+    the runs of a seed are not of the same, "blind" how many are of unknown configs. Raises
     ConfigError where two runs differ in more than an arm's keys, or may do so: of one the config is
     known, of the other it is not.
     """
@@ -265,7 +265,8 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
                     cell = {key: x and round(x, 9) for key, x in difference.items()}
                     cell = {"seeds": sorted(pairs, key=int)} | cell
                     cell |= {"commits": sorted(commits)} if commits else {}
-                    cell |= {} if any(runs[seed]["config"] for seed in pairs) else {"blind": True}
+                    blind = sum(runs[seed]["config"] is None for seed in pairs)
+                    cell |= {"blind": blind} if blind else {}
                     out.setdefault(dynamics, {}).setdefault(arm, {})[game] = cell
     return out
 
@@ -305,7 +306,8 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
             lines.append(line)
             for game, x in games.items():
                 if x.get("blind"):
-                    lines.append(f"  {game}: pairs of unknown configs")
+                    of = f"{x['blind']} of {len(x['seeds'])}"
+                    lines.append(f"  {game}: {of} pairs are of unknown configs")
                 if x.get("commits"):
                     lines.append(f"  {game}: pairs of different commits, {', '.join(x['commits'])}")
     return lines

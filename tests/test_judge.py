@@ -159,7 +159,13 @@ def test_runs_of_another_config_are_no_pair(judge, tmp_path, monkeypatch, capsys
     with pytest.raises(tools.ConfigError, match="default/0 differ"):
         judge.judged(found)
     found["seaquest"]["rssm"]["harmony"]["0"]["config"] = None
-    assert judge.verdicts(judge.judged(found))[1:] == ["  seaquest: pairs of unknown configs"]
+    line = "  seaquest: 1 of 1 pairs are of unknown configs"
+    assert judge.verdicts(judge.judged(found))[1:] == [line]
+    path.write_text(text)
+    for arm in ("default", "harmony"):  # another pair, of known ones
+        write(home / arm / "1", 30_000, {500: 1.0}, 2.0)
+        found["seaquest"]["rssm"][arm]["1"] = judge.figures(home / arm / "1", "seaquest", 30_000)
+    assert judge.verdicts(judge.judged(found))[1:] == [line.replace("of 1", "of 2")]
 
 
 def test_younger_keys_and_settings_of_another_objective_are_no_other_config(judge, tmp_path):
