@@ -23,11 +23,11 @@ import numpy as np
 import run_config
 import tools
 from analysis import heldout, offline
-from envs import env_for_spaces
+from envs import EnvError, env_for_spaces
 from hidreamer.provenance import provenance
 from hidreamer.replay import Rows, row_spec
 
-BALL = 1  # the plane of Breakout's ball
+TASK, BALL = "minatar_breakout", 1  # and the plane of its ball
 CONTEXT, HORIZONS = 8, (1, 3, 7, 15)
 LATE = 3.0  # points of an episode before a chunk of it: on Breakout it begins behind three bricks
 PIECES = 384  # held-out chunks that are looked at, at most
@@ -39,27 +39,28 @@ class Table:
     """
 
     def __init__(self, episodes: Iterable[np.ndarray], plane: int, horizons: Sequence[int]):
-        paths = [cells(grid, plane) for grid in episodes]
-        self.size = int(max(path.max() for path in paths)) + 1
+        grids = list(episodes)
+        paths = [cells(grid, plane) for grid in grids]
+        self.size = grids[0].shape[1] * grids[0].shape[2]
         self.guess: dict[int, np.ndarray] = {}
         for h in horizons:
             counts = np.zeros((self.size**2, self.size), np.int64)
             for path in paths:
                 if len(path) > h + 1:
-                    np.add.at(counts, (self.pair(path[:-1], path[1:])[:-h], path[h + 1 :]), 1)
+                    pair = self.size * path[:-1] + path[1:]
+                    np.add.at(counts, (pair[:-h], path[h + 1 :]), 1)
             stays = np.arange(self.size**2) % self.size
             self.guess[h] = np.where(counts.any(1), counts.argmax(1), stays)
 
-    def pair(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:
-        return self.size * np.minimum(before, self.size - 1) + np.minimum(now, self.size - 1)
-
     def __call__(self, before: np.ndarray, now: np.ndarray, h: int) -> np.ndarray:
         """Where the thing will be ``h`` steps on, (N,), from its last two cells (N,)."""
-        return self.guess[h][self.pair(before, now)]
+        return self.guess[h][self.size * before + now]
 
 
-def cells(grid: np.ndarray, plane: int) -> np.ndarray:
-    """(..., H, W, planes) -> (...,) the cell of a plane's thing."""
+def cells(grid: Any, plane: int) -> Any:
+    """Where a plane of MinAtar's grids (..., H, W, planes), drawn or real, has its thing -> (...,).
+    An array or a tensor, as ``grid`` is.
+    """
     return grid[..., plane].reshape(*grid.shape[:-3], -1).argmax(-1)
 
 
@@ -80,8 +81,12 @@ def pieces(held: Iterable[Rows], length: int) -> tuple[Rows, np.ndarray, int]:
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """Shares of right guesses on a run's held-out chunks, beside those of the last cell."""
+    """Shares of right guesses on a run's held-out chunks, beside those of the last cell. Raises
+    ConfigError.
+    """
     config = tools.load_config([], run_config.saved_config(folder))
+    if config.task != TASK:
+        raise tools.ConfigError(f"{folder} is a run on {config.task}: give one on {TASK}")
     env = env_for_spaces(config.task, config.env.tree())
     spec = row_spec(env.obs_space, env.act_dim)
     train, held = offline.split(offline.find([str(folder)]))
@@ -112,7 +117,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         found = {str(i): judged(folder) for i, folder in enumerate(args.runs)}
-    except tools.ConfigError as error:
+    except (tools.ConfigError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     measure.write(provenance() | {"runs": found}, args.out)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from counted import BALL, Table
+from counted import BALL, Table, cells
 from measure import ROOT
 
 import dreamer
@@ -176,22 +176,17 @@ def ball(folder: Path, context: int = 8, horizon: int = 3, count: int = 128) -> 
     whole = ~batch["is_first"][:, context:].any(1)  # a new episode cannot be predicted
     out = {}
     recorded = [load_episode(path)["grid"] for path in sorted((folder / "train_eps").glob("*.npz"))]
-    seen = likeliest_cell(truth["grid"][:, context - 2 : context].flatten(0, 1), BALL).view(-1, 2)
+    seen = cells(truth["grid"][:, context - 2 : context], BALL)  # (N, 2)
     guesses = {
-        "": likeliest_cell(model["grid"][:, -1], BALL),
+        "": cells(model["grid"][:, -1], BALL),
         "_copy": seen[:, 1],
         "_counted": torch.as_tensor(Table(recorded, BALL, [horizon])(*seen.numpy().T, horizon)),
     }
     for name, guess in guesses.items():
-        hits = guess == likeliest_cell(truth["grid"][:, -1], BALL)
+        hits = guess == cells(truth["grid"][:, -1], BALL)
         out[f"ball_after_3{name}"] = float(hits[whole].float().mean())
     beyond = out["ball_after_3"] - out["ball_after_3_counted"]
     return out | {"ball_after_3_beyond_counted": beyond}
-
-
-def likeliest_cell(grid: torch.Tensor, plane: int) -> torch.Tensor:
-    """(N,): where a plane of MinAtar's grids (N, 10, 10, planes), drawn or real, has its thing."""
-    return grid[..., plane].flatten(1).argmax(-1)
 
 
 def random_return(task: str, count: int = 300) -> float:

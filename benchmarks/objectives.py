@@ -122,7 +122,8 @@ def evaluated(returns: np.ndarray, steps: int) -> float | None:
 
 def objective(key: str) -> bool:
     """Whether a key is a setting of an objective, and so an arm's own."""
-    return key.startswith(tuple(f"model.{name}." for name in ("ac_cpc", "barlow", "next_embed")))
+    group, *rest = key.split(".")
+    return group == "model" and f"model.losses.{rest[0]}" in NOT_SHARED
 
 
 def figures(folder: Path, game: str, steps: int) -> dict[str, Any]:

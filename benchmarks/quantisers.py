@@ -28,7 +28,6 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 from counted import CONTEXT, HORIZONS, LATE, Table, cells, pieces
-from learning import likeliest_cell
 from measure import ROOT
 from quantiser_rows import DREAMS, WORLDS, make_config, returns, spatial_note
 
@@ -46,7 +45,7 @@ Found = dict[str, dict[str, dict[str, Any]]]  # {row: {seed: figures}}
 LAST = "last frame seen"  # the row of repeating it
 COUNTED = "counted, no model"  # the row of benchmarks/counted.py
 FRAMES = (4, 7, 8, 9, 10, 12, 14, 18, 22)  # of a picture; the first CONTEXT are seen
-AT_ONCE = 32  # held-out chunks
+AT_ONCE = 32  # held-out chunks that are looked at together
 
 
 @torch.no_grad()
@@ -57,14 +56,13 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
     """
     length, model = trainer.config.replay.length, trainer.agent.world_model
     rows, late, episodes = pieces(trainer.load(trainer.held_files).values(), length)
-    picks = np.arange(len(late))
     if thing:
         grids = [x["grid"] for x in trainer.load(trainer.train_files).values()]
         table = Table(grids, thing[1], HORIZONS)
     sums: dict[str, list[float]] = {}
     hits: dict[str, list[float]] = {}  # of late chunks
     posts = []
-    for i, some in enumerate(np.array_split(picks, max(1, len(picks) // AT_ONCE))):
+    for i, some in enumerate(np.array_split(np.arange(len(late)), max(1, len(late) // AT_ONCE))):
         batch = trainer.batch({key: x[some] for key, x in rows.items()})
         torch.manual_seed(i)
         _, post, _ = model.observe(models.networks.preprocess(batch))
@@ -78,8 +76,8 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
                 moving = heldout.errors(what, truth, slice(at, at + 1))[1]
                 found[f"open loop {h}, moving{name}"] = moving
                 if thing:
-                    place = likeliest_cell(truth["grid"][:, at], thing[1])
-                    guesses = {name: likeliest_cell(what["grid"][:, at], thing[1])}
+                    place = cells(truth["grid"][:, at], thing[1])
+                    guesses = {name: cells(what["grid"][:, at], thing[1])}
                     if not name:
                         seen = cells(rows["grid"][some, CONTEXT - 2 : CONTEXT], thing[1])
                         guesses[", counted"] = torch.as_tensor(table(*seen.T, h))
@@ -91,10 +89,10 @@ def judge(trainer: offline.Trainer, thing: tuple[str, int] | None = None) -> dic
             sums.setdefault(name, []).append(x)
         posts.append(post._replace(feat=None))
     out: dict[str, Any] = {name: float(np.mean(x)) for name, x in sums.items()}
-    if late[picks].any():
-        out |= {"late": int(late[picks].sum())}
+    if late.any():
+        out |= {"late": int(late.sum())}
         out |= {name: float(np.mean(x)) for name, x in hits.items()}
-    return {"chunks": len(picks), "episodes": episodes} | out | tokens(model.dynamics, posts)
+    return {"chunks": len(late), "episodes": episodes} | out | tokens(model.dynamics, posts)
 
 
 @torch.no_grad()

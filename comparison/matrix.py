@@ -76,12 +76,10 @@ class Job:
         return max(0.0, self.steps - self.seen["step"]) / rate if rate else None
 
     def last_lines(self) -> str:
-        lines = (
-            self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if self.log.exists()
-            else []
-        )
-        return "\n".join(lines[-LINES:])
+        if not self.log.exists():
+            return ""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-LINES:])
 
 
 class Matrix:

@@ -203,7 +203,6 @@ class Difference(NamedTuple):
     alpha: float  # what p and the interval must meet
     detectable: float | None  # true difference that would be seen with a probability of POWER
     freedom: float | None  # degrees of freedom of the interval
-
     runs: int  # the fewest of a model on a task
 
     @property

@@ -7,17 +7,16 @@ Beside it stand random play, and the same agent trained online with as many real
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import ttest_ind
 from torch import Tensor
 
 import tools
+from comparison import stats
 from envs import make_env
 from envs.vector import Envs
 from hidreamer import checkpoint, evaluation
@@ -189,13 +188,8 @@ def score_rows(game: str, scores: Mapping[str, Episodes]) -> list[Row]:
 
 def shown_above(x: Sequence[float], y: Sequence[float]) -> float:
     """The low end of the 95% interval of mean(x) - mean(y); NaN of single values."""
-    if min(len(x), len(y)) < 2:
-        return float("nan")
-    if not np.ptp(x) and not np.ptp(y):
-        return float(np.mean(x) - np.mean(y))
-    with warnings.catch_warnings():  # one of them may not vary at all
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return float(ttest_ind(x, y, equal_var=False).confidence_interval().low)
+    low = stats.compare([np.array(x)], [np.array(y)], 1).low
+    return float("nan") if low is None else low
 
 
 def standard_error(x: list[float]) -> float:

@@ -522,6 +522,23 @@ def test_a_table_of_counts_by_hand(monkeypatch):
     assert table(*seen.T, 1).tolist() == [2, 1, 0, 1, 2]  # nobody saw the last pair: it stays
     assert table(*seen.T, 3).tolist() == [0, 1, 2, 1, 2]
     assert counted.cells(grid, 1).tolist() == path.tolist()
+    assert counted.cells(torch.from_numpy(grid), 1).tolist() == path.tolist()
+
+
+def test_a_table_is_of_breakout_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import counted
+
+    config = tools.load_config(["gym"], {})
+    (tmp_path / "config.yaml").write_text(tools.dump_yaml(config.tree()))
+    for folder, says in (
+        (tmp_path, "give one on minatar_breakout"),
+        (tmp_path / "no", "is no config"),
+    ):
+        monkeypatch.setattr("sys.argv", ["counted.py", str(folder)])
+        assert counted.main() == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
 
 
 def test_nats_are_of_steps_that_something_foretold(monkeypatch):
