@@ -24,13 +24,48 @@ SIZES["hrvq"] = {
 }
 
 
+GRU = {"memory": "gru", "posterior_sees": "memory"}
+AS_2024 = {"cell": "block_gru", "blocks": 2, "prior_layers": 2, "norm": "rms"}
+TYPE_KINDS = {kind: (kind, {}) for kind in sorted(TYPES)}  # a type of one's own, too
+VARIANTS = TYPE_KINDS | {
+    "barrier": ("hrvq", {"mask": "barrier"}),
+    "causal": ("hrvq", {"mask": "causal"}),
+    "no chain": ("hrvq", {"chain": False}),
+    "one level": ("hrvq", {"levels": 1}),
+    "one level, no chain": ("hrvq", {"levels": 1, "chain": False}),
+    "window of one": ("hrvq", {"window": 1}),
+    "long window": ("hrvq", {"window": 30}),
+    "nearest": ("hrvq", {"posterior": "nearest"}),
+    "fsq": ("hrvq", {"posterior": "fsq", "codes": 12}),
+    "frozen": ("hrvq", {"posterior": "frozen"}),
+    "stacked": ("hrvq", {"memory": "stacked"}),
+    "stacked, coarse": ("hrvq", {"memory": "stacked", "memory_reads": "coarse", "copy": True}),
+    "stacked, no chain": ("hrvq", {"memory": "stacked", "chain": False}),
+    "gru": ("hrvq", {"memory": "gru"}),
+    "gru, coarse, nearest": (
+        "hrvq",
+        {"memory": "gru", "memory_reads": "coarse", "posterior": "nearest", "copy": True},
+    ),
+    "gru, memory seen": ("hrvq", GRU | {"residual": "expected", "copy": True}),
+    "gru, innovation": ("hrvq", GRU | {"residual": "innovation", "memory_reads": "coarse"}),
+    "copy": ("hrvq", {"copy": True}),
+    "rms": ("hrvq", {"norm": "rms"}),
+    "stacked, rms": ("hrvq", {"memory": "stacked", "norm": "rms"}),
+    "gru, as of 2024": ("hrvq", {"memory": "gru", **AS_2024}),
+    "gru, memory seen, as of 2024": ("hrvq", GRU | AS_2024),
+}
+# For the laws of ``observe`` alone.
+KINDS = TYPE_KINDS | {name: VARIANTS[name] for name in ("stacked", "gru")}
+KINDS["gru, memory seen"] = ("hrvq", GRU)
+
+
 def build(kind, dtype=torch.float64, action_scale=1.0, **overrides):
     """A small dynamics whose zero-initialised layers are random,
     so that every output depends on every input.
     """
     config = tools.load_config([], {"dynamics.type": kind}).dynamics.tree() | SMALL
     config["action_scale"] = action_scale
-    config[kind] = config[kind] | SIZES[kind] | overrides
+    config[kind] = config[kind] | SIZES.get(kind, {}) | overrides
     dynamics = make_dynamics(config, E, A)
     for p in dynamics.parameters():
         if not p.abs().sum():
@@ -55,7 +90,7 @@ def close(xs, ys):
     return all(torch.allclose(x, y, rtol=0, atol=1e-10) for x, y in zip(xs, ys, strict=True))
 
 
-@pytest.fixture(params=["hrssm", "hrvq", "rssm", "stacked", "gru", "gru, memory seen"])
+@pytest.fixture(params=KINDS)
 def dynamics(request):
     kind, overrides = KINDS[request.param]
     return build(kind, **overrides)
@@ -179,43 +214,6 @@ def test_law_purity(dynamics):
     assert all(
         torch.equal(x, y) for x, y in zip(kept_too, (*flat(post), *new, *starts), strict=True)
     )
-
-
-GRU = {"memory": "gru", "posterior_sees": "memory"}
-AS_2024 = {"cell": "block_gru", "blocks": 2, "prior_layers": 2, "norm": "rms"}
-VARIANTS = {
-    "rssm": ("rssm", {}),
-    "hrssm": ("hrssm", {}),
-    "hrvq": ("hrvq", {}),
-    "barrier": ("hrvq", {"mask": "barrier"}),
-    "causal": ("hrvq", {"mask": "causal"}),
-    "no chain": ("hrvq", {"chain": False}),
-    "one level": ("hrvq", {"levels": 1}),
-    "one level, no chain": ("hrvq", {"levels": 1, "chain": False}),
-    "window of one": ("hrvq", {"window": 1}),
-    "long window": ("hrvq", {"window": 30}),
-    "nearest": ("hrvq", {"posterior": "nearest"}),
-    "fsq": ("hrvq", {"posterior": "fsq", "codes": 12}),
-    "frozen": ("hrvq", {"posterior": "frozen"}),
-    "stacked": ("hrvq", {"memory": "stacked"}),
-    "stacked, coarse": ("hrvq", {"memory": "stacked", "memory_reads": "coarse", "copy": True}),
-    "stacked, no chain": ("hrvq", {"memory": "stacked", "chain": False}),
-    "gru": ("hrvq", {"memory": "gru"}),
-    "gru, coarse, nearest": (
-        "hrvq",
-        {"memory": "gru", "memory_reads": "coarse", "posterior": "nearest", "copy": True},
-    ),
-    "gru, memory seen": ("hrvq", GRU | {"residual": "expected", "copy": True}),
-    "gru, innovation": ("hrvq", GRU | {"residual": "innovation", "memory_reads": "coarse"}),
-    "copy": ("hrvq", {"copy": True}),
-    "rms": ("hrvq", {"norm": "rms"}),
-    "stacked, rms": ("hrvq", {"memory": "stacked", "norm": "rms"}),
-    "gru, as of 2024": ("hrvq", {"memory": "gru", **AS_2024}),
-    "gru, memory seen, as of 2024": ("hrvq", GRU | AS_2024),
-}
-# All kinds, for the laws of ``observe`` alone.
-KINDS = {kind: (kind, {}) for kind in sorted(TYPES)}
-KINDS |= {"stacked": VARIANTS["stacked"], "gru": VARIANTS["gru"], "gru, memory seen": ("hrvq", GRU)}
 
 
 @pytest.fixture(params=VARIANTS)

@@ -469,6 +469,6 @@ def test_the_code_of_the_page_runs(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("library.push", lambda folder, name: None)  # there is no network
     names = {}
     for block in blocks:
-        exec(block.replace('"hf:ORG/NAME"', '"pong-agent"').replace("1024", "3"), names)
+        exec(block.replace('"hf:ORG/NAME"', '"breakout-agent"').replace("1024", "3"), names)
     assert names["pictures"]["L0"]["image"].shape == (1, 16, 64, 64, 3)
-    assert names["envs"].num_envs == 3 and (tmp_path / "pong-agent" / "README.md").exists()
+    assert names["envs"].num_envs == 3 and (tmp_path / "breakout-agent" / "README.md").exists()
