@@ -10,7 +10,6 @@ or shows the result again.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shlex
 import sys
@@ -176,7 +175,7 @@ def verdict(now: Sequence[float], random: Sequence[float]) -> list[str]:
 def show(logdir: Path) -> list[str]:
     """Play, film and draw; the numbers go to LOGDIR/demo.json. -> lines for the screen."""
     from hidreamer import evaluation
-    from hidreamer.checkpoint import replace_file
+    from hidreamer.checkpoint import replace_text
     from hidreamer.logger import stack, write_video
     from hidreamer.provenance import provenance
     from library.agent import load
@@ -188,8 +187,7 @@ def show(logdir: Path) -> list[str]:
     now, random = returns(agent, agent.model, mode), returns(agent, chance(), mode)
     found = {"task": config.task, "step": step, "seed": config.seed, "returns": now}
     found |= {"random_returns": random, "made_by": provenance()}
-    text = json.dumps(found, indent=1) + "\n"
-    replace_file(logdir / "demo.json", functools.partial(Path.write_text, data=text))
+    replace_text(logdir / "demo.json", json.dumps(found, indent=1) + "\n")
     lines = ["", f"{config.task} after {step:,} frames", *verdict(now, random), ""]
 
     players = {"trained agent": (agent.model, mode), "random play": (chance(), mode)}

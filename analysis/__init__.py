@@ -17,7 +17,7 @@ round.
     readout.py      probes, split by episode
     information.py  mutual information of codes and factors, and what chance gives
     levels.py       which level holds which factors: contrast, MIG, DCI
-    study.py        all of these of one agent, as plain numbers
+    study.py        all of these but MIG and DCI of one agent, as plain numbers
     attention.py    where a transformer looks
     pictures.py     strips of frames
     summary.py      several runs together, and what they support, in sentences

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import sys
@@ -122,7 +121,7 @@ def command(found: app.Parser, argv: Sequence[str], measure: Measure) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from envs import EnvError
-    from hidreamer.checkpoint import FolderError, replace_file, writable_folder
+    from hidreamer.checkpoint import FolderError, replace_text, writable_folder
     from library.agent import load
     from tools import ConfigError
 
@@ -141,9 +140,8 @@ def command(found: app.Parser, argv: Sequence[str], measure: Measure) -> int:
         facts, shown = measure(agent, args)
         print(shown)
         if args.out:
-            text = json.dumps(facts, indent=1) + "\n"
             try:
-                replace_file(args.out, functools.partial(Path.write_text, data=text))
+                replace_text(args.out, json.dumps(facts, indent=1) + "\n")
             except OSError as error:  # what was played for is not lost
                 print(json.dumps(facts))
                 text = f"--out cannot be written ({error}): its content is above"

@@ -17,7 +17,7 @@ Shapes: N steps of all episodes, V variables of a level, P permutations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -143,14 +143,3 @@ def family_p(seen: np.ndarray, null: np.ndarray) -> np.ndarray:
     above = (extreme >= z[..., None] - 1e-9).sum(-1)
     p = (1.0 + above) / (1.0 + len(null))
     return np.where(spread > 1e-12, p, 1.0)
-
-
-def null_of(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    lengths: Sequence[int],
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
-) -> np.ndarray:
-    """(P, ...): ``statistic`` of the steps (N,) that take the place of every step."""
-    rng = np.random.default_rng(seed)
-    return np.stack([statistic(other_episodes(lengths, rng)) for _ in range(permutations)])

@@ -130,4 +130,4 @@ def embedded(dynamics: Dynamics, level: int, onehot: Tensor) -> Tensor:
     if quantizer is None:
         return onehot.flatten(-2)
     code = quantizer.decode(level, onehot).flatten(-2)
-    return code * dynamics.code_shape[1] ** -0.5  # as the heads read them (HRVQ._stoch)
+    return code * dynamics.code_shape[1] ** -0.5  # as the heads read them (Tokens._stoch)

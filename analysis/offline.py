@@ -382,16 +382,12 @@ def main(argv: list[str]) -> int:
         results: dict[str, Any] = trainer.evaluate()
         results |= {"updates": updates, "training": trainer.count}
         results |= {"config": json.dumps(config.flat()), "episodes": digest(files)}
-        checkpoint.replace_file(logdir / RESULTS, functools.partial(write, results=results))
+        write = functools.partial(checkpoint.write_npz, rows=results, compressed=False)
+        checkpoint.replace_file(logdir / RESULTS, write)
     except (ArithmeticError, ConfigError, EnvError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def write(path: Path, results: Mapping[str, Any]) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, **results)
 
 
 if __name__ == "__main__":

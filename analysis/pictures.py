@@ -129,13 +129,11 @@ def resampled(scene: Scene) -> Strip | None:
     return Strip(scene.subject.name, rows, [str(t) for t in steps], TILES, note)
 
 
-def code_map(
-    subject: Subject, episodes: Sequence[Episode], found: Sequence[Latents], level: str = "L0"
-) -> Strip:
-    """Frames on which one variable of a level has the same class: its busiest variable, its most
-    used classes, the mean of all such frames first.
+def code_map(subject: Subject, episodes: Sequence[Episode], found: Sequence[Latents]) -> Strip:
+    """Frames on which one variable of the coarsest level has the same class: its busiest variable,
+    its most used classes, the mean of all such frames first.
     """
-    codes = np.concatenate([one.codes[level] for one in found])  # (N, S)
+    codes = np.concatenate([one.codes["L0"] for one in found])  # (N, S)
     classes = int(codes.max()) + 1
     share = np.stack([np.bincount(x, minlength=classes) / len(x) for x in codes.T])
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(1)
@@ -160,7 +158,7 @@ def code_map(
         label = f"class {code}: {100 * share[variable, code]:.0f}% of all steps"
         rows.append((label, row([*mean, *frames])))
     columns = ["mean", *[""] * (TILES - 1)]
-    title = f"{subject.name}: variable {variable} of {level}"
+    title = f"{subject.name}: variable {variable} of L0"
     return Strip(title, rows, columns, TILES)
 
 

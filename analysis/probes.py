@@ -7,7 +7,6 @@ episode's actions are played again, and its RAM is taken where every picture com
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,13 +84,8 @@ def cached(path: Path, rows: Rows, config: Config, folder: Path) -> np.ndarray |
         found = recover(rows, config)
         found = np.zeros((0, 128), np.uint8) if found is None else found
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_file(file, functools.partial(save, found=found))
+        checkpoint.replace_array(file, found)
     return found if len(found) == len(rows["reward"]) else None
-
-
-def save(path: Path, found: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, found)
 
 
 def pixels(batch: Rows) -> np.ndarray:

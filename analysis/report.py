@@ -30,9 +30,7 @@ def write(report: Report, strips: Strips, folder: Path) -> None:
     page = parts.render("html", title, headline(report), legend, sections(report, strips))
     data = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
     for name, text in ((f"{NAME}.html", page), (f"{NAME}.json", data)):
-        checkpoint.replace_file(
-            folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
-        )
+        checkpoint.replace_text(folder / name, text)
 
 
 def headline(report: Report) -> str:

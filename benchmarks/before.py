@@ -9,7 +9,6 @@ older one did not count is left out. The older code is checked out into a tempor
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -46,9 +45,7 @@ def one(root: Path, words: list[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("commit")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)

@@ -17,7 +17,6 @@ there.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -48,7 +47,6 @@ KEYS: dict[str, dict[str, float | str]] = {
     "next_embed": {**ARMS["next_embed"], "decoder.probe": False},
     "no_decoder": {"model.losses.decoder": 0},  # what the objectives without one come on top of
     "bfloat16": {"precision": "bfloat16"},
-    "replay_loss": {"critic.replay_loss": 0.3},
     "replay_grad": {"critic.replay_loss": 0.3, "critic.replay_grad": True},
     "probe": ARMS["barlow"],
     "write_back": {"replay.write_back": True},
@@ -149,9 +147,7 @@ def resident_mb() -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("presets", nargs="+")
     parser.add_argument("--upstream", type=Path)
     parser.add_argument("--r2dreamer", type=Path)

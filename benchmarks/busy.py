@@ -10,7 +10,6 @@ the time. The cells take turns, ``rounds`` times, so that a drifting machine dri
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, write
+from measure import ROOT, argument_parser, write
 
 from hidreamer.provenance import provenance
 
@@ -85,9 +84,7 @@ def rates(found: list[dict]) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--configs", nargs="+", default=["demo"])
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=2)

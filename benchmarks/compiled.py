@@ -11,7 +11,6 @@ pieces is counted as it is dispatched; the attention of dreams as the one kernel
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import sys
@@ -158,9 +157,7 @@ def kernels(presets: list[str], compiled: bool = True, **overrides: Any) -> dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     tiny = ["tiny_dreamerv3", "tiny_hdreamer", "tiny_hidreamer"]
     parser.add_argument("presets", nargs="*", default=tiny)
     parser.add_argument("--precision", nargs="+", default=["tf32", "bfloat16"])

@@ -9,7 +9,6 @@ Exit status 1 if a seed is not clearly better than random play.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT
+from measure import ROOT, argument_parser, save
 
 import demo
 from hidreamer.provenance import provenance
@@ -46,9 +45,7 @@ def run(seed: int, folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, help="write the figures to this file")
     args = parser.parse_args()
@@ -60,9 +57,7 @@ def main() -> int:
             f"{found['cpu_s']:.0f} CPU seconds, {found['wall_s']:.0f} s",
             flush=True,
         )
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(provenance() | {"runs": runs}, indent=1) + "\n")
+        save(provenance() | {"runs": runs}, args.out)
     return int(any("not better" in found["verdict"] for found in runs.values()))
 
 

@@ -12,13 +12,12 @@ Needs matplotlib: pip install -e ".[compare]"
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import measure  # noqa: F401, puts the project on the path
+import measure
 from learning import TASKS, latent
 
 import tools
@@ -117,9 +116,7 @@ def save(figure: plt.Figure, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     many = kinds.add_parser("learning", help="learning curves from learning.py's files")
     many.add_argument("paths", nargs="+", type=Path)

@@ -9,7 +9,6 @@ part begins. The columns are the game, and the same state decoded from more and 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import cv2
 import imageio.v3 as iio
 import numpy as np
 import torch
-from measure import ROOT  # noqa: F401  puts the repository on the path
+from measure import argument_parser
 
 import hidreamer
 from hidreamer.dynamics.base import Feat
@@ -71,9 +70,7 @@ def part(agent, episode: dict[str, np.ndarray], first: int) -> list[np.ndarray]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("logdir", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/dream.gif"))
     parser.add_argument("--seed", type=int, default=0, help="of the episode, which is not chosen")

@@ -11,7 +11,6 @@ times as many; each part draws from a generator of its own with seed 0.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -192,9 +191,7 @@ PARTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--out", type=Path, help="write the figures to this file")
     args = parser.parse_args()

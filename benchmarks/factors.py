@@ -14,7 +14,6 @@ chance, which is what the factors of other episodes give.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from measure import ROOT  # noqa: F401 - puts the project on the path
+from measure import argument_parser
 
 import models
 import networks
@@ -264,9 +263,7 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--dynamics", nargs="+", default=["rssm", "hrssm", "hrvq"])
     parser.add_argument("--predictable", type=float, nargs="+", default=[0.9])
     parser.add_argument("--updates", type=int, default=2000)

@@ -10,7 +10,6 @@ the CPU, where an update is not captured and compiled code is not generated.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import importlib.util
@@ -344,9 +343,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> int:
     """-> exit status: 0 all that ran is right, 1 something is not, 2 bad arguments or no GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
     parser.add_argument("--only", nargs="+", default=[""], help="items with such a name")

@@ -10,7 +10,6 @@ it did.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, median, write
+from measure import ROOT, argument_parser, median, write
 
 from hidreamer.provenance import provenance
 
@@ -34,9 +33,7 @@ def seconds(jobs: int, seeds: int, steps: int, more: list[str]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=2)

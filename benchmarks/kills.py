@@ -14,7 +14,6 @@ once.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import measure  # noqa: F401 - it puts the root on the path
+import measure
 import numpy as np
 import torch
 
@@ -162,9 +161,7 @@ def one_run(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--each", type=int, default=5, help="kills of one run at most")
     parser.add_argument(
@@ -202,9 +199,7 @@ def main() -> int:
         report |= {"words": WORDS, "members": args.members, "moments": args.seed, "kills": done}
         report["differing"] = len(differing)
         report |= {"other_seeds_differ": f"{sum(control)} of {len(control)}", "runs": runs}
-        if args.out:  # each time: what was seen is kept if this process is ended
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+        measure.save(report, args.out)  # each time: what was seen is kept if this process is ended
         print(
             f"{done} kills; {task} {kind}:",
             "differs in " + ", ".join(run["differs"]) if run["differs"] else "equal",

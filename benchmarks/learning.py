@@ -12,7 +12,6 @@ control: if one is met).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from counted import BALL, Table, cells
-from measure import ROOT
+from measure import ROOT, argument_parser, save
 
 import dreamer
 import hidreamer.episodes
@@ -213,9 +212,7 @@ def curve(folder: Path, steps: int, width: int) -> list[list[float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="a shorter run; later thresholds are left out")
@@ -269,9 +266,7 @@ def main() -> int:
         "thresholds": least,
     }
     report |= {"random_return": random_return(args.task), "runs": runs}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1))
+    save(report, args.out)
     print(
         "as it should be" if passed else "NOT as it should be",
         f"(random play: {report['random_return']:.2f})",

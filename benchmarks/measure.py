@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
@@ -15,6 +16,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from hidreamer import checkpoint  # noqa: E402
 
 
 def cpu_seconds() -> float:
@@ -57,10 +60,30 @@ def median(values: list[float]) -> float:
     return round(value, 4) if abs(value) >= 1.0 else float(f"{value:.4g}")
 
 
-def write(report: Mapping, out: Path | None) -> None:
-    """Print a benchmark's report as JSON, and keep it in a file if there is to be one."""
-    text = json.dumps(report, indent=1)
-    print(text)
+def argument_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Whose --help is a benchmark's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def save(report: Mapping, out: Path | None) -> None:
+    """Keep a benchmark's report in a file, if there is to be one."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        checkpoint.replace_text(out, json.dumps(report, indent=1) + "\n")
+
+
+def write(report: Mapping, out: Path | None) -> None:
+    """Print a benchmark's report as JSON, and ``save`` it."""
+    print(json.dumps(report, indent=1))
+    save(report, out)
+
+
+def write_table(report: Mapping, table: str, out: Path | None, note: str = "") -> None:
+    """Print a benchmark's table; ``save`` its report, and the table beside it with its origin."""
+    print(table)
+    save(report, out)
+    if out:
+        origin = f"`{report['command']}`, {report['commit']}{note}"
+        checkpoint.replace_text(out.with_suffix(".md"), f"{origin}\n\n{table}")

@@ -9,7 +9,6 @@ Random data.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -27,9 +26,7 @@ from hidreamer.stacked import Stack
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("--configs", nargs="+", default=["minatar"])
     parser.add_argument("--members", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -201,7 +201,9 @@ def trial(mutant: Mutant, folder: Path, files: list[str]) -> tuple[bool, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="parts of mutants' names; all mutants without any")
     parser.add_argument("--list", type=Path, default=LIST, help="another list than mutants.yaml")
     parser.add_argument(

@@ -31,7 +31,6 @@ in which training episodes of Breakout return more than 4 on average.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -43,7 +42,7 @@ from typing import Any
 import numpy as np
 from arms import ARMS, SINGLE, keys
 from learning import curve, longer, returns_in
-from measure import ROOT
+from measure import ROOT, argument_parser, save
 
 import dreamer
 import tools
@@ -348,9 +347,7 @@ def main() -> int:
 
 def judge() -> int:
     """What the command line asks for. -> exit status. Raises ConfigError."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--games", nargs="+", choices=GAMES, default=["breakout"])
     parser.add_argument("--arms", nargs="+", type=arm_name, default=SINGLE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
@@ -380,12 +377,11 @@ def judge() -> int:
     judgement = judged(found)
     print(table(found), *verdicts(judgement), sep="\n")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         of_arms = {arm for states in found.values() for arms in states.values() for arm in arms}
         body = provenance() | {"steps": args.steps, "arms": {a: keys(a) for a in sorted(of_arms)}}
         body |= {"configs": packed(found), "runs": found, "differences": judgement}
         body |= {"offline": held_out(logdir, args.offline)} if args.offline else {}
-        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        save(body, args.out)
     return 0
 
 

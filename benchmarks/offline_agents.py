@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import ROOT, cpu_seconds
+from measure import ROOT, argument_parser, cpu_seconds, write_table
 from quantiser_rows import WORLDS, make_config
 
 import tools
@@ -121,9 +121,7 @@ def page(found: Found) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("world", choices=[world for world in WORLDS if world != "pong"])
     parser.add_argument("--episodes", nargs="+", required=True, help="folders of runs or episodes")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="the world's; all, if none named")
@@ -149,14 +147,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report: dict[str, Any] = made_by | {"episodes": args.episodes, "rows": found}
-    text = page(found)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(
-            f"`{report['command']}`, {report['commit']}\n\n{text}"
-        )
+    write_table(report, page(found), args.out)
     return 0
 
 

@@ -9,12 +9,11 @@ interval over seeds, and in how many seeds it is above.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-import measure  # noqa: F401  finds the project's modules
+import measure
 
 from analysis.summary import over_seeds
 from comparison import words
@@ -40,9 +39,7 @@ def table(rows: dict[str, Any], metric: str, baselines: list[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--metric", default="ball 15")
     parser.add_argument("--baselines", nargs="+", default=["rssm"])

@@ -13,7 +13,6 @@ agent as it is then) and checkpoints (of all) as the config asks for.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -110,9 +109,7 @@ def extrapolated(config: tools.Config, count: int, found: dict[str, Any]) -> dic
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument("--configs", nargs="+", default=["minatar"])
     parser.add_argument("--members", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--seconds", type=float, default=40.0)

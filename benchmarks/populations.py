@@ -86,7 +86,7 @@ class Broken(capture.Captured):
     def __call__(self, batch: Any) -> Tensor:
         self.calls += 1
         out = self.fn(batch)
-        if self.calls > self.warmup:
+        if self.calls > capture.WARMUP:
             raise RuntimeError("a stand-in for a recording that fails")
         return out
 

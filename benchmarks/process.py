@@ -87,6 +87,9 @@ def summary(runs: list[dict[str, Any] | None], limit: float) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     defaults = {"updates": 5, "rounds": 2, "limit": 120}
     try:
         args = tools.parse(argv)

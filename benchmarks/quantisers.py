@@ -28,7 +28,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 from counted import CONTEXT, HORIZONS, LATE, Table, cells, pieces
-from measure import ROOT
+from measure import ROOT, argument_parser, write_table
 from quantiser_rows import DREAMS, WORLDS, make_config, returns, spatial_note
 
 import models
@@ -294,9 +294,7 @@ def page(world: str, found: Found, others: dict[str, str], files: list[Path]) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("world", choices=WORLDS)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--episodes", nargs="+", help="run folders whose episodes are used")
@@ -358,16 +356,8 @@ def main() -> int:
     text = page(
         args.world, found, {row: others for row, (_, others) in scores.items()}, args.returns
     )
-    print(text)
-    if args.out:
-        added = (
-            f"; returns added by `{made_by['command']}`, {made_by['commit']}" if args.given else ""
-        )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(
-            f"`{report['command']}`, {report['commit']}{added}\n\n{text}"
-        )
+    added = f"; returns added by `{made_by['command']}`, {made_by['commit']}" if args.given else ""
+    write_table(report, text, args.out, added)
     return 0
 
 

@@ -11,7 +11,6 @@ lately, and after it has been made to forget.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import mmap
 import multiprocessing
@@ -134,9 +133,7 @@ def forget(replay: Replay) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.argument_parser(__doc__)
     parser.add_argument(
         "--store", nargs="+", choices=("memory", "disk"), default=["memory", "disk"]
     )

@@ -135,7 +135,7 @@ def of_runs(content: dict) -> tuple[str, str, str]:
 # ---------------------------------------------------------------- rows
 
 
-def agents(root: Path, path: str, content: dict) -> Iterator[Row]:
+def agents(path: str, content: dict) -> Iterator[Row]:
     """Of benchmarks/learning.py: a row for each threshold that the runs are long enough for."""
     runs = content["runs"]
     more = f" {' '.join(content['more'])}" if content.get("more") else ""
@@ -264,7 +264,7 @@ def rows(root: Path, claims: dict) -> list[Row]:
     for path in sorted(root.glob("results/**/*.json")):
         name, content = str(path.relative_to(root)), json.loads(path.read_text())
         if "thresholds" in content and "dynamics" in content:
-            found += agents(root, name, content)
+            found += agents(name, content)
         elif "rows" in content and "episodes" in content:
             found += world_models(root, name, content)
         elif "comparisons" in content:
@@ -284,17 +284,17 @@ def date(commit: str) -> str:
     """Of a row's commits, ISO, each day once; "" for those that are not in history."""
     days = {}
     for name in names(commit):
-        words = ["git", "-C", str(ROOT), "show", "-s", "--format=%cs", name]
-        done = subprocess.run(words, capture_output=True, text=True)
+        argv = ["git", "-C", str(ROOT), "show", "-s", "--format=%cs", name]
+        done = subprocess.run(argv, capture_output=True, text=True)
         days |= {done.stdout.strip(): None} if done.returncode == 0 else {}
     return ", ".join(days)
 
 
 def in_history(commit: str) -> bool:
     """Whether all of a row's commits are."""
-    words = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor"]
+    argv = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor"]
     for name in names(commit):
-        if not name or subprocess.run([*words, name, "HEAD"], capture_output=True).returncode:
+        if not name or subprocess.run([*argv, name, "HEAD"], capture_output=True).returncode:
             return False
     return True
 

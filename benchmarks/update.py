@@ -69,6 +69,9 @@ def timings(agent: models.Agent, env, repeats: int) -> dict:
 
 
 def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
     process.keep_freed_memory()  # as a run does
     try:
         args = tools.parse([word for word in argv if word != "--dry"])

@@ -6,7 +6,6 @@ with the same seed; the same command continues, and trains nothing again that is
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ def run(
         out = args.overrides.pop("out", "")
         if not out:
             raise ConfigError("--out is missing: the file that gets the table")
-        base, _ = command.configured(kind.name, args)
+        base, _ = command.stage_config(kind.name, args)
         root, device, found = Path(base.logdir).expanduser(), models.pick_device(base), {}
         for needed in kind.needs:  # before a folder is made
             manifest.check_input(root, needed, group, base.flat())
@@ -98,8 +97,7 @@ def run(
             stage.run(kind, config, here, device, signals.check, (Stop,))
             found[name] = Variant(here, config)
         text = f"{table(columns(found, device))}\n{origin(kind, found)}"
-        write = functools.partial(Path.write_text, data=text)
-        checkpoint.replace_file(Path(str(out)).expanduser(), write)
+        checkpoint.replace_text(Path(str(out)).expanduser(), text)
         print(text)
         return 0
 

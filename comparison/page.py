@@ -29,9 +29,7 @@ def write(report: Report, folder: Path) -> None:
     for kind in ("html", "md"):
         pages[f"report.{kind}"] = parts.render(kind, ", ".join(report["models"]), *found)
     for name, text in pages.items():
-        checkpoint.replace_file(
-            folder / name, functools.partial(Path.write_text, data=text, encoding="utf-8")
-        )
+        checkpoint.replace_text(folder / name, text)
     if not all(row["published"] for row in report["runs"]):
         figures.save_curves(report, folder / "curves.png")
 

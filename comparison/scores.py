@@ -84,7 +84,7 @@ def write(runs: Iterable[Run], path: Path) -> None:
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     text = f'{{"format": "{FORMAT}",\n"configs": {json.dumps(configs)},\n"runs": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    checkpoint.replace_text(path, text)
 
 
 def pairs(series: np.ndarray) -> list[list[float]]:

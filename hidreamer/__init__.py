@@ -3,12 +3,8 @@
     agent = hidreamer.load(LOGDIR)
 
 is the one door upwards, to what stands above this library (docs/library.md); it opens when a name
-of ``LIBRARY`` is asked for. All else here imports downwards only.
-
-Floors (a file imports only from lower ones):
-0 ``nets distributions returns optim replay spaces`` and more; 1 ``quantizer transformer mask
-depth``, ``dynamics.base scan``; 2 ``dynamics.recurrent tokens``; 3 ``dynamics.rssm hrssm
-sequences``; 4 ``dynamics.hrvq hrvq_gru``; 5 ``dynamics``.
+of ``LIBRARY`` is asked for. All else here imports downwards only, in the layers of
+tests/test_layers.py.
 """
 
 import gymnasium

@@ -28,25 +28,20 @@ def side_stream() -> torch.cuda.Stream:
 
 class Captured:
     """``fn`` of a dict of CUDA tensors of fixed shapes,
-    recorded after ``warmup`` ordinary calls, then replayed.
+    recorded after WARMUP ordinary calls, then replayed.
 
     ``fn`` must read nothing on the host. What it returns is overwritten by the next call.
     generator: whose numbers it draws.
     """
 
-    def __init__(
-        self,
-        fn: Update,
-        warmup: int = WARMUP,
-        generator: Generators = None,
-    ):
-        self.fn, self.warmup, self.calls = fn, warmup, 0
+    def __init__(self, fn: Update, generator: Generators = None):
+        self.fn, self.calls = fn, 0
         self.generators = as_list(generator)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         self.calls += 1
-        if self.calls <= self.warmup:
+        if self.calls <= WARMUP:
             # Not on the default stream, so that lazy set-up (libraries, optimiser states) precedes
             # the recording.
             stream = side_stream()

@@ -116,6 +116,21 @@ def replace_file(path: Path, write: Callable[[Path], Any], keep: Path | None = N
         temporary.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """As ``replace_file``, in UTF-8 whatever the locale is."""
+    replace_file(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def replace_array(path: Path, x: np.ndarray) -> None:
+    """As ``replace_file``, a .npy file."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # np.save would add .npy to a name without
+            np.save(file, x)
+
+    replace_file(path, write)
+
+
 def save_checkpoint(path: Path, state: Mapping) -> None:
     """Write ``state`` in one step; the checkpoint before it stays as ``previous.pt`` beside it.
     Raises OSError.

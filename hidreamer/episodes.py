@@ -55,12 +55,6 @@ class Episodes:
         self.needed: list[set[str]] = []  # files that the last two checkpoints name
         folder.mkdir(parents=True, exist_ok=True)
 
-    def present(self) -> list[Path]:
-        """Every episode in the folder, whoever made it. A new run must find none: it would be
-        mixed with them.
-        """
-        return sorted(self.folder.glob("*.npz"))
-
     def add(self, replay: Replay, is_last: np.ndarray) -> None:
         """Account for the row that every stream just got; write the episodes that it ended. Raises
         OSError.

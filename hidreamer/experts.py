@@ -131,6 +131,7 @@ def make_ffns(
     experts: list[int],
     top: int,
     balance: float,
+    act: str = "silu",
 ) -> list[nn.Module]:
     """The feed-forward part of every layer: "level" or "moe".
 
@@ -138,7 +139,7 @@ def make_ffns(
     dense. Raises ValueError where the numbers do not fit.
     """
     if kind == "level":
-        return [ByLevel(width, hidden, levels=levels) for _ in range(layers)]
+        return [ByLevel(width, hidden, levels=levels, act=act) for _ in range(layers)]
     counts = experts * layers if len(experts) == 1 else experts
     if len(counts) != layers:
         raise ValueError(
@@ -148,10 +149,10 @@ def make_ffns(
     found: list[nn.Module] = []
     for count in counts:
         if count == 1:
-            found.append(Dense(width, hidden))
+            found.append(Dense(width, hidden, act=act))
             continue
         chosen = min(top, count)
-        found.append(Routed(width, hidden, count=count, top=chosen, balance=balance))
+        found.append(Routed(width, hidden, count=count, top=chosen, balance=balance, act=act))
     return found
 
 
@@ -175,7 +176,8 @@ def make_transformer(
         return Transformer(width, layers, heads, hidden, ffn=ffn, **names)
     net = Transformer(width, layers, heads, hidden, **names)
     moe = {"experts": list(moe_experts), "top": moe_top, "balance": moe_balance}
-    parts = make_ffns(ffn, width, hidden, layers, levels=levels, **moe)
+    act = names.get("act", "silu")
+    parts = make_ffns(ffn, width, hidden, layers, levels=levels, act=act, **moe)
     for layer, part in zip(net.layers, parts, strict=True):
         layer.ffn = part
     return net

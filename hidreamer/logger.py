@@ -71,8 +71,8 @@ class Logger:
 
     step, size: where the run continues, and how much of metrics.jsonl its checkpoint vouches for;
     what came after that is cut off, and hidden in TensorBoard. config: the run's. service: a key
-    of SERVICES, or "". wandb_id: of the service's run to continue; a new one is made for None, and
-    ``Logger.wandb_id`` is what the next checkpoint should hold.
+    of SERVICES; any other name means none. wandb_id: of the service's run to continue; a new one is
+    made for None, and ``Logger.wandb_id`` is what the next checkpoint should hold.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def pick_threads(agent: Any, threads: int) -> int:
     return 1 if small and not images else AVAILABLE
 
 
-# These decide what a run is, so that a folder holds one value of each.
+# batch, length, starts and capacity decide what a run is: a folder holds one value of each.
 ELSEWHERE = "in another --logdir, with --resume to start from these weights"
 
 

@@ -3,8 +3,8 @@
 Level l sees the residual r_l = z - sum of the codes of the levels before it, the codes detached:
 attached, they would cancel its loss's gradient at the encoder. In place of the codes that were
 drawn it can be those that were expected, so that no level undoes the draws of coarser ones
-(``RESIDUALS``), and with "innovation" the code that its prior expects is taken off as well. Four
-ways to choose and learn codes:
+(``dynamics.hrvq.residual``), and with "innovation" the code that its prior expects is taken off as
+well. Four ways to choose and learn codes:
 
 - ``sampled``: drawn from softmax(-|r - e|^2 / tau), tau learned per level; codes learned by
   gradient. A level is then a categorical like any other of Dreamer's, and can be trained to be
@@ -32,7 +32,6 @@ from hidreamer.losses import mean_where
 from hidreamer.nets import linear
 
 KINDS = ("sampled", "nearest", "frozen", "fsq")
-RESIDUALS = ("drawn", "expected", "innovation")
 SCALES = (1.0, 0.7, 0.5)  # deviation of the first codes by level; the last also for all finer ones
 HARD_LOGIT = 50.0  # logit of a code that is chosen hard: its probability is 1 to within float32
 
@@ -145,8 +144,9 @@ class Quantizer(nn.Module):
 
         ``sample``, ``generator`` and ``noise`` concern ``sampled`` only; without ``sample`` the
         likeliest code is taken. noise: by level, uniform (..., G, 1) that was drawn before.
-        residual: what a finer level codes, one of RESIDUALS. expected: for "innovation", a level
-        and the codes (..., G * d) of coarser ones -> the code (..., G, d) that is expected there.
+        residual: what a finer level codes, a value of ``dynamics.hrvq.residual``. expected: for
+        "innovation", a level and the codes (..., G * d) of coarser ones -> the code (..., G, d)
+        that is expected there.
         """
         left = z  # what the codes before leave
         codes, indices, logits, residuals = [], [], [], []

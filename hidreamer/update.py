@@ -66,16 +66,16 @@ def train_step(agent: Any, obs: Batch, generator: torch.Generator | None) -> Met
     return metrics
 
 
-def train_model(agent: Any, obs: Batch, generator: torch.Generator | None = None) -> Tensor:
+def train_model(agent: Any, obs: Batch) -> Tensor:
     """One step of the world model alone, also where ``optim: joint`` would step all at once.
 
     obs: preprocessed (B,T,...). -> the model's loss (), detached.
     """
-    loss, _, seen = model_loss(agent, generator, obs)
+    loss, _, seen = model_loss(agent, None, obs)
     agent.step("model", loss)
     if agent.config.optim == "joint":
         agent.optimizers["joint"].apply()
-    move_codebook(agent, generator, seen)
+    move_codebook(agent, None, seen)
     if agent.world_model.probed:
         probe_step(agent, seen.post, obs)
     return loss.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import tempfile
@@ -11,7 +10,7 @@ from typing import Any
 
 from envs.base import one_line
 from hidreamer import __version__, app
-from hidreamer.checkpoint import FolderError, replace_file
+from hidreamer.checkpoint import FolderError, replace_file, replace_text
 from library import source
 from library.source import FORMAT, HUB, SPACES, WEIGHTS, Source
 from tools import ConfigError, dump_yaml
@@ -104,8 +103,7 @@ def export(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out) as folder:  # a full disk changes none
         for name, text in texts.items():
-            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
-            replace_file(Path(folder) / name, write)
+            replace_text(Path(folder) / name, text)
         try:
             replace_file(Path(folder) / WEIGHTS, lambda path: save_file(params, path, metadata))
         except SafetensorError as error:

@@ -53,7 +53,13 @@ def configured(argv: list[str]) -> tuple[str, tools.Config, bool]:
     name, *rest = argv
     if name not in (*NAMES, "all"):
         raise ConfigError(f"there is no stage {name!r}; {tools.nearest(name, (*NAMES, 'all'))}")
-    args = tools.parse(rest)
+    return name, *stage_config(name, tools.parse(rest))
+
+
+def stage_config(name: str, args: tools.Args) -> tuple[tools.Config, bool]:
+    """-> config of the stage ``name`` (or "all"), and whether gates are ``--strict``. Raises
+    ConfigError.
+    """
     if args.resume or args.capacity:
         raise ConfigError("--resume and --capacity are dreamer.py's: a stage continues by itself")
     values: dict[str, Any] = dict(args.overrides)
@@ -63,7 +69,7 @@ def configured(argv: list[str]) -> tuple[str, tools.Config, bool]:
     config = tools.load_config(args.presets, overrides)
     if not config.logdir:
         raise ConfigError("--logdir is missing: the folder that all stages share")
-    return name, config, strict
+    return config, strict
 
 
 def answer(argv: list[str]) -> int | None:

@@ -144,11 +144,11 @@ class Collect(Stage):
         start = time.thread_time()
         env = self.opened[game].seeded(int(seeds[0] >> 1))
         rng = np.random.default_rng(seeds)
-        played = play(env, self._chooser(env, rng, game, int(seeds[1])), budget)
+        played = play(env, self._chooser(env, rng, int(seeds[1])), budget)
         self.seconds[game] += time.thread_time() - start
         return played
 
-    def _chooser(self, env: Env, rng: np.random.Generator, game: int, seed: int) -> Callable:
+    def _chooser(self, env: Env, rng: np.random.Generator, seed: int) -> Callable:
         """A function from an output of ``env`` to the next action (A,)."""
         if self.policy is None:
             return random_player(env, rng)

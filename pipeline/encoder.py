@@ -236,12 +236,7 @@ def save_embeddings(folder: Path, game: str, embeddings: np.ndarray) -> Path:
 def save_array(path: Path, x: np.ndarray) -> Path:
     """In one step. -> the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.save(file, x)
-
-    checkpoint.replace_file(path, write)
+    checkpoint.replace_array(path, x)
     return path
 
 

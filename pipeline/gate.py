@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -104,8 +103,7 @@ class Gate:
             "gate.md": markdown(self.tree()),
         }
         for name, text in texts.items():
-            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
-            checkpoint.replace_file(folder / name, write)
+            checkpoint.replace_text(folder / name, text)
         return [folder / name for name in texts]
 
 

@@ -7,7 +7,6 @@ outputs, commit, command, seed and hardware.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -50,10 +49,7 @@ def write(
     body = {"format": FORMAT, **facts, "inputs": dict(inputs), "outputs": hashes}
     identity = [body["stage"], body["config"], body["inputs"], hashes]
     body["digest"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    text = json.dumps(body, indent=1) + "\n"
-    checkpoint.replace_file(
-        folder / NAME, functools.partial(Path.write_text, data=text, encoding="utf-8")
-    )
+    checkpoint.replace_text(folder / NAME, json.dumps(body, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

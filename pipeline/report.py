@@ -5,7 +5,6 @@ One file that opens offline, with the parts of a comparison's parts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -331,6 +330,5 @@ def write(
     headline += f"{warned} of {len(gates)} gates with warnings" if warned else "all gates passed"
     title = "The staged pipeline: frames, tokens, world model, policy"
     html = parts.render("html", title, headline, {}, sections)
-    write_text = functools.partial(Path.write_text, data=html, encoding="utf-8")
-    checkpoint.replace_file(root / NAME, write_text)
+    checkpoint.replace_text(root / NAME, html)
     return root / NAME

@@ -145,7 +145,7 @@ class TokenAgent(models.Agent):
         model_loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As ``Agent.update_behavior``, with ``passes`` updates on each imagined batch (PPO)."""
-        assert replayed is None and model_loss is None  # ``__init__`` refuses what needs them
+        assert replayed is None and model_loss is None  # ``check_config`` refuses what needs them
         behavior = self.behavior
         with self.autocast(), torch.no_grad():
             traj = behavior.imagine(self.world_model, start, terminal, generator)

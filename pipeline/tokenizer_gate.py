@@ -51,9 +51,9 @@ TRANSFER_NOTE = (
 # ---------------------------------------------------------------- metrics
 
 
-def persistence(code: np.ndarray, successors: np.ndarray) -> float:
-    """How often a code (N,) is that of the frame before; successors: rows that go on."""
-    return float((code[successors + 1] == code[successors]).mean())
+def persists(code: np.ndarray, successors: np.ndarray) -> np.ndarray:
+    """(M,) bool: is a code of (N,) that of the frame before? successors: (M,) rows that go on."""
+    return code[successors + 1] == code[successors]
 
 
 def shuffled_persistence(code: np.ndarray) -> float:
@@ -187,7 +187,7 @@ def level_table(stage: Any, tokens: list[np.ndarray], control: np.ndarray) -> Ta
         same = []
         for recording, index in zip(stage.recordings, tokens, strict=True):
             successors = recording.pairs(1, held=True)
-            same.append(index[successors + 1, level] == index[successors, level])
+            same.append(persists(index[:, level], successors))
         kept = float(np.concatenate(same).mean())
         bits = entropy_bits(code)
         theirs = control[:, level]

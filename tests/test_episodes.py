@@ -13,6 +13,10 @@ from hidreamer.episodes import EpisodeError, Episodes, load_episode, rows_held, 
 from hidreamer.replay import Replay, row_spec
 
 
+def present(episodes):
+    return sorted(episodes.folder.glob("*.npz"))
+
+
 def test_restore_is_exact(tmp_path):
     replay, episodes = make(), Episodes(tmp_path, 2)
     fill(replay, 66, episodes=episodes)  # 50 rows a stream are kept; the last episode is unfinished
@@ -258,7 +262,7 @@ def test_a_file_that_is_no_archive_is_our_sentence(content, tmp_path):
 def test_many_lost_files_are_one_line(lost, tmp_path):
     replay, episodes = make(capacity=1000), Episodes(tmp_path / "eps", 2)
     fill(replay, 140, episodes=episodes)
-    state, paths = episodes.state(), episodes.present()
+    state, paths = episodes.state(), present(episodes)
     gone = {"folder": paths, "half": paths[::2], "two": paths[:2]}[lost]
     for path in gone:
         path.unlink()
@@ -297,14 +301,14 @@ def test_other_runs_episodes_are_never_deleted(tmp_path):
     fill(replay, 14, episodes=episodes)
     state = episodes.state()
     fill(replay, 14, episodes=episodes)
-    for path in theirs.present()[8:]:
+    for path in present(theirs)[8:]:
         shutil.copy(path, tmp_path / "ours" / path.name)
-    assert len(episodes.present()) == 20
+    assert len(present(episodes)) == 20
     again = Episodes(tmp_path / "ours", 2, keep=False)
     again.restore(make(), state, {})
-    left = {path.name: path.read_bytes() for path in again.present()}
+    left = {path.name: path.read_bytes() for path in present(again)}
     assert len(left) == 16 and all(
-        left[path.name] == path.read_bytes() for path in theirs.present()[8:]
+        left[path.name] == path.read_bytes() for path in present(theirs)[8:]
     )
     other = make()
     with pytest.raises(FileExistsError, match="another run"):  # nor overwritten
@@ -313,11 +317,11 @@ def test_other_runs_episodes_are_never_deleted(tmp_path):
 
 def test_a_new_run_sees_what_is_there(tmp_path):
     fill(make(), 14, episodes=Episodes(tmp_path, 2))
-    names = [path.name for path in Episodes(tmp_path, 2).present()]
+    names = [path.name for path in present(Episodes(tmp_path, 2))]
     assert len(names) == 4
     with pytest.raises(FileExistsError):
         fill(make(), 14, episodes=Episodes(tmp_path, 2))
-    assert [path.name for path in Episodes(tmp_path, 2).present()] == names
+    assert [path.name for path in present(Episodes(tmp_path, 2))] == names
 
 
 def test_runs_that_began_before_files_had_their_name_go_on(tmp_path):
@@ -327,9 +331,9 @@ def test_runs_that_began_before_files_had_their_name_go_on(tmp_path):
     state = {key: x for key, x in episodes.state().items() if key != "run"}
     fill(replay, 14, episodes=episodes)
     again, other = Episodes(tmp_path, 2), make()
-    assert again.restore(other, state, {}) == [] and len(again.present()) == 4
+    assert again.restore(other, state, {}) == [] and len(present(again)) == 4
     fill(other, 14, episodes=again)
-    assert len(again.present()) == 8
+    assert len(present(again)) == 8
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -393,7 +397,7 @@ def test_no_kill_loses_what_a_checkpoint_needs(seed, tmp_path):
         again.checkpointed(again.state())
         again.checkpointed(again.state())
         assert (
-            len(again.present()) == sum(map(len, again.files)) <= 8
+            len(present(again)) == sum(map(len, again.files)) <= 8
         )  # and what a killed process left is gone
         shutil.rmtree(tmp_path.with_name("copy"))
 
@@ -420,4 +424,4 @@ def test_kept_by_default(tmp_path):
     replay, episodes = make(capacity=40), Episodes(tmp_path, 2)
     fill(replay, 140, episodes=episodes)
     episodes.checkpointed(episodes.state())
-    assert len(episodes.present()) == 40 and sum(map(len, episodes.files)) == 6
+    assert len(present(episodes)) == 40 and sum(map(len, episodes.files)) == 6

@@ -27,13 +27,13 @@ def config(**overrides):
 
 def test_persistence_by_hand_and_at_its_floor():
     code = np.array([1, 1, 2, 2, 2, 3])
-    assert metrics.persistence(code, np.array([0, 1, 2, 3])) == 0.75
-    assert metrics.persistence(code, np.array([1])) == 0.0
+    assert metrics.persists(code, np.array([0, 1, 2, 3])).mean() == 0.75
+    assert not metrics.persists(code, np.array([1])).any()
     # pairs of equal codes: 2 of 1 and 6 of 2, of 30
     assert metrics.shuffled_persistence(code) == pytest.approx(8 / 30)
     assert metrics.shuffled_persistence(np.arange(9)) == 0.0
     shuffled = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 2000))
-    measured = metrics.persistence(shuffled, np.arange(len(shuffled) - 1))
+    measured = metrics.persists(shuffled, np.arange(len(shuffled) - 1)).mean()
     assert measured == pytest.approx(metrics.shuffled_persistence(shuffled), abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""The recurrent scan that ``rssm`` and ``hrssm`` share.
+"""The recurrent scan that ``rssm``, ``hrssm`` and ``hrvq`` with memory gru share.
 
 Shapes: B sequences, T steps, N = B * n imagined ones, H imagined steps, E embedding, A action,
 D deter, Z stoch, S variables of K classes in a level.
@@ -56,7 +56,7 @@ class Carry(NamedTuple):
 
 
 class Recurrent(Dynamics):
-    """What ``rssm`` and ``hrssm`` share: cell, learned initial state, scan.
+    """What the recurrent latent states share: cell, learned initial state, scan.
 
     They add how a state is sampled: ``prior_step``, ``post_step``, ``priors``; and, for a faster
     scan, what ``scan_steps.ScanDynamics`` asks for. reads: how many numbers of stoch, the first

@@ -1,4 +1,4 @@
-"""The recurrent scan of ``rssm`` and ``hrssm`` with a gradient of its own.
+"""The recurrent scan with a gradient of its own.
 
 Autograd would take the gradient of every weight at every step: T products of B rows each, and as
 many sums. Here the steps backward compute only what the step before waits for; all else follows at

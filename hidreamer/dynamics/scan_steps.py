@@ -1,5 +1,5 @@
-"""The parts of the recurrent scan of ``rssm`` and ``hrssm``, each of which can be compiled: a step
-forward, a step backward, and what goes before and after all steps backward.
+"""The parts of the recurrent scan, each of which can be compiled: a step forward, a step backward,
+and what goes before and after all steps backward.
 
 Shapes: T steps of B sequences, D deter, Z stoch, W hidden, S variables of K classes in a level.
 Here tensors of all steps lie step by step, (T,B,.).
