@@ -218,6 +218,11 @@ class Encoder(nn.Module):
             self.vector = MLP(size, layers, units, first_bias=True, **names)
             self.dim += units
 
+    @property
+    def observed(self) -> list[str]:
+        """The observations that it reads."""
+        return [key for shapes in self.kinds.values() for key in shapes]
+
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Preprocessed observations {key: (B, T, ...)} -> embed (B, T, ``dim``)."""
         embeds = []

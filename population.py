@@ -33,7 +33,7 @@ class Population:
     What a run does, and when, depends on itself alone: it collects until its next update is due,
     and updates are made when all runs that go on have come to one. A run that ends or fails leaves
     the others to go on; those that end between the same two updates leave together, as every other
-    company is another stack. report: takes lines for people. ``poll`` may be replaced, as of
+    set of runs is another stack. report: takes lines for people. ``poll`` may be replaced, as of
     ``Run``.
     """
 
@@ -92,13 +92,13 @@ class Population:
 
     def save(self) -> None:
         """A checkpoint of every run that goes on, all of this moment."""
-        company: list[Run] = []
-        while self.active and company != self.active:  # again without those that failed to
-            company = list(self.active)
-            before = {run.config.seed: run.moment for run in company}
-            furthest = max(run.step for run in company)
-            for run in company:
-                run.moment, run.company = 1 + max(before.values()), before
+        saved: list[Run] = []
+        while self.active and saved != self.active:  # again without those that failed to
+            saved = list(self.active)
+            before = {run.config.seed: run.moment for run in saved}
+            furthest = max(run.step for run in saved)
+            for run in saved:
+                run.moment, run.members_before = 1 + max(before.values()), before
                 run.every["checkpoint"].done(furthest)  # those behind come to that step as well
                 self._try(run, run.save)
 
@@ -121,7 +121,7 @@ class Population:
 
     def _leave(self, ended: Sequence[Run]) -> None:
         """These are over. All are saved first: whatever kills the process, the others go on in the
-        same company.
+        same set of runs.
         """
         self.save()
         self.active = [run for run in self.active if run not in ended]
@@ -241,14 +241,14 @@ def roll_back(folders: Mapping[Path, Config]) -> None:
             run_config.check_same_run(folder, state["config"], config)
             states[folder] = state
     moments = {state["config"]["seed"]: state.get("moment", 0) for state in states.values()}
-    newest, company = max(moments.values(), default=0), {}
+    newest, before = max(moments.values(), default=0), {}
     latest = [folder for folder, state in states.items() if state.get("moment", 0) == newest]
     for folder in latest:
-        company |= states[folder].get("company", {})
-    if not company.items() & moments.items():  # all of the company have this moment, or went on
+        before |= states[folder].get("company", {})
+    if not before.items() & moments.items():  # all of these members have this moment, or went on
         return
     for folder in latest:
-        if (before := folder / "checkpoints" / "previous.pt").exists():
-            state = checkpoint.load_checkpoint(before)
+        if (previous := folder / "checkpoints" / "previous.pt").exists():
+            state = checkpoint.load_checkpoint(previous)
             if state.get("moment", 0) < newest:
-                before.replace(before.with_name("latest.pt"))
+                previous.replace(previous.with_name("latest.pt"))

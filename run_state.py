@@ -80,7 +80,7 @@ def snapshot(run: Any) -> dict[str, Any]:
         "wandb_id": run.logger.wandb_id,
         "copy_from": run.copy_from,
         "moment": run.moment,
-        "company": run.company,
+        "company": run.members_before,
         "rates": run.rates.state(),
     }
 
@@ -123,7 +123,7 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
     _restore_counters(run, state)
     run.running_files = [state["running_file"]]
     run.copy_from = state.get("copy_from", "")
-    run.moment, run.company = state.get("moment", 0), state.get("company", {})
+    run.moment, run.members_before = state.get("moment", 0), state.get("company", {})
     rng = np.random.default_rng()
     rng.bit_generator.state = state["replay_rng"]
     run.replay = run.make_replay(state["episodes"], rng)

@@ -94,7 +94,7 @@ class Run:
         self.restarts = 0  # of environments, before this process
         self.moment = 0  # of the last checkpoint that a population's members wrote together
         self.members = 1  # runs that are trained together now
-        self.company: dict[int, int] = {}  # {seed: its moment before}, of these members
+        self.members_before: dict[int, int] = {}  # {seed: its moment before}, of these members
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
         self.scores = EpisodeScores(n, self.envs.log_keys)

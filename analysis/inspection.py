@@ -74,7 +74,8 @@ def analyse(
     }
     if material.factors:
         check_steps(material)
-        found["baseline"] = study.baseline(material, sorted(loading.observed(subjects[0])))
+        keys = subjects[0].agent.world_model.encoder.observed
+        found["baseline"] = study.baseline(material, sorted(keys))
     else:
         found["factors"], found["lacks"] = {}, lacking(material, args.pictures)
     strips: dict[str, list] = {}

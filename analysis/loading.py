@@ -24,7 +24,7 @@ from library import source
 from tools import Config, ConfigError
 
 # Settings of environments that change neither what is seen nor what may be done.
-HOUSEKEEPING = ("env.count", "env.parallel", "env.timeout", "env.invalid")
+UNOBSERVED_KEYS = ("env.count", "env.parallel", "env.timeout", "env.invalid")
 SEED = 715_517  # of the episodes: no run's own
 
 
@@ -85,7 +85,7 @@ def load_all(found: Sequence[runs.Run]) -> list[Subject]:
     env = lambda run: {
         key: x
         for key, x in run.config.items()
-        if key.startswith("env.") and key not in HOUSEKEEPING
+        if key.startswith("env.") and key not in UNOBSERVED_KEYS
     }
     for run in found[1:]:
         differing = [key for key, x in env(run).items() if env(found[0]).get(key) != x]
@@ -116,12 +116,6 @@ def has_factors(subject: Subject) -> bool:
         return factors.reader(env, subject.config.task) is not None
     finally:
         env.close()
-
-
-def observed(subject: Subject) -> list[str]:
-    """The observations that the encoder reads."""
-    encoder = subject.agent.world_model.encoder
-    return [key for shapes in encoder.kinds.values() for key in shapes]
 
 
 def turns(subjects: int, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+import networks
 from analysis import latents
 from analysis.latents import CONTEXT, Latents
 from analysis.loading import Episode, Subject, preprocessed
@@ -165,9 +166,7 @@ def code_map(subject: Subject, episodes: Sequence[Episode], found: Sequence[Late
 def preprocessed_frames(subject: Subject, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Raw observations (1, n, ...) preprocessed, with zeros for vectors that are decoded too."""
     decoder = subject.agent.world_model.decoder
-    out = {}
-    for key, x in batch.items():
-        out[key] = x.float() / 255.0 - 0.5 if x.dtype == torch.uint8 else x.float()
+    out = networks.preprocess(batch)
     count = next(iter(batch.values())).shape[1]
     for key in decoder.sizes:
         out.setdefault(key, torch.zeros(1, count, decoder.sizes[key]))

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, argument_parser, write
+from measure import ROOT, argument_parser, busy_processes, write
 
 from hidreamer.provenance import provenance
 
@@ -32,7 +32,6 @@ SETTINGS = {
     "a thread a core, spinning": (["--threads", str(CORES)], {"OMP_WAIT_POLICY": "ACTIVE"}),
 }
 NEIGHBOURS = (0, 1)
-BUSY = "while True: pass"
 TIMEOUT = 300  # seconds until the first update
 
 
@@ -96,13 +95,8 @@ def main() -> int:
     for _ in range(args.rounds):
         for name, (more, variables) in SETTINGS.items():
             for count in NEIGHBOURS:
-                busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
-                try:
+                with busy_processes(count):
                     one = run(args.configs, more, variables, args.seconds)
-                finally:
-                    for process in busy:
-                        process.kill()
-                        process.wait()
                 found.setdefault((name, count), []).append(one)
                 print(f"{name}, {count} busy: {one}", file=sys.stderr, flush=True)
     cells: dict[str, dict[str, dict]] = {}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parent.parent
+# ends with its parent, however that ends
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 sys.path.insert(0, str(ROOT))
 
 from hidreamer import checkpoint  # noqa: E402
@@ -40,6 +44,18 @@ def interleaved(
                 torch.cuda.synchronize()
             times[name].append((cpu_seconds() - cpu, time.perf_counter() - wall))
     return times
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes that do nothing but compute, beside what is measured."""
+    running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def page_faults(fn: Callable[[], object]) -> int:

@@ -12,12 +12,10 @@ MinAtar by default, whose small networks threads hurt most. A process that takes
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,6 @@ import tools
 from hidreamer.provenance import provenance
 
 CORES = len(os.sched_getaffinity(0))
-BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 KEYS = ("cpu_s", "wall_s", "page_faults", "peak_mb")
 
 
@@ -50,18 +47,6 @@ def rows(cores: int) -> list[Row]:
     return found
 
 
-@contextlib.contextmanager
-def others(count: int) -> Iterator[None]:
-    """So many processes that do nothing but compute."""
-    running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
 def one(words: list[str], row: Row, limit: float) -> dict[str, Any] | None:
     """What ``benchmarks/update.py`` measures in a new process, None where that takes longer than
     ``limit`` seconds. Raises CalledProcessError.
@@ -70,7 +55,7 @@ def one(words: list[str], row: Row, limit: float) -> dict[str, Any] | None:
     env = os.environ | {"HIDREAMER_MALLOC": row.memory, "OMP_NUM_THREADS": str(row.threads)}
     command = [sys.executable, script, *words, "--threads", str(row.threads), "--device", "cpu"]
     settings = {"stdout": subprocess.PIPE, "text": True, "check": True, "timeout": limit}
-    with others(row.busy):
+    with measure.busy_processes(row.busy):
         try:
             done = subprocess.run(command, env=env, **settings)
         except subprocess.TimeoutExpired:

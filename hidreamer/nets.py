@@ -245,6 +245,12 @@ class GRUCell(nn.Module):
         gates = self.norm(self.linear(side_by_side(x, deter))).to(deter.dtype)  # (B, 3D)
         return gated(deter, *gates.chunk(3, -1))
 
+    def scan_bias(self) -> Tensor:
+        """(3D,): the norm's bias with the update bias of ``gated``, for a scan's gates."""
+        offset = torch.zeros_like(self.norm.bias)
+        offset[2 * len(offset) // 3 :] = 1.0
+        return self.norm.bias - offset
+
 
 class BlockLinear(nn.Module):
     """``blocks`` linear layers side by side: (..., g, inp) -> (..., g, out)."""
@@ -343,14 +349,9 @@ def make_core(
     if name == "block_gru":
         cell = BlockGRUCell(2 * hidden, deter, hidden, blocks, **names)
         return SideBySide((stoch, act_dim), hidden, **names), cell
-    return Block(stoch + act_dim, hidden, **names), make_cell(name, hidden, deter, norm=norm)
+    by_name({**CELLS, "block_gru": BlockGRUCell}, name, "cell")  # names both where it is neither
+    return Block(stoch + act_dim, hidden, **names), CELLS[name](hidden, deter, norm=norm)
 
 
 # Each: (inp, deter, norm=name) -> module (B, inp), (B, deter) -> (B, deter).
 CELLS = {"gru": GRUCell}
-
-
-def make_cell(name: str, inp: int, deter: int, *, norm: str = "layer") -> nn.Module:
-    """The recurrent cell ``name`` of ``CELLS``."""
-    by_name({**CELLS, "block_gru": BlockGRUCell}, name, "cell")
-    return CELLS[name](inp, deter, norm=norm)

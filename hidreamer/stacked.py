@@ -119,7 +119,7 @@ def norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
 
 
-class Row:
+class MemberOptimizer:
     """A member's optimiser, as checkpoints see it."""
 
     def __init__(self, stacked: StackedOptimizer, i: int):
@@ -177,7 +177,7 @@ class Stack:
                 stack_moments([row.optimizers[name].state_dict() for row in agents])
             )
             for i, row in enumerate(agents):
-                row.optimizers[name] = Row(optimizer, i)
+                row.optimizers[name] = MemberOptimizer(optimizer, i)
         forget_graphs(agents)
         for start in SLOWER:
             warnings.filterwarnings("ignore", start)

@@ -98,13 +98,13 @@ class Collect(Stage):
         self.rows = [0] * len(self.games)  # recorded steps of each
         self.opened: dict[int, Game] = {}
         self.seconds = [0.0] * len(self.games)  # of this thread's processor time, for playing
-        self.policy: Policy | None = None
+        self.policy: RecordedPolicy | None = None
         if block.from_minari:
             from pipeline import minari
 
             self.imported = minari.read(block.from_minari, spaces, block.steps)
         elif block.agent:
-            self.policy = Policy(tools.user_path(block.agent), config, self.games, device)
+            self.policy = RecordedPolicy(tools.user_path(block.agent), config, self.games, device)
         self.writer = ThreadPoolExecutor(1)  # compressing leaves the interpreter to the emulator
         self.pending: list[Future] = []
 
@@ -261,7 +261,7 @@ def play(env: Env, choose: Callable[[Mapping[str, Any]], np.ndarray], budget: in
     return Played(rows, float(rows["reward"].sum()))
 
 
-class Policy:
+class RecordedPolicy:
     """A trained agent's policy. Raises ConfigError where it sees or does something else than is
     recorded, CheckpointError.
     """
@@ -306,7 +306,7 @@ class Policy:
 
         def act(obs: Mapping[str, Any], instead: np.ndarray | None) -> np.ndarray:
             nonlocal state
-            keys = (*self.agent_keys(), "is_first")
+            keys = (*self.agent.world_model.encoder.observed, "is_first")
             inputs = {key: np.asarray(obs[key])[None] for key in keys}
             state = self.agent.act(state, self.agent.tensors(inputs), "train")
             if instead is not None:  # its next state is to know what was done
@@ -315,9 +315,6 @@ class Policy:
             return state.action[0].cpu().numpy()
 
         return act
-
-    def agent_keys(self) -> list[str]:
-        return [key for kind in self.agent.world_model.encoder.kinds.values() for key in kind]
 
 
 def described(env: Env) -> str:

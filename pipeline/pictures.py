@@ -115,7 +115,7 @@ def dreams(
     length = min(context + 30, longest)
     windows = Windows(recordings, rows, 1, length, False, held=True)
     where = windows.apart(game)
-    where = type(where)(*(x[:1] for x in where))
+    where = where._make(x[:1] for x in where)
     batch = tensors(windows.read(where), torch.device(decoder.device))
     carry, post, _ = model.observe({key: x[:, :context] for key, x in batch.items()})
     start = model.dynamics.starts(carry, post, 1)

@@ -17,7 +17,7 @@ from hidreamer import checkpoint
 from hidreamer.provenance import provenance
 from pipeline import data, gate, manifest, pictures, world_model
 from pipeline.stage import Stage
-from pipeline.token_model import load_tokens
+from pipeline.token_model import load_all_tokens
 from pipeline.world_model_gate import PAIRS
 from tools import Config
 
@@ -281,7 +281,7 @@ def drawn(
     between updates of the picture decoder; may raise to stop.
     """
     recordings = data.load_all(root, config)
-    tokens = load_tokens(root, recordings)
+    tokens = load_all_tokens(root, recordings)
     model = world_model.load(root, config, device)
     codes = []
     for index in tokens:

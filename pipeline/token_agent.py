@@ -23,7 +23,7 @@ from pipeline.token_model import TokenWorldModel
 from tools import Config, ConfigError
 
 
-class First(nn.Module):
+class FirstFeatures(nn.Module):
     """A network of the first ``size`` features only: of the codes, without the memory."""
 
     def __init__(self, net: nn.Module, size: int):
@@ -87,7 +87,7 @@ class TokenAgent(models.Agent):
         actor = networks.Actor(size, act_space, **config.actor.net)
         critic = networks.make_head("twohot", size, **config.critic.net)
         if not self.block.memory:  # features are the codes, then the memory
-            actor, critic = First(actor, size), First(critic, size)
+            actor, critic = FirstFeatures(actor, size), FirstFeatures(critic, size)
         if self.block.algorithm == "ppo":
             return PPO(actor, critic, config)
         return Behavior(actor, critic, config, backprop=False)

@@ -322,6 +322,6 @@ def tensors(rows: Rows, device: torch.device) -> dict[str, Tensor]:
     return networks.preprocess(moved)
 
 
-def load_tokens(root: Any, recordings: list[Recording]) -> list[np.ndarray]:
+def load_all_tokens(root: Any, recordings: list[Recording]) -> list[np.ndarray]:
     """(N, L) of every game. Raises InputError."""
     return [tokenizer.load_tokens(root, recording) for recording in recordings]

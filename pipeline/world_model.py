@@ -23,7 +23,7 @@ from pipeline.token_model import (
     Actions,
     TokenWorldModel,
     Windows,
-    load_tokens,
+    load_all_tokens,
     tensors,
     token_rows,
     window_starts,
@@ -72,7 +72,7 @@ class WorldModel(Stage):
         self.masks = list(dict.fromkeys([own, *(m for m in block.compare if m != "none")]))
         self.encoder, self.quantizer = tokenizer.load(root, config, device)
         self.recordings = data.load_all(root, config)
-        self.tokens = load_tokens(root, self.recordings)
+        self.tokens = load_all_tokens(root, self.recordings)
         self.actions = actions_of(config)
         self.rows = []
         for i, (recording, tokens) in enumerate(zip(self.recordings, self.tokens, strict=True)):

@@ -6,6 +6,7 @@ Shapes: B windows, T steps, N rows, L levels, H steps of a rollout.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis import probes
+from hidreamer.dynamics.base import Post
 from hidreamer.quantizer import code_accuracy
 from hidreamer.replay import Addresses
 from pipeline import probing
@@ -46,6 +48,18 @@ ROLLOUT_NOTE = (
 # ---------------------------------------------------------------- teacher forcing
 
 
+def observed(
+    stage: Any, model: TokenWorldModel, windows: Windows, where: Addresses
+) -> Iterator[tuple[dict[str, Tensor], Post]]:
+    """Windows and what the model makes of them, BATCH at a time."""
+    for first in range(0, len(where.row), BATCH):
+        stage.poll()
+        part = where._make(x[first : first + BATCH] for x in where)
+        batch = tensors(windows.read(part), stage.device)
+        _, post, _ = model.observe(batch)
+        yield batch, post
+
+
 @torch.no_grad()
 def predictions(
     stage: Any, model: TokenWorldModel, windows: Windows, game: int
@@ -54,12 +68,8 @@ def predictions(
 
     -> prior logits (B,T,1,K) by level, tokens (B,T,L), is_first, predicted and real rewards (B,T).
     """
-    where, found = windows.apart(game), []
-    for first in range(0, len(where.row), BATCH):
-        stage.poll()
-        part = type(where)(*(x[first : first + BATCH] for x in where))
-        batch = tensors(windows.read(part), stage.device)
-        _, post, _ = model.observe(batch)
+    found = []
+    for batch, post in observed(stage, model, windows, windows.apart(game)):
         reward = model.reward(post.feat.cat()).mode()
         levels = [level.prior.float() for level in post.levels]
         found.append(
@@ -164,12 +174,8 @@ def teacher_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int
 @torch.no_grad()
 def end_rows(stage: Any, model: TokenWorldModel, windows: Windows, game: int) -> list[Row]:
     """Whether the continue head tells the ends of held-out episodes, in the last window of each."""
-    recording, where, found = stage.recordings[game], windows.tails(game), []
-    for first in range(0, len(where.row), BATCH):
-        stage.poll()
-        part = type(where)(*(x[first : first + BATCH] for x in where))
-        batch = tensors(windows.read(part), stage.device)
-        _, post, _ = model.observe(batch)
+    recording, found = stage.recordings[game], []
+    for batch, post in observed(stage, model, windows, windows.tails(game)):
         ends = 1.0 - model.cont(post.feat.cat()).undiscounted().mean()  # (B, T)
         found.append((ends.cpu(), batch["is_terminal"].cpu()))
     ends, real = (torch.cat(x).numpy().ravel() for x in zip(*found, strict=True))

@@ -211,8 +211,7 @@ class Session:
         now, feat = self.now, self.feat()
         decoded = self.agent.decode(feat, levels=True, generator=self.drawing)
         pictures = {"real": ("real, paused" if now.dreaming else "real", self._real_picture())}
-        seen = self.agent.world_model.encoder.kinds
-        keys = [key for kind in seen.values() for key in kind]
+        keys = self.agent.world_model.encoder.observed
         pictures["seen"] = ("what the agent sees", raw_picture(now.obs, keys))
         if now.dreaming:
             imagined, title = decoded["all"], f"dream, step {now.step}"

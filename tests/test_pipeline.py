@@ -298,7 +298,7 @@ def test_an_agent_that_trained_on_does_not_continue_a_recording(tmp_path, monkey
     )
     identity = {"step": 160, "sha256": "a"}
     agent = lambda: types.SimpleNamespace(logdir=tmp_path / "agent", identity=dict(identity))
-    monkeypatch.setattr(collect, "Policy", lambda *args: agent())
+    monkeypatch.setattr(collect, "RecordedPolicy", lambda *args: agent())
     lines = []
     with contextlib.closing(collect.Collect(config, tmp_path, CPU, lines.append)) as begun:
         state = begun.save_state()

@@ -259,12 +259,10 @@ class RecurrentHRVQ(ResidualScan, Recurrent):
                 deter = self.cell(x[:, t], torch.lerp(deter0, deter, keep[:, t]))
                 found.append(deter)
             return torch.stack(found, 1)
-        offset = torch.zeros_like(self.cell.norm.bias)
-        offset[2 * self.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
         weight, dtype = self.cell.linear.weight, autocast_dtype(x.device)
         weight = weight if dtype is None else weight.to(dtype)
         of_input, of_deter = weight.split([x.shape[-1], self.deter_dim], 1)
-        weights = of_deter, self.cell.norm.weight, self.cell.norm.bias - offset
+        weights = of_deter, self.cell.norm.weight, self.cell.scan_bias()
         given = (x.to(weight.dtype) @ of_input.t()).transpose(0, 1)  # (T, M, 3D)
         starts = keep.transpose(0, 1), deter0, deter
         return cell_scan(given, *starts, weights, self.eps).transpose(0, 1)

@@ -47,15 +47,13 @@ class CellWeights(NamedTuple):
     @classmethod
     def of(cls, dynamics: Any, img_in: SplitBlock, obs_out: SplitBlock) -> CellWeights:
         """Those of a ``Recurrent``, whose two input layers are split by what they read."""
-        gru, offset = dynamics.cell.linear.weight, torch.zeros_like(dynamics.cell.norm.bias)
-        offset[2 * dynamics.deter_dim :] = 1.0  # of the update gate, as ``GRUCell`` has it
-        norms = (part.norm for part in (dynamics.img_in, dynamics.cell, dynamics.obs_out))
-        img, cell, obs = ((norm.weight, norm.bias) for norm in norms)
+        cell = dynamics.cell
+        img, obs = ((x.norm.weight, x.norm.bias) for x in (dynamics.img_in, dynamics.obs_out))
         of_stoch = img_in.weights[0]
         if dynamics.reads < dynamics.stoch_dim:  # what the memory does not read has weight zero
             of_stoch = F.pad(of_stoch, (0, dynamics.stoch_dim - dynamics.reads))
-        cell = cell[0], cell[1] - offset
-        return cls(of_stoch, *img, gru, *cell, obs_out.weights[0], *obs)
+        gru = cell.linear.weight, cell.norm.weight, cell.scan_bias()
+        return cls(of_stoch, *img, *gru, obs_out.weights[0], *obs)
 
 
 class StepInputs(NamedTuple):

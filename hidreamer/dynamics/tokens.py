@@ -65,7 +65,7 @@ class Tokens(Dynamics):
                 "dynamics.hrvq.residual: innovation needs the prior before the posterior: set"
                 " memory gru and posterior_sees memory"
             )
-        self.levels, self.chain, self.residual, self.wrong = levels, chain, residual, noise
+        self.levels, self.chain, self.residual, self.code_noise = levels, chain, residual, noise
         self.level_dropout = level_dropout
         self.stoch_dim = levels * groups * code_dim
         self.shapes = ((groups, codes),) * levels
@@ -182,12 +182,12 @@ class Tokens(Dynamics):
         Priors that were trained on right codes alone trust them more than they should when a dream
         drew them.
         """
-        if not self.wrong or not torch.is_grad_enabled():
+        if not self.code_noise or not torch.is_grad_enabled():
             return codes
         where = {"device": codes.device, "generator": generator}
         flat = codes.flatten(0, 1)  # (B * T, L, G, d)
         other = flat[torch.rand(len(flat), **where).argsort()]
-        wrong = torch.rand(flat.shape[:-1], **where) < self.wrong
+        wrong = torch.rand(flat.shape[:-1], **where) < self.code_noise
         return torch.where(wrong.unsqueeze(-1), other, flat).view_as(codes)
 
     def _detached_pass(self, codes: Tensor, trained: bool | None) -> bool:
@@ -195,7 +195,7 @@ class Tokens(Dynamics):
         None looks), or where some are exchanged.
         """
         trained = codes.requires_grad if trained is None else trained
-        return trained or (self.wrong > 0.0 and torch.is_grad_enabled())
+        return trained or (self.code_noise > 0.0 and torch.is_grad_enabled())
 
     # ------------------------------------------------------------ the interface
 
