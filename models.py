@@ -52,7 +52,9 @@ class WorldModel(nn.Module):
         weights, block = config.model.losses, dict(config.decoder)
         self.probed = block.pop("probe") and not weights.decoder
         make = networks.Decoder if weights.decoder or self.probed else networks.NoDecoder
-        self.decoder = make(self.feat_dim, obs_space, **block)
+        # a run is the same with a probe and without: its weights are not of the run's numbers
+        with torch.random.fork_rng(devices=[], enabled=self.probed):
+            self.decoder = make(self.feat_dim, obs_space, **block)
         self.reward = networks.make_head("twohot", self.feat_dim, **config.reward)
         self.cont = networks.make_continue_head(self.feat_dim, config)
         self.nll = NLL()

@@ -16,6 +16,17 @@ from tools import Config, ConfigError, dump_yaml, load_config
 
 # What an optimiser is set by. With ``optim joint`` those of ``model`` are for all parts.
 OPTIMISER_KEYS = ("lr", "eps", "clip", "agc", "warmup", "algorithm")
+TRANSFORMERS = ("interleaved", "stacked")
+# (a key, values of it, keys of its group that do something with these alone)
+NEEDED_BY = (
+    ("dynamics.hrvq.memory", ("gru",), ("cell", "prior_layers")),
+    ("dynamics.hrvq.memory", ("stacked", "gru"), ("depth_units", "memory_reads")),
+    ("dynamics.hrvq.memory", ("interleaved",), ("mask",)),
+    ("dynamics.hrvq.memory", TRANSFORMERS, ("window", "ffn")),
+    ("dynamics.hrvq.ffn", ("moe",), ("moe_experts", "moe_top", "moe_balance")),
+    ("dynamics.hrvq.posterior", ("nearest",), ("commitment",)),
+    *((f"dynamics.{kind}.cell", ("block_gru",), ("blocks",)) for kind in ("rssm", "hrssm", "hrvq")),
+)
 
 
 def make_envs(
@@ -70,6 +81,22 @@ def check_objectives(config: Config) -> None:
             )
 
 
+def idle_keys(config: Config) -> list[str]:
+    """A line for every row of NEEDED_BY by which keys that are set do nothing."""
+    given, usual, found = config.flat(), load_config([], {}).flat(), []
+    for key, values, others in NEEDED_BY:
+        kind, group = key.split(".")[1], key.rpartition(".")[0]
+        keys = [f"{group}.{other}" for other in others]
+        idle = [key for key in keys if given[key] != usual[key]]
+        if idle and kind == config.dynamics.type and given[key] not in values:
+            needed = " or ".join(values)
+            found.append(
+                f"{key} {given[key]}: without effect {'are' if idle[1:] else 'is'}"
+                f" {', '.join(idle)}, for --{key} {needed}"
+            )
+    return found
+
+
 def notes(config: Config, repeat: int, rows: int) -> list[str]:
     """Lines about keys that will do nothing, or less than they seem to.
 
@@ -108,14 +135,7 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
                 f"optim joint: without effect are {', '.join(idle)}, since one optimiser with the"
                 " settings of model trains all parts"
             )
-    tokens = config.dynamics.hrvq
-    if config.dynamics.type == "hrvq" and tokens.memory != "gru":
-        usual = {"cell": "gru", "prior_layers": 1}
-        if idle := [f"dynamics.hrvq.{key}" for key, x in usual.items() if tokens[key] != x]:
-            found.append(
-                f"memory {tokens.memory} is a transformer, in which {' and '.join(idle)} do"
-                " nothing: they are for --dynamics.hrvq.memory gru"
-            )
+    found += idle_keys(config)
     if weights.decoder and config.decoder.probe:
         found.append(
             "decoder.probe true does nothing while model.losses.decoder has a weight: the decoder"

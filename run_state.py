@@ -148,10 +148,13 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
         ) from None
     for problem in problems:
         run.report(problem)
-    run.replay.load_queue(state.get("replay_queue", run.replay.queue_state()))
+    queue = state.get("replay_queue", run.replay.queue_state())
     if not problems:  # else rows would no longer lie beside their own
         run.replay.load_extra_rows(rows)
-    elif run.replay.extra:
+    else:
+        queue = queue | {"queue": []}  # it would name others
+    run.replay.load_queue(queue)
+    if problems and run.replay.extra:
         run.report("the replay lost episodes: its sequences begin without stored states for now")
     if run.obs is not None:
         restored = run.envs.load_state(checkpoint.arrays(state["envs"]))

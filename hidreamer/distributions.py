@@ -27,7 +27,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) ln(|x| + 1) (Hafner et al. 2023, eq. 9)."""
+    """sign(x) ln(|x| + 1) (Hafner et al. 2023, symlog predictions)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
@@ -208,7 +208,7 @@ class ClippedNormal:
 class TwoHot:
     """A categorical over 255 bins in symlog space, trained with two-hot targets.
 
-    Hafner et al. 2023, eq. 10.
+    Hafner et al. 2023, critic learning.
     logit: (..., 255). ``mode`` and ``mean`` are the same: symexp of the expected bin, (...).
     """
 
@@ -260,7 +260,7 @@ class TwoHot:
 
 class SymexpTwoHot(TwoHot):
     """A categorical over the 255 bins symexp(-20) .. symexp(20), trained with two-hot targets
-    between the numbers themselves (Hafner et al. 2024, eq. 9-10).
+    between the numbers themselves (Hafner et al. 2024, robust predictions).
 
     ``mode`` and ``mean`` are the expected bin: a mean of numbers, not of their logarithms.
     """
@@ -337,7 +337,7 @@ class MSE:
 
     ``log_prob`` is minus the squared error summed over ``event`` axes.
     With ``in_symlog`` the error is that in symlog space, for vectors of unknown scale (Hafner et
-    al. 2023, eq. 8).
+    al. 2023, symlog predictions).
     """
 
     def __init__(self, out: Tensor, event: int, in_symlog: bool = False):

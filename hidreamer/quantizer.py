@@ -215,9 +215,8 @@ class Quantizer(nn.Module):
         """Squared distances (..., G, K) of (..., G, d) to a level's codes, in float32 at least."""
         book = dists.at_least_float32(self.book[level])  # (G or 1, K, d)
         x = dists.at_least_float32(residual)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # it would round by more than codes differ
+        # autocast would round by more than codes differ
+        with torch.autocast(x.device.type, enabled=False):
             cross = torch.einsum("...gd,gkd->...gk", x, book.expand(self.groups, -1, -1))
         return x.square().sum(-1, keepdim=True) - 2.0 * cross + book.square().sum(-1)
 
@@ -225,8 +224,11 @@ class Quantizer(nn.Module):
         """The codes (..., G, d) that one-hots (..., G, K) name, with a gradient to the one-hots."""
         if self.kind == "fsq":
             return self.up[level](onehot @ self._fsq_values().to(onehot.dtype))
+        onehot = dists.at_least_float32(onehot)
         book = self.book[level].expand(self.groups, -1, -1).to(onehot.dtype)  # (G, K, d)
-        return torch.einsum("...gk,gkd->...gd", onehot, book)
+        # a code as ``lookup`` has it, which autocast would round
+        with torch.autocast(onehot.device.type, enabled=False):
+            return torch.einsum("...gk,gkd->...gd", onehot, book)
 
     def lookup(self, level: int, index: Tensor) -> Tensor:
         """The codes (..., G, d) of indices (..., G)."""

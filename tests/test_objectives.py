@@ -276,10 +276,12 @@ def test_correlations_are_learned_without_collapse(name):
 @pytest.mark.parametrize("kind", ["rssm", "hrvq"])
 def test_a_probe_learns_to_draw_and_changes_nothing_else(kind, optim):
     settings = {"dynamics.type": kind, "optim": optim, "model.clip": 0.1, "model.lr": 3e-3}
+    torch.manual_seed(0)
     agent, batch = make(**settings, **FREE)
+    then = torch.get_rng_state()
+    torch.manual_seed(0)
     probed, _ = make(**settings, **FREE, **{"decoder.probe": True})
-    params = agent.state_dict()
-    assert probed.load_state({"params": params, "optim": {}})["world_model.decoder.vector.out"]
+    assert torch.equal(torch.get_rng_state(), then)  # which a run goes on with
     errors = []
     for seed in range(20):
         torch.manual_seed(seed)
@@ -447,7 +449,20 @@ REMARKS = [
         {"optim": "joint", "critic.lr": 1e-2, "actor.agc": 0.3},
         "without effect are actor.agc, critic.lr,",
     ),
-    ({"dynamics.type": "hrvq", "dynamics.hrvq.cell": "block_gru"}, "hrvq.cell do nothing"),
+    ({"dynamics.type": "hrvq", "dynamics.hrvq.cell": "block_gru"}, "is dynamics.hrvq.cell, for --"),
+    (
+        {
+            "dynamics.type": "hrvq",
+            "dynamics.hrvq.memory": "stacked",
+            "dynamics.hrvq.mask": "causal",
+        },
+        "memory stacked: without effect is dynamics.hrvq.mask",
+    ),
+    (
+        {"dynamics.type": "hrvq", "dynamics.hrvq.moe_top": 2, "dynamics.hrvq.moe_experts": [8]},
+        "moe_experts, dynamics.hrvq.moe_top, for --dynamics.hrvq.ffn moe",
+    ),
+    ({"dynamics.rssm.blocks": 4}, "for --dynamics.rssm.cell block_gru"),
 ]
 
 
@@ -459,6 +474,7 @@ def test_what_a_key_will_not_do_is_one_line():
         (line,) = read(values)
         assert hint in line and "\n" not in line
     assert read({"model.losses.decoder": 0, "video": False}) == []
+    assert read({"dynamics.hrvq.mask": "causal"}) == []  # of another latent state
     assert read({"optim": "joint"}) == []
     assert read({"dynamics.dyn": 0, "model.losses.ac_cpc": 1}) == []  # which trains it as well
     assert read({"model.losses.reward": 0, "expl.behavior": "plan2explore"}) == []

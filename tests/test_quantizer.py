@@ -207,6 +207,17 @@ def test_autocast_does_not_move_what_is_chosen(kind):
     assert torch.equal(low[:, 0], index[:, 0])
 
 
+@pytest.mark.parametrize("kind", ["sampled", "nearest", "frozen"])
+def test_autocast_does_not_round_a_code(kind):
+    """Dreams look codes up: what is observed is the same numbers."""
+    quantizer, z = make(kind), data(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantizer.encode(z, sample=False)
+    for level in range(quantizer.levels):
+        looked_up = quantizer.lookup(level, found.index[..., level, :])
+        assert torch.allclose(found.code[..., level, :, :], looked_up, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("codes", "sides"), [(32, [8, 4]), (256, [8, 8, 4]), (16, [4, 4]), (5, [5]), (240, [8, 6, 5])]
 )

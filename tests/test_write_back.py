@@ -185,6 +185,20 @@ def test_what_a_kill_leaves_at_any_moment_goes_on_exactly(whole, tmp_path, monke
         exactly(copy, whole)
 
 
+def test_a_lost_episode_leaves_no_states_and_no_queue(tmp_path, monkeypatch, capsys):
+    """They are counted from a stream's newest row, and would be other rows'."""
+    folder, loaded = tmp_path / "run", []
+    more = (*STEPS, *BOTH, "--replay.prefill", 60)  # so that a queue is left
+    assert run(folder, *more, "--steps", 60) == 0
+    assert latest(folder)["replay_queue"]["queue"]
+    max((folder / "train_eps").glob("*.npz")).unlink()
+    monkeypatch.setattr(Replay, "load_queue", lambda self, state: loaded.append(state))
+    monkeypatch.setattr(Replay, "load_extra_rows", lambda self, rows: loaded.append(rows))
+    assert run(folder, *more, "--steps", 90) == 0
+    assert [state["queue"] for state in loaded] == [[]]
+    assert "sequences begin without stored states for now" in capsys.readouterr().out
+
+
 def test_when_it_is_saved_changes_nothing(whole, tmp_path, monkeypatch):
     """As a signal saves: between an update and the next sample."""
     original = Run.learn
