@@ -114,32 +114,7 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
                 given, like = given if isinstance(given, list) else [given], default or [""]
             switched_on = given is True and default is False
             options[key] = switched_on or tools.coerce(key, given, like, sentence)
-    if options["from"] and options["paired_offline"]:
-        raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
-    if options["side_by_side"] and (options["from"] or options["paired_offline"]):
-        raise ConfigError("--side-by-side is for seeds that are trained in an environment")
-    if options["until"] and not options["from"]:
-        raise ConfigError("--until is for runs that exist (--from); a new one has --steps")
-    if options["from"]:  # the runs are what they are
-        taken = {"from", "models", "until", "logdir", "export", "allow_differences", "vary"}
-        ignored = [key for key in current if key not in taken]
-        ignored += ["configs"] * bool(args.presets)
-        if ignored:
-            raise ConfigError(
-                f"--from reports on runs that exist, and --{ignored[0]} would change nothing: leave"
-                " it out (--models chooses among the runs, --until the frames that are compared)"
-            )
-    if options["export"] and options["paired_offline"]:
-        raise ConfigError("--export is for returns, of which --paired-offline has none")
-    if options["export"] and tools.user_path(options["export"]).is_dir():
-        raise ConfigError(f"--export {options['export']} is a folder; name a file in it")
-    if options["export"] and any(same_file(options["export"], x) for x in options["from"]):
-        raise ConfigError(f"--export {options['export']} is read by --from: name another file")
-    if options["export"]:  # before hours of work
-        export = tools.user_path(options["export"]).absolute()
-        there = [x for x in export.parents if x.exists()]
-        if not there[0].is_dir() or not os.access(there[0], os.W_OK):
-            raise ConfigError(f"--export {options['export']}: {there[0]} cannot be written to")
+    check_together(options, list(current), args.presets)
     given = SimpleNamespace(**options)
     seeds(given)
     if resources(given) and options["backend"] == "local":
@@ -157,6 +132,36 @@ def parse(argv: list[str]) -> tuple[SimpleNamespace, list[str], dict[str, Any]]:
                 f"there is no option {key!r}; {tools.nearest(key, [*known, *OPTIONS])}"
             )
     return given, args.presets, values
+
+
+def check_together(options: dict[str, Any], named: list[str], presets: list[str]) -> None:
+    """Raises ConfigError for options that exclude each other. named: those of the command line."""
+    if options["from"] and options["paired_offline"]:
+        raise ConfigError("--from trains nothing and --paired-offline does: leave one of them out")
+    if options["side_by_side"] and (options["from"] or options["paired_offline"]):
+        raise ConfigError("--side-by-side is for seeds that are trained in an environment")
+    if options["until"] and not options["from"]:
+        raise ConfigError("--until is for runs that exist (--from); a new one has --steps")
+    if options["from"]:  # the runs are what they are
+        taken = {"from", "models", "until", "logdir", "export", "allow_differences", "vary"}
+        ignored = [key for key in named if key not in taken]
+        ignored += ["configs"] * bool(presets)
+        if ignored:
+            raise ConfigError(
+                f"--from reports on runs that exist, and --{ignored[0]} would change nothing: leave"
+                " it out (--models chooses among the runs, --until the frames that are compared)"
+            )
+    if options["export"] and options["paired_offline"]:
+        raise ConfigError("--export is for returns, of which --paired-offline has none")
+    if options["export"] and tools.user_path(options["export"]).is_dir():
+        raise ConfigError(f"--export {options['export']} is a folder; name a file in it")
+    if options["export"] and any(same_file(options["export"], x) for x in options["from"]):
+        raise ConfigError(f"--export {options['export']} is read by --from: name another file")
+    if options["export"]:  # before hours of work
+        export = tools.user_path(options["export"]).absolute()
+        there = [x for x in export.parents if x.exists()]
+        if not there[0].is_dir() or not os.access(there[0], os.W_OK):
+            raise ConfigError(f"--export {options['export']}: {there[0]} cannot be written to")
 
 
 def same_file(one: str, other: str) -> bool:
