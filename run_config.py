@@ -29,6 +29,11 @@ def saved_config(folder: Path) -> dict[str, Any]:
         if not isinstance(tree, Mapping):
             raise ValueError("it has no keys")
         return current_names(flatten(tree))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no {folder / 'config.yaml'}: name the --logdir of a run, or continue it by"
+            " its --configs and keys"
+        ) from None
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if mark := getattr(error, "problem_mark", None):

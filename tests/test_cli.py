@@ -449,7 +449,7 @@ def test_resuming_a_run_by_its_folder(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert dreamer.main(["--resume", str(moved)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--configs" in err
+    assert err.count("\n") == 1 and "--configs" in err and "config.yaml: name the" in err
 
 
 def test_weights_that_do_not_fit_are_refused_with_both_shapes(tmp_path, capsys):
