@@ -234,8 +234,9 @@ def parse(argv: list[str]) -> Args:
             lists[key] += values
         else:
             overrides[key] = values if len(values) > 1 else values[0] if values else True
+    given = "resume" in overrides
     resume = overrides.pop("resume", "")
-    if not isinstance(resume, str):
+    if not isinstance(resume, str) or (given and not resume):  # as a shell's unset variable gives
         raise ConfigError("--resume needs one path")
     if resume and lists["capacity"]:
         raise ConfigError(

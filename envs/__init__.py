@@ -88,13 +88,13 @@ def env_for_spaces(task: str, env: Mapping[str, Any], seed: int = 0) -> Env:
     return built
 
 
-def open_env(task: str, env: Mapping[str, Any], seed: int) -> Env:
+def open_env(task: str, env: Mapping[str, Any], seed: int, evaluation: bool = False) -> Env:
     """An environment as `make_env` builds it. Raises EnvError, in one line, for whatever its
     constructor raises: in a run that is a crash (`envs.vector`), elsewhere there is nothing to go
     on with.
     """
     with crashes(f"{task} cannot be built"):
-        return make_env(task, env, seed)
+        return make_env(task, env, seed, evaluation=evaluation)
 
 
 @contextlib.contextmanager

@@ -179,10 +179,10 @@ class Env:
         state = self.suite.get_state()
         if state is None:
             return None
-        # `invalid: truncate` may need the last observation at the next step; otherwise it is
-        # unused.
-        obs = {"obs": plain(self._obs)} if self._truncates else {}
-        return {"seed": None, "frames": self._frames, "suite": plain(state), **obs}
+        # `invalid: truncate`, also of a run that goes on with it, may need the last observation at
+        # the next step
+        moment = {"frames": self._frames, "obs": plain(self._obs)}
+        return {"seed": None, "suite": plain(state), **moment}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues, bit for bit, where `get_state` was called,

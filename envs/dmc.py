@@ -7,7 +7,7 @@ import os
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from envs.base import EnvError, Suite, unknown
+from envs.base import EnvError, Suite, one_line, unknown
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 try:
@@ -49,6 +49,7 @@ class DMC(Suite):
         self._size, self._repeat = size, repeat
         self._camera = CAMERAS.get(domain, 0) if camera == -1 else camera
         # `reset` seeds; lqr draws its masses here
+        self._seeded = False
         self._env = suite.load(domain, task, task_kwargs={"random": 0})
         bounds = self._env.action_spec()
         self.action_space = Box(
@@ -65,8 +66,9 @@ class DMC(Suite):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
-        if seed is not None:
+        if seed is not None or not self._seeded:
             self._env.task.random.seed(int(self.np_random.integers(2**31)))
+            self._seeded = True
         return self._observe(self._env.reset()), {}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -100,7 +102,12 @@ class DMC(Suite):
 
     def _observe(self, moment) -> dict[str, np.ndarray]:
         spaces = self.observation_space.spaces
-        obs = {key: np.ravel(value) for key, value in moment.observation.items() if key in spaces}
+        with np.errstate(over="ignore"):  # of what no float32 holds `Env` says so
+            obs = {
+                key: np.ravel(value).astype(np.float32)
+                for key, value in moment.observation.items()
+                if key in spaces
+            }
         return {**obs, "image": self._draw(*self._size)} if "image" in spaces else obs
 
     def _draw(self, height: int, width: int) -> np.ndarray:
@@ -111,4 +118,5 @@ class DMC(Suite):
                 "apt install libegl1 libgl1-mesa-dri, unset MUJOCO_GL, or set dmc.image false, "
                 "dmc.proprio true"
             )
-            raise EnvError(f"dm_control finds no OpenGL to draw with: {remedy}") from error
+            cause = f"dm_control finds no OpenGL to draw with ({one_line(error)})"
+            raise EnvError(f"{cause}: {remedy}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import zlib
@@ -13,6 +14,7 @@ import minigrid  # registers all ids
 import numpy as np
 from gymnasium.spaces import Box
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
+from minigrid.wrappers import FullyObsWrapper
 
 from envs.errors import EnvError, one_line, unknown
 from envs.gym import Gym
@@ -21,6 +23,7 @@ from envs.spaces import Leaf, Reader
 __all__ = ["MiniGrid", "minigrid"]
 
 PLANES = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX))
+FULL_PLANES = (*PLANES[:2], 4)  # where the whole grid is seen, the agent's state is its direction
 FAMILIES = ("MiniGrid", "BabyAI")  # how the names of ids begin
 MISSION = 128  # numbers of a mission
 TILE = 12  # pixels of a rendered cell
@@ -30,8 +33,9 @@ class MiniGrid(Gym):
     """One id of MiniGrid or BabyAI, or one registered elsewhere that observes as they do.
 
     Observations: `grid` bool (7, 7, 20), the codes of the agent's view as one-hot planes, 11 of
-    objects, 6 of colours, 3 of states; `direction` one-hot (4,); `mission` (128,), how often the
-    mission has each word and each pair of neighbouring words, by their hash (`bag_of_words`).
+    objects, 6 of colours, 3 of states (4 of the whole grid, under `FullyObsWrapper`: the agent's is
+    its direction); `direction` one-hot (4,); `mission` (128,), how often the mission has each word
+    and each pair of neighbouring words, by their hash (`bag_of_words`).
     name: an id, or one without family and version: `MemoryS7`, `GoToObj`. States are exact.
     """
 
@@ -71,10 +75,19 @@ class MiniGrid(Gym):
         self, key: str, space: gymnasium.Space, size: tuple[int, int]
     ) -> tuple[Box, Reader]:
         if key == "grid":
-            return Box(0, 1, (*space.shape[:2], sum(PLANES)), np.bool_), planes
+            counts = FULL_PLANES if self._sees_all else PLANES
+            read = functools.partial(planes, counts=counts)
+            return Box(0, 1, (*space.shape[:2], sum(counts)), np.bool_), read
         if key == "mission":
             return Box(0, np.inf, (MISSION,)), bag_of_words
         return super()._reader(key, space, size)
+
+    @property
+    def _sees_all(self) -> bool:
+        env = self._env
+        while isinstance(env, gymnasium.Wrapper) and not isinstance(env, FullyObsWrapper):
+            env = env.env
+        return isinstance(env, FullyObsWrapper)
 
     def _readable(self, key: str, space: gymnasium.Space) -> bool:
         return key == "mission" or super()._readable(key, space)
@@ -93,15 +106,15 @@ def full_id(name: str) -> str:
     raise unknown("MiniGrid or BabyAI task", name, known if name.startswith(FAMILIES) else short)
 
 
-def planes(codes: Any) -> np.ndarray:
-    """uint8 (W, H, 3) codes of object, colour and state -> bool (H, W, 20).
+def planes(codes: Any, counts: tuple[int, int, int] = PLANES) -> np.ndarray:
+    """uint8 (W, H, 3) codes of object, colour and state -> bool (H, W, P), P the sum of ``counts``.
 
     MiniGrid's first axis is x: transposed, the agent stands in the middle of the lowest row and
     looks up. Raises EnvError for codes that MiniGrid does not have.
     """
     codes = np.asarray(codes).swapaxes(0, 1)
     found = []
-    for i, count in enumerate(PLANES):
+    for i, count in enumerate(counts):
         if codes[..., i].max() >= count:
             raise EnvError(
                 f"observation 'grid' has the code {codes[..., i].max()} in its channel {i}, which"

@@ -96,6 +96,10 @@ def outputs(agent: models.Agent, batch: dict[str, np.ndarray]) -> dict[str, torc
     return out
 
 
+# what files of other contents raise
+WRONG = (RuntimeError, TypeError, AttributeError, IndexError)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m legacy.check", description=__doc__.split("\n\n")[0]
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             dict(np.load(path, allow_pickle=False)) for path in (args.batch, args.expected)
         )
         ours = outputs(build(args.checkpoint, args.config, batch), batch)
-    except (*READ_ERRORS, RuntimeError, tools.ConfigError, CheckpointError) as error:
+    except (*READ_ERRORS, *WRONG, tools.ConfigError, CheckpointError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         print(f"error: {' '.join(reason.split())[:300]}", file=sys.stderr)
         return 2

@@ -149,9 +149,9 @@ class LoadedAgent:
         return gymnasium.wrappers.TimeLimit(env, limit) if limit else env
 
     def real_env(self, seed: int | None = None) -> envs.Env:
-        """The real environment as training sees it: flags in the observation, action vectors."""
+        """The real environment as an evaluation has it: whole games, flags, action vectors."""
         number = self.config.seed if seed is None else whole("seed", seed, 0)
-        return envs.open_env(self.config.task, self.config.env.tree(), number)
+        return envs.open_env(self.config.task, self.config.env.tree(), number, evaluation=True)
 
     def _agent_steps(self, frames: int) -> int:
         """After how many agent steps an episode of a limit in frames is cut."""

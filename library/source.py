@@ -279,7 +279,8 @@ def decode_space(tree: Mapping[str, Any]) -> gymnasium.Space:
     ((kind, value),) = tree.items()
     match kind:
         case "Dict":
-            return spaces.Dict({key: decode_space(part) for key, part in value.items()})
+            # in this order, which says what numbers of an action mean; a mapping would be sorted
+            return spaces.Dict([(key, decode_space(part)) for key, part in value.items()])
         case "Tuple":
             return spaces.Tuple([decode_space(part) for part in value])
         case "Discrete":

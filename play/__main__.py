@@ -62,12 +62,13 @@ def start(args: argparse.Namespace) -> int:
             "--record OUT.mp4 does without"
         ) from None
     with server.bind(args.port) as listening:
-        session = make_session(args)
+        player = server.Player(lambda: make_session(args), Path.cwd())
+        agent = player.session.agent
+        if agent.recorded():
+            player.videos = agent.folder / "videos"
         port = listening.getsockname()[1]
         print(f"http://{server.HOST}:{port}  (Ctrl-C ends)", flush=True)
-        home = session.agent.folder / "videos"
-        videos = home if session.agent.recorded() else Path.cwd()
-        server.serve(session, listening, videos)
+        server.serve(player, listening)
     return 0
 
 
@@ -91,11 +92,13 @@ def video(args: argparse.Namespace) -> int:
         print(f"{args.record}: {film.line(session.now.dreaming)}")
         if session.message:
             print(f"note: {session.message}", file=sys.stderr)
-    return 0
+        return int(session.failures > 0)
 
 
 def main(argv: Sequence[str]) -> int:
-    """-> exit status: 0 done, 1 a file cannot be written, 2 bad arguments, 128 + signal."""
+    """-> exit status: 0 done, 1 a file cannot be written or the environment failed while it was
+    recorded, 2 bad arguments, 128 + signal.
+    """
     try:
         args = parse(argv)
     except app.UsageError as error:

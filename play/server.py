@@ -10,7 +10,8 @@ import json
 import math
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,25 @@ def png(picture: Any) -> str:
 
 
 class Player:
-    """Steps a session at its speed while somebody looks, and does what the page asks for."""
+    """Steps a session at its speed while somebody looks, and does what the page asks for.
 
-    def __init__(self, session: Session, videos: Path):
-        self.session, self.videos = session, videos
+    make_session: called in the one thread that the session lives in. videos: the folder that
+    recordings go to. Raises what ``make_session`` raises.
+    """
+
+    def __init__(self, make_session: Callable[[], Session], videos: Path):
+        # Of all that the session does: OpenGL draws in the thread that its environment was made in.
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="session")
+        try:
+            self.session = self.thread.submit(make_session).result()
+        except BaseException:
+            self.thread.shutdown(wait=False)
+            raise
+        self.videos = videos
         self.sockets: set[WebSocket] = set()
         self.held: dict[WebSocket, set[str]] = {}  # keys that are down in each tab
         self.paused, self.speed = False, 15
         self.movie: Movie | None = None
-        self.lock = asyncio.Lock()  # of the session: one thread at a time
         self.wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -97,9 +108,10 @@ class Player:
 
     async def do(self, act: Any, *args: Any) -> None:
         """Change the session and show it."""
-        async with self.lock:
-            text = await asyncio.to_thread(self._change, act, *args)
-        await self.send(text)
+        await self.send(await self._in_thread(self._change, act, *args))
+
+    async def _in_thread(self, act: Callable[..., str], *args: Any) -> str:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, act, *args)
 
     def _change(self, act: Any, *args: Any) -> str:
         act(*args)
@@ -194,9 +206,7 @@ class Player:
         elif name == "record":
             await self.do(self._switch_recording)
         elif name == "what if":
-            async with self.lock:
-                answer = await asyncio.to_thread(self._what_if)
-            await websocket.send_text(answer)
+            await websocket.send_text(await self._in_thread(self._what_if))
 
     def _hold(self, websocket: WebSocket, keys: list[Any]) -> None:
         """The keys of a tab, none once it left, beside those of the others."""
@@ -247,7 +257,8 @@ class Player:
 
     def close(self) -> None:
         self.close_movie()
-        self.session.close()
+        self.thread.submit(self.session.close).result()
+        self.thread.shutdown()
 
 
 def make_app(player: Player) -> Starlette:
@@ -267,12 +278,11 @@ def make_app(player: Player) -> Starlette:
     return Starlette(routes=routes, middleware=[hosts], lifespan=lifespan)
 
 
-def serve(session: Session, listening: socket.socket, videos: Path) -> None:
+def serve(player: Player, listening: socket.socket) -> None:
     """Serve the page until a signal ends it; Ctrl-C goes on as KeyboardInterrupt.
 
-    listening: of ``bind``. videos: the folder that recordings go to.
+    listening: of ``bind``.
     """
-    player = Player(session, videos)
     config = uvicorn.Config(
         make_app(player), log_level="warning", ws_max_size=2**16, timeout_graceful_shutdown=1
     )

@@ -73,6 +73,7 @@ class Session:
 
     def __init__(self, agent: LoadedAgent, seed: int | None = None):
         self.agent, self.hand, self.held, self.message, self.note = agent, False, set(), "", ""
+        self.failures = 0  # of the environment
         if not any(agent.world_model.decoder.kinds.values()):
             self._remark("it has no decoder to draw its states: train with --decoder.probe true")
         self.env = agent.real_env(seed)
@@ -110,6 +111,7 @@ class Session:
             self._go(move())
         except Exception as error:  # an environment may raise anything
             self.message = f"the environment failed: {one_line(error)}"
+            self.failures += 1
             self._go(self.now._replace(over=True))
 
     def switch(self) -> None:

@@ -246,6 +246,8 @@ WRONG = {
     "capacity of what": (["--capacity", "--steps", "9"], "--capacity needs the name of a preset"),
     "capacity of a run": (["--capacity", "debug", "--resume", "x"], "takes no --resume"),
     "no checkpoint": (["--resume", "/nowhere/latest.pt"], "/nowhere/latest.pt"),
+    "an unset variable": (["--resume", ""], "--resume needs one path"),
+    "and with =": (["--resume="], "--resume needs one path"),
     "no home": (["--resume", "~nobody-here/run"], "no home is known for ~nobody-here"),
 }
 

@@ -42,6 +42,26 @@ def test_minigrid_observes_planes_of_its_codes():
     assert ahead == inner.grid.get(1, inner.height // 2 - 1).encode()[0] in (5, 6)  # key or ball
 
 
+def test_minigrid_shows_the_whole_grid_with_the_agents_direction():
+    """FullyObsWrapper puts it where others have a state, of which there are three."""
+    pytest.importorskip("minigrid")
+    from minigrid.envs import EmptyEnv
+    from minigrid.wrappers import FullyObsWrapper
+
+    gymnasium.register("Whole-v0", lambda **keys: FullyObsWrapper(EmptyEnv(size=5, **keys)))
+    try:
+        env, seen = build("minigrid_Whole-v0"), set()
+        assert env.obs_space["grid"].shape == (5, 5, 21)
+        env.reset()
+        for _ in range(4):
+            grid = env.step(one_hot(env, 0))["grid"]  # turns left
+            here = grid[grid[..., :11].argmax(-1) == 10]  # the agent
+            seen.add(int(here[0, 17:].argmax()))
+        assert seen == {0, 1, 2, 3}
+    finally:
+        del gymnasium.registry["Whole-v0"]
+
+
 def test_minigrid_missions_are_bags_of_words_and_pairs():
     pytest.importorskip("minigrid")
     from envs.minigrid import bag_of_words

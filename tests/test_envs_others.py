@@ -50,6 +50,13 @@ def test_dmc_observations_scaling_and_ends():
         build("dmc_cup_catch", dmc={"image": False})
 
 
+def test_dmc_by_itself_is_seeded_and_what_its_space_says():
+    both = [build("dmc_walker_walk", dmc={"image": False, "proprio": True}).suite for _ in "ab"]
+    first, second = (suite.reset()[0] for suite in both)
+    assert both[0].observation_space.contains(first)
+    assert any((x != second[key]).any() for key, x in first.items())
+
+
 def test_dmc_without_opengl_does_physics_and_says_what_pictures_need():
     build("dmc_cup_catch", dmc={"image": False, "proprio": True})
     code = (

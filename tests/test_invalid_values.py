@@ -251,6 +251,20 @@ QUICK = [
 ]
 
 
+def test_what_was_saved_with_stop_goes_on_with_truncate():
+    """The step after it may be the one that is not finite."""
+    first = build("gym_CartPole-v1")
+    first.reset()
+    before = first.step(one_hot(first, 0))
+    again = build("gym_CartPole-v1", invalid="truncate")
+    again.set_state(first.get_state())
+    again.suite._env.unwrapped.state = np.full(4, NAN)
+    with pytest.warns(RuntimeWarning, match="closed as truncated"):
+        output = again.step(one_hot(again, 0))
+    assert output["is_last"] and not output["is_terminal"]
+    assert np.array_equal(output["vector"], before["vector"])
+
+
 def test_a_run_stops_in_one_line_and_continues_with_truncate(fails, tmp_path, capsys):
     """As reported: one NaN reward ended a run hundreds of steps later,
     and every continuation of it.

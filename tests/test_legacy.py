@@ -117,3 +117,9 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     good = arguments(GOLDEN)
     assert check.main([str(tmp_path / "x.pt"), *good[1:]]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "list.json").write_text("[]")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for option, file in (("--config", "list.json"), ("--batch", "one.npy")):
+        wrong = [str(tmp_path / file) if good[i - 1] == option else x for i, x in enumerate(good)]
+        assert wrong != good and check.main(wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -435,6 +435,21 @@ def test_a_time_limit_cuts_where_training_cuts(trained):
         assert taken == steps and not terminated
 
 
+def test_its_environment_is_that_of_an_evaluation(agent, monkeypatch):
+    """Whole games also where training ends an episode with a life."""
+    from envs import open_env
+
+    asked = []
+    opened = lambda *args, **keys: asked.append(keys) or open_env(*args, **keys)
+    monkeypatch.setattr("library.agent.envs.open_env", opened)
+    agent.make_env().close()
+    assert asked == [{"evaluation": True}]
+    block = agent.config.env.tree()
+    block["atari"] = block["atari"] | {"lives": "reset"}
+    lives = [open_env("atari_breakout", block, 0, evaluation=x).suite._lives for x in (True, False)]
+    assert lives == ["unused", "reset"]
+
+
 def test_collected_episodes_can_be_encoded(agent):
     rows = agent.collect(seed=3)
     assert len(rows["reward"]) == 21 and rows["is_last"].tolist() == [False] * 20 + [True]

@@ -318,7 +318,7 @@ def test_fifteen_frames_a_second_on_one_core(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        player = Player(Session(hidreamer.load(tmp_path)), tmp_path)
+        player = Player(lambda: Session(hidreamer.load(tmp_path)), tmp_path)
         for dreaming in (False, True):
             if dreaming:
                 player.session.switch()
@@ -426,6 +426,17 @@ def test_a_port_in_use_is_one_line(trained, capsys):
         port = str(other.getsockname()[1])
         assert main([str(trained("rssm", "image")), "--port", port]) == 2
     one_line(capsys, f"port {port} cannot be used (Address already in use)", "--port")
+
+
+def test_a_video_of_an_environment_that_failed_is_a_failure(trained, capsys, tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("simulator lost")
+
+    monkeypatch.setattr(Session, "_next", fail)
+    out = tmp_path / "a.mp4"
+    assert main([str(trained("rssm", "image")), "--record", str(out), "--steps", "5"]) == 1
+    assert capsys.readouterr().err == "note: the environment failed: simulator lost\n"
+    assert len(iio.imread(out)) == 5  # what there was to see
 
 
 def test_a_video_that_cannot_be_written_is_one_line(trained, capsys, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from typing import ClassVar
@@ -155,9 +156,35 @@ def test_what_a_tab_can_ask_for(trained, tmp_path):
 
 @pytest.fixture
 def player(trained, tmp_path):
-    session = Session(hidreamer.load(trained("rssm", "image")), seed=0)
-    yield Player(session, tmp_path)
-    session.close()
+    player = Player(lambda: Session(hidreamer.load(trained("rssm", "image")), seed=0), tmp_path)
+    yield player
+    player.close()
+
+
+def test_the_environment_lives_in_one_thread(trained, tmp_path, monkeypatch):
+    """OpenGL draws in the thread that it was made in (dm_control refuses others)."""
+    threads = set()
+
+    def noted(method):
+        def call(*args, **keys):
+            threads.add(threading.get_ident())
+            return method(*args, **keys)
+
+        return call
+
+    for name in ("__init__", "step", "what_if", "close"):
+        monkeypatch.setattr(Session, name, noted(getattr(Session, name)))
+    player = Player(lambda: Session(hidreamer.load(trained("rssm", "image")), seed=0), tmp_path)
+    for _ in range(3):
+        asyncio.run(player.do(player.session.step))
+    asyncio.run(player.answer(Tab(), json.dumps({"do": "what if"})))
+    player.close()
+    assert len(threads) == 1 and threads != {threading.get_ident()}
+
+
+def test_a_session_that_cannot_be_made_is_raised_here(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        Player(lambda: 1 / 0, tmp_path)
 
 
 def ask(player, tab, what, value=None):
