@@ -98,7 +98,8 @@ class DMC(Suite):
         return out
 
     def close(self) -> None:
-        self._env.close()
+        self._env.close()  # which frees nothing
+        self._env.physics.free()  # here: at its exit Python would do it in the main thread
 
     def _observe(self, moment) -> dict[str, np.ndarray]:
         spaces = self.observation_space.spaces
