@@ -22,7 +22,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/ready-all: $(VENV)/ready
-	$(PIP) -e ".[dmc,crafter,minigrid,popgym,vizdoom,compare,hub,play,ray,slurm,minari,docs,dev]"
+	$(PIP) -e ".[dmc,crafter,minigrid,popgym,vizdoom,compare,hub,play,ray,slurm,minari,dinov2,docs,dev]"
 	@touch $@
 
 $(VENV)/ready-demo: $(VENV)/ready

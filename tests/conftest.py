@@ -23,18 +23,27 @@ COMPARE = ("rliable", "pandas", "scipy", "matplotlib", "jinja2", "sklearn")
 ABSENT = [name for name in COMPARE if importlib.util.find_spec(name) is None]
 NEED_COMPARE = (
     "backends",
+    "benchmarks",
+    "claims",
     "comparison",
     "demo",
+    "experts",
+    "information",
     "inside",
+    "judge",
+    "known_factors",
+    "library_folders",
     "offline",
     "other_device_programs",
     "overestimation",
     "probes",
     "report",
+    "results",
+    "scores",
     "pipeline",
 )
 NEED_COMPARE += tuple(f"pipeline_{name}" for name in ("encoder", "policy", "report", "tokenizer"))
-NEED_COMPARE += ("pipeline_world_model",)
+NEED_COMPARE += ("pipeline_training", "pipeline_world_model")
 collect_ignore = [f"test_{name}.py" for name in NEED_COMPARE] if ABSENT else []
 
 

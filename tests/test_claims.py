@@ -174,6 +174,21 @@ def test_a_baseline_near_random_play_gives_no_percentages(tmp_path):
     assert words.relative_to({"baseline": 2.0}, 1.0) == "50% of the baseline's score"
 
 
+def test_a_report_of_three_models_is_joint(tmp_path):
+    rows = two() + [row("C", seed, [3 + 0.1 * seed] * 5) for seed in range(4)]
+    _, found, _ = judged(tmp_path, rows)
+    assert [found["comparisons"][x]["alpha"] for x in "BC"] == pytest.approx([0.025] * 2)
+
+
+def test_the_threshold_is_half_way_to_the_mean_and_who_reached_it_when(tmp_path):
+    rows = [row("A", seed, list(range(10))) for seed in range(2)]
+    rows += [row("B", seed, [1.0] * 10) for seed in range(2)]
+    _, found, _ = judged(tmp_path, rows)
+    assert found["tasks"]["popgym_X"]["threshold"] == 2.5  # half of the mean of 9, 9, 1 and 1
+    a, b = (found["per_task"]["popgym_X"][x] for x in "AB")
+    assert (a["reached"], a["steps_to"]["value"], b["reached"]) == (2, 400.0, 0)
+
+
 def test_two_runs_claim_nothing(tmp_path):
     """2 against 5 separate completely by chance in one of 21 shuffles."""
     rows = [row("A", s, [1 + 0.01 * s] * 5) for s in range(2)]

@@ -368,3 +368,24 @@ def test_an_evaluation_leaves_the_training_as_it_was(tmp_path):
     ]
     assert training[0] == training[1] and any("model_loss" in x for x in training[0])
     assert len(evaluations(tmp_path / "with")) == 3 and not evaluations(tmp_path / "without")
+
+
+def test_an_evaluation_hands_on_the_state_and_has_its_mode():
+    """A greedy agent with memory, unless the config says otherwise."""
+    seen = []
+
+    class Counting(StubAgent):
+        def initial(self, count):
+            return SimpleNamespace(steps=0)
+
+        def act(self, state, obs, mode, generator):
+            seen.append((state.steps, mode))
+            action = torch.zeros(len(obs["vector"]), 1)
+            return SimpleNamespace(action=action, steps=state.steps + 1)
+
+    config = SimpleNamespace(eval_episodes=2, eval_time_limit=100, video=False, decode_levels=False)
+    for greedy, mode in ((True, "greedy"), (False, "train")):
+        seen.clear()
+        config.eval_greedy = greedy
+        evaluation.evaluate(Counting(), StubEnvs(3), config, False, lambda: None)
+        assert seen == [(step, mode) for step in range(8)]

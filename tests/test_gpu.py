@@ -301,6 +301,14 @@ def test_items_run_on_a_cpu_without_any_extra(every, tmp_path):
     assert all("update_ms" in line for name, line in found.items() if name.startswith("captured"))
 
 
+def test_all_tests_are_collected_where_the_extras_are_missing(tmp_path):
+    """As a lent machine's `pytest -m gpu` does: those that need them are left out."""
+    words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu"]
+    env = without_extras(tmp_path)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "tests/test_gpu.py::" in done.stdout, done.stdout[-2000:]
+
+
 def test_what_fails_is_told_and_the_next_item_begins(tmp_path, capsys, monkeypatch):
     def broken(device):
         raise RuntimeError("no kernel image")

@@ -216,6 +216,14 @@ def test_mig_and_dci_by_hand():
     assert np.isnan(levels.dci(np.array([[0.0, 0.0], [1.0, 1.0]]))[0][0])
 
 
+def test_a_contrast_is_supported_beyond_its_control_alone():
+    nothing = np.zeros((2, 3))
+    found = levels.Contrast(nothing, nothing, nothing, 0.2, 0.05, 0.3, (-0.1, 0.1), nothing)
+    assert not found.supported and found._replace(low=0.15).supported
+    below = found._replace(low=-0.3, high=-0.05)
+    assert not below.supported and below._replace(high=-0.15).supported
+
+
 def test_a_group_without_factors_has_no_contrast():
     factors, episode = world(2, episodes=10)
     codes = {f"L{i}": codes_of(factors, list(factors), i) for i in range(2)}

@@ -296,6 +296,10 @@ def test_codes_that_change_are_counted_by_step():
     found = [one([0, 1, 2]), one([1] * 21), one([0])]
     assert study.code_use(subject, found)["L0"]["changed"] == pytest.approx(2 / 22)
     assert study.code_use(subject, [one([0])])["L0"]["changed"] is None
+    even = one([0, 1, 0, 1])
+    even.kl[:] = [[9.0], [1.0], [2.0], [3.0]]  # the first step has nothing before it
+    found = study.code_use(subject, [even])["L0"]
+    assert found["perplexity"] == pytest.approx(2.0) and found["kl"] == pytest.approx(2.0)
 
 
 # ---------------------------------------------------------------- pictures

@@ -17,12 +17,14 @@ import warnings
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 import dreamer
 from comparison import matrix, runs
 from conftest import ROOT
 from hidreamer import logger
 from hidreamer.logger import Logger, Screen, stack
+from hidreamer.metrics import Means
 from tools import load_config
 
 
@@ -398,3 +400,12 @@ def test_on_a_terminal_the_bar_ends_at_the_last_update(clock, monkeypatch):
         screen.update(50, 5, {}, None)  # half a second has not passed
         screen.update(100, 10, {}, None)
     assert screen.bar.tasks[0].completed == 100
+
+
+def test_records_are_means_over_the_updates_since_the_last_one():
+    means = Means(torch.device("cpu"))
+    for x in ([1.0, 2.0], [3.0, 6.0]):
+        means.add(torch.tensor(x))
+    assert means.read(("a", "b")) == {"a": 2.0, "b": 4.0}
+    means.reset()
+    assert means.read(("a", "b")) == {}

@@ -11,6 +11,7 @@ from hidreamer.behavior import Replayed
 from hidreamer.dynamics import TYPES
 from hidreamer.losses import imag_loss, imag_targets
 from hidreamer.optim import make_optimizer
+from hidreamer.returns import lambda_return
 
 OWN = {"model": "world_model.", "actor": "behavior.actor.", "critic": "behavior.critic."}
 
@@ -246,3 +247,17 @@ def test_the_slow_critic_follows_after_a_joint_step():
     fast = agent.behavior.critic.out.bias
     assert not torch.equal(fast, slow)
     assert torch.allclose(agent.behavior.slow.out.bias, torch.lerp(slow, fast, 0.25))
+
+
+def test_the_critic_s_loss_on_replay_has_its_targets_and_its_weight():
+    """The lambda-return at the first state of each dream, which is the replayed step."""
+    agent, batch = make(**{"critic.replay_loss": 0.3})
+    behavior, traj, given = agent.behavior, imagine(agent, batch), []
+    rew = torch.randn(traj.disc.shape)
+    value = behavior.critic(traj.x).mode()
+    returns = lambda_return(rew, value, traj.disc, agent.config.imag.lam)
+    behavior.replay_loss = lambda replayed, imagined: given.append(imagined) or torch.tensor(2.0)
+    _, critic, metrics = behavior.losses(traj, rew, object())
+    assert torch.allclose(given[0], returns[:, 0])
+    assert metrics["replay_critic_loss"].item() == pytest.approx(0.6)
+    assert critic.item() == pytest.approx(metrics["critic_loss"].item() + 0.6)

@@ -562,3 +562,26 @@ def test_the_commands_of_the_page_are_of_keys_that_there_are():
         assert tools.load_config(args.presets, args.overrides).model.losses
     for key in re.findall(r"^\| `([\w.]+)`", PAGE, re.MULTILINE):
         assert key in tools.load_config([], {}).flat()
+
+
+def test_what_is_correlated_with_what(monkeypatch):
+    """next_embed: the state at t and the action after it with the embedding at t + 1. barlow: the
+    state with its own embedding. Neither teaches the encoder by the embedding.
+    """
+    agent, batch = make(**on("next_embed", "barlow"), length=6)
+    obs, model, given = networks.preprocess(batch), agent.world_model, []
+    _, post, embed = model.observe(obs)
+    feat = post.feat.map(lambda x: x.detach().requires_grad_())
+    embed, action = embed.detach().requires_grad_(), obs["prev_action"].requires_grad_()
+    monkeypatch.setattr(objectives, "redundancy_loss", lambda *x: given.append(x) or x[0].sum())
+    for name in ("next_embed", "barlow"):
+        model.objectives[name].loss(post._replace(feat=feat), embed, obs)
+    (guess, following, *_), (_, own, *_) = given
+    assert torch.equal(following.unflatten(0, (2, 5)), embed[:, 1:])
+    assert torch.equal(own.unflatten(0, (2, 6)), embed)
+    assert not following.requires_grad and not own.requires_grad
+    for t in range(5):
+        one = guess.unflatten(0, (2, 5))[:, t].square().sum()
+        grads = torch.autograd.grad(one, [feat.deter, action], retain_graph=True)
+        steps = [grad.abs().sum((0, 2)).nonzero().flatten().tolist() for grad in grads]
+        assert steps == [[t], [t + 1]]

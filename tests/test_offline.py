@@ -110,6 +110,28 @@ def test_errors_by_hand():
     )  # the episode is too short
 
 
+def test_open_loops_are_judged_behind_what_was_seen():
+    truth = (torch.arange(12.0) / 12).view(1, 12, 1, 1, 1)
+    batch = {"reward": torch.zeros(1, 12), "is_terminal": torch.zeros(1, 12, dtype=torch.bool)}
+    nothing, reward = {"grid": 0 * truth}, TwoHot(torch.zeros(1, 12, BINS))
+    said = heldout.Prediction(nothing, nothing, reward, certain(~batch["is_terminal"]))
+    found = heldout.score(said, {"grid": truth}, batch, 12)
+    for h in (1, 5, 7):
+        step = CONTEXT - 1 + h
+        assert found[f"open loop, {h}"] == pytest.approx((step / 12) ** 2)
+    rows = {"reward": np.zeros(3, np.float32), "is_terminal": np.zeros(3, bool)}
+    rows["grid"] = np.zeros((3, 1, 1, 1), bool)
+    last = heldout.Baseline(rows, ["grid"]).predict({"grid": truth}).open_loop["grid"]
+    assert torch.equal(last, truth[:, CONTEXT - 1 : CONTEXT].expand_as(truth))
+
+
+def test_ends_are_judged_without_the_discount():
+    agent, batch = make(**{"imag.contdisc": True, "imag.discount": 0.5})
+    torch.nn.init.constant_(agent.world_model.cont.out.bias, -2.0)
+    said = heldout.predict(agent.world_model, batch).cont
+    assert torch.allclose(said.log_prob(torch.ones(2, 8)), said.mean().log(), atol=1e-5)
+
+
 def test_the_baseline_knows_frequencies():
     rows = {"reward": np.array([0.0] * 6 + [1.0] * 2, np.float32), "is_terminal": np.arange(8) > 6}
     rows["vector"] = np.arange(8, dtype=np.float32)[:, None]

@@ -5,6 +5,7 @@ the page in a real browser.
 import html.parser
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -91,6 +92,19 @@ def test_one_run_by_hand():
     budgets = np.random.default_rng(0).uniform(1.0, 1e5, 100).tolist()
     last = [stats.curve(np.array([[0.1, 0.0], [budget, 1.0]]), budget)[-1] for budget in budgets]
     assert last == [1.0] * 100
+
+
+def test_a_part_with_several_episodes_has_their_mean():
+    found = stats.curve(np.array([[10, 1.0], [40, 3.0], [120, 5.0]]), 1000)
+    assert found.tolist() == [2.0] * 2 + [5.0] * 18
+
+
+def test_what_could_have_been_seen_by_hand():
+    """Power 80% at the interval's own level, of errors that are not 1."""
+    found = stats.compare([np.array([3.0, 4.0, 6.0])], [np.array([1.0, 2.0, 2.5, 0.0])], 1)
+    t = lambda p: scipy.stats.t.ppf(p, found.freedom)
+    error = (found.high - found.value) / t(0.975)
+    assert found.detectable == pytest.approx((t(0.975) + t(0.8)) * error)
 
 
 def test_a_median_of_censored_times_is_never_half_way_to_nowhere():
@@ -262,6 +276,25 @@ def test_settings_of_an_objective_without_a_weight_make_no_difference():
     assert found((0.0, 512), (0.0, 0)) == set()
     assert found((1.0, 512), (1.0, 0)) == {"model.ac_cpc.units"}
     assert found((1.0, 512), (0.0, 0)) == {"model.losses.ac_cpc"}  # as --vary compares them
+
+
+def test_two_samples_by_hand():
+    """Mean squares: seeds 24, episodes 14, what is left 2."""
+    x = np.array([[0.0, 2.0, 4.0], [4.0, 4.0, 10.0]])
+    of_seeds, of_episodes = scipy.stats.t.ppf(0.975, [1, 2])
+    half = math.sqrt((of_seeds**2 * 24 + of_episodes**2 * (14 - 2)) / 6)
+    assert stats.two_way(x) == pytest.approx((4.0, 4.0 - half, 4.0 + half))
+
+
+def test_a_model_that_is_too_small_is_not_matched_either():
+    of = lambda size: fairness.warnings({"a": {"parameters": 100}, "b": {"parameters": size}})
+    assert of(96) == of(104) == []
+    assert ["−6%" in line for line in of(94)] == ["+6%" in line for line in of(106)] == [True]
+
+
+def test_levels_are_of_the_last_tenth():
+    run = {"seed": 0, "levels": {"kl_0": [9.0] * 18 + [1.0, 3.0]}}
+    assert summary.level_means({"task": {"m": [run]}}, "m")["kl_0"]["last"]["value"] == 2.0
 
 
 def test_paired_differences():

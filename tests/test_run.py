@@ -394,3 +394,18 @@ def test_every_evaluation_has_seeds_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "play", first_draw)
     assert run(tmp_path / "run", "--steps", 120, "--eval_every", 40) == 0
     assert len(seeds) >= 3 and len(set(seeds)) == len(seeds) and len(set(drawn)) == len(drawn)
+
+
+def test_a_run_killed_while_it_acts_at_random_goes_on_exactly(tmp_path, monkeypatch):
+    args = ["--steps", 60, "--replay.prefill", 50, "--checkpoint_every", 10]
+    assert run(tmp_path / "whole", *args) == 0
+    collect = training.Run._collect
+    monkeypatch.setattr(
+        training.Run, "_collect", lambda self: 1 / 0 if self.step >= 25 else collect(self)
+    )
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", *args)
+    monkeypatch.undo()
+    assert 0 < latest(tmp_path / "run")["step"] < 25
+    assert run(tmp_path / "run", *args) == 0
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
