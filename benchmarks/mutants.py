@@ -63,7 +63,7 @@ LIKELY = {
     "training.py": ("updates", "run", "random"),
     "envs/actions.py": ("spaces",),
     "envs/base.py": ("updates",),
-    "hidreamer/behavior.py": ("golden", "wiring"),
+    "hidreamer/behavior.py": ("golden", "wiring", "losses"),
     "hidreamer/dynamics/base.py": ("golden", "wiring", "dynamics", "legacy"),
     "hidreamer/dynamics/hrssm.py": ("wiring", "dynamics", "hrssm"),
     "hidreamer/dynamics/hrvq.py": ("wiring", "golden", "dynamics", "hrvq"),
