@@ -555,7 +555,7 @@ def test_a_table_is_of_breakout_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(tools.dump_yaml(config.tree()))
     for folder, says in (
         (tmp_path, "give one on minatar_breakout"),
-        (tmp_path / "no", "is no config"),
+        (tmp_path / "no", "name the --logdir of a run"),
     ):
         monkeypatch.setattr("sys.argv", ["counted.py", str(folder)])
         assert counted.main() == 2
