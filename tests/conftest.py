@@ -4,12 +4,15 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# a shell's background job ignores Ctrl-C, and so would the programs that tests send it to
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # threads that wait for a busy core make a test ten times as slow
