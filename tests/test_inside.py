@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from small_runs import one_line
+from test_agent import make
 from test_report import BROWSER, FRAME, Page, browse
 
 import analysis.__main__ as command
 import dreamer
 import forked
+import networks
 from analysis import (
     attention,
     factors,
@@ -281,6 +283,21 @@ def test_runs_that_differ_in_more_than_the_seed_are_said_to(subjects):
     (line,) = summary.limit_lines(report)
     assert text in line
     assert not summary.limit_lines(report | {"differing": ""})
+
+
+def test_nats_are_of_the_posterior_over_the_prior():
+    agent, batch = make(batch=1, length=6)
+    model, obs = agent.world_model, networks.preprocess(batch)
+    for p in model.dynamics.parameters():  # outputs that begin at zero would be uniform
+        torch.nn.init.normal_(p, std=0.3)
+    found = latents.read(model, obs, 0)
+    with torch.no_grad():
+        _, post, _ = model.observe(obs, generator=latents.generator(obs, 0))
+    ((after, before),) = post.levels
+    p, q = (0.99 * x[0].softmax(-1) + 0.01 / x.shape[-1] for x in (after, before))  # (T, S, K)
+    nats = lambda p, q: (p * (p.log() - q.log())).sum((-2, -1)).numpy()
+    assert np.allclose(found.kl[:, 0], nats(p, q), atol=1e-4)
+    assert not np.allclose(found.kl[:, 0], nats(q, p), atol=1e-2)
 
 
 def test_codes_that_change_are_counted_by_step():
