@@ -12,6 +12,7 @@ from envs import make_env
 from envs.base import Env
 from envs.vector import Envs
 from hidreamer import evaluation, objectives
+from run_config import idle
 from tools import Config, ConfigError, dump_yaml, load_config
 
 # What an optimiser is set by. With ``optim joint`` those of ``model`` are for all parts.
@@ -85,14 +86,14 @@ def idle_keys(config: Config) -> list[str]:
     """A line for every row of NEEDED_BY by which keys that are set do nothing."""
     given, usual, found = config.flat(), load_config([], {}).flat(), []
     for key, values, others in NEEDED_BY:
-        kind, group = key.split(".")[1], key.rpartition(".")[0]
-        keys = [f"{group}.{other}" for other in others]
-        idle = [key for key in keys if given[key] != usual[key]]
-        if idle and kind == config.dynamics.type and given[key] not in values:
-            needed = " or ".join(values)
+        if idle(key, given) or given[key] in values:  # of another latent state, or with an effect
+            continue
+        group = key.rpartition(".")[0]
+        names = [name for x in others if given[name := f"{group}.{x}"] != usual[name]]
+        if names:
             found.append(
-                f"{key} {given[key]}: without effect {'are' if idle[1:] else 'is'}"
-                f" {', '.join(idle)}, for --{key} {needed}"
+                f"{key} {given[key]}: without effect {'are' if names[1:] else 'is'}"
+                f" {', '.join(names)}, for --{key} {' or '.join(values)}"
             )
     return found
 
@@ -130,9 +131,9 @@ def notes(config: Config, repeat: int, rows: int) -> list[str]:
     if config.optim == "joint":
         given, usual = config.flat(), load_config([], {}).flat()
         keys = [f"{part}.{key}" for part in ("actor", "critic") for key in OPTIMISER_KEYS]
-        if idle := [key for key in keys if given[key] != usual[key]]:
+        if names := [key for key in keys if given[key] != usual[key]]:
             found.append(
-                f"optim joint: without effect are {', '.join(idle)}, since one optimiser with the"
+                f"optim joint: without effect are {', '.join(names)}, since one optimiser with the"
                 " settings of model trains all parts"
             )
     found += idle_keys(config)

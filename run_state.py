@@ -149,13 +149,15 @@ def _restore_parts(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray])
     for problem in problems:
         run.report(problem)
     queue = state.get("replay_queue", run.replay.queue_state())
-    if not problems:  # else rows would no longer lie beside their own
+    if not problems:
         run.replay.load_extra_rows(rows)
-    else:
-        queue = queue | {"queue": []}  # it would name others
+    else:  # stored states and the queue would be other rows'
+        queue = queue | {"queue": []}
+        if run.replay.extra:
+            run.report(
+                "the replay lost episodes: its sequences begin without stored states for now"
+            )
     run.replay.load_queue(queue)
-    if problems and run.replay.extra:
-        run.report("the replay lost episodes: its sequences begin without stored states for now")
     if run.obs is not None:
         restored = run.envs.load_state(checkpoint.arrays(state["envs"]))
         for i in np.flatnonzero(~restored & ~run.obs["is_last"]):
