@@ -19,7 +19,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import models
-from envs import EnvError, env_for_spaces, worker
+from envs import EnvError, env_for_spaces
 from hidreamer import checkpoint, cost, process
-from hidreamer.checkpoint import FolderError
 from hidreamer.logger import SERVICES, Rates, Screen
 from hidreamer.spaces import random_rows
+from signals import Signals, Stop, guarded
 from training import Failure, Run
 
 # ---------------------------------------------------------------- command line
@@ -147,66 +146,6 @@ def capacity(args: tools.Args) -> str:
 
 
 # ---------------------------------------------------------------- the loop
-
-
-# Of a file where a folder belongs, and the reverse: what the user can put right.
-WRONG_PLACE = (IsADirectoryError, NotADirectoryError, FileExistsError)
-GRACE = 10.0  # seconds that an environment may still take for its step when a signal has come
-
-
-class Stop(BaseException):
-    """A signal asked the program to end. No Exception, like KeyboardInterrupt: nobody may take it
-    for a fault.
-    """
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-class Signals:
-    """SIGTERM, SIGINT and, but for nohup, SIGHUP, in the ``with`` block, raise Stop: at once, or,
-    after ``defer``, at the next ``check``.
-
-    When one has come, a second Ctrl-C ends the process on the spot; a second of the others does
-    not cut off what the first began.
-    """
-
-    def __init__(self):
-        self.signum, self.deferred, self.before = 0, False, {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            kinds = [signal.SIGTERM, signal.SIGINT]
-            kinds += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)
-            self.before = {signum: signal.signal(signum, self._on_signal) for signum in kinds}
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        worker.Shutdown.end()
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
-
-    def defer(self) -> None:
-        self.deferred = True
-        self.check()
-
-    def check(self) -> None:
-        if self.signum:
-            raise Stop(self.signum)
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        if self.deferred and not self.signum:
-            name = signal.Signals(signum).name
-            text = f"{name}: ending after the running step; Ctrl-C ends at once\n"
-            with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-                os.write(1, text.encode())
-            worker.Shutdown.begin(GRACE)
-        self.signum = signum
-        for other in self.before:
-            wait = self.deferred and other != signal.SIGINT
-            signal.signal(other, signal.SIG_IGN if wait else signal.SIG_DFL)
-        if not self.deferred:
-            raise Stop(signum)
 
 
 def train(run: Run, screen: Screen, signals: Signals) -> None:
@@ -354,26 +293,9 @@ def main(argv: list[str]) -> int:
     """-> exit status: 0 done, 2 bad arguments or folders, 1 failure, 128 + signal."""
     if (status := answer(argv)) is not None:
         return status
-    try:
-        with Signals() as signals:
-            return start(argv, signals)
-    except Stop as stop:
-        print(f"stopped by {signal.Signals(stop.signum).name} before the first step")
-        return 128 + stop.signum
-    except (ConfigError, FolderError, EnvError) as error:
-        status, message = 2, str(error)
-    except Failure as error:
-        status, message = 1, str(error)
-    except BrokenPipeError:
-        raise
-    except (OSError, MemoryError, RuntimeError) as error:
-        members = any(word.startswith(("--seeds", "--population")) for word in argv)
-        status = 2 if isinstance(error, WRONG_PLACE) else 1
-        message = process.resource(error, ", or fewer seeds at a time" if members else "")
-        if not message:
-            raise
-    print(f"error: {message}", file=sys.stderr)
-    return status
+    members = any(word.startswith(("--seeds", "--population")) for word in argv)
+    also = ", or fewer seeds at a time" if members else ""
+    return guarded(functools.partial(start, argv), (Failure,), " before the first step", also)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, and
-restoring it.
+"""What a checkpoint holds of a ``training.Run``, the ``run`` of all functions: taking it, writing
+it, and restoring it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hidreamer.provenance import STARTS
 from tools import ConfigError
 
 # Attributes of a run, by their names in a checkpoint.
-COUNTERS = ("step", "agent_steps", "updates", "pending_updates", "started", "last_return")
+COUNTERS = ("step", "updates", "pending_updates", "started", "last_return")
 COUNTERS += ("evaluated",)
 OLD_COUNTERS = {"credit": "pending_updates"}  # names that checkpoints without a format have
 Tree = (dict, type(None))
@@ -83,6 +84,28 @@ def snapshot(run: Any) -> dict[str, Any]:
         "company": run.members_before,
         "rates": run.rates.state(),
     }
+
+
+def write(run: Any) -> None:
+    """Write latest.pt and, before it, the file with the running episodes that it names.
+
+    Raises OSError; the last checkpoint stays whole then.
+    """
+    running = f"running-{run.step:012d}.npz"
+    if running in run.running_files[-1:]:  # no part of the last checkpoint is written over
+        running = f"running-{run.step:012d}-again.npz"
+    rows = run.episodes.running_rows(run.replay) | run.replay.extra_rows()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    packed = not run.replay.extra  # half precision does not compress
+    write_rows = functools.partial(checkpoint.write_npz, rows=rows, compressed=packed)
+    checkpoint.replace_file(run.folder / running, write_rows)
+    state = snapshot(run) | {"running_file": running}
+    checkpoint.save_checkpoint(run.folder / "latest.pt", state)
+    run.episodes.checkpointed(state["episodes"])
+    run.running_files = [*run.running_files[-1:], running]
+    for path in run.folder.glob("running-*.npz"):
+        if path.name not in run.running_files:
+            path.unlink()
 
 
 def restore(run: Any, state: dict[str, Any], rows: dict[str, np.ndarray]) -> int:

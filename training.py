@@ -30,6 +30,8 @@ from hidreamer.spaces import random_action
 from run_setup import evaluation_generator, make_envs, make_generator, notes, write_yaml
 from tools import Config, ConfigError
 
+SLOW_COMPILE = "compile on: on a CPU that takes minutes and gains nothing that was measured"
+
 
 class Failure(Exception):
     """One line: the run cannot continue, and why."""
@@ -73,22 +75,51 @@ class Run:
         self.generation = state["generation"] + (state["obs"] is not None) if state else 0
         rngs = tools.seed_all(config.seed)
         self.explore_rng = rngs["explore"]
-        n = config.env.count
-        errors = logdir / "env_errors.txt"
-        self.envs = make_envs(config, n, 0, self.generation, errors)
+        self._make_agent()
+        if source is not None and not state:
+            run_state.load_weights(self, source)
+        self._reset_counts()
+        self.copy_from = "" if source is None else str(source.resolve())  # its episodes
+        self.replay: Replay
+        if state:
+            log_size = run_state.restore(self, state, rows)
+        else:
+            log_size, self.replay = 0, self.make_replay(None, rngs["replay"])
+        if problems:
+            checkpoint.set_aside(self.folder / "latest.pt")
+        self._announce()
+        saved = state or {}
+        self.rates = Rates(self.step, self.updates, saved.get("rates"))
+        about = config.tree(), saved.get("wandb_id")
+        self.logger = Logger(logdir, self.step, log_size, *about, service=config.logger)
+        if not state:
+            # From now on the folder is this run's, and it can be continued if killed at any moment.
+            self.save()
+        if self.copy_from:
+            self._copy_episodes(Path(self.copy_from))
+            self.copy_from = ""
+            self.save()
+
+    def _make_agent(self) -> None:
+        """Environments, an agent for them and its update."""
+        config, device = self.config, self.device
+        errors = self.logdir / "env_errors.txt"
+        self.envs = make_envs(config, config.env.count, 0, self.generation, errors)
         self.agent = models.make_agent(self.envs, config, device)
         torch.set_num_threads(process.pick_threads(self.agent, config.threads))
         self.agent.make_optimizers()
         self.generator = make_generator(device)
         if config.compile == "on" and device.type == "cpu":
-            report("compile on: on a CPU that takes minutes and gains nothing that was measured")
-        self.update = self.agent.make_update(config.compile, self.generator, report)
+            self.report(SLOW_COMPILE)
+        self.update = self.agent.make_update(config.compile, self.generator, self.report)
         self.feed, self.write_back = Feed(device), carries.WriteBack()
-        if source is not None and not state:
-            run_state.load_weights(self, source)
-        self.episodes = Episodes(logdir / "train_eps", n, config.replay.keep_episodes)
+
+    def _reset_counts(self) -> None:
+        """What a run counts and keeps while it trains, before its first step."""
+        config, n = self.config, self.envs.count
+        self.episodes = Episodes(self.logdir / "train_eps", n, config.replay.keep_episodes)
         self.step = 0  # environment frames
-        self.agent_steps = self.updates = 0  # actions taken, optimiser steps
+        self.updates = 0  # optimiser steps
         self.pending_updates = 0.0  # that the replay ratio asks for by now
         self.started = False  # whether there was enough data for a first update
         self.restarts = 0  # of environments, before this process
@@ -98,43 +129,28 @@ class Run:
         self.obs: dict[str, np.ndarray] | None = None
         self.act: models.ActState | None = None
         self.scores = EpisodeScores(n, self.envs.log_keys)
-        self.window = Means(device)  # of the updates since the last record
+        self.window = Means(self.device)  # of the updates since the last record
         self.logged: dict[str, float] = {}  # the training metrics of the last record
         self.last_return: float | None = None
         self.evaluated = -1  # the step of the last evaluation
         self.unsaved = True  # whether anything happened since the last checkpoint
-        kinds = ("log", "eval", "checkpoint")
-        self.every = {name: tools.Every(config[f"{name}_every"]) for name in kinds}
+        self.every = {x: tools.Every(config[f"{x}_every"]) for x in ("log", "eval", "checkpoint")}
         self.running_files: list[str] = []  # of the last two checkpoints
-        # whose episodes are to be copied
-        self.copy_from = "" if source is None else str(source.resolve())
-        self.replay: Replay
-        if state:
-            log_size = run_state.restore(self, state, rows)
-        else:
-            log_size, self.replay = 0, self.make_replay(None, rngs["replay"])
-        if problems:
-            checkpoint.set_aside(self.folder / "latest.pt")
+
+    def _announce(self) -> None:
+        """config.yaml and, of a run that goes on, a line in the list of its starts and lines for
+        people.
+        """
+        config = self.config
         write = functools.partial(write_yaml, tree=config.tree())
-        checkpoint.replace_file(logdir / "config.yaml", write)
-        if not self.finished:
-            note_start(logdir, provenance() | {"precision": precision.name(config, device)})
-            filled = self.started or self.copy_from
-            rows = 0 if filled else max(self._prefill_rows(), config.replay.length)
-            for line in notes(config, self.envs.repeat, rows):
-                report(line)
-        self.rates = Rates(self.step, self.updates, (state or {}).get("rates"))
-        wandb_id = (state or {}).get("wandb_id")
-        self.logger = Logger(
-            logdir, self.step, log_size, config.tree(), wandb_id, service=config.logger
-        )
-        if not state:
-            # From now on the folder is this run's, and it can be continued if killed at any moment.
-            self.save()
-        if self.copy_from:
-            self._copy_episodes(Path(self.copy_from))
-            self.copy_from = ""
-            self.save()
+        checkpoint.replace_file(self.logdir / "config.yaml", write)
+        if self.finished:
+            return
+        note_start(self.logdir, provenance() | {"precision": precision.name(config, self.device)})
+        filled = self.started or self.copy_from
+        awaited = 0 if filled else max(self._prefill_rows(), config.replay.length)
+        for line in notes(config, self.envs.repeat, awaited):
+            self.report(line)
 
     def make_replay(self, episodes: dict[str, Any] | None, rng: np.random.Generator) -> Replay:
         """An empty replay. episodes: a checkpoint's, which will be restored into it."""
@@ -226,7 +242,6 @@ class Run:
         self.replay.add(row, carries.acted(self.act.carry) if known else None)
         self.episodes.add(self.replay, obs["is_last"])
         taken = int((~first).sum())
-        self.agent_steps += taken
         self.step += taken * self.envs.repeat
         whole = obs["is_last"] & ~self.envs.crashed  # what a crash cut short has no return
         for scores in self.scores.add(obs | {"is_last": whole}):
@@ -372,22 +387,8 @@ class Run:
         """
         self.metrics()
         self.every["checkpoint"].done(self.step)
-        running = f"running-{self.step:012d}.npz"
-        if running in self.running_files[-1:]:  # no part of the last checkpoint is written over
-            running = f"running-{self.step:012d}-again.npz"
         self.write_back.finish(self.replay)
-        rows = self.episodes.running_rows(self.replay) | self.replay.extra_rows()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        packed = not self.replay.extra  # half precision does not compress
-        write = functools.partial(checkpoint.write_npz, rows=rows, compressed=packed)
-        checkpoint.replace_file(self.folder / running, write)
-        state = run_state.snapshot(self) | {"running_file": running}
-        checkpoint.save_checkpoint(self.folder / "latest.pt", state)
-        self.episodes.checkpointed(state["episodes"])
-        self.running_files = [*self.running_files[-1:], running]
-        for path in self.folder.glob("running-*.npz"):
-            if path.name not in self.running_files:
-                path.unlink()
+        run_state.write(self)
         self.unsaved = False
 
     # ------------------------------------------------------------ starting from another run

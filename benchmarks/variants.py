@@ -15,12 +15,12 @@ import torch
 
 import models
 import tools
-from dreamer import Stop
 from hidreamer import checkpoint
 from hidreamer.provenance import provenance
 from pipeline import __main__ as command
 from pipeline import gate, manifest, stage
 from pipeline.stage import Stage
+from signals import Signals, Stop, guarded
 from tools import Config, ConfigError
 
 Columns = Mapping[str, Mapping[str, float | None]]  # {column: {metric: value}}
@@ -81,7 +81,7 @@ def run(
         print(doc)
         return 0
 
-    def work(signals: command.Signals) -> int:
+    def work(signals: Signals) -> int:
         args = tools.parse(argv)
         out = args.overrides.pop("out", "")
         if not out:
@@ -101,4 +101,4 @@ def run(
         print(text)
         return 0
 
-    return command.guarded(work)
+    return guarded(work, command.FAILURES, command.AGAIN)

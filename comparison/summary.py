@@ -208,31 +208,46 @@ def aggregates(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
     """Over all tasks, on normalised scores. What a model without a seed that finished every task
     has is left out.
     """
-    scores = {model: x for model in models if len(x := matrix(done, model, "normalised"))}
-    base = models[0]
+    scores = matrices(done, models, "normalised")
     taus = np.linspace(*span(list(scores.values())), TAUS)
-    out: dict[str, Any] = {
-        "seeds": {model: len(scores.get(model, ())) for model in models},
-        "aggregates": {},
-        "profile": {"tau": taus.tolist(), "models": {}},
-        "curves": {},
-        "levels": {},
-        "comparisons": {},
-    }
+    seeds = {model: len(scores.get(model, ())) for model in models}
+    profiles = {model: stats.profile(x, taus) for model, x in scores.items()}
+    out = {"seeds": seeds, "profile": {"tau": taus.tolist(), "models": profiles}}
+    out["levels"] = {model: level_means(done, model) for model in scores}
+    return out | over_tasks(done, models)
+
+
+def by_seconds(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
+    """Over all tasks: what is returned within the seconds of each task's budget."""
+    out = over_tasks(done, models, "_s")
+    for model, entry in out["aggregates"].items():
+        used = stats.estimate(matrix(done, model, "seconds"), stats.AGGREGATES["mean"])
+        entry["seconds of a whole run (mean)"] = used
+    return out
+
+
+def over_tasks(done: Matrix, models: Sequence[str], suffix: str = "") -> dict[str, Any]:
+    """{"aggregates", "curves", "comparisons": {model: ...}}. suffix: "_s" for what is returned in
+    equal seconds.
+    """
+    out: dict[str, Any] = {"aggregates": {}, "curves": {}, "comparisons": {}}
+    scores, base = matrices(done, models, "normalised" + suffix), models[0]
     for model, x in scores.items():
-        curves = matrix(done, model, "normalised_curve")
+        curves = matrix(done, model, "normalised_curve" + suffix)
         estimates = {name: stats.estimate(x, fn) for name, fn in stats.AGGREGATES.items()}
         area = stats.estimate(curves.mean(-1), stats.AGGREGATES["IQM"])
         out["aggregates"][model] = estimates | {"area under the curve (IQM)": area}
-        out["profile"]["models"][model] = stats.profile(x, taus)
         out["curves"][model] = stats.bands(curves)
-        out["levels"][model] = level_means(done, model)
-    for model in models[1:]:
-        if model in scores and base in scores:
-            entry = comparison(done, model, base, len(models) - 1)
-            entry["improvement"] = stats.improvement(scores[model], scores[base])
+        if model != base and base in scores:
+            entry = comparison(done, model, base, len(models) - 1, "normalised" + suffix)
+            entry["improvement"] = stats.improvement(x, scores[base])
             out["comparisons"][model] = entry
     return out
+
+
+def matrices(done: Matrix, models: Sequence[str], key: str) -> dict[str, np.ndarray]:
+    """``matrix`` of every model that has a seed whose runs finished on every task."""
+    return {model: x for model in models if len(x := matrix(done, model, key))}
 
 
 def span(scores: list[np.ndarray]) -> tuple[float, float]:
@@ -241,26 +256,6 @@ def span(scores: list[np.ndarray]) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = min(x.min() for x in scores), max(x.max() for x in scores)
     return low - 0.05 * (high - low or 1.0), high + 0.02 * (high - low or 1.0)
-
-
-def by_seconds(done: Matrix, models: Sequence[str]) -> dict[str, Any]:
-    """Over all tasks: what is returned within the seconds of each task's budget."""
-    out: dict[str, Any] = {"aggregates": {}, "curves": {}, "comparisons": {}}
-    scores = {model: x for model in models if len(x := matrix(done, model, "normalised_s"))}
-    base = models[0]
-    for model, x in scores.items():
-        curves = matrix(done, model, "normalised_curve_s")
-        estimates = {name: stats.estimate(x, fn) for name, fn in stats.AGGREGATES.items()}
-        area = stats.estimate(curves.mean(-1), stats.AGGREGATES["IQM"])
-        used = stats.estimate(matrix(done, model, "seconds"), stats.AGGREGATES["mean"])
-        estimates |= {"area under the curve (IQM)": area, "seconds of a whole run (mean)": used}
-        out["aggregates"][model] = estimates
-        out["curves"][model] = stats.bands(curves)
-        if model != base and base in scores:
-            entry = comparison(done, model, base, len(models) - 1, "normalised_s")
-            entry["improvement"] = stats.improvement(x, scores[base])
-            out["comparisons"][model] = entry
-    return out
 
 
 def comparison(

@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hidreamer.dynamics.base import Feat
 from hidreamer.dynamics.sampler import Sampler, sample_action
-from hidreamer.losses import PARTS, imag_loss, reinforce_gain, replay_returns, scaled
+from hidreamer.losses import (
+    PARTS,
+    Surrogate,
+    imag_loss,
+    reinforce_gain,
+    replay_returns,
+    scaled,
+)
 from hidreamer.precision import cast_weights
 from hidreamer.returns import ReturnNorm
 
@@ -25,10 +31,10 @@ def by_step(x: Tensor) -> Tensor:
 class Trajectory(NamedTuple):
     """Imagined states and what the agent makes of them; entry 0 is the replayed state before."""
 
-    feat: Feat  # (N, H+1, .)
-    x: Tensor  # (N, H+1, F) the same, concatenated
+    x: Tensor  # (N, H+1, F) features
     action: Tensor  # (N, H+1, A) taken in each state
     disc: Tensor  # (N, H+1) gamma times the probability that the episode continues after it
+    log_prob: Tensor | None = None  # (N, H) of the actions when they were taken, for PPO alone
 
 
 class Replayed(NamedTuple):
@@ -80,11 +86,11 @@ class Behavior(nn.Module):
             _, feat, action = model.dynamics.imagine(start, sampler, horizon, generator=generator)
             x, discount = feat.cat(), self.imag.discount
             disc = self.loss_parts.discounts(model.cont, by_step(x), terminal, discount)
-            return Trajectory(feat, x, action, disc)
+            return Trajectory(x, action, disc)
 
-    def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
-        """What the actor maximises, of its actions' log-probabilities and advantages, (N, H)."""
-        return reinforce_gain(log_prob, adv)
+    def surrogate(self, traj: Trajectory) -> Surrogate:
+        """What the actor maximises on ``traj``."""
+        return reinforce_gain
 
     def losses(
         self, traj: Trajectory, rew: Tensor, replayed: Replayed | None = None
@@ -116,7 +122,7 @@ class Behavior(nn.Module):
             lam=self.imag.lam,
             entropy=self.entropy,
             reinforce=not self.backprop,
-            surrogate=self.surrogate,
+            surrogate=self.surrogate(traj),
             parts=parts,
         )
         actor_loss = scaled(loss.actor, self.scales.actor)
@@ -136,18 +142,19 @@ class Behavior(nn.Module):
         for what follows a step; at other steps that is the critic's value. The last step of an
         episode, which nothing follows, does not count.
         """
-        x, length = replayed.x if self.replay_grad else replayed.x.detach(), replayed.x.shape[1]
+        x = replayed.x if self.replay_grad else replayed.x.detach()  # (B, T, F)
+        length = x.shape[1]
         ends = torch.zeros_like(replayed.is_first)
         ends[:, :-1] = replayed.is_first[:, 1:]  # (B, T); unknown of the last one, and unused
         dist = self.critic(x)
         with torch.no_grad():
-            boot = dist.mode()
+            boot = dist.mode()  # (B, T)
             boot[:, replayed.starts] = imagined.view(len(boot), -1).to(boot.dtype)
             settings = {"discount": self.imag.discount, "lam": self.imag.lam}
             where = replayed.terminal, ends.to(boot.dtype), boot
             returns = replay_returns(replayed.reward, *where, **settings)  # (B, T - 1)
-            pad = torch.cat([returns, torch.zeros_like(returns[:, :1])], 1)
-            slow = self.loss_parts.head_mode(self.slow, x)
+            pad = torch.cat([returns, torch.zeros_like(returns[:, :1])], 1)  # (B, T)
+            slow = self.loss_parts.head_mode(self.slow, x)  # (B, T)
         counts = ~ends & (torch.arange(length, device=x.device) < length - 1)
         return torch.where(counts, -dist.log_prob(pad, slow), 0.0)[:, :-1].mean()
 

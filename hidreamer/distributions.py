@@ -333,9 +333,10 @@ class DiscountedBernoulli(Bernoulli):
 
 
 class MSE:
-    """A unit-variance regression up to constants.
+    """A regression: the mean of a normal distribution of variance 1/2, up to constants.
 
-    ``log_prob`` is minus the squared error summed over ``event`` axes.
+    ``log_prob`` is minus the squared error summed over ``event`` axes, as in Hafner et al.'s code;
+    their paper halves it (2023, eq. 2).
     With ``in_symlog`` the error is that in symlog space, for vectors of unknown scale (Hafner et
     al. 2023, symlog predictions).
     """

@@ -100,8 +100,8 @@ def imag_targets(
 ) -> Targets:
     """The arguments are those of ``imag_loss``."""
     returns = lambda_return(rew, value, disc, lam)  # (N, H)
-    # A state counts as much as the episode is likely to have reached it; nothing counts after a
-    # terminal start.
+    # A state counts by the discounted probability that the episode goes on up to and through it;
+    # nothing counts after a terminal start.
     alive = disc.detach() / discount  # (N, H+1)
     weight = torch.cat([alive[:, :1], disc[:, 1:-1].detach()], 1).cumprod(1)  # (N, H)
     denominator = scale(returns)

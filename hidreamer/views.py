@@ -22,9 +22,9 @@ SHIFT = 1.0 / 16.0  # of an image's side, at most: 4 of 64 pixels
 def crops(noise: Tensor) -> Tensor:
     """noise (N,4) in [0, 1) -> width, height, x, y (N,4) of crops that are resized to the whole.
 
-    Their area is 1/4 to 1 of the image and their ratio 3/4 to 4/3; width and height of the image
-    are 2 and its middle is 0 (TWISTER's view: torchvision's RandomResizedCrop, which draws again
-    where a side would not fit and here is cut).
+    Their area is 1/4 to 1 of the image and their ratio 3/4 to 4/3; sides are shares of the image's,
+    x and y are of the crop's middle, where the image spans -1 to 1 (TWISTER's view: torchvision's
+    RandomResizedCrop, which draws again where a side would not fit and here is cut).
     """
     area, ratio, *places = noise.unbind(1)
     area = 0.25 + 0.75 * area

@@ -13,9 +13,8 @@ better than its baseline.
 from __future__ import annotations
 
 import functools
-import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import tools
@@ -92,10 +91,7 @@ if __name__ == "__main__" and (status := app.run(answer)) is not None:
     sys.exit(status)
 
 import models
-from dreamer import Signals, Stop
-from envs import EnvError
-from hidreamer import process
-from hidreamer.checkpoint import FolderError
+from signals import Signals, Stop, guarded
 from training import Failure
 
 try:
@@ -114,6 +110,8 @@ except ModuleNotFoundError as error:
     print(message, file=sys.stderr)
     sys.exit(2)
 
+FAILURES = (StageError, Failure)
+AGAIN = "; the same command continues"  # what is said of a signal
 STAGES = {kind.name: kind for kind in (Collect, Encoder, Tokenizer, WorldModel, Policy)}
 
 
@@ -139,30 +137,7 @@ def main(argv: list[str]) -> int:
     """
     if (status := answer(argv)) is not None:
         return status
-    return guarded(functools.partial(start, argv))
-
-
-def guarded(work: Callable[[Signals], int]) -> int:
-    """-> exit status of ``work``, as of ``main``; what stops it becomes one line."""
-    try:
-        with Signals() as signals:
-            return work(signals)
-    except Stop as stop:
-        name = signal.Signals(stop.signum).name
-        print(f"stopped by {name}; the same command continues")
-        return 128 + stop.signum
-    except (ConfigError, FolderError, EnvError) as error:
-        status, message = 2, str(error)
-    except (StageError, Failure) as error:
-        status, message = 1, str(error)
-    except BrokenPipeError:
-        raise
-    except (OSError, MemoryError, RuntimeError) as error:
-        status, message = 1, process.resource(error)
-        if not message:
-            raise
-    print(f"error: {message}", file=sys.stderr)
-    return status
+    return guarded(functools.partial(start, argv), FAILURES, AGAIN)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import networks
 from hidreamer import carries
 from hidreamer.behavior import Behavior, Replayed, Trajectory
 from hidreamer.dynamics.base import start_steps
-from hidreamer.losses import clipped_gain
+from hidreamer.losses import Surrogate, clipped_gain
 from hidreamer.returns import ReturnNorm
+from hidreamer.update import Seen, begin
 from pipeline.token_model import TokenWorldModel
 from tools import Config, ConfigError
 
@@ -44,7 +45,6 @@ class PPO(Behavior):
     def __init__(self, actor: nn.Module, critic: nn.Module, config: Any):
         super().__init__(actor, critic, config, backprop=False)
         self.clip = config.pipeline.policy.clip
-        self.before: Tensor | None = None  # (N, H) log-probabilities of the dream's actions
         # every pass over a dream moves the running range: together as far as one of REINFORCE
         self.norm = ReturnNorm(self.norm.rate / config.pipeline.policy.epochs)
 
@@ -53,11 +53,11 @@ class PPO(Behavior):
     ) -> Trajectory:
         traj = super().imagine(model, start, terminal, generator)
         with torch.no_grad():
-            self.before = self.actor(traj.x[:, :-1]).log_prob(traj.action[:, :-1])
-        return traj
+            log_prob = self.actor(traj.x[:, :-1]).log_prob(traj.action[:, :-1])  # (N, H)
+        return traj._replace(log_prob=log_prob)
 
-    def surrogate(self, log_prob: Tensor, adv: Tensor) -> Tensor:
-        return clipped_gain(log_prob, self.before, adv, self.clip)
+    def surrogate(self, traj: Trajectory) -> Surrogate:
+        return lambda log_prob, adv: clipped_gain(log_prob, traj.log_prob, adv, self.clip)
 
 
 class TokenAgent(models.Agent):
@@ -120,14 +120,10 @@ class TokenAgent(models.Agent):
             found = super().update(batch, generator)
             self.world_model.eval()
             return found
-        model = self.world_model
         with torch.no_grad(), self.autocast():
             obs = networks.preprocess(batch)
-            carry, post, _ = model.observe(obs, generator=generator)
-            starts = self.config.imag.starts
-            which = start_steps(obs["is_terminal"].shape[1], starts)
-            start = model.dynamics.starts(carry, post, starts)
-        terminal = obs["is_terminal"][:, which].flatten()
+            seen = Seen(obs, *self.world_model.observe(obs, generator=generator))
+            start, terminal, _ = begin(self, seen)
         extrinsic = lambda traj, rew: rew
         metrics = self.update_behavior("", start, terminal, extrinsic, generator)
         self.behavior.update_slow()

@@ -93,15 +93,8 @@ class TokenDynamics(HRVQ):
 
     def tokens(self, stoch: Tensor) -> Tensor:
         """The tokens (..., L) that features (..., Z) hold."""
-        codes = stoch.unflatten(-1, (self.levels, 1, -1)) * self.code_shape[1] ** 0.5
-        found = []
-        for level in range(self.levels):
-            every = torch.eye(self.quantizer.codes, device=stoch.device).unsqueeze(-2)  # (K, 1, K)
-            book = self.quantizer.decode(level, every)[:, 0].to(stoch.dtype)  # (K, E)
-            x = codes[..., level, 0, :]
-            distance = book.square().sum(-1) - 2.0 * x @ book.t()
-            found.append(distance.argmin(-1))
-        return torch.stack(found, -1)
+        codes = self._codes(stoch).unflatten(-1, self.code_shape)  # (..., L, 1, E)
+        return self.quantizer.index(codes).squeeze(-1)
 
     def embedding(self, stoch: Tensor) -> Tensor:
         """What features (..., Z) say that the embedding was, (..., E), of length about 1."""

@@ -287,9 +287,9 @@ def test_small_returns_are_not_magnified():
 def test_reinforce_records_no_graph_in_the_dream():
     agent, batch = make()
     traj = imagine(agent, batch)
-    assert not any(x.requires_grad for x in (*traj.feat, traj.action, traj.disc))
+    assert not any(x.requires_grad for x in (traj.x, traj.action, traj.disc))
     agent, batch = make(act="continuous", **{"actor.gradient": "dynamics"})
-    assert imagine(agent, batch).feat.stoch.requires_grad
+    assert imagine(agent, batch).x.requires_grad
 
 
 @pytest.mark.parametrize("act", ["discrete", "continuous"])

@@ -422,12 +422,12 @@ MODULE = """
 """
 
 
-# dreamer.py with another length of its patience: dreamer.GRACE.
+# dreamer.py with another length of its patience: signals.GRACE.
 HURRIED = """
     import sys
-    import dreamer
+    import dreamer, signals
     from hidreamer import app
-    dreamer.GRACE = 1.5
+    signals.GRACE = 1.5
     app.plain_warnings()
     sys.exit(dreamer.main(sys.argv[1:]))
 """
@@ -531,9 +531,9 @@ def test_a_second_interrupt_ends_a_run_whose_environment_hangs(tmp_path):
 @pytest.mark.parametrize("parallel", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_termination_waits_ten_seconds_for_an_environment_that_hangs(tmp_path, parallel):
     """Not until env.timeout: who asks a job to end kills it soon after. Here not ten seconds."""
-    import dreamer
+    import signals
 
-    assert dreamer.GRACE == 10.0
+    assert signals.GRACE == 10.0
     words = ["--env.timeout", "300", "--env.parallel", parallel]
     run = command(tmp_path, "step hang", *words, program=["-c", textwrap.dedent(HURRIED)])
     while "hangs" not in (line := run.stdout.readline()):

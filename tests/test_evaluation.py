@@ -2,7 +2,6 @@
 and that nothing else is touched.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from small_runs import records
 from test_agent import EVERYTHING, make
 
 import dreamer
@@ -254,13 +254,6 @@ def test_no_error_is_grey(channels):
 
 def run(logdir, *words):
     return dreamer.main([*QUICK, *words, "--logdir", str(logdir)])
-
-
-def records(logdir):
-    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
-    ]
 
 
 def evaluations(logdir):

@@ -273,7 +273,7 @@ def test_a_checkpoint_whose_parts_are_of_other_kinds_is_one_line(tiny, capsys):
         {"counters": {}},
         {"counters": counters | {"step": float("nan")}},
         {"counters": counters | {"updates": -5}},
-        {"counters": counters | {"agent_steps": "many"}},
+        {"counters": counters | {"pending_updates": "many"}},
         {"log_size": -5},
         {"agent": {"params": 3}},
         {"counters": counters | {"summed": 3}, "metric_names": ["one"]},

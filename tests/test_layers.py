@@ -30,6 +30,7 @@ LAYERS = {
     "models": 8,
     "networks": 7,
     "seeds": 7,
+    "signals": 7,
     "run_config": 7,
     "legacy": 6,
     "tools": 6,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from small_runs import one_line, run
 
-import dreamer
 import run_state
 from hidreamer import app, process
 from hidreamer.checkpoint import UnreadError, find_checkpoint, load_checkpoint
 from hidreamer.episodes import load_episode
 from hidreamer.logger import Screen
+from signals import Signals, Stop
 
 
 @pytest.fixture(autouse=True)
@@ -93,14 +93,14 @@ def test_ctrl_c_is_one_line_of_every_command(capsys):
 def test_a_closed_terminal_is_a_signal_to_save():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with pytest.raises(dreamer.Stop) as stop, dreamer.Signals() as signals:
+        with pytest.raises(Stop) as stop, Signals() as signals:
             signals.defer()
             for _ in range(2):  # the kernel's and the shell's
                 os.kill(os.getpid(), signal.SIGHUP)
             signals.check()
         assert stop.value.signum == signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with dreamer.Signals() as signals:  # under nohup
+        with Signals() as signals:  # under nohup
             signals.defer()
             os.kill(os.getpid(), signal.SIGHUP)
             signals.check()

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from small_runs import records
 
 import dreamer
 import forked
@@ -76,14 +76,6 @@ def run(kind, logdir, *extra, steps=None):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = dreamer.main(arguments(kind, logdir, *extra, steps=steps))
     return Ended(status, out.getvalue(), err.getvalue())
-
-
-def records(logdir):
-    """All that was logged, except what the clock says."""
-    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import dreamer
 import forked
 import models
 import run_setup
+import signals
 import tools
 import training
 from conftest import ROOT
@@ -253,14 +254,14 @@ def signalled(monkeypatch, signum, step):
 def test_a_signal_while_the_disk_is_full_is_one_line(tmp_path, capsys, monkeypatch):
     signalled(monkeypatch, signal.SIGTERM, 45)
     full = tmp_path / "checkpoints" / "latest.pt.tmp"
-    original = dreamer.Signals.check
+    original = signals.Signals.check
 
     def check(self):
         if self.signum and not full.is_symlink():
             full.symlink_to("/dev/full")
         original(self)
 
-    monkeypatch.setattr(dreamer.Signals, "check", check)
+    monkeypatch.setattr(signals.Signals, "check", check)
     assert run(tmp_path, "--steps", 60, "--checkpoint_every", 20) == 1
     one_line(capsys, "disk is full", "checkpoint is whole")
     assert latest(tmp_path)["step"] == 40

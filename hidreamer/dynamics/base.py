@@ -155,9 +155,10 @@ def kl_losses(
 class Dynamics(nn.Module):
     """A latent state and how it moves.
 
-    Carries are NamedTuples, opaque and never mutated. ``sample=False`` takes each distribution's
-    mode instead of sampling. ``generator`` is where random numbers come from, None being
-    torch's default one.
+    Carries are NamedTuples, opaque and never changed but by what they put off (``RolloutCarry``
+    computes its sequences when first asked). ``sample=False`` takes each distribution's mode
+    instead of sampling. ``generator`` is where random numbers come from, None being torch's
+    default one.
     """
 
     deter_dim: int

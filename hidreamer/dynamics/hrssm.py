@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hidreamer import distributions as dists
 from hidreamer.dynamics.base import Feat, KLConfig
-from hidreamer.dynamics.recurrent import Noise, Recurrent
+from hidreamer.dynamics.recurrent import Recurrent
+from hidreamer.dynamics.sampler import Noise
 from hidreamer.gradients import (
     Tensors,
     add_product,

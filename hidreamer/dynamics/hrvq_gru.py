@@ -19,8 +19,9 @@ from torch import Tensor
 from hidreamer.depth import Depth
 from hidreamer.dynamics.base import Feat, KLConfig, Level, Policy, Post, start_steps
 from hidreamer.dynamics.cell_scan import cell_scan
-from hidreamer.dynamics.recurrent import Carry, Noise, Recurrent
+from hidreamer.dynamics.recurrent import Carry, Recurrent
 from hidreamer.dynamics.residual_scan import ResidualScan
+from hidreamer.dynamics.sampler import Noise
 from hidreamer.dynamics.tokens import before_each
 from hidreamer.gradients import Tensors
 from hidreamer.precision import autocast_dtype, products_in

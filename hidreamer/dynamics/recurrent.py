@@ -30,7 +30,7 @@ from hidreamer.dynamics.base import (
     start_steps,
     unroll,
 )
-from hidreamer.dynamics.sampler import Sampler, dream_noise, policy_and_noise
+from hidreamer.dynamics.sampler import Noise, Sampler, dream_noise, policy_and_noise
 from hidreamer.dynamics.scan import scan
 from hidreamer.dynamics.scan_steps import (
     BeforeSteps,
@@ -44,8 +44,6 @@ from hidreamer.dynamics.scan_steps import (
 from hidreamer.gradients import Tensors
 from hidreamer.nets import Block, SplitBlock, make_core
 from hidreamer.precision import casts_early, side_by_side
-
-Noise = tuple[Tensor | None, ...]  # of every level, uniform (N,S,1); None takes the mode
 
 
 class Carry(NamedTuple):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hidreamer.dynamics.base import KLConfig
-from hidreamer.dynamics.recurrent import Noise, Recurrent
+from hidreamer.dynamics.recurrent import Recurrent
+from hidreamer.dynamics.sampler import Noise
 from hidreamer.gradients import Tensors, product, sample, sample_grad, weight_grad
 from hidreamer.nets import linear
 

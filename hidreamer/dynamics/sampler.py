@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hidreamer import distributions as dists
 
 Shape = tuple[int, ...]
-Noise = tuple[Tensor | None, ...]
+Noise = tuple[Tensor | None, ...]  # of a state: by level, uniform (N,S,1); None takes the mode
 
 
 def sample_action(actor: nn.Module, x: Tensor, noise: Noise) -> Tensor:
