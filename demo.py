@@ -53,14 +53,13 @@ def arguments(argv: Sequence[str]) -> tuple[list[str], Path]:
 def returns(agent: Any, player: Any, mode: str) -> list[float]:
     """Of the episodes of the run's last evaluation, played by ``player``."""
     from hidreamer import evaluation
-    from training import evaluation_generator, make_envs
+    from run_setup import evaluation_generator, make_envs
 
     config, step = agent.config, agent.facts["step"]
-    count, generator = (
-        max(1, config.eval_episodes),
-        evaluation_generator(config, step, agent.device),
-    )
-    with contextlib.closing(make_envs(config, min(config.env.count, count), 1, step)) as envs:
+    count = max(1, config.eval_episodes)
+    generator = evaluation_generator(config, step, agent.device)
+    made = make_envs(config, min(config.env.count, count), step, evaluating=True)
+    with contextlib.closing(made) as envs:
         limit = evaluation.time_limit(config)
         played = evaluation.play(player, envs, count, mode, limit=limit, generator=generator)
     return [episode["return"] for episode in played.episodes]
@@ -68,11 +67,11 @@ def returns(agent: Any, player: Any, mode: str) -> list[float]:
 
 def frames(agent: Any, player: Any, mode: str) -> Iterator[tuple[Any, float]]:
     """Endless (picture (H,W,3) uint8, points so far) of one environment, episode after episode."""
-    from training import evaluation_generator, make_envs
+    from run_setup import evaluation_generator, make_envs
 
     config, step = agent.config, agent.facts["step"]
     generator = evaluation_generator(config, step, agent.device)
-    with contextlib.closing(make_envs(config, 1, 1, step)) as envs:
+    with contextlib.closing(make_envs(config, 1, step, evaluating=True)) as envs:
         state, action, points = player.initial(1), None, 0.0
         while True:
             obs = envs.step(action)

@@ -31,24 +31,28 @@ NEEDED_BY = (
 
 
 def make_envs(
-    config: Config, count: int, role: int, generation: int, error_log: Path | None = None
+    config: Config,
+    count: int,
+    moment: int,
+    error_log: Path | None = None,
+    *,
+    evaluating: bool = False,
 ) -> Envs:
-    """A run's environments, seeded by all of these numbers.
+    """A run's environments, for training or an evaluation, seeded by all of these numbers.
 
-    role: 0 for training, 1 for an evaluation. generation: how often the run was continued, or the
-    step of the evaluation. Raises EnvError.
+    moment: how often the run was continued, or the step of the evaluation. Raises EnvError.
     """
     task, block, seed = config.task, config.env.tree(), config.seed
-    if role == 1:
+    if evaluating:
         block["time_limit"] = evaluation.time_limit(config)
 
     def make(index: int, restart: int) -> Env:
-        entropy = [seed, role, generation, index, restart]
+        entropy = [seed, int(evaluating), moment, index, restart]
         number = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
         with warnings.catch_warnings():
-            if index or restart or role == 1:  # the first one said it, of all
+            if index or restart or evaluating:  # the first one said it, of all
                 warnings.simplefilter("ignore", RuntimeWarning)
-            return make_env(task, block, number, index=index, evaluation=role == 1)
+            return make_env(task, block, number, index=index, evaluation=evaluating)
 
     return Envs(make, count, config.env.parallel, config.env.timeout, error_log)
 

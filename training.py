@@ -63,7 +63,7 @@ class Run:
         run_setup.check_objectives(config)
         self.config, self.logdir, self.device, self.report = config, logdir, device, report
         self.poll: Callable[[], None] = lambda: None
-        self.folder = logdir / "checkpoints"
+        self.folder, self.env_errors = logdir / "checkpoints", logdir / "env_errors.txt"
         state, rows, problems = checkpoint.find_checkpoint(self.folder, run_state.FIELDS)
         for problem in problems:
             report(problem)
@@ -103,8 +103,7 @@ class Run:
     def _make_agent(self) -> None:
         """Environments, an agent for them and its update."""
         config, device = self.config, self.device
-        errors = self.logdir / "env_errors.txt"
-        self.envs = make_envs(config, config.env.count, 0, self.generation, errors)
+        self.envs = make_envs(config, config.env.count, self.generation, self.env_errors)
         self.agent = models.make_agent(self.envs, config, device)
         torch.set_num_threads(process.pick_threads(self.agent, config.threads))
         self.agent.make_optimizers()
@@ -360,8 +359,8 @@ class Run:
             best_effort = self.logger.best_effort
             count = min(config.env.count, config.eval_episodes)
             drawable = RENDER not in best_effort.off
-            errors = self.logdir / "env_errors.txt"
-            with contextlib.closing(make_envs(config, count, 1, self.step, errors)) as envs:
+            made = make_envs(config, count, self.step, self.env_errors, evaluating=True)
+            with contextlib.closing(made) as envs:
                 scores, played = evaluation.evaluate(
                     self.agent, envs, config, drawable, self.poll, generator
                 )

@@ -36,8 +36,8 @@ def evaluate(
     """
     from hidreamer import evaluation
     from hidreamer.provenance import provenance
+    from run_setup import evaluation_generator, make_envs
     from tools import Config
-    from training import evaluation_generator, make_envs
 
     tree = agent.config.tree()
     tree["seed"] = agent.config.seed if seed is None else seed
@@ -46,7 +46,7 @@ def evaluate(
     config, step = Config(tree | {"video": False}), agent.facts["step"]
     count = min(config.env.count, config.eval_episodes)
     generator = evaluation_generator(config, step, agent.device)
-    with contextlib.closing(make_envs(config, count, 1, step)) as envs:
+    with contextlib.closing(make_envs(config, count, step, evaluating=True)) as envs:
         scores, played = evaluation.evaluate(
             agent.model, envs, config, False, lambda: None, generator
         )

@@ -147,8 +147,8 @@ def test_atari_evaluation_plays_whole_games():
     run = tools.load_config(
         ["debug"], {"task": "atari_breakout", "env.atari.lives": "reset", "env.action_repeat": "4"}
     )
-    for role, ends in ((0, 5), (1, 1)):
-        envs = make_envs(run, 1, role, 0)
+    for evaluating, ends in ((False, 5), (True, 1)):
+        envs = make_envs(run, 1, 0, evaluating=evaluating)
         episodes, over, output = 0, False, envs.step(None)
         for step in range(2000):
             output = envs.step(np.eye(4, dtype=np.float32)[[int(step % 20 == 0)]])

@@ -18,8 +18,6 @@ LAYERS = {
     "demo": 13,
     "doctor": 11,
     "training": 10,
-    "analysis.evaluate": 11,
-    "analysis.overestimation": 12,
     "analysis": 10,
     "play": 10,
     "library": 9,

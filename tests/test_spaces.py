@@ -351,8 +351,8 @@ def test_text_is_left_out_with_one_line(shows):
     # nor does each environment of a run say it again, nor each evaluation
     config = tools.load_config(["debug"], {"task": "gym_Shows-v0", "env.parallel": False})
     with pytest.warns(RuntimeWarning) as caught:
-        for role in (0, 1):
-            make_envs(config, 3, role, 0).close()
+        for evaluating in (False, True):
+            make_envs(config, 3, 0, evaluating=evaluating).close()
     assert len(caught) == 2
 
 
