@@ -290,3 +290,30 @@ def test_actions_that_are_none_are_one_sentence(kind, trained):
     vector.reset(seed=1)
     with pytest.raises(ValueError, match="2 actions for 3 dreams"):
         vector.step(np.zeros(2, int))
+
+
+def test_starts_are_drawn_and_renewed(trained):
+    dreams = dream_env.Dreams(hidreamer.load(trained("rssm", "image")), 9, False, "recorded", "cpu")
+    dreams.seed(0)
+    dreams.reset(6)
+    begun, begin = [], dreams.begin
+    dreams.begin = lambda count: begun.append(count) or begin(count)
+    actions = torch.stack([dreams.agent.action_vector(0)] * 6)
+    for _ in range(dream_env.USES):
+        dreams.step(actions, np.ones(6, bool))
+        found = dreams.agent.dynamics.feat(dreams.carry).stoch
+        pool = dreams.agent.dynamics.feat(dreams.pool).stoch
+        assert len(found.unique(dim=0)) > 1
+        assert all((row == pool).all(-1).any() for row in found)
+    assert not begun
+    dreams.step(actions, np.ones(6, bool))
+    assert begun == [6] and dreams.used == 6
+
+
+def test_starts_are_of_the_latest_episodes(trained, monkeypatch):
+    agent = hidreamer.load(trained("rssm", "image"))
+    monkeypatch.setattr(dream_env, "EPISODES", 2)
+    found = dream_env.Dreams(agent, 9, False, "recorded", "cpu").episodes
+    last = [agent.rows(path)["image"] for path in agent.recorded()[-2:]]
+    assert len(agent.recorded()) > 2
+    assert all(np.array_equal(a["image"], b) for a, b in zip(found, last, strict=True))

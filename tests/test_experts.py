@@ -206,3 +206,13 @@ def test_numbers_that_do_not_fit_are_told():
         state(**{"dynamics.hrvq.ffn": "sparse"})
     with pytest.raises(ValueError, match="moe_top is 3"):
         experts.Routed(6, 10, count=2, top=3, balance=0.1)
+
+
+def test_as_many_experts_are_chosen_as_asked_and_use_is_of_learning():
+    sizes = {"levels": 2, "experts": [2, 3], "top": 2, "balance": 0.1}
+    parts = experts.make_ffns("moe", 6, 10, 2, **sizes)
+    assert [part.top for part in parts] == [2, 2]
+    part = parts[1].eval()
+    before = part.use.clone()
+    part(torch.randn(1, 1, 4, 6), torch.zeros(4, dtype=torch.long))
+    assert torch.equal(part.use, before)

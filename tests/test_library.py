@@ -487,3 +487,10 @@ def test_the_code_of_the_page_runs(trained, tmp_path, monkeypatch):
         exec(block.replace('"hf:ORG/NAME"', '"breakout-agent"').replace("1024", "3"), names)
     assert names["pictures"]["L0"]["image"].shape == (1, 16, 64, 64, 3)
     assert names["envs"].num_envs == 3 and (tmp_path / "breakout-agent" / "README.md").exists()
+
+
+def test_several_dreams_of_several_starts_lie_start_by_start(trained):
+    agent = hidreamer.load(trained("rssm", "image"))
+    latents = agent.encode(agent.recorded()[1])
+    dream = agent.dream(latents, start=[2, 5], count=3, horizon=1)
+    assert torch.allclose(dream.feat.deter[:, 0], latents.deter[[2, 2, 2, 5, 5, 5]], atol=1e-5)

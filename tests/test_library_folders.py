@@ -13,6 +13,7 @@ from comparison import runs
 from conftest import ROOT
 from envs import EnvError
 from hidreamer.checkpoint import FolderError, load_checkpoint, save_checkpoint
+from library import source
 from tools import ConfigError
 
 
@@ -161,3 +162,8 @@ def test_a_checkpoint_of_something_else_is_one_line(tiny):
 def test_a_device_that_is_not_there(trained):
     with pytest.raises(ConfigError, match="device is 'tpu'"):
         hidreamer.load(trained("rssm", "image"), device="tpu")
+
+
+def test_the_commit_is_the_last_one(tmp_path):
+    (tmp_path / source.STARTS).write_text('{"commit": "a"}\n{"commit": "b"}\n{}\n')
+    assert source.last_commit(tmp_path) == "b"
