@@ -273,6 +273,10 @@ def hide_output(screen: Screen) -> None:
 
 def continuation(argv: list[str], steps: int) -> str:
     """The same command, for as many steps again."""
+    main = sys.modules["__main__"]
+    own = Path(sys.argv[0]).suffix == ".py" and getattr(main, "__spec__", None) is None
+    if own and app.ROOT not in Path(sys.argv[0]).resolve().parents:  # it may add what this has not
+        return f"{sys.argv[0]} with --steps {2 * steps}"
     kept = []
     for before, word in zip(["", *argv], argv, strict=False):
         if word.partition("=")[0] != "--steps" and before != "--steps":

@@ -374,7 +374,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that is not ours, a cluster that is silent
-        print(f"error: {error}", file=sys.stderr)
+        elsewhere = f": choose another --logdir than {folder}" if error.filename else ""
+        print(f"error: {error}{elsewhere}", file=sys.stderr)
         return 1
 
 

@@ -74,7 +74,10 @@ def check_same_run(
     continued as ``new``. remedy: what the message advises, if not what dreamer.py does.
     """
     if remedy is None:
-        remedy = f"choose another --logdir, with --resume {folder} to start from its weights"
+        remedy = (
+            f"--resume {folder} without --configs continues it as it is; for another run choose"
+            f" another --logdir, with --resume {folder} to start from its weights"
+        )
     before = load_config([], {}).flat() | current_names(flatten(old))  # younger keys are as then
     if changed := differences(before, new.flat(), CHANGEABLE_KEYS):
         raise ConfigError(f"{folder} holds a run with another config ({changed}): {remedy}")

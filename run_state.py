@@ -235,7 +235,13 @@ def load_weights(run: Any, source: Path) -> None:
             )
         agent = dict(state["agent"])
         agent["optim"] = of_same_algorithm(agent["optim"], state.get("config", {}), run.config)
-        moved = run.agent.load_state(agent)
+        try:
+            moved = run.agent.load_state(agent)
+        except ValueError as error:  # tensors that are not there, or of another shape
+            raise ValueError(
+                f"{error}: the two have other observations, actions or sizes; choose the task and"
+                " presets of that run"
+            ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"--resume {source}: {error}") from None
     run.report("\n".join(f"  {how:<7} {what}" for what, how in moved.items()))

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        what = f"{error.filename or ''}: {error.strerror or error}"
+        print(f"error: {what}: name another folder with --out", file=sys.stderr)
         return 1
     print(f"page: {folder / report.NAME}.html")
     return 0

@@ -15,7 +15,10 @@ import torch
 
 import hidreamer
 
-agent = hidreamer.load(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+try:
+    agent = hidreamer.load(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+except (hidreamer.ConfigError, hidreamer.EnvError, hidreamer.FolderError) as error:
+    sys.exit(f"error: {error}")
 print(agent.facts["task"], "after", agent.facts["step"], "frames:", agent.facts["scores"])
 
 # %% [markdown]

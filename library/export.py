@@ -100,8 +100,14 @@ def export(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     texts = {"config.yaml": dump_yaml(tree), "README.md": card(found)}
     metadata["config"] = source.text_digest(texts["config.yaml"])
     metadata["sha256"] = source.digest(params, metadata)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out) as folder:  # a full disk changes none
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out)
+    except OSError as error:
+        raise FolderError(
+            f"{out} cannot be written ({error.strerror}): name another folder"
+        ) from None
+    with partial as folder:  # a full disk changes none
         for name, text in texts.items():
             replace_text(Path(folder) / name, text)
         try:
@@ -145,7 +151,9 @@ def push(folder: str | os.PathLike, name: str, *, private: bool = False) -> Any:
     the address of the commit. Raises ConfigError without the extra ``hub``, FolderError where the
     folder is no whole export or the hub refuses.
     """
-    folder, repo = source.path_of(folder), str(name).removeprefix(HUB)
+    if not isinstance(name, str):
+        raise ValueError(f"the name on the hub is {name!r}: write ORG/NAME")
+    folder, repo = source.path_of(folder), name.removeprefix(HUB)
     if not (folder / WEIGHTS).is_file():
         problem = app.missing(folder) or f"{folder} is no export: make one with hidreamer.export"
         raise FolderError(problem)

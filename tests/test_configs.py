@@ -275,3 +275,9 @@ def test_sizes_that_do_not_fit(overrides, hint):
         models.Agent(
             {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}, spaces.Discrete(6), 6, config
         )
+
+
+def test_a_word_of_the_command_line_without_its_s_is_guessed():
+    for word, guess in (("config", "configs"), ("populations", "population"), ("seed_", "seed")):
+        with pytest.raises(tools.ConfigError, match=f"did you mean .*{guess}"):
+            tools.load_config([], {word: "minatar"})

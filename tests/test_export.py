@@ -97,6 +97,7 @@ def test_what_is_no_folder_or_no_export_is_one_line(trained, tmp_path):
     for act, says in (
         (lambda: hidreamer.export(run, tmp_path / "file"), "is a file: name a folder"),
         (lambda: hidreamer.export(run, None), "a folder is needed, not NoneType"),
+        (lambda: hidreamer.export(run, "/proc/agent"), "cannot be written .*: name another folder"),
         (lambda: hidreamer.push(run, "ORG/NAME"), "is no export: make one with hidreamer.export"),
         (lambda: hidreamer.push(tmp_path / "x", "ORG/NAME"), "there is no folder"),
         (lambda: hidreamer.push(None, "ORG/NAME"), "a folder is needed, not NoneType"),
@@ -104,6 +105,11 @@ def test_what_is_no_folder_or_no_export_is_one_line(trained, tmp_path):
         with pytest.raises(FolderError, match=says) as error:
             act()
         assert "\n" not in str(error.value)
+
+
+def test_a_name_on_the_hub_is_a_text(exported):
+    with pytest.raises(ValueError, match="the name on the hub is None: write ORG/NAME"):
+        hidreamer.push(exported, None)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(trained, tmp_path):

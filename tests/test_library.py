@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import runpy
 import sys
 
 import gymnasium
@@ -470,6 +471,13 @@ def test_the_example(case, trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "L0: (21, " in done.stdout and "return of chance in the dream" in done.stdout
     assert (tmp_path / "levels.png").exists() == (case[1] in ("image", "grid", "multi"))
+
+
+def test_the_example_without_a_run_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["look_inside.py", "nope"])
+    with pytest.raises(SystemExit, match="^error: there is no folder nope: name that of a run"):
+        runpy.run_path(str(ROOT / "examples" / "look_inside.py"))
 
 
 def test_the_code_of_the_page_runs(trained, tmp_path, monkeypatch):

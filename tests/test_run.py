@@ -410,3 +410,31 @@ def test_a_run_killed_while_it_acts_at_random_goes_on_exactly(tmp_path, monkeypa
     assert 0 < latest(tmp_path / "run")["step"] < 25
     assert run(tmp_path / "run", *args) == 0
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_weights_of_other_sizes_name_what_to_choose(tiny, tmp_path, capsys):
+    other = ("--resume", tiny, "--task", "dummy_image", "--steps", 40)
+    assert run(tmp_path / "other", *other) == 2
+    one_line(capsys, "there", "other observations, actions or sizes", "presets of that run")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_without_its_config_says_how_it_goes_on(tiny, capsys):
+    assert dreamer.main(["--logdir", str(tiny)]) == 2
+    one_line(capsys, f"--resume {tiny} without --configs continues it", "another --logdir")
+
+
+def test_a_script_of_the_user_s_own_continues_by_itself(tmp_path):
+    """It may add an objective or a task, which dreamer.py has not."""
+    script = tmp_path / "mine.py"
+    script.write_text("import sys, dreamer\nsys.exit(dreamer.main(sys.argv[1:]))\n")
+    words = [sys.executable, script, *TINY, "--logdir", tmp_path / "run", "--steps", 40]
+    done = subprocess.run(
+        [*map(str, words), "--video", "false", "--eval_episodes", "0"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last == f"continue:   {script} with --steps 80"
