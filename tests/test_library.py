@@ -476,7 +476,7 @@ def test_the_example(case, trained, tmp_path):
 def test_the_example_without_a_run_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["look_inside.py", "nope"])
-    with pytest.raises(SystemExit, match="^error: there is no folder nope: name that of a run"):
+    with pytest.raises(SystemExit, match=r"^error: there is no folder nope: name that of a run"):
         runpy.run_path(str(ROOT / "examples" / "look_inside.py"))
 
 
