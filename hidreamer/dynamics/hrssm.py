@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,30 @@ from hidreamer.gradients import (
     weight_grad,
 )
 from hidreamer.nets import linear
+
+
+class PostWeights(NamedTuple):
+    """What the posterior multiplies with inside the scan. The bottom's logits are the sum of its
+    prior's and delta's, so their weights are added once for all steps.
+    """
+
+    top: Tensor  # (S0 * K0, W) of v
+    top_bias: Tensor
+    delta: Tensor  # (S1 * K1, 2 W + S0 * K0) of u, v and z_top
+    delta_bias: Tensor
+    both: Tensor  # (S0 * K0 + S1 * K1, 2 W) of u and v, for the logits of both levels
+    both_bias: Tensor
+    of_top: Tensor  # (S1 * K1, S0 * K0) of z_top, for the bottom's logits
+    of_u: Tensor  # (W, D) of the memory, for u
+
+
+class PostSeen(NamedTuple):
+    """What the posterior's gradient needs of all steps or of one."""
+
+    softmax_top: Tensor  # (.., S0, K0)
+    softmax_bottom: Tensor  # (.., S1, K1)
+    u: Tensor  # (.., W)
+    top: Tensor  # (.., S0 * K0) z_top
 
 
 class HRSSM(Recurrent):
@@ -110,12 +135,7 @@ class HRSSM(Recurrent):
 
     # ------------------------------------------------------------ post_step, as a scan has it
 
-    def post_weights(self) -> Tensors:
-        """Of the top and of delta; and put together, those of u and v for the logits of the top
-        and the bottom, those of the top for the bottom's, and those of the memory for u.
-
-        The bottom's are the sum of its prior's and delta's.
-        """
+    def post_weights(self) -> PostWeights:
         top, delta, hidden = self.post_top, self.delta, self.img_out.linear.out_features
         with torch.no_grad():
             prior = self.prior_bottom.weight
@@ -125,29 +145,28 @@ class HRSSM(Recurrent):
             bias = torch.cat([top.bias, delta.bias + self.prior_bottom.bias])
         of_u = self.img_out.linear.weight.detach()
         own = top.weight, top.bias, delta.weight, delta.bias
-        return *own, torch.cat(rows), bias, of_top, of_u
+        return PostWeights(*own, torch.cat(rows), bias, of_top, of_u)
 
     def post_reads(self, weights: Tensors) -> Tensors:
-        return weights[7:]
+        return (PostWeights(*weights).of_u,)
 
     def post_forward(
         self, weights: Tensors, deter: Tensor, read: Tensors, v: Tensor, noise: Tensors
     ) -> tuple[Tensor, Tensors, Tensors]:
-        both, bias, of_top = weights[4:7]
+        w = PostWeights(*weights)
         noises = noise or (None, None)
         u_norm = self.img_out.norm
         u = nn.functional.silu(norm(read[0], u_norm.weight, u_norm.bias, self.eps))
-        logits = product(torch.cat([u, v], -1), both, bias)
-        logit_top, rest = logits.split([len(weights[0]), len(of_top)], -1)
+        logits = product(torch.cat([u, v], -1), w.both, w.both_bias)
+        logit_top, rest = logits.split([len(w.top), len(w.of_top)], -1)
         top, logit_top = sample(logit_top, self.shapes[0], self.unimix, noises[0])
-        bottom = sample(product(top, of_top, rest), self.shapes[1], self.unimix, noises[1])
+        bottom = sample(product(top, w.of_top, rest), self.shapes[1], self.unimix, noises[1])
         return torch.cat([top, bottom[0]], -1), (logit_top, bottom[1]), (u,)
 
     def post_seen(self, saved: Tensors, stoch: Tensor, logits: Tensors) -> Tensors:
-        """Softmax of both levels, u, z_top."""
         # Under vmap the module's own parameters are not those of one member here.
         softmax = (torch.softmax(logit, -1) for logit in logits)
-        return *softmax, *saved, self._top_of(stoch)
+        return PostSeen(*softmax, *saved, self._top_of(stoch))
 
     def post_backward(
         self,
@@ -157,25 +176,26 @@ class HRSSM(Recurrent):
         logits: Tensors | None = None,
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensors]:
-        of_top, of_delta, hidden = weights[0], weights[2], weights[0].shape[1]
-        top, bottom = stoch.split([len(of_top), stoch.shape[-1] - len(of_top)], -1)
+        w, s = PostWeights(*weights), PostSeen(*seen)
+        hidden, size = w.top.shape[1], len(w.top)
+        top, bottom = stoch.split([size, stoch.shape[-1] - size], -1)
         scale = 1.0 - self.unimix if logits is None else 1.0
         logit_top, logit_bottom = logits or (None, None)
-        bottom = sample_grad(bottom, logit_bottom, seen[1], self.unimix)  # (.., S1 * K1)
+        bottom = sample_grad(bottom, logit_bottom, s.softmax_bottom, self.unimix)  # (.., S1 * K1)
         # u and the bottom's prior have no gradient here
-        v, through = product(bottom, of_delta[:, hidden:].t()).split([hidden, len(of_top)], -1)
+        v, through = product(bottom, w.delta[:, hidden:].t()).split([hidden, size], -1)
         top = torch.add(top, through, alpha=scale)
-        top = sample_grad(top, logit_top, seen[0], self.unimix)  # (.., S0 * K0)
+        top = sample_grad(top, logit_top, s.softmax_top, self.unimix)  # (.., S0 * K0)
         v = v if added is None else v + added
-        return add_product(v, top, of_top.t()), (top, bottom)
+        return add_product(v, top, w.top.t()), (top, bottom)
 
     def post_weight_grads(
         self, weights: Tensors, v: Tensor, seen: Tensors, grads: Tensors
     ) -> tuple[Tensor | None, ...]:
-        top, bottom = grads
-        given = torch.cat([seen[2], v, seen[3]], -1)  # (T, B, 2 hidden + S0 * K0)
-        of_top = weight_grad(top, v, weights[0]), top.sum((0, 1))
-        of_delta = weight_grad(bottom, given, weights[2]), bottom.sum((0, 1))
+        w, s, (top, bottom) = PostWeights(*weights), PostSeen(*seen), grads
+        given = torch.cat([s.u, v, s.top], -1)  # (T, B, 2 W + S0 * K0)
+        of_top = weight_grad(top, v, w.top), top.sum((0, 1))
+        of_delta = weight_grad(bottom, given, w.delta), bottom.sum((0, 1))
         return *of_top, *of_delta, None, None, None, None
 
     def convert_state_dict(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

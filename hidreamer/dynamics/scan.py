@@ -21,10 +21,11 @@ from hidreamer.dynamics.scan_steps import (
     BeforeSteps,
     Carried,
     CellWeights,
-    Memory,
+    MemoryWeights,
     ScanDynamics,
     Slopes,
     StepInputs,
+    split_weights,
 )
 from hidreamer.gradients import Norm, Tensors, product
 from hidreamer.precision import autocast_dtype
@@ -71,17 +72,14 @@ def run_steps(
 ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
     """-> deter (T,B,D), stoch (T,B,Z), logits by level (T,B,S,K), what is saved of all steps."""
     steps, (deter0, stoch0, keep, action, embed, noise) = [], inputs
-    count, dtype = len(action), weights[0].dtype
-    noise = list(zip(*(x.unbind() for x in noise), strict=True)) or [()] * count
+    count, (cell, _) = len(action), split_weights(weights)
+    noise = by_step(noise) or [()] * count
     with torch.autocast(carry[0].device.type, enabled=False):
-        memory, keep_product = Memory.of(dynamics, weights), keep.to(dtype)
+        memory, keep_product = MemoryWeights.of(dynamics, weights), keep.to(cell.img_in.dtype)
         # (T, B, W) with what a start's state adds
-        action = torch.addcmul(action, product(stoch0, weights[0]), 1.0 - keep_product)
-        starts, keeps = (
-            (deter0, memory.gates(deter0)),
-            zip(keep.unbind(), keep_product.unbind(), strict=True),
-        )
-        resets = [(*both, *starts) for both in keeps]
+        action = torch.addcmul(action, product(stoch0, cell.img_in), 1.0 - keep_product)
+        start = deter0, memory.gates(deter0)
+        resets = [(*kept, *start) for kept in by_step((keep, keep_product))]
         begin = *carry, memory.gates(carry[0])
         of_steps = zip(resets, action.unbind(), embed.unbind(), noise, strict=True)
         for t, (reset, *step) in enumerate(of_steps):
@@ -102,15 +100,15 @@ def walk_back(
     -> gradients of the new memory (T,B,D) and of what the gates multiply (T,B,W+D).
     """
     norms, slopes, given = before.norms, before.slopes, (before.of_v, of_deter)
-    w, steps = CellWeights(*weights[:9]), []
+    (w, _), steps = split_weights(weights), []
     size, batch = given[1].shape[-1], len(keep[0])
     sizes = size, w.gru.shape[1], w.img_in.shape[1], size, 1
     later = [keep.new_zeros(batch, size) for size in sizes]  # after the last step comes nothing
     of_steps = zip(
-        zip(*(zip(*(x.unbind() for x in one[:3]), strict=True) for one in norms), strict=True),
-        zip(*(x.unbind() for x in slopes), strict=True),
-        zip(*(x.unbind() for x in before.seen), strict=True),
-        zip(*(x.unbind() for x in given), strict=True),
+        zip(*(by_step(norm[:3]) for norm in norms), strict=True),  # input, mean, rstd
+        by_step(slopes),
+        by_step(before.seen),
+        by_step(given),
         keep.unbind(),
         strict=True,
     )
@@ -122,6 +120,11 @@ def walk_back(
         later = *found, of_slopes[3], of_keep
     deter, inputs = zip(*steps[::-1], strict=True)
     return torch.stack(deter), torch.stack(inputs)
+
+
+def by_step(tensors: Tensors) -> list[Tensors]:
+    """Tensors (T,...) -> one tuple of tensors (...) for each of T steps."""
+    return list(zip(*(x.unbind() for x in tensors), strict=True))
 
 
 def scan(

@@ -56,6 +56,12 @@ class CellWeights(NamedTuple):
         return cls(of_stoch, *img, *gru, obs_out.weights[0], *obs)
 
 
+def split_weights(weights: Tensors) -> tuple[CellWeights, Tensors]:
+    """The cell's, and ``post_weights``."""
+    count = len(CellWeights._fields)
+    return CellWeights(*weights[:count]), weights[count:]
+
+
 class StepInputs(NamedTuple):
     """What does not wait for the recurrence."""
 
@@ -137,7 +143,7 @@ class ScanDynamics(Protocol):
 # ---------------------------------------------------------------- one step
 
 
-class Memory(NamedTuple):
+class MemoryWeights(NamedTuple):
     """What the gates and all that reads the memory multiply with."""
 
     of_img: Tensor  # (3D, W) of the gates, what the input layer returns
@@ -146,8 +152,9 @@ class Memory(NamedTuple):
     reads: int  # how many are the posterior's
 
     @classmethod
-    def of(cls, dynamics: ScanDynamics, weights: Tensors) -> Memory:
-        w, reads = CellWeights(*weights[:9]), dynamics.post_reads(weights[9:])
+    def of(cls, dynamics: ScanDynamics, weights: Tensors) -> MemoryWeights:
+        w, post = split_weights(weights)
+        reads = dynamics.post_reads(post)
         of_img, of_gates = w.gru.split([len(w.img_weight), w.obs_out.shape[1]], 1)
         parts = [w.obs_out, *reads, of_gates]
         return cls(of_img.contiguous(), torch.cat(parts), list(map(len, parts)), len(reads))
@@ -156,7 +163,7 @@ class Memory(NamedTuple):
         """Their product with deter (B,D) -> (B,3D)."""
         return product(deter, self.of_deter[-self.sizes[-1] :])
 
-    def last(self) -> Memory:
+    def last(self) -> MemoryWeights:
         """That of the last step, after which no gates come."""
         return self._replace(of_deter=self.of_deter[: -self.sizes[-1]], sizes=self.sizes[:-1])
 
@@ -164,7 +171,7 @@ class Memory(NamedTuple):
 def forward_step(
     dynamics: ScanDynamics,
     weights: Tensors,
-    memory: Memory,
+    memory: MemoryWeights,
     begin: Tensors,
     reset: Tensors,
     inputs: tuple[Tensor, Tensor, Tensors],
@@ -177,19 +184,19 @@ def forward_step(
     -> what the next step begins with (after the last one without gates), logits by level (B,S,K),
     what the gradient needs.
     """
-    w, eps, (deter, stoch, gates) = CellWeights(*weights[:9]), dynamics.eps, begin
-    action, embed, noise = inputs
+    w, post = split_weights(weights)
+    eps, (deter, stoch, gates), (action, embed, noise) = dynamics.eps, begin, inputs
     # Products are reset, in place of what they are of: in kernels that there are anyway.
     keep, keep_product, deter0, gates0 = reset
     img = torch.addcmul(action, product(stoch, w.img_in), keep_product)  # (B, W)
     deter, gates = torch.lerp(deter0, deter, keep), torch.lerp(gates0, gates, keep_product)
     x = F.silu(norm(img, w.img_weight, w.img_bias, eps))
-    deter, gru = gated(deter, x, memory.of_img, gates, w[4:6], eps)
+    deter, gru = gated(deter, x, memory.of_img, gates, (w.gru_weight, w.gru_bias), eps)
     obs, *products = product(deter, memory.of_deter).split(memory.sizes, -1)
     obs = obs + embed  # (B, W)
     v = F.silu(norm(obs, w.obs_weight, w.obs_bias, eps))
     read, later = tuple(products[: memory.reads]), products[memory.reads :]
-    stoch, logits, saved = dynamics.post_forward(weights[9:], deter, read, v, noise)
+    stoch, logits, saved = dynamics.post_forward(post, deter, read, v, noise)
     return (deter, stoch, *later), logits, (img, gru, obs, *saved)
 
 
@@ -217,9 +224,10 @@ def backward_step(
 
     -> the first three of the step before's ``later``.
     """
-    w, (of_img, of_gru, of_obs), (v, deter) = CellWeights(*weights[:9]), norms, given
+    w, post = split_weights(weights)
+    (of_img, of_gru, of_obs), (v, deter) = norms, given
     stoch = dists.at_least_float32(later.stoch)
-    v, _ = dynamics.post_backward(weights[9:], seen, stoch, None, v)
+    v, _ = dynamics.post_backward(post, seen, stoch, None, v)
     deter = torch.addcmul(deter, later.deter, later.stays)
     deter = torch.addcmul(deter, later.inputs[:, -deter.shape[1] :], later.keep)
     deter = add_product(deter, norm_grad(v * slopes.obs, of_obs)[0], w.obs_out.t())
@@ -255,20 +263,23 @@ def before_steps(
     grads: Tensors,
 ) -> BeforeSteps:
     """starts: deter0, stoch0, keep; outputs: of ``Scan``; grads: of its deter, stoch, logits."""
-    w, (deter0, stoch0, keep), eps = CellWeights(*weights[:9]), starts, dynamics.eps
+    w, post = split_weights(weights)
+    (deter0, stoch0, keep), eps = starts, dynamics.eps
     (deter, stoch, *logits), saved = outputs[: len(grads)], outputs[len(grads) :]
     begin_deter = torch.lerp(deter0, torch.cat([carry[0].unsqueeze(0), deter[:-1]]), keep)
     begin_stoch = torch.lerp(stoch0, torch.cat([carry[1].unsqueeze(0), stoch[:-1]]), keep)
-    again = zip(saved[:3], (w[1:3], w[4:6], w[7:9]), strict=True)
-    norms, (img, gru, obs) = zip(*(norm_again(x, *pair, eps) for x, pair in again), strict=True)
+    of_img, img = norm_again(saved[0], w.img_weight, w.img_bias, eps)
+    of_gru, gru = norm_again(saved[1], w.gru_weight, w.gru_bias, eps)
+    of_obs, obs = norm_again(saved[2], w.obs_weight, w.obs_bias, eps)
     gates, stays = gate_slopes(gru, begin_deter)
-    of_img = silu_slope(img)
-    scaled = of_img * (keep * (1.0 - dynamics.unimix))
+    slope = silu_slope(img)
+    scaled = slope * (keep * (1.0 - dynamics.unimix))
     slopes = Slopes(scaled, gates, silu_slope(obs), stays * keep)
     seen = dynamics.post_seen(saved[3:], stoch, tuple(logits))
-    of_v, _ = dynamics.post_backward(weights[9:], seen, grads[1], grads[2:])
+    of_v, _ = dynamics.post_backward(post, seen, grads[1], grads[2:])
     begins = begin_deter, begin_stoch, F.silu(img), F.silu(obs)
-    return BeforeSteps(norms, slopes, of_img, stays, seen, of_v, *begins)
+    norms = of_img, of_gru, of_obs
+    return BeforeSteps(norms, slopes, slope, stays, seen, of_v, *begins)
 
 
 def after_steps(
@@ -285,7 +296,7 @@ def after_steps(
 
     -> gradients of the inputs (without noise), of the carry, of the weights.
     """
-    w, post, whole = CellWeights(*weights[:9]), weights[9:], (True, True, True)
+    (w, post), whole = split_weights(weights), (True, True, True)
     x, through = of_inputs.split([len(w.img_weight), deter.shape[-1]], -1)
     img = norm_grad(x * steps.of_img, steps.norms[0], whole)
     of_begin = product(img[0], w.img_in.t()) * keep  # (T, B, Z)
