@@ -50,7 +50,8 @@ def attention_after(
     place = Layout.of(seen.shape[2], slots - 1, 1 - before, segment.device)
     column, rows = (place.time, place.level), slice(before * slots, None)
     mask = attn_mask(level_mask, tuple(x[rows] for x in column), column, window)
-    episode = seen.repeat_interleave(slots, 2)
+    episode = seen.repeat_interleave(slots, 2)  # (B, K, positions)
+    # (B, K, rows, positions)
     mask = mask & (episode[..., rows].unsqueeze(3) == episode.unsqueeze(2))
     new = Layout.of(length, slots - 1, 1, segment.device) if chunk else place
     time, level = (x if chunk else x[rows] for x in (new.time, new.level))

@@ -103,15 +103,15 @@ class Layer(nn.Module):
         """
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, n, Q, 3, h, d)
         if room is not None and torch.compiler.is_compiling():  # one kernel for keys and values
-            q, kv = qkv.split([1, 2], -3)
+            q, kv = qkv.split([1, 2], -3)  # (B, n, Q, 1 and 2, h, d)
             is_key = (torch.arange(2, device=x.device) == 0).view(2, 1, 1)
             kv = torch.where(is_key, rotate(kv, rope.unsqueeze(-3)), kv)
-            room.copy_(kv.permute(3, 0, 4, 1, 2, 5))
-            q = rotate(q.squeeze(-3), rope)
+            room.copy_(kv.permute(3, 0, 4, 1, 2, 5))  # (2, B, h, n, Q, d)
+            q = rotate(q.squeeze(-3), rope)  # (B, n, Q, h, d)
             return q.permute(0, 3, 1, 2, 4).contiguous(), None
         qk, v = qkv.flatten(-3, -2).split([2 * self.heads, self.heads], -2)
         q, k = rotate(qk, rope).chunk(2, -2)  # (B, n, Q, h, d)
-        q, k, v = (part.permute(0, 3, 1, 2, 4) for part in (q, k, v))
+        q, k, v = (part.permute(0, 3, 1, 2, 4) for part in (q, k, v))  # (B, h, n, Q, d)
         if room is None:  # with a gradient, or of whole sequences
             return q, KV(k, v)
         for kept, new in zip(room, (k, v), strict=True):

@@ -105,7 +105,7 @@ def model_loss(
     """-> the model's loss (), metrics, what the rest of the update needs."""
     with agent.autocast(), cast_weights(agent.world_model, trained=True):
         losses, carry, post, embed, metrics = agent.world_model.loss(obs, generator)
-    means = torch.stack(list(losses.values())).mean((1, 2))
+    means = torch.stack(list(losses.values())).mean((1, 2))  # (losses,)
     loss = means.sum()
     named = {f"{n}_loss": x for n, x in zip(losses, means.detach().unbind(), strict=True)}
     return loss, named | {"model_loss": loss.detach()} | metrics, Seen(obs, carry, post, embed)
@@ -123,7 +123,7 @@ def begin(agent: Any, seen: Seen) -> tuple[Any, Tensor, Replayed | None]:
     """-> N starts of imagination, terminal (N,), what the critic learns from replayed steps."""
     obs, starts = seen.obs, agent.config.imag.starts
     chosen = start_steps(seen.embed.shape[1], starts)
-    terminal = obs["is_terminal"][:, chosen].flatten()
+    terminal = obs["is_terminal"][:, chosen].flatten()  # (N,)
     with torch.no_grad():
         start = agent.world_model.dynamics.starts(seen.carry, seen.post, starts)
     replayed = None
