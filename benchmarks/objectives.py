@@ -4,6 +4,7 @@
         [--dynamics rssm | hrssm | hrvq | stacked | gru] [--steps 30000]
         [--logdir runs/objectives] [--out results/F.json]
     python benchmarks/objectives.py --report --logdir runs/objectives [--from results/F.json ...]
+        [--games ...] [--arms ...]
     python benchmarks/objectives.py --offline 2000 --games breakout --seeds 10 11 12 ...
 
 Pairs are written with a plus: --arms default ac_cpc+replay_loss. Runs lie in
@@ -17,7 +18,8 @@ LOGDIR/offline.
 
 --from: what --out wrote of runs that lie elsewhere, or no longer anywhere, is reported beside those
 in LOGDIR; of a run that is in several places, the first one that is evaluated, else the one that
-got furthest. A line under the verdicts names pairs whose runs are of different commits.
+got furthest. --games and --arms leave out all others. A line under the verdicts names pairs whose
+runs are of different commits.
 
 Returns are those of an evaluation at the end: at 30,000 frames an episode of Freeway has ended once
 in each environment. They are compared by seed with the default's, where both runs are finished. An
@@ -348,8 +350,8 @@ def main() -> int:
 def judge() -> int:
     """What the command line asks for. -> exit status. Raises ConfigError."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--games", nargs="+", choices=GAMES, default=["breakout"])
-    parser.add_argument("--arms", nargs="+", type=arm_name, default=SINGLE)
+    parser.add_argument("--games", nargs="+", choices=GAMES)
+    parser.add_argument("--arms", nargs="+", type=arm_name)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--dynamics", default="rssm", choices=STATES)
     parser.add_argument("--steps", type=int, default=30_000)
@@ -361,7 +363,8 @@ def judge() -> int:
     args = parser.parse_args()
     logdir = args.logdir.expanduser().resolve()
     before = [earlier(path, args.steps) for path in args.files]
-    todo = [(s, g, a) for s in args.seeds for g in args.games for a in args.arms]
+    games, arms = args.games or ["breakout"], args.arms or SINGLE
+    todo = [(s, g, a) for s in args.seeds for g in games for a in arms]
     for seed, game, arm in [] if args.report else todo:
         inside = Path(game) / args.dynamics / arm / str(seed)
         if args.offline:
@@ -374,6 +377,12 @@ def judge() -> int:
     found = report(logdir, args.steps)
     for runs in before:
         merged(found, runs)
+    if args.report:
+        found = {game: x for game, x in found.items() if game in (args.games or GAMES)}
+        for by_state in found.values():
+            for state, by_arm in by_state.items():
+                kept = {arm: x for arm, x in by_arm.items() if arm in (args.arms or by_arm)}
+                by_state[state] = kept
     judgement = judged(found)
     print(table(found), *verdicts(judgement), sep="\n")
     if args.out:

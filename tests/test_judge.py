@@ -127,6 +127,11 @@ def test_runs_of_earlier_reports_stand_beside_those_that_are_there(
     assert body["runs"]["freeway"]["rssm"]["default"]["0"]["frames"] == 30_000
     assert body["arms"].keys() == {"default", "harmony"}
 
+    words = ["--games", "freeway", "seaquest", "--arms", "default"]
+    body = reported(tmp_path / "now", tmp_path / "one.json", *files, *words)
+    assert body["runs"]["freeway"]["rssm"].keys() == {"default"} == body["arms"].keys()
+    assert not reported(tmp_path / "now", tmp_path / "none.json", "--games", "seaquest")["runs"]
+
     (tmp_path / "text.json").write_text("[]")
     for name, more, told in (
         ("no.json", [], "no.json is no file that --out of this program wrote"),
