@@ -1,4 +1,4 @@
-"""A latent state that is added as CONTRIBUTING.md says is tested as the others are."""
+"""A latent state that is added as docs/fourth_state.md says is tested as the others are."""
 
 import re
 import shutil
