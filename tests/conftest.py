@@ -43,11 +43,9 @@ NEED_COMPARE = (
     "report",
     "results",
     "scores",
-    "pipeline",
 )
-NEED_COMPARE += tuple(f"pipeline_{name}" for name in ("encoder", "policy", "report", "tokenizer"))
-NEED_COMPARE += ("pipeline_training", "pipeline_world_model")
-collect_ignore = [f"test_{name}.py" for name in NEED_COMPARE] if ABSENT else []
+PIPELINE = sorted(path.name for path in Path(__file__).parent.glob("test_pipeline*.py"))
+collect_ignore = [*(f"test_{name}.py" for name in NEED_COMPARE), *PIPELINE] if ABSENT else []
 
 
 def pytest_report_header():
