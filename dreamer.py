@@ -62,6 +62,7 @@ import models
 from envs import EnvError, env_for_spaces
 from hidreamer import checkpoint, cost, process
 from hidreamer.logger import SERVICES, Rates, Screen
+from hidreamer.provenance import script
 from hidreamer.spaces import random_rows
 from signals import Signals, Stop, guarded
 from training import Failure, Run
@@ -273,10 +274,10 @@ def hide_output(screen: Screen) -> None:
 
 def continuation(argv: list[str], steps: int) -> str:
     """The same command, for as many steps again."""
-    main = sys.modules["__main__"]
-    own = Path(sys.argv[0]).suffix == ".py" and getattr(main, "__spec__", None) is None
-    if own and app.ROOT not in Path(sys.argv[0]).resolve().parents:  # it may add what this has not
-        return f"{sys.argv[0]} with --steps {2 * steps}"
+    path = Path(sys.argv[0])
+    started = path.suffix == ".py" and getattr(sys.modules["__main__"], "__spec__", None) is None
+    if started and app.ROOT not in path.resolve().parents:  # it may add what this has not
+        return f"{shlex.join(script())} with --steps {2 * steps}"
     kept = []
     for before, word in zip(["", *argv], argv, strict=False):
         if word.partition("=")[0] != "--steps" and before != "--steps":

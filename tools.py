@@ -24,7 +24,7 @@ FORMER_KEYS = {f"loss_scales.{key}": f"model.losses.{key}" for key in ("decoder"
 # never names, but where one looks for them
 FORMER_KEYS |= {f"model.losses.{key}": f"dynamics.{key}" for key in ("dyn", "rep")}
 
-WORDS = ("configs", "resume", "capacity", "seeds", "population")  # of a command line, no keys
+WORDS = ("configs", "resume", "capacity")  # of every command line; ``seeds`` knows those of some
 FEW = 40  # names that a message lists whole
 MOST = 2**63 - 1  # the largest whole number that tensors and random generators take
 
@@ -178,8 +178,8 @@ def load_config(presets: list[str], overrides: Mapping[str, Any]) -> Config:
     for where, layer in [*layers, ("", current_names(overrides))]:
         for key, value in layer.items():
             if key not in flat:
-                known = [*flat, *WORDS]
-                raise ConfigError(f"there is no config key {key!r}{where}; {nearest(key, known)}")
+                near = nearest(key, [*flat, *WORDS])
+                raise ConfigError(f"there is no config key {key!r}{where}; {near}")
             flat[key] = coerce(key, value, flat[key], help_by_key[f"defaults.{key}"])
     return Config(unflatten(flat))
 

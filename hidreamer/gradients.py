@@ -30,6 +30,11 @@ class Norm(NamedTuple):
     bias: Tensor
 
 
+def unbound(tensors: Sequence[Tensor]) -> list[Tensors]:
+    """Tensors (T,...) -> one tuple of tensors (...) for each of T steps."""
+    return list(zip(*(x.unbind() for x in tensors), strict=True))
+
+
 def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
     """x (.., in) times weight (out, in), plus ``added``, in the weight's precision -> (.., out)."""
     x = x if x.dtype == weight.dtype else x.to(weight.dtype)

@@ -278,6 +278,6 @@ def test_sizes_that_do_not_fit(overrides, hint):
 
 
 def test_a_word_of_the_command_line_without_its_s_is_guessed():
-    for word, guess in (("config", "configs"), ("populations", "population"), ("seed_", "seed")):
+    for word, guess in (("config", "configs"), ("resum", "resume"), ("capacitys", "capacity")):
         with pytest.raises(tools.ConfigError, match=f"did you mean .*{guess}"):
             tools.load_config([], {word: "minatar"})

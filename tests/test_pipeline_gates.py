@@ -217,7 +217,9 @@ def test_the_encoder_s_metrics_are_of_held_out_frames(encoded):
     found = {row.metric: row for row in encoder_gate.geometry_rows({"here": x}, part)}
     assert found["pong: temporal ratio"].value > 0.5
     part.ram = part.ram.copy()
-    part.ram[:, 49] = np.where(part.held, np.arange(len(part)), 5)
+    part.ram[:, metrics.probes.BYTES["atari_pong"]["ball x"]] = np.where(
+        part.held, np.arange(len(part)), 5
+    )
     table = encoder_gate.probe_table({"here": x}, part, 100, lambda: None)
     values = {row.metric: row.value for row in table.rows}
     assert np.isfinite(values["ball x: best r (lineage)"])

@@ -13,13 +13,7 @@ import tools
 from hidreamer import checkpoint, evaluation
 from hidreamer.dynamics.base import start_steps
 from hidreamer.returns import ReturnNorm
-from pipeline import (
-    collect,
-    encoder,
-    policy,
-    tokenizer,
-    world_model,
-)
+from pipeline import collect, encoder, policy, tokenizer, world_model
 from pipeline.token_agent import TokenAgent
 
 

@@ -426,9 +426,9 @@ def test_a_folder_without_its_config_says_how_it_goes_on(tiny, capsys):
 
 def test_a_script_of_the_user_s_own_continues_by_itself(tmp_path):
     """It may add an objective or a task, which dreamer.py has not."""
-    script = tmp_path / "mine.py"
-    script.write_text("import sys, dreamer\nsys.exit(dreamer.main(sys.argv[1:]))\n")
-    words = [sys.executable, script, *TINY, "--logdir", tmp_path / "run", "--steps", 40]
+    path = tmp_path / "mine.py"
+    path.write_text("import sys, dreamer\nsys.exit(dreamer.main(sys.argv[1:]))\n")
+    words = [sys.executable, path, *TINY, "--logdir", tmp_path / "run", "--steps", 40]
     done = subprocess.run(
         [*map(str, words), "--video", "false", "--eval_episodes", "0"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -437,4 +437,4 @@ def test_a_script_of_the_user_s_own_continues_by_itself(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     last = done.stdout.rstrip().splitlines()[-1]
-    assert last == f"continue:   {script} with --steps 80"
+    assert last == "continue:   python mine.py with --steps 80"

@@ -21,6 +21,7 @@ from hidreamer.gradients import (
     gated_grad,
     norm_again,
     norm_grad,
+    unbound,
     weight_grad,
 )
 
@@ -43,7 +44,7 @@ class CellScan(torch.autograd.Function):
     ) -> Tensors:
         deter, steps = first, []
         with torch.autocast(first.device.type, enabled=False):
-            for of_step, kept in zip(given.unbind(), keep.unbind(), strict=True):
+            for of_step, kept in unbound((given, keep)):
                 begin = torch.lerp(deter0, deter, kept)  # (B, D)
                 deter, x = gated(begin, begin, weight, of_step, (gain, bias), eps)
                 steps.append((deter, x))
@@ -78,8 +79,7 @@ def walk_back(out: Tensor, norm: Norm, weight: Tensor, slopes: Tensor, stays: Te
 
     slopes, stays: of ``gate_slopes``, 0 where an episode starts, which ends the gradient.
     """
-    parts = (x.unbind() for x in (out, slopes, stays, *norm[:3]))
-    steps, found = list(zip(*parts, strict=True)), []
+    steps, found = unbound((out, slopes, stays, *norm[:3])), []
     for t in reversed(range(len(steps))):
         deter = steps[t][0]
         if found:

@@ -27,7 +27,7 @@ from hidreamer.dynamics.scan_steps import (
     StepInputs,
     split_weights,
 )
-from hidreamer.gradients import Norm, Tensors, product
+from hidreamer.gradients import Norm, Tensors, product, unbound
 from hidreamer.precision import autocast_dtype
 
 
@@ -73,13 +73,13 @@ def run_steps(
     """-> deter (T,B,D), stoch (T,B,Z), logits by level (T,B,S,K), what is saved of all steps."""
     steps, (deter0, stoch0, keep, action, embed, noise) = [], inputs
     count, (cell, _) = len(action), split_weights(weights)
-    noise = by_step(noise) or [()] * count
+    noise = unbound(noise) or [()] * count
     with torch.autocast(carry[0].device.type, enabled=False):
         memory, keep_product = MemoryWeights.of(dynamics, weights), keep.to(cell.img_in.dtype)
         # (T, B, W) with what a start's state adds
         action = torch.addcmul(action, product(stoch0, cell.img_in), 1.0 - keep_product)
         start = deter0, memory.gates(deter0)
-        resets = [(*kept, *start) for kept in by_step((keep, keep_product))]
+        resets = [(*kept, *start) for kept in unbound((keep, keep_product))]
         begin = *carry, memory.gates(carry[0])
         of_steps = zip(resets, action.unbind(), embed.unbind(), noise, strict=True)
         for t, (reset, *step) in enumerate(of_steps):
@@ -105,10 +105,10 @@ def walk_back(
     sizes = size, w.gru.shape[1], w.img_in.shape[1], size, 1
     later = [keep.new_zeros(batch, size) for size in sizes]  # after the last step comes nothing
     of_steps = zip(
-        zip(*(by_step(norm[:3]) for norm in norms), strict=True),  # input, mean, rstd
-        by_step(slopes),
-        by_step(before.seen),
-        by_step(given),
+        zip(*(unbound(norm[:3]) for norm in norms), strict=True),  # input, mean, rstd
+        unbound(slopes),
+        unbound(before.seen),
+        unbound(given),
         keep.unbind(),
         strict=True,
     )
@@ -120,11 +120,6 @@ def walk_back(
         later = *found, of_slopes[3], of_keep
     deter, inputs = zip(*steps[::-1], strict=True)
     return torch.stack(deter), torch.stack(inputs)
-
-
-def by_step(tensors: Tensors) -> list[Tensors]:
-    """Tensors (T,...) -> one tuple of tensors (...) for each of T steps."""
-    return list(zip(*(x.unbind() for x in tensors), strict=True))
 
 
 def scan(
