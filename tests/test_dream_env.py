@@ -317,3 +317,12 @@ def test_starts_are_of_the_latest_episodes(trained, monkeypatch):
     last = [agent.rows(path)["image"] for path in agent.recorded()[-2:]]
     assert len(agent.recorded()) > 2
     assert all(np.array_equal(a["image"], b) for a, b in zip(found, last, strict=True))
+
+
+def test_dreamt_pictures_are_rounded(trained):
+    dreams = dream_env.Dreams(hidreamer.load(trained("rssm", "image")), 9, True, "recorded", "cpu")
+    dreams.seed(0)
+    dreams.reset(2)
+    shape = (2, *dreams.agent.obs_space["image"].shape)
+    dreams.agent.decode = lambda feat: {"all": {"image": torch.full(shape, 0.999)}}
+    assert (dreams.observations() == 255).all()

@@ -369,3 +369,12 @@ def test_a_population_counts_from_its_seed(tmp_path, capsys):
     assert last.endswith("--steps 20")
     assert sorted(os.listdir(tmp_path)) == ["5", "6"]
     assert latest(tmp_path / "6")["config"]["seed"] == 6
+
+
+def test_the_screen_of_a_population_counts_all_updates():
+    runs = population.Population([])
+    runs.runs = [
+        SimpleNamespace(step=step, updates=updates, last_return=last)
+        for step, updates, last in ((4, 3, None), (6, 5, 2.0), (5, 4, 3.0))
+    ]
+    assert runs.totals() == (5, 12, 2.5)
